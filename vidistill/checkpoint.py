@@ -1,0 +1,197 @@
+"""Checkpoints that can rebuild what they hold: safetensors for numbers, JSON for everything else, written atomically."""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vidistill.codecs import Codec, codec_record, load_codec
+from vidistill.codecs.tiny import TinyCodec
+from vidistill.config import build
+from vidistill.diffusion import NoiseSchedule
+from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.schedules import ScheduleConfig
+from vidistill.shapes import LatentShape
+from vidistill.student import CausalStudent, StudentConfig
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message says which file and why."""
+
+
+def write_atomic(path: Path, write: Any) -> None:
+    """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(f"could not write {path}: {error}; the previous file is untouched") from error
+        raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """One safetensors file whose header carries `info` as JSON."""
+    flat = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    write_atomic(path, lambda p: save_file(flat, p, metadata={"vidistill": json.dumps(info)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and info of a file written by `save_tensors`; CheckpointError if it is missing, cut short or foreign."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads((file.metadata() or {}).get("vidistill", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); restore it or train again") from error
+    if info is None:
+        raise CheckpointError(f"{path} holds no vidistill checkpoint; foreign files are read by `vidistill convert`")
+    return tensors, info
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load float tensors of any precision into `module`; CheckpointError lists what does not fit."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if tensors[name].shape != own[name].shape
+    ]
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", sorted(wrong))):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise CheckpointError(f"{where}: {label} weights: {', '.join(names[:5])}{more}")
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
+
+
+@dataclass
+class Bundle:
+    """A loaded network and the record that rebuilt it. `kind` is codec, teacher or student."""
+
+    name: str
+    kind: str
+    net: Any
+    record: dict[str, Any]
+
+    @property
+    def shape(self) -> LatentShape:
+        return build(LatentShape, self.record["shape"])
+
+    @property
+    def noise(self) -> NoiseSchedule:
+        return build(NoiseSchedule, self.record["noise"])
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        return build(ScheduleConfig, self.record["schedule"])
+
+
+def export(path: str | Path, net: nn.Module, record: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
+    """Write `net` as PATH.safetensors (weights in `dtype`) and PATH.json (record: architecture, provenance, card)."""
+    path = Path(path)
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in net.state_dict().items()}
+    full = {"format": FORMAT, **describe(net), **record}
+    save_tensors(path.with_suffix(".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
+    write_atomic(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))
+
+
+def describe(net: nn.Module) -> dict[str, Any]:
+    """The part of a record that follows from the network itself."""
+    if isinstance(net, TinyCodec):
+        return {"kind": "codec", "codec_config": codec_record(net)}
+    if isinstance(net, CausalStudent):
+        return {
+            "kind": "student",
+            "dit": asdict(net.net.cfg),
+            "student": asdict(net.cfg),
+            "shape": asdict(net.shape),
+        }
+    assert isinstance(net, VideoDiT)
+    return {"kind": "teacher", "dit": asdict(net.cfg)}
+
+
+def zoo_folder() -> Path:
+    return Path(str(resources.files("vidistill") / "zoo"))
+
+
+def zoo_names() -> dict[str, str]:
+    """Bundled names -> file stem; aliases included."""
+    folder = zoo_folder()
+    names = {p.stem: p.stem for p in sorted(folder.glob("*.json")) if p.stem != "aliases"}
+    aliases = folder / "aliases.json"
+    if aliases.is_file():
+        names.update(json.loads(aliases.read_text()))
+    return names
+
+
+def locate(name: str | Path) -> Path:
+    """Path (without suffix) of a checkpoint: a bundled name, or a path to its .safetensors or .json file."""
+    path = Path(name).with_suffix("") if str(name).endswith((".safetensors", ".json")) else Path(name)
+    if path.with_name(path.name + ".json").is_file():
+        return path
+    names = zoo_names()
+    if str(name) in names:
+        return zoo_folder() / names[str(name)]
+    near = difflib.get_close_matches(str(name), names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"bundled names: {', '.join(names) or 'none'}"
+    raise CheckpointError(f"no checkpoint {str(name)!r}: neither a file nor a bundled name; {hint}")
+
+
+def load(name: str | Path, kind: str | None = None) -> Bundle:
+    """The network of a checkpoint in float32, ready to run; CheckpointError names what is wrong with it."""
+    path = locate(name)
+    try:
+        record = json.loads(path.with_name(path.name + ".json").read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}.json is damaged: {error}") from error
+    if record.get("format") != FORMAT:
+        raise CheckpointError(f"{path}.json has format {record.get('format')!r}; this version reads {FORMAT}")
+    if kind and record["kind"] != kind:
+        raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
+    tensors, _ = read_tensors(path.with_name(path.name + ".safetensors"))
+    net = rebuild(record)
+    load_into(net, tensors, str(path))
+    return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record)
+
+
+def rebuild(record: Mapping[str, Any]) -> nn.Module:
+    """An untrained network of the architecture in `record`."""
+    if record["kind"] == "codec":
+        codec: Any = load_codec(record["codec_config"])
+        return codec
+    net = VideoDiT(build(DiTConfig, record["dit"]))
+    if record["kind"] == "teacher":
+        return net
+    return CausalStudent(net, build(StudentConfig, record["student"]), build(LatentShape, record["shape"]))
+
+
+def load_codec_of(bundle: Bundle) -> Codec:
+    """The codec a network was trained on: beside its own files, or bundled."""
+    name = bundle.record["codec"]
+    beside = Path(bundle.record.get("folder", ".")) / name
+    codec: Codec = load(beside if beside.with_suffix(".json").is_file() else name, "codec").net
+    return codec
+
+
+def load_student(name: str | Path) -> Bundle:
+    """A student ready to stream: `bundle.net` is a CausalStudent, `bundle.schedule` its passes."""
+    return load(name, "student")

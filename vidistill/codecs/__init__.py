@@ -1,0 +1,90 @@
+"""Codecs: pixels to latents and back, whole clips or streamed exactly."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig
+from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig
+
+CodecConfig = TinyCodecConfig | WanCodecConfig
+
+
+class Codec(Protocol):
+    """Pixels float32 [B, f, 3, H, W] in [0, 1] <-> normalised latents [B, F, C, H/s, W/s].
+
+    Latent 0 holds the first px frame alone, latent i the px frames t*(i-1)+1 .. t*i: a clip has f = 1 + t*(F-1)
+    px frames. Streamed chunks, concatenated, equal the whole clip. A state is an opaque value: None starts a stream,
+    and a call never changes the state it was given.
+    """
+
+    @property
+    def cfg(self) -> CodecConfig: ...
+
+    latent_channels: int  # C
+    spatial_factor: int  # s
+    temporal_factor: int  # t
+
+    def latent_shape(self, px_frames: int, height: int, width: int) -> tuple[int, int, int, int]: ...
+
+    def px_frames(self, frames: int) -> int: ...
+
+    def encode(self, px: Tensor) -> Tensor: ...
+
+    def encode_stream(self, px: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def decode_stream(self, latents: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+
+CODECS: dict[str, tuple[type, Callable[[Any, str | Path | None], Codec]]] = {  # family: (config, load)
+    "tiny": (TinyCodecConfig, TinyCodec.load),
+    "wan": (WanCodecConfig, WanCodec.load),
+}
+GEOMETRIES: dict[str, CodecConfig] = {
+    "tiny": TinyCodecConfig(),
+    "wan": WanCodecConfig(),
+    "wan2_2": WAN_2_2,
+    **PUBLISHED,
+}
+
+
+def load_codec(codec: str | Mapping[str, Any] | CodecConfig, weights: str | Path | None = None) -> Codec:
+    """A codec by geometry name, config or record (of `codec_record`); weights: a safetensors file, None: untrained."""
+    if isinstance(codec, str):
+        if codec not in GEOMETRIES:
+            raise ValueError(f"no codec is called {codec!r}; known: {', '.join(GEOMETRIES)}")
+        codec = GEOMETRIES[codec]
+    cfg = _from_record(codec) if isinstance(codec, Mapping) else codec
+    _, load = CODECS[_family(cfg)]
+    return load(cfg, weights)
+
+
+def codec_record(codec: Codec) -> dict[str, Any]:
+    """The codec's family and config as plain values for JSON; `load_codec` accepts it."""
+    return {"family": _family(codec.cfg), **asdict(codec.cfg)}
+
+
+def _family(cfg: CodecConfig) -> str:
+    for family, (config_class, _) in CODECS.items():
+        if isinstance(cfg, config_class):
+            return family
+    raise ValueError(f"{type(cfg).__name__} configures no codec; known families: {', '.join(CODECS)}")
+
+
+def _from_record(record: Mapping[str, Any]) -> CodecConfig:
+    family = record.get("family")
+    if family not in CODECS:
+        raise ValueError(f"a codec record's family is {family!r}; known: {', '.join(CODECS)}")
+    config_class = CODECS[family][0]
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key != "family"
+    }
+    allowed = [field.name for field in fields(config_class)]
+    if unknown := sorted(values.keys() - set(allowed)):
+        raise ValueError(f"a {family} codec has no {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+    return config_class(**values)

@@ -1,0 +1,227 @@
+"""Conditions as the network sees them, and the encoders that make them from actions, text, images and audio."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SITES = ("modulation", "hidden", "qk")
+ACTION_SITE = "modulation"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told beside noise: three kinds of tensors, each optional.
+
+    tokens [B, L, D]: cross-attended (text, image features). per_frame {site: [B, F, D]}: one vector a latent frame
+    (actions, camera, audio); sites are `modulation`, `hidden` and `qk`. channels [B, F, C', H, W]: concatenated to the
+    latents (reference image, mask). `negative` [B, L, D]: tokens of the unconditional counterpart (a negative prompt);
+    None: zeros.
+    """
+
+    tokens: Tensor | None = None
+    per_frame: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Tensor | None = None
+    negative: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.per_frame) - set(SITES))
+        if unknown:
+            raise ValueError(f"Condition.per_frame has no site {unknown}; sites are {SITES}")
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Condition":
+        """A condition with `fn` applied to every tensor."""
+        return Condition(
+            None if self.tokens is None else fn(self.tokens),
+            {site: fn(x) for site, x in self.per_frame.items()},
+            None if self.channels is None else fn(self.channels),
+            None if self.negative is None else fn(self.negative),
+        )
+
+    def frames(self, start: int, stop: int) -> "Condition":
+        """The condition of latent frames start..stop-1; tokens hold for the whole clip."""
+        return Condition(
+            self.tokens,
+            {site: x[:, start:stop] for site, x in self.per_frame.items()},
+            None if self.channels is None else self.channels[:, start:stop],
+            self.negative,
+        )
+
+    def to(self, device: torch.device | str) -> "Condition":
+        return self.map(lambda x: x.to(device))
+
+    def null(self) -> "Condition":
+        """The unconditional counterpart: `negative` or zero tokens, zero vectors; channels stay (they are given)."""
+        zeros = None if self.tokens is None else torch.zeros_like(self.tokens)
+        return Condition(
+            zeros if self.negative is None else self.negative,
+            {site: torch.zeros_like(x) for site, x in self.per_frame.items()},
+            self.channels,
+        )
+
+    def drop(self, keep: Tensor) -> "Condition":
+        """Null condition where `keep` [B] is False (condition dropout for guidance)."""
+
+        def pick(x: Tensor, null: Tensor) -> Tensor:
+            return torch.where(keep.view(-1, *[1] * (x.ndim - 1)).to(x.device), x, null)
+
+        null = self.null()
+        return Condition(
+            None if self.tokens is None or null.tokens is None else pick(self.tokens, null.tokens),
+            {site: pick(x, null.per_frame[site]) for site, x in self.per_frame.items()},
+            self.channels,
+            self.negative,
+        )
+
+
+def concat(conditions: list[Condition], dim: int = 0) -> Condition:
+    """Conditions joined along the batch (dim 0) or along frames (dim 1; tokens of the first are kept)."""
+    first = conditions[0]
+
+    def join(xs: list[Tensor]) -> Tensor:
+        return torch.cat(xs, dim=dim)
+
+    tokens = None
+    if first.tokens is not None:
+        tokens = join([c.tokens for c in conditions if c.tokens is not None]) if dim == 0 else first.tokens
+    return Condition(
+        tokens,
+        {site: join([c.per_frame[site] for c in conditions]) for site in first.per_frame},
+        None if first.channels is None else join([c.channels for c in conditions if c.channels is not None]),
+    )
+
+
+def pack_actions(actions: Tensor, factor: int) -> Tensor:
+    """Actions at latent rate [B, F, factor * A + 1] from one action a pixel frame [B, 1 + factor * (F - 1), A].
+
+    Latent i holds the actions that led to its `factor` pixel frames; latent 0 holds the single first frame. The last
+    entry is 1: it tells "standing still" from "no condition", which is all zeros.
+    """
+    b, t, a = actions.shape
+    if (t - 1) % factor:
+        raise ValueError(f"actions must cover 1 + {factor} * k pixel frames, got {t}")
+    padded = torch.cat((actions.new_zeros(b, factor - 1, a), actions), dim=1)
+    packed = padded.reshape(b, -1, factor * a)
+    return torch.cat((packed, packed.new_ones(*packed.shape[:2], 1)), dim=-1)
+
+
+def pack_audio(features: Tensor, factor: int) -> Tensor:
+    """Audio features at latent rate [B, F, factor * D] from one vector a pixel frame [B, 1 + factor * (F - 1), D].
+
+    The first vector is repeated in front, so that latent 0 holds the single first frame `factor` times.
+    """
+    b, t, d = features.shape
+    if (t - 1) % factor:
+        raise ValueError(f"audio features must cover 1 + {factor} * k pixel frames, got {t}")
+    return torch.cat((features[:, :1].expand(-1, factor - 1, -1), features), dim=1).reshape(b, -1, factor * d)
+
+
+def hold_action(action: Tensor, start: int, stop: int, factor: int) -> Tensor:
+    """Packed actions [1, stop - start, factor * A + 1] of latents start..stop-1 while `action` [A] is held.
+
+    Latent 0 is the picture before anything was done: its actions are zero, as in recorded clips.
+    """
+    px = action.expand(1, 1 + factor * (stop - start), -1)
+    packed = pack_actions(px, factor)[:, 1:]
+    if start == 0:
+        packed[:, 0, :-1] = 0.0
+    return packed
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for in `set` number `id`."""
+
+    id: int
+    action: tuple[float, ...]
+    tokens: Tensor | None  # [1, L, D]
+
+
+class Inputs:
+    """The conditions a network takes, from what the user asks for: `wish` is the latest, replaced as a whole.
+
+    `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent. Nothing asked for yet: actions
+    are zero (standing still), everything else is null.
+    """
+
+    def __init__(
+        self, sites: Mapping[str, int], text_dim: int, actions: Sequence[str], factor: int, device: torch.device | str
+    ) -> None:
+        self.sites, self.text_dim, self.factor, self.device = sites, text_dim, factor, device
+        self.actions = tuple(actions) if ACTION_SITE in sites else ()
+        needed = factor * len(self.actions) + 1
+        if self.actions and sites[ACTION_SITE] != needed:
+            raise ValueError(
+                f"the network takes {sites[ACTION_SITE]} numbers a latent at site {ACTION_SITE!r}; {len(self.actions)} "
+                f"actions of {factor} px frames and a flag are {needed}: student and codec do not belong together"
+            )
+        tokens = torch.zeros(1, 1, text_dim, device=device) if text_dim else None
+        self.wish = Wish(0, (0.0,) * len(self.actions), tokens)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], factor: int, device: torch.device | str) -> "Inputs":
+        """Inputs of the network a checkpoint's `record` describes; ValueError if it needs what cannot be held."""
+        dit = record["dit"]
+        if dit["extra_channels"]:
+            raise ValueError("this network needs condition channels; inputs have none to give")
+        sites = {name: site["dim"] for name, site in dit["sites"].items()}
+        return cls(sites, dit["text_dim"], record["world"].get("actions", ()), factor, device)
+
+    def set(
+        self, action: Mapping[str, float] | Sequence[float] | None, prompt: str | None, tokens: Tensor | None
+    ) -> int:
+        """Replace what is given, keep the rest; returns the number of this wish."""
+        if action is None and prompt is None and tokens is None:
+            raise ValueError("set() needs an action, a prompt or tokens")
+        if prompt is not None:
+            raise ValueError("this student has no text encoder: it takes no prompt; pass `tokens` if it cross-attends")
+        changed: dict[str, Any] = {}
+        if action is not None:
+            changed["action"] = self.read_action(action)
+        if tokens is not None:
+            changed["tokens"] = self.read_tokens(tokens)
+        with self._lock:
+            self.wish = replace(self.wish, id=self.wish.id + 1, **changed)
+            return self.wish.id
+
+    def read_action(self, action: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
+        """One value in [0, 1] per action; those a mapping leaves out are 0. ValueError for anything else."""
+        if not self.actions:
+            raise ValueError("this student takes no actions")
+        if isinstance(action, Mapping):
+            if unknown := [name for name in action if name not in self.actions]:
+                raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join(self.actions)}")
+            values = [action.get(name, 0.0) for name in self.actions]
+        else:
+            values = list(action)
+            if len(values) != len(self.actions):
+                raise ValueError(f"action has {len(values)} values, one is needed for each of {list(self.actions)}")
+        for name, value in zip(self.actions, values, strict=True):
+            if not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
+                raise ValueError(f"action {name!r} must be a number from 0 to 1, got {value!r}")
+        return tuple(float(v) for v in values)
+
+    def read_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens [L, D] as [1, L, D] on the network's device."""
+        if not self.text_dim:
+            raise ValueError("this student takes no tokens")
+        if tokens.ndim != 2 or tokens.shape[1] != self.text_dim or not len(tokens):
+            raise ValueError(f"tokens must be [L >= 1, {self.text_dim}], got {tuple(tokens.shape)}")
+        return tokens[None].to(self.device, torch.float32)
+
+    def condition(self, wish: Wish, start: int, stop: int) -> Condition:
+        """`wish` held through latent frames start..stop-1; sites without an input are null."""
+        per_frame = {
+            site: torch.zeros(1, stop - start, dim, device=self.device)
+            for site, dim in self.sites.items()
+            if site != ACTION_SITE or not self.actions
+        }
+        if self.actions:
+            action = torch.tensor(wish.action, device=self.device)
+            per_frame[ACTION_SITE] = hold_action(action, start, stop, self.factor)
+        return Condition(wish.tokens, per_frame)

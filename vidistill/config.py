@@ -1,0 +1,130 @@
+"""YAML and `key=value` overrides -> frozen dataclasses, with errors that say what to do."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names the key, the value and what is allowed."""
+
+
+def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """A `cls` from the YAML file at `path` (differences from the defaults) and dotted `key=value` overrides.
+
+    A YAML may name another one under `base:`; its own keys win. Raises ConfigError for unknown keys, wrong types and
+    impossible values, FileNotFoundError for a missing file.
+    """
+    bad = [o for o in overrides if "=" not in o]
+    if bad:
+        raise ConfigError(f"overrides are written key=value, got {bad[0]!r}")
+    try:
+        merged = OmegaConf.merge(read_yaml(path) if path else {}, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
+    return build(cls, values)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The merged OmegaConf node of a YAML file and the files it is based on."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(f"no config file {path}{hint}")
+    node = OmegaConf.load(path)
+    base = node.pop("base", None) if OmegaConf.is_dict(node) else None
+    return OmegaConf.merge(read_yaml(path.parent / base), node) if base else node
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """An instance of dataclass `cls` from plain values; nested dataclasses and tuples are built by their types."""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown key {where}{key}{hint}")
+    hints = typing.get_type_hints(cls)
+    kwargs = {key: convert(hints[key], value, f"{where}{key}") for key, value in values.items()}
+    for f in known.values():
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in kwargs:
+            raise ConfigError(f"{where}{f.name} is required")
+    try:
+        return cls(**kwargs)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as type `hint`, or a ConfigError that names `where`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return convert_union(args, value, where)
+    if is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must hold keys and values, got {value!r}")
+        return build(hint, value, f"{where}.")  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        kinds = [args[0]] * len(value) if args[1:] == (...,) else list(args)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where} must hold {len(kinds)} values, got {len(value)}")
+        return tuple(convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must hold keys and values, got {value!r}")
+        return {k: convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    return convert_scalar(hint, value, where)
+
+
+def convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None:
+        if type(None) in args:
+            return None
+        raise ConfigError(f"{where} must not be empty")
+    errors = []
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return convert(arg, value, where)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError("; or ".join(errors))
+
+
+def convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} must be {hint.__name__}, got {value!r} ({type(value).__name__})")

@@ -1,0 +1,117 @@
+"""Rectified flow: x = (1 - sigma) x0 + sigma eps, velocity v = eps - x0, sigma in [0, 1]. No chunks here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Continuous noise levels, warped towards noise by `shift`: sigma = s u / (1 + (s - 1) u).
+
+    Source: Esser et al. 2403.03206, eq. 23 (resolution-dependent shift).
+    """
+
+    shift: float = 1.0
+    logit_normal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"NoiseSchedule.shift must be positive, got {self.shift}")
+
+    def warp(self, u: float) -> float:
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def steps(self, n: int) -> tuple[float, ...]:
+        """`n` levels from 1.0 downwards, 0.0 excluded."""
+        if n < 1:
+            raise ValueError(f"a sampler needs at least one step, got {n}")
+        return tuple(self.warp(1 - i / n) for i in range(n))
+
+    def level(self, told: Tensor) -> Tensor:
+        """Noise behind a level that is told to a network: itself here; published tables round it."""
+        return told
+
+    def weight(self, told: Tensor) -> Tensor:
+        """Training weight of each level: 1 here; published tables weight the middle."""
+        return torch.ones_like(told)
+
+    def sample(self, b: int, f: int, rng: torch.Generator, lo: float = 0.0, hi: float = 1.0) -> Tensor:
+        """Random training levels [b, f] between `warp(lo)` and `warp(hi)`; logit-normal or uniform before the warp."""
+        z = torch.randn(b, f, generator=rng).sigmoid() if self.logit_normal else torch.rand(b, f, generator=rng)
+        u = lo + (hi - lo) * z
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+
+class Denoiser(Protocol):
+    """Teacher, critic and student alike."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        """Velocity [B, F, C, H, W] of `x` [B, F, C, H, W] at noise `sigma` [B, F]."""
+        ...
+
+
+Draws = Callable[[Tensor], Tensor]
+
+
+def randn_like(x: Tensor, rng: torch.Generator | Draws) -> Tensor:
+    """Standard normal noise of the shape, device and dtype of `x`, drawn from `rng` (which lives on the CPU).
+
+    `rng` may also be recorded draws, a function that hands out the next one for `x`.
+    """
+    if not isinstance(rng, torch.Generator):
+        return rng(x)
+    return torch.randn(x.shape, generator=rng, dtype=torch.float32).to(device=x.device, dtype=x.dtype)
+
+
+def expand(sigma: Tensor | Sequence[float] | float, x: Tensor) -> Tensor:
+    """`sigma` (a number, one per frame, or [B, F]) as a tensor that broadcasts over `x` [B, F, C, H, W]."""
+    s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if s.ndim == 0:
+        s = s.expand(x.shape[0], x.shape[1])
+    if s.ndim == 1:
+        s = s.expand(x.shape[0], -1)
+    return s[..., None, None, None]
+
+
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor | Sequence[float] | float) -> Tensor:
+    """`x0` at noise level `sigma`; exactly `x0` where sigma is 0."""
+    s = expand(sigma, x0)
+    return torch.lerp(x0, eps, s)
+
+
+def x0_from_v(x: Tensor, v: Tensor, sigma: Tensor | Sequence[float] | float) -> Tensor:
+    """The clean latents that `v` points to; computed in float64, as all published Wan students do."""
+    return (x.double() - expand(sigma, x.double()) * v.double()).to(x.dtype)
+
+
+def eps_from_v(x: Tensor, v: Tensor, sigma: Tensor | Sequence[float] | float) -> Tensor:
+    return x + (1 - expand(sigma, x)) * v
+
+
+def v_from(x0: Tensor, eps: Tensor) -> Tensor:
+    return eps - x0
+
+
+def v_from_x0(x: Tensor, x0: Tensor, sigma: Tensor | Sequence[float] | float, floor: float = 1e-4) -> Tensor:
+    """Velocity that leads from `x` to `x0`; sigma is floored so that nothing is divided by 0."""
+    return (x - x0) / expand(sigma, x).clamp_min(floor)
+
+
+def euler(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: torch.Generator | None) -> Tensor:
+    """Deterministic step along the flow from `sigma` to `next_sigma` (both [B, F])."""
+    return x + (expand(next_sigma, x) - expand(sigma, x)) * v
+
+
+def renoise(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: torch.Generator | None) -> Tensor:
+    """Consistency step: the prediction `x0` with fresh noise at `next_sigma`. Source: 2303.01469, alg. 1."""
+    if bool((next_sigma == 0).all()):
+        return x0
+    assert rng is not None
+    return add_noise(x0, randn_like(x0, rng), next_sigma)
+
+
+TRANSITIONS = {"euler": euler, "renoise": renoise}

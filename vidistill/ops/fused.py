@@ -1,0 +1,59 @@
+"""What stands between the matrix products of a block, each as one operator: norm + rotation, modulation, gated sum.
+
+The functions here are the specification and run everywhere (torch.compile fuses them); with attention backend `triton`
+they run as one kernel each, forward and backward.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidistill.ops.attention import chosen
+from vidistill.ops.rope import rotate
+
+
+def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, heads: int, eps: float) -> Tensor:
+    """RMS norm of `x` [B, S, D], split into `heads` and turned by `table` [2, S, 1, d / 2]: [B, S, h, d]."""
+    y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    return rotate(y.unflatten(-1, (heads, -1)), table).to(x.dtype)
+
+
+def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm of `x` [B, F, n, D] without weights, times 1 + `scale`, plus `shift` (both [B, F, 1, D])."""
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def gated_sum_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """`x` + `y` * `gate`: [B, F, n, D] twice and [B, F, 1, D]."""
+    return x + (y * gate).to(x.dtype)
+
+
+def norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, S, D], normed and turned: twice [B, S, h, d]."""
+    if chosen(q.device.type) == "triton":
+        from vidistill.ops.triton_fused import norm_rope
+
+        return norm_rope(q, k, q_weight, k_weight, table, heads, eps)
+    return (
+        norm_rope_reference(q, q_weight, table, heads, eps),
+        norm_rope_reference(k, k_weight, table, heads, eps),
+    )
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """See `modulated_norm_reference`."""
+    if chosen(x.device.type) == "triton":
+        from vidistill.ops.triton_fused import modulated_norm
+
+        return modulated_norm(x, shift, scale, eps)
+    return modulated_norm_reference(x, shift, scale, eps)
+
+
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """See `gated_sum_reference`."""
+    if chosen(x.device.type) == "triton":
+        from vidistill.ops.triton_fused import gated_sum
+
+        return gated_sum(x, y, gate)
+    return gated_sum_reference(x, y, gate)

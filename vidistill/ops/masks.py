@@ -1,0 +1,63 @@
+"""Which token may look at which, told per frame: block-causal, window + sinks, teacher forcing, or anything else."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FrameMask:
+    """`seen` [Fq, Fk] is True where a frame may look at another; every frame has `tokens` tokens.
+
+    Every query frame must see at least one frame. The forms that backends want are built once and kept, so make one
+    mask and pass it to every layer.
+    """
+
+    seen: Tensor
+    tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seen.ndim != 2 or self.seen.dtype != torch.bool or self.tokens < 1:
+            raise ValueError(
+                f"FrameMask needs a bool tensor [Fq, Fk] and tokens >= 1, got {self.seen.dtype} "
+                f"{tuple(self.seen.shape)} and {self.tokens}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Query and key tokens."""
+        return self.seen.shape[0] * self.tokens, self.seen.shape[1] * self.tokens
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Bool [Sq, Sk]."""
+        if self.tokens == 1:
+            return self.seen
+        return self.seen.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+
+    @cached_property
+    def block(self):  # torch.nn.attention.flex_attention.BlockMask
+        """Block-sparse form for flex attention: blocks that nobody looks at are never computed."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        seen, n = self.seen, self.tokens
+        return create_block_mask(
+            lambda b, h, q, k: seen[q // n, k // n], None, None, *self.shape, device=str(seen.device)
+        )
+
+    def bias(self, q: Tensor, align: int = 8) -> Tensor:
+        """Additive form for xformers: 0 or -inf, [B, h, Sq, Sk] in the dtype of `q` [B, Sq, h, d].
+
+        It is a view of rows padded to a multiple of `align`, as the operator demands, repeated over batch and heads.
+        """
+        rows, columns = self.shape
+        padded = q.new_zeros(rows, -(-columns // align) * align)
+        padded[:, :columns].masked_fill_(~self.dense, float("-inf"))
+        return padded[:, :columns].expand(q.shape[0], q.shape[2], rows, columns)
+
+
+def frame_mask(mask: Tensor | FrameMask) -> FrameMask:
+    """`mask` as a FrameMask; a bool tensor [Sq, Sk] becomes one of single tokens."""
+    return mask if isinstance(mask, FrameMask) else FrameMask(mask)

@@ -1,0 +1,62 @@
+"""8-bit memory entries: symmetric, one scale a token and head. int8 anywhere, fp8 (e4m3) where the GPU has it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """`data` [B, S, h, d] in 8 bits, `scale` [B, S, h] float32; the entry is data * scale."""
+
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def bytes(self) -> int:
+        return self.data.numel() * self.data.element_size() + self.scale.numel() * self.scale.element_size()
+
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[B, S, h, d] in `dtype`."""
+        return (self.data.float() * self.scale[..., None]).to(dtype)
+
+
+def quantise(x: Tensor, dtype: torch.dtype = torch.int8) -> Quantised:
+    """`x` [B, S, h, d] in 8 bits; rows of zeros stay zeros."""
+    if dtype not in LARGEST:
+        raise ValueError(f"8-bit entries are {sorted(map(str, LARGEST))}, got {dtype}")
+    largest = LARGEST[dtype]
+    x = x.float()
+    scale = x.abs().amax(-1) / largest
+    data = x / torch.where(scale > 0, scale, 1.0)[..., None]
+    if dtype == torch.int8:
+        data = data.round()
+    return Quantised(data.clamp(-largest, largest).to(dtype), scale)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.int8, device: torch.device | str = "cpu") -> Quantised:
+    """A store of zeros for entries [B, S, h, d]."""
+    return Quantised(
+        torch.zeros(shape, dtype=torch.int8, device=device).to(dtype), torch.zeros(shape[:-1], device=device)
+    )
+
+
+def entry_bytes(heads: int, head_dim: int) -> int:
+    """Bytes of the keys (or values) of one token."""
+    return heads * (head_dim + SCALE_BYTES)
+
+
+def append(store: Quantised, x: Tensor, where: Tensor) -> None:
+    """Write `x` [B, S, h, d] into tokens `where` [S] (int64) of `store`, in place: the specification of the kernel."""
+    new = quantise(x, store.data.dtype)
+    store.scale.index_copy_(1, where, new.scale)
+    bits = store.data.view(torch.int8)  # index_copy_ knows no fp8
+    bits.index_copy_(1, where, new.data.view(torch.int8))

@@ -1,0 +1,163 @@
+"""The one place where a student runs autoregressively: training, streaming and the bench all iterate it."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidistill.conditioning import Condition
+from vidistill.diffusion import Draws, add_noise, randn_like, renoise, x0_from_v
+from vidistill.memory import KVMemory
+from vidistill.schedules import Pass
+from vidistill.student import CausalStudent
+
+Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, f, C, H, W]
+Conditions = Callable[[int, int], Condition]  # latent frames start, stop -> their condition
+Transition = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is needed to run one pass again: the pass and the latents that went in."""
+
+    run: Pass
+    x: Tensor
+
+
+def per_frame(levels: Iterable[float], student: CausalStudent, chunk: int, batch: int) -> Tensor:
+    """One level per chunk -> one per frame [B, F] (float64), starting at `chunk`."""
+    counts = []
+    values = list(levels)
+    for i, _ in enumerate(values):
+        counts.append(student.first_frame(chunk + i + 1) - student.first_frame(chunk + i))
+    frames = torch.repeat_interleave(torch.tensor(values, dtype=torch.float64), torch.tensor(counts))
+    return frames.expand(batch, -1)
+
+
+def pin(x: Tensor, pinned: Tensor | None, start: int) -> Tensor:
+    """`x` [B, F, C, H, W] from frame `start` on, with the frames that `pinned` [B, P, C, H, W] covers replaced."""
+    if pinned is None or start >= pinned.shape[1]:
+        return x
+    held = pinned[:, start : start + x.shape[1]].to(x.dtype)
+    return torch.cat((held, x[:, held.shape[1] :]), dim=1)
+
+
+def run_pass(
+    student: CausalStudent, p: Pass, x: Tensor, cond: Conditions, memory: KVMemory, pinned: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Velocity, prediction x0 (both [B, F, C, H, W]) and level [B, F] of one pass; commits if it says so."""
+    sigma = per_frame(p.sigma, student, p.chunk, x.shape[0]).to(x.device)
+    told = sigma if p.told is None else per_frame(p.told, student, p.chunk, x.shape[0]).to(x.device)
+    start = student.first_frame(p.chunk)
+    with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
+        v = student.velocity(x, told, cond(start, start + x.shape[1]), start=start, memory=memory)
+        x0 = pin(x0_from_v(x, v, sigma), pinned, start)
+    if p.commit:
+        memory.commit()
+    return v, x0, sigma
+
+
+def rollout(
+    student: CausalStudent,
+    passes: Iterable[Pass],
+    *,
+    noise: Noise,
+    cond: Conditions,
+    memory: KVMemory,
+    rng: torch.Generator | Draws,
+    transition: Transition = renoise,
+    records: list[Record] | None = None,
+    pinned: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Finished chunks [B, f, C, H, W], in order; given chunks are yielded as they are.
+
+    `records` collects the passes that carry gradient or write memory, for `replay`. `pinned` [B, P, C, H, W] are known
+    first frames (a reference image): every pass sees them clean, though told the chunk's level, and predicts them.
+    Source: Self Forcing 2506.08009, alg. 1 and 2.
+    """
+    state: dict[int, Tensor] = {}
+    for p in passes:
+        chunks = range(p.chunk, p.chunk + len(p.sigma))
+        for c in chunks:
+            if c not in state:
+                state[c] = noise(c)
+        x = torch.cat([state[c] for c in chunks], dim=1) if len(chunks) > 1 else state[p.chunk]
+        if p.next_sigma is None and any(p.sigma):
+            level = per_frame(p.sigma, student, p.chunk, x.shape[0])
+            x = add_noise(x, randn_like(x, rng), level.to(x.device))
+        x = pin(x, pinned, student.first_frame(p.chunk))
+        if records is not None and (p.grad or p.commit):
+            records.append(Record(p, x))
+        v, x0, sigma = run_pass(student, p, x, cond, memory, pinned)
+        if p.next_sigma is not None:
+            target = per_frame(p.next_sigma, student, p.chunk, x.shape[0]).to(x.device)
+            moved = transition(x, x0, v, sigma, target, rng).detach()
+            lengths = [state[c].shape[1] for c in chunks]
+            state.update(zip(chunks, moved.split(lengths, dim=1), strict=True))
+        if p.emit:
+            yield state[p.chunk] if p.next_sigma is None else x0[:, : state[p.chunk].shape[1]]
+        for c in [c for c in state if c < p.chunk]:
+            del state[c]
+
+
+@torch.no_grad()
+def reencode(
+    student: CausalStudent,
+    x: Tensor,
+    cond: Condition,
+    memory: KVMemory,
+    *,
+    start: int,
+    told: float = 0.0,
+    keep_sinks: bool = True,
+) -> None:
+    """Write the newest finished frames `x` [B, F, C, H, W] (from frame `start` on) to memory again, under `cond`.
+
+    What a prompt switch does to what is remembered. One pass: the frames see each other in both directions, and the
+    sinks, which stay unless they are rewritten themselves (`start` 0); without `keep_sinks` the first of the frames
+    become the new sinks. Source: LongLive 2509.22622, KV-recache.
+    """
+    if keep_sinks and start > 0:
+        memory.rewind(start, keep_sinks=True)
+    else:
+        memory.reset(start)
+    level = torch.full(x.shape[:2], told, dtype=torch.float64, device=x.device)
+    student.velocity(x, level, cond, start=start, memory=memory)
+    memory.commit()
+
+
+def replay(
+    student: CausalStudent,
+    records: Iterable[Record],
+    *,
+    cond: Conditions,
+    memory: KVMemory,
+    pinned: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """(chunk, prediction x0 with gradient) of every recorded pass that carries gradient, one graph at a time.
+
+    Runs only the passes that carry gradient or write memory, so peak memory is that of one chunk. Call backward on each
+    prediction before asking for the next. Source: RELIC 2512.04040, replayed back-propagation.
+    """
+    for record in records:
+        _, x0, _ = run_pass(student, record.run, record.x, cond, memory, pinned)
+        if record.run.grad:
+            yield record.run.chunk, x0
+
+
+def chunk_noise(student: CausalStudent, batch: int, seed: int, given: Tensor | None = None) -> Noise:
+    """Noise of each chunk from (seed, chunk) alone; chunks inside `given` [B, F, C, H, W] return it instead."""
+    shape = student.shape
+    given_frames = 0 if given is None else given.shape[1]
+
+    def noise(chunk: int) -> Tensor:
+        start, stop = student.first_frame(chunk), student.first_frame(chunk + 1)
+        if stop <= given_frames:
+            assert given is not None
+            return given[:, start:stop]
+        rng = torch.Generator().manual_seed(hash((seed, chunk)) & 0x7FFFFFFF)
+        x = torch.randn(batch, stop - start, shape.channels, shape.height, shape.width, generator=rng)
+        return x.to(student.net.head.head.weight.device)
+
+    return noise

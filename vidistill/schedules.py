@@ -1,0 +1,211 @@
+"""Distillation schedules as data: which forward passes a student makes, in which order. No tensors, no networks."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+CONTEXTS = ("clean", "noised", "last_step")
+EXITS = ("none", "shared", "per_chunk")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of the student over one or more neighbouring chunks."""
+
+    chunk: int  # first chunk in this forward
+    sigma: tuple[float, ...]  # noise going in, one per chunk
+    next_sigma: tuple[float, ...] | None  # noise going out; None: context pass, output unused
+    told: tuple[float, ...] | None = None  # level told to the network where it differs from the noise
+    commit: bool = False  # write the tokens of this forward to memory
+    grad: bool = False  # keep autograd
+    emit: bool = False  # yield the prediction x0 of the first chunk of this forward (a given chunk: itself)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Steps per chunk and what a finished chunk shows to its successors.
+
+    `levels` is the full list of noise levels; `pattern` holds a digit per generated chunk, how many of the levels it
+    walks ("4322222", the last digit repeats for ever; empty: all of them everywhere); `steps` spells the lists out
+    instead. `context`: `clean` (an extra pass on the clean chunk, told `context_sigma`), `noised` (an extra pass on the
+    chunk at `context_sigma`), `last_step` (what the last denoising pass itself wrote, no extra pass). `exit` (training
+    only): stop at a random step, the same relative step for all chunks of a rollout (`shared`) or one each
+    (`per_chunk`); with `last_step` context the chunk is still denoised to its end for memory.
+    """
+
+    name: str = "chunkwise"
+    levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)
+    pattern: str = ""
+    steps: tuple[tuple[float, ...], ...] = ()
+    told: tuple[tuple[float, ...], ...] = ()  # levels told to the network, list by list, where they differ from `steps`
+    context: str = "clean"
+    context_sigma: float = 0.0
+    exit: str = "shared"
+    given_chunks: int = 0  # chunks at the start that are given (a start image, a video to continue), not generated
+
+    def __post_init__(self) -> None:
+        for name, choices in (("name", tuple(SCHEDULES)), ("context", CONTEXTS), ("exit", EXITS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"schedule.{name} {getattr(self, name)!r} is unknown; choose one of {choices}")
+        for sigmas in self.lists:
+            check_sigmas(sigmas)
+        if self.told and tuple(map(len, self.told)) != tuple(map(len, self.steps)):
+            raise ValueError(f"schedule.told must match schedule.steps list by list, got {self.told} and {self.steps}")
+        if not 0 <= self.context_sigma < 1:
+            raise ValueError(f"schedule.context_sigma must lie in [0, 1), got {self.context_sigma}")
+        if self.given_chunks < 0:
+            raise ValueError(f"schedule.given_chunks must not be negative, got {self.given_chunks}")
+
+    @property
+    def lists(self) -> tuple[tuple[float, ...], ...]:
+        """Noise levels of generated chunk 0, 1, ...; the last list repeats for ever."""
+        if self.steps:
+            return self.steps
+        return tuple(pick(self.levels, int(d)) for d in self.pattern if d.isdigit()) or (self.levels,)
+
+
+def pick(levels: tuple[float, ...], n: int) -> tuple[float, ...]:
+    """`n` of the levels: the first, the earliest in between, the last. Source: Diagonal Distillation, authors' code."""
+    if not 1 <= n <= len(levels):
+        raise ValueError(f"schedule.pattern asks for {n} steps, schedule.levels has {len(levels)}: {list(levels)}")
+    return levels if n == len(levels) else (*levels[: n - 1], levels[-1]) if n > 1 else levels[:1]
+
+
+def check_sigmas(sigmas: Sequence[float]) -> None:
+    if not sigmas or sigmas[0] != 1.0:
+        raise ValueError(f"a step list starts from pure noise, 1.0; got {list(sigmas)}")
+    if any(b >= a for a, b in itertools.pairwise(sigmas)) or sigmas[-1] <= 0:
+        raise ValueError(f"a step list falls strictly and stays above 0.0 (the end is implied); got {list(sigmas)}")
+
+
+def chunk_passes(
+    chunk: int, sigmas: Sequence[float], cfg: ScheduleConfig, told: Sequence[float] | None = None
+) -> Iterator[Pass]:
+    """Passes of one generated chunk, from noise to the memory entries it leaves."""
+    last = len(sigmas) - 1
+    for i, sigma in enumerate(sigmas):
+        done = i == last
+        yield Pass(
+            chunk,
+            (sigma,),
+            (0.0 if done else sigmas[i + 1],),
+            None if told is None else (told[i],),
+            commit=done and cfg.context == "last_step",
+            emit=done,
+        )
+    if cfg.context != "last_step":
+        yield context_pass(chunk, cfg)
+
+
+def context_pass(chunk: int, cfg: ScheduleConfig) -> Pass:
+    """The pass that shows a finished chunk to memory; given chunks are always shown clean."""
+    given = chunk < cfg.given_chunks
+    level = 0.0 if given else cfg.context_sigma
+    if cfg.context == "noised" or not level:
+        return Pass(chunk, (level,), None, commit=True, emit=given)
+    return Pass(chunk, (0.0,), None, (level,), commit=True, emit=given)
+
+
+def step_list(cfg: ScheduleConfig, generated: int) -> tuple[float, ...]:
+    """Noise levels of the generated chunk number `generated` (counted from 0 after the given ones)."""
+    return cfg.lists[min(generated, len(cfg.lists) - 1)]
+
+
+def told_list(cfg: ScheduleConfig, generated: int) -> tuple[float, ...] | None:
+    """Levels told to the network in that chunk, where they differ from the noise."""
+    return cfg.told[min(generated, len(cfg.told) - 1)] if cfg.told else None
+
+
+def chunkwise(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
+    """Endless passes, one chunk after the other; `start` > 0 goes on after `start` finished chunks.
+
+    Both Self Forcing (one step list) and Diagonal Distillation (many steps early, few later) are this schedule.
+    Source: Huang et al. 2506.08009, alg. 1; Diagonal Distillation 2603.09488, section 3.
+    """
+    for chunk in itertools.count(start):
+        if chunk < cfg.given_chunks:
+            yield context_pass(chunk, cfg)
+        else:
+            generated = chunk - cfg.given_chunks
+            yield from chunk_passes(chunk, step_list(cfg, generated), cfg, told_list(cfg, generated))
+
+
+def rolling(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
+    """Endless passes over a window of chunks at rising noise: each pass denoises all of them by one level.
+
+    The window holds one chunk per level; every pass finishes its first chunk and lets in a new one.
+    Source: Rolling Forcing 2509.25161, section 3.
+    """
+    levels = cfg.lists[0]
+    width = len(levels)
+    for chunk in range(start, cfg.given_chunks):
+        yield context_pass(chunk, cfg)
+    first = max(start, cfg.given_chunks)
+    ladder = (*levels, 0.0)
+    for fill in range(1, width):  # let chunks in until the window is full
+        sigma = tuple(levels[fill - 1 - c] for c in range(fill))
+        yield Pass(first, sigma, tuple(ladder[fill - c] for c in range(fill)))
+    for chunk in itertools.count(first):
+        sigma = tuple(reversed(levels))
+        yield Pass(chunk, sigma, (0.0, *sigma[:-1]), emit=True)
+        yield context_pass(chunk, cfg)
+
+
+SCHEDULES = {"chunkwise": chunkwise, "rolling": rolling}
+
+
+def endless(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
+    """The passes of a stream that never ends."""
+    return SCHEDULES[cfg.name](cfg, start)
+
+
+def finite(passes: Iterable[Pass], chunks: int) -> Iterator[Pass]:
+    """The passes that finish the first `chunks` chunks: a prefix of the endless schedule."""
+    for p in passes:
+        if p.chunk >= chunks:
+            return
+        yield p
+
+
+def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
+    """The passes of one training rollout of `chunks` chunks: a random exit step per chunk keeps its gradient.
+
+    With a separate context pass the rollout stops at the exit step and shows that prediction to memory (Self
+    Forcing); with `last_step` context the denoising runs on without gradient to the end of its list, so that memory
+    holds exactly what streaming will write. Every step of every list is drawn with probability 1 / len(list).
+    """
+    if cfg.name == "rolling":
+        yield from (replace(p, grad=p.emit) for p in finite(endless(cfg), chunks))
+        return
+    shared = rng.random()
+    by_chunk = itertools.groupby(finite(endless(cfg), chunks), key=lambda p: p.chunk)
+    for _, group in by_chunk:
+        passes = list(group)
+        steps = [p for p in passes if p.next_sigma is not None]
+        if not steps:
+            yield from passes
+            continue
+        u = {"none": 0.9999, "shared": shared, "per_chunk": rng.random()}[cfg.exit]
+        exit_step = len(steps) - 1 if cfg.exit == "none" else int(u * len(steps))
+        yield from exit_at(passes, exit_step, complete=cfg.context == "last_step")
+
+
+def exit_at(passes: Sequence[Pass], step: int, *, complete: bool) -> Iterator[Pass]:
+    """The passes of one chunk with its output taken, with gradient, at denoising pass number `step`."""
+    for i, p in enumerate(passes):
+        if p.next_sigma is None or i < step:
+            yield replace(p, emit=False)
+        elif i == step:
+            yield replace(p, next_sigma=p.next_sigma if complete else (0.0,), grad=True, emit=True)
+        elif complete:
+            yield replace(p, emit=False)
+
+
+def evaluations(cfg: ScheduleConfig, chunks: int) -> list[int]:
+    """Network evaluations of each of the first `chunks` generated chunks, context passes included."""
+    total = chunks + cfg.given_chunks
+    counts = [0] * total
+    for p in finite(endless(cfg), total):
+        counts[p.chunk] += 1
+    return counts[cfg.given_chunks :]

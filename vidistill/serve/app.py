@@ -1,0 +1,326 @@
+"""The web application: the page, its start images and films, and one WebSocket a viewer."""
+
+import asyncio
+import io
+import ipaddress
+import logging
+import socket as sockets
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from vidistill.serve import protocol
+from vidistill.serve.viewer import Bye, Recordings, Viewer, ViewerConfig, World
+
+log = logging.getLogger(__name__)
+
+ASSETS = {
+    "": ("index.html", "text/html"),
+    "page.js": ("page.js", "text/javascript"),
+    "page.css": ("page.css", "text/css"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; connect-src 'self' ws: wss:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+OURSELVES = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Where and for whom the app runs.
+
+    `origins`: further web addresses the page may be opened under, such as "https://demo.example.org" behind a proxy.
+    `patience_s`: how long a new viewer waits for a place before it is refused.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_viewers: int = 4
+    origins: tuple[str, ...] = ()
+    patience_s: float = 2.0
+    viewer: ViewerConfig = field(default_factory=ViewerConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_viewers < 1:
+            raise ValueError(f"max_viewers is {self.max_viewers}; at least 1 is needed")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; allowed are 0 (any free one) to 65535")
+        for origin in self.origins:
+            if urlsplit(origin).scheme not in ("http", "https") or not urlsplit(origin).netloc:
+                raise ValueError(f"origin {origin!r} is no web address; write it like https://demo.example.org")
+
+
+def needs_extra(error: ImportError) -> ImportError:
+    return ImportError(f"serving needs {error.name}: pip install 'vidistill[demo]'")
+
+
+def host_allowed(host: str, cfg: ServeConfig) -> bool:
+    """Whether a Host header names this server; else another site's name was pointed at it."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    if name in (*OURSELVES, cfg.host.lower()) or any(urlsplit(o).netloc == host for o in cfg.origins):
+        return True
+    if cfg.host not in ("0.0.0.0", "::", ""):
+        return False
+    if name == sockets.gethostname().lower():
+        return True
+    try:
+        return bool(ipaddress.ip_address(name))  # an address is nobody's to point elsewhere
+    except ValueError:
+        return False
+
+
+def origin_allowed(origin: str | None, host: str, cfg: ServeConfig) -> bool:
+    """Whether a WebSocket may be opened: by this very page, by a named origin, or by something that is no browser."""
+    return origin is None or origin in cfg.origins or urlsplit(origin).netloc == host
+
+
+class Seats:
+    """Counts viewers: at most `limit`, each until its session is closed."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.taken = limit, 0
+        self._free = asyncio.Condition()
+
+    async def take(self, patience_s: float) -> bool:
+        try:
+            async with asyncio.timeout(patience_s), self._free:
+                await self._free.wait_for(lambda: self.taken < self.limit)
+                self.taken += 1
+                return True
+        except TimeoutError:
+            return False
+
+    async def give_back(self) -> None:
+        async with self._free:
+            self.taken -= 1
+            self._free.notify()
+
+
+def create_app(world: World, cfg: ServeConfig | None = None, ready: Callable[[], None] | None = None) -> Any:
+    """The FastAPI application that serves `world`; `ready` is called when it is about to answer."""
+    try:
+        from fastapi import FastAPI
+    except ImportError as error:
+        raise needs_extra(error) from error
+    cfg = cfg or ServeConfig()
+    films, seats = Recordings(), Seats(cfg.max_viewers)
+
+    @asynccontextmanager
+    async def lifespan(app: Any):
+        if ready is not None:
+            ready()
+        yield
+        films.close()
+
+    app = FastAPI(title="vidistill", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    _guard(app, cfg)
+    _add_files(app, world, films)
+    _add_stream(app, world, cfg, films, seats)
+    return app
+
+
+def _guard(app: Any, cfg: ServeConfig) -> None:
+    """Answers only to its own name, and tells browsers to load nothing from elsewhere."""
+    from fastapi import Request
+    from fastapi.responses import PlainTextResponse
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Any) -> Any:
+        host = request.headers.get("host", "")
+        if host_allowed(host, cfg):
+            answer = await call_next(request)
+        else:
+            answer = PlainTextResponse(f"This server does not answer to {host!r}; name it with --origin.\n", 403)
+        answer.headers.update(HEADERS)
+        return answer
+
+
+def _add_files(app: Any, world: World, films: Recordings) -> None:
+    from fastapi import HTTPException
+    from fastapi.responses import FileResponse, Response
+
+    page = resources.files("vidistill.serve") / "page"
+    assets = {path: ((page / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
+    starts = {f"{name}.png": _png(px) for name, px in world.pictures.items()}
+
+    def add(path: str, body: bytes, kind: str) -> None:
+        app.get(f"/{path}")(lambda: Response(body, media_type=kind))
+
+    for path, (body, kind) in assets.items():
+        add(path, body, kind)
+
+    @app.get("/starts/{name}")
+    def start(name: str) -> Any:
+        if name not in starts:
+            raise HTTPException(404, "no such start image")
+        return Response(starts[name], media_type="image/png")
+
+    @app.get("/recordings/{name}")
+    def recording(name: str) -> Any:
+        path = films.path(name)
+        if path is None:
+            raise HTTPException(404, "no such recording; only the latest are kept")
+        return FileResponse(path, media_type="video/mp4", filename=f"vidistill-{world.name}.mp4")
+
+
+def _png(px: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(px).save(file, "PNG")
+    return file.getvalue()
+
+
+def _add_stream(app: Any, world: World, cfg: ServeConfig, films: Recordings, seats: Seats) -> None:
+    from fastapi import WebSocket
+
+    leaving: set[asyncio.Task] = set()
+
+    async def clear(viewer: Viewer) -> None:
+        await viewer.finished()
+        await seats.give_back()
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"name": world.name, "viewers": seats.taken, "max_viewers": seats.limit}
+
+    @app.websocket("/stream")
+    async def stream(socket: WebSocket) -> None:
+        host, origin = socket.headers.get("host", ""), socket.headers.get("origin")
+        if not host_allowed(host, cfg) or not origin_allowed(origin, host, cfg):
+            log.warning("refused a connection to %r from the page of %r; allow it with --origin", host, origin)
+            await socket.close(1008)
+            return
+        await socket.accept()
+        if not await seats.take(cfg.patience_s):
+            people = "1 viewer" if seats.limit == 1 else f"{seats.limit} viewers"
+            await Viewer.part(socket, Bye("full", f"This dream has room for {people}, and it is full.", 1013))
+            return
+        viewer = Viewer(socket, world, cfg.viewer, films)
+        try:
+            await viewer.run()
+        finally:
+            task = asyncio.create_task(clear(viewer))
+            leaving.add(task)
+            task.add_done_callback(leaving.discard)
+
+
+def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The PNG files of a folder as start images, uint8 [H, W, 3] of `size`, by file name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of start images")
+    starts = {}
+    for path in sorted(folder.glob("*.png")):
+        try:
+            starts[path.stem] = protocol.read_picture(path.read_bytes(), size)
+        except protocol.MessageError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return starts
+
+
+def load_world(name: str, starts: str | Path | None = None) -> World:
+    """The world of a student by bundled name or path.
+
+    `starts`: a folder of PNG files to begin from; by default NAME-starts beside the checkpoint, where NAME is its own
+    name or that of its family ("doom" of "doom-selfforcing").
+    """
+    from vidistill.checkpoint import load_codec_of, load_student, locate
+    from vidistill.stream import StreamConfig, StreamSession
+
+    bundle = load_student(name)
+    codec = load_codec_of(bundle)
+    size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
+    given = bundle.net.first_frame(bundle.schedule.given_chunks)  # latent frames a dream begins with
+
+    def open_session(seed: int, image: np.ndarray | None) -> Any:
+        # one queued frame: a chunk begins as late as possible and hears the latest keys
+        return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1), image=image)
+
+    images = _find_starts(locate(name), starts, size) if given else None
+    actions = tuple(bundle.record["world"].get("actions", ()))
+    return World(Path(name).stem, actions, size, open_session, images, codec.px_frames(given) if given else 1)
+
+
+def _find_starts(path: Path, starts: str | Path | None, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    if starts is not None:
+        return read_starts(starts, size)
+    own = [path.with_name(f"{stem}-starts") for stem in (path.name, path.name.split("-")[0])]
+    return next((read_starts(folder, size) for folder in own if folder.is_dir()), {})
+
+
+def serve(
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    starts: str | Path | None = None,
+    max_viewers: int = 4,
+    origins: Sequence[str] = (),
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serves the student `name` until interrupted. `ready` is called with the page's address once it answers."""
+    cfg = ServeConfig(host=host, port=port, max_viewers=max_viewers, origins=tuple(origins))
+    run(load_world(name, starts), cfg, ready)
+
+
+def run(world: World, cfg: ServeConfig, ready: Callable[[str], None] | None = None) -> None:
+    """Serves `world` until interrupted."""
+    try:
+        import uvicorn
+        import websockets  # noqa: F401
+    except ImportError as error:
+        raise needs_extra(error) from error
+    door = _bind(cfg.host, cfg.port)
+    address = f"http://{_shown_host(cfg.host)}:{door.getsockname()[1]}/"
+    app = create_app(world, cfg, lambda: ready(address) if ready is not None else log.info("serving %s", address))
+    uvicorn.Server(server_config(app)).run(sockets=[door])
+
+
+def server_config(app: Any) -> Any:
+    """How uvicorn runs the app: bounded messages, dead connections noticed, no compression of noise."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        ws_max_size=4 * protocol.MAX_PICTURE,  # below it a message too large is answered; above it the connection ends
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+    )
+
+
+def _shown_host(host: str) -> str:
+    if host in ("0.0.0.0", "::", ""):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
+
+
+def _bind(host: str, port: int) -> sockets.socket:
+    try:
+        family = sockets.getaddrinfo(host or None, port, type=sockets.SOCK_STREAM, flags=sockets.AI_PASSIVE)[0][0]
+        door = sockets.socket(family, sockets.SOCK_STREAM)
+        try:
+            door.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+            door.bind((host, port))
+        except OSError:
+            door.close()
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host"
+        ) from error
+    return door

@@ -1,0 +1,371 @@
+// The page: keys go out, frames come in and are drawn. What is said on the wire is written down in serve/protocol.py.
+
+const HEADER_BYTES = 20, VERSION = 1, FRAME = 1, PICTURE = 1, RAW = 0;
+const FIRST = 1, RECORDING = 4;
+const WINDOW_MS = 2000; // frames a second are counted over this time
+const KEYS = { // action -> its keys, where its button stands, what the button says
+  turn_left: { codes: ["ArrowLeft", "KeyA"], area: "left", sign: "←", text: "turn left" },
+  turn_right: { codes: ["ArrowRight", "KeyD"], area: "right", sign: "→", text: "turn right" },
+  forward: { codes: ["ArrowUp", "KeyW"], area: "up", sign: "↑", text: "forward" },
+  backward: { codes: ["ArrowDown", "KeyS"], area: "down", sign: "↓", text: "backward" },
+  strafe_left: { codes: ["KeyQ"], sign: "⇠", text: "Q  step left" },
+  strafe_right: { codes: ["KeyE"], sign: "⇢", text: "E  step right" },
+};
+
+const $ = (id) => document.getElementById(id);
+const canvas = $("canvas"), paper = canvas.getContext("2d", { willReadFrequently: true });
+
+let socket = null, world = null, retries = 0, ended = false;
+let start = "", picture = null; // chosen start image; preview of one's own
+let userPaused = false, pausedAtServer = false, begun = false;
+let inputId = 0, filming = false, filmFrames = 0;
+const held = new Map(); // what holds a key down (a key code, a finger) -> action
+const actions = new Map(); // key code -> action
+const pending = new Map(); // input id -> when it was sent
+const latencies = [], drawn = []; // the last few, ms
+let newest = null, decoding = 0; // frame waiting to be drawn
+
+// --- the connection ---
+
+function connect() {
+  const url = new URL("stream", location.href);
+  url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
+  ended = false;
+  socket = new WebSocket(url);
+  socket.binaryType = "arraybuffer";
+  socket.onmessage = ({ data }) => (typeof data === "string" ? HEARD[JSON.parse(data).type]?.(JSON.parse(data)) : receive(data));
+  socket.onclose = ({ code }) => {
+    release();
+    showRecord("off");
+    world = null;
+    if (ended) return;
+    if (code === 1009) toast("The server ended the connection: a message was too large.");
+    retries += 1;
+    const seconds = Math.min(1 + retries, 8);
+    cover("Connection lost", `Trying again in ${seconds} s. Is the server still running?`, { spin: true });
+    setTimeout(() => { if (!ended) connect(); }, 1000 * seconds);
+  };
+}
+
+function say(message) {
+  if (socket?.readyState === WebSocket.OPEN && world) socket.send(JSON.stringify(message));
+}
+
+const HEARD = {
+  hello(said) {
+    world = said;
+    retries = inputId = 0;
+    userPaused = pausedAtServer = begun = false;
+    decoding = 0;
+    pending.clear();
+    latencies.length = 0;
+    $("name").textContent = said.name;
+    document.title = `${said.name} · vidistill`;
+    canvas.width = said.width;
+    canvas.height = said.height;
+    canvas.style.aspectRatio = `${said.width} / ${said.height}`;
+    $("seed").max = said.max_seed;
+    $("fpsof").textContent = `of ${said.fps.toFixed(1)}`;
+    $("nfeof").textContent = `for ${said.frames_per_chunk} pictures`;
+    showStats(said);
+    start = said.starts?.[0] ?? "";
+    $("seed").value = 0;
+    picture = null;
+    buildPad();
+    buildStarts();
+    updatePause();
+  },
+  stats: showStats,
+  error: ({ message }) => toast(message),
+  bye({ reason, message }) {
+    ended = true;
+    const title = { full: "All places are taken", idle: "Still there?", failed: "The dream broke off" }[reason] ?? "Goodbye";
+    cover(title, message, { button: reason === "idle" ? "Dream on" : "Try again", act: connect });
+  },
+  picture() {
+    start = "upload";
+    buildStarts();
+    restart();
+  },
+  record({ state, message, url, seconds }) {
+    showRecord(state);
+    if (message) toast(message);
+    if (state !== "ready") return;
+    const link = Object.assign(document.createElement("a"), { href: url, download: "" });
+    link.textContent = `Download ${seconds} s as mp4`;
+    const item = document.createElement("li");
+    item.append(link);
+    $("films").prepend(item);
+    toast("The recording is ready: see the link beside the picture.", true);
+  },
+};
+
+// --- frames ---
+
+function receive(data) {
+  const view = new DataView(data);
+  if (data.byteLength < HEADER_BYTES || view.getUint8(0) !== VERSION || view.getUint8(1) !== FRAME) return;
+  const [encoding, flags] = [view.getUint8(2), view.getUint8(3)];
+  const [sequence, index, chunk, input] = [4, 8, 12, 16].map((at) => view.getUint32(at, true));
+  const frame = { sequence, index, chunk, input, first: flags & FIRST, recording: flags & RECORDING };
+  const body = new Uint8Array(data, HEADER_BYTES);
+  if (encoding === RAW) return waitToDraw({ ...frame, image: unpack(body) });
+  createImageBitmap(new Blob([body], { type: "image/jpeg" })).then(
+    (image) => { if (sequence > decoding) { decoding = sequence; waitToDraw({ ...frame, image }); } },
+    () => toast("A picture arrived damaged."),
+  );
+}
+
+function unpack(rgb) {
+  const image = new ImageData(canvas.width, canvas.height);
+  for (let i = 0, j = 0; j + 2 < rgb.length; i += 4, j += 3) {
+    image.data[i] = rgb[j];
+    image.data[i + 1] = rgb[j + 1];
+    image.data[i + 2] = rgb[j + 2];
+    image.data[i + 3] = 255;
+  }
+  return image;
+}
+
+function waitToDraw(frame) {
+  if (!newest) requestAnimationFrame(draw);
+  newest = frame; // a newer frame replaces one that was not drawn in time
+}
+
+function draw() {
+  const frame = newest, now = performance.now();
+  newest = null;
+  if (frame.image instanceof ImageData) paper.putImageData(frame.image, 0, 0);
+  else paper.drawImage(frame.image, 0, 0, canvas.width, canvas.height);
+  say({ type: "seen", sequence: frame.sequence });
+  begun = true;
+  if (!$("overlay").hidden) updatePause();
+  drawn.push(now);
+  if (pending.has(frame.input)) latencies.push(now - pending.get(frame.input));
+  for (const id of pending.keys()) if (id <= frame.input) pending.delete(id);
+  latencies.splice(0, latencies.length - 9);
+  if (frame.recording && world) $("recordtime").textContent = `${(++filmFrames / world.fps).toFixed(1)} s`;
+  canvas.dispatchEvent(new CustomEvent("frame", { detail: frame }));
+}
+
+setInterval(() => {
+  const now = performance.now();
+  while (drawn.length && drawn[0] < now - WINDOW_MS) drawn.shift();
+  const span = drawn.length > 1 ? drawn.at(-1) - drawn[0] : 0;
+  $("fps").textContent = span ? (((drawn.length - 1) * 1000) / span).toFixed(1) : "–";
+  const median = [...latencies].sort((a, b) => a - b)[latencies.length >> 1];
+  $("latency").textContent = median ? Math.round(median) : "–";
+  $("latencyunit").textContent = median ? "ms" : "press a key";
+}, 400);
+
+function showStats({ memory_bytes: bytes, nfe_per_chunk: nfe }) {
+  const [value, unit] = bytes < 1e6 ? [bytes / 1e3, "kB"] : bytes < 1e9 ? [bytes / 1e6, "MB"] : [bytes / 1e9, "GB"];
+  $("memory").textContent = value.toFixed(value < 10 ? 1 : 0);
+  $("memoryunit").textContent = unit;
+  $("nfe").textContent = Number(nfe.toFixed(1));
+}
+
+// --- keys and fingers ---
+
+function hold(source, action, down) {
+  if (down === (held.get(source) === action)) return;
+  if (down) held.set(source, action);
+  else held.delete(source);
+  sendKeys();
+}
+
+function release() {
+  if (!held.size) return;
+  held.clear();
+  sendKeys();
+}
+
+function sendKeys() {
+  const down = new Set(held.values());
+  for (const button of document.querySelectorAll("[data-action]")) button.classList.toggle("held", down.has(button.dataset.action));
+  if (!world || pausedAtServer) return;
+  pending.set(++inputId, performance.now());
+  say({ type: "keys", id: inputId, action: Object.fromEntries([...down].map((name) => [name, 1])) });
+}
+
+function buildPad() {
+  $("pad").replaceChildren();
+  $("more").replaceChildren();
+  actions.clear();
+  world.actions.forEach((name, i) => {
+    const digit = String((i + 1) % 10);
+    const key = KEYS[name] ?? { codes: [`Digit${digit}`], sign: digit, text: name.replaceAll("_", " ") };
+    for (const code of key.codes) actions.set(code, name);
+    const button = document.createElement("button");
+    const label = document.createElement("small");
+    label.textContent = key.text;
+    button.append(key.sign, label);
+    button.dataset.action = name;
+    button.setAttribute("aria-label", key.text);
+    if (key.area) button.style.gridArea = key.area;
+    button.addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      button.setPointerCapture(event.pointerId);
+      hold(`finger ${event.pointerId}`, name, true);
+    });
+    for (const kind of ["pointerup", "pointercancel", "lostpointercapture"]) {
+      button.addEventListener(kind, (event) => hold(`finger ${event.pointerId}`, name, false));
+    }
+    button.addEventListener("contextmenu", (event) => event.preventDefault());
+    $(key.area ? "pad" : "more").append(button);
+  });
+}
+
+const COMMANDS = { KeyR: restart, KeyN: newDream, KeyV: toggleRecord, KeyP: togglePause };
+
+window.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+  if (actions.has(event.code)) {
+    event.preventDefault();
+    if (!event.repeat) hold(event.code, actions.get(event.code), true);
+  } else if (COMMANDS[event.code] && !event.repeat) {
+    COMMANDS[event.code]();
+  }
+});
+window.addEventListener("keyup", (event) => { if (held.has(event.code)) hold(event.code, held.get(event.code), false); });
+window.addEventListener("blur", release);
+
+// --- beginning again ---
+
+function restart() {
+  const seed = Number($("seed").value);
+  if (!Number.isInteger(seed) || seed < 0 || seed > world?.max_seed) return toast(`A seed is a whole number, 0 to ${world?.max_seed}.`);
+  if (userPaused) togglePause();
+  say({ type: "reset", seed, start });
+}
+
+function newDream() {
+  $("seed").value = Math.floor(Math.random() * 10000);
+  restart();
+}
+
+function buildStarts() {
+  $("starts").hidden = $("fromwhat").hidden = !world.starts;
+  if (!world.starts) return;
+  const tiles = world.starts.map((name) => tile(name, `starts/${encodeURIComponent(name)}.png`));
+  if (picture) tiles.push(tile("upload", picture));
+  const add = document.createElement("button");
+  add.className = "add";
+  add.title = "Begin from a picture of your own (or drop it on the page)";
+  add.innerHTML = "<span><b>+</b>your own</span>";
+  add.addEventListener("click", () => $("file").click());
+  $("starts").replaceChildren(...tiles, add);
+}
+
+function tile(name, source) {
+  const button = document.createElement("button");
+  button.setAttribute("aria-pressed", name === start);
+  button.title = name === "upload" ? "Your picture" : name;
+  button.append(Object.assign(new Image(), { src: source, alt: button.title }));
+  button.addEventListener("click", () => {
+    start = name;
+    buildStarts();
+    restart();
+  });
+  return button;
+}
+
+async function upload(file) {
+  try { // cropped to the world's shape and made small here; the server checks it again
+    const image = await createImageBitmap(file);
+    const scale = Math.min(image.width / world.width, image.height / world.height);
+    const [wide, high] = [world.width * scale, world.height * scale];
+    const sheet = new OffscreenCanvas(4 * world.width, 4 * world.height);
+    const pen = sheet.getContext("2d");
+    pen.imageSmoothingQuality = "high";
+    pen.drawImage(image, (image.width - wide) / 2, (image.height - high) / 2, wide, high, 0, 0, sheet.width, sheet.height);
+    const png = await sheet.convertToBlob({ type: "image/png" });
+    if (png.size >= world.max_picture) throw new Error("too large");
+    if (picture) URL.revokeObjectURL(picture);
+    picture = URL.createObjectURL(png);
+    socket.send(new Blob([new Uint8Array([PICTURE]), png]));
+  } catch (error) {
+    toast(`${file.name} cannot be used as a picture (${error.message}).`);
+  }
+}
+
+$("file").addEventListener("change", ({ target }) => {
+  if (target.files[0]) upload(target.files[0]);
+  target.value = "";
+});
+window.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
+window.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
+window.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  if (event.dataTransfer.files[0] && world?.starts) upload(event.dataTransfer.files[0]);
+});
+
+// --- pausing, recording, telling ---
+
+function updatePause() {
+  const pause = userPaused || document.hidden;
+  if (pause !== pausedAtServer) {
+    release();
+    say({ type: "pause", on: pause });
+    pausedAtServer = pause;
+    drawn.length = 0;
+  }
+  $("pauselabel").textContent = userPaused ? "Go on" : "Pause";
+  $("pause").setAttribute("aria-pressed", userPaused);
+  if (userPaused) cover("Paused", "The dream waits for you.", { button: "Go on", act: togglePause });
+  else if (world && begun) $("overlay").hidden = true;
+}
+
+function togglePause() {
+  if (!world) return;
+  userPaused = !userPaused;
+  updatePause();
+}
+
+function toggleRecord() {
+  say({ type: "record", on: !filming });
+}
+
+function showRecord(state) {
+  filming = state === "on";
+  filmFrames = 0;
+  $("recording").hidden = !filming;
+  $("recordtime").textContent = "0.0 s";
+  $("record").setAttribute("aria-pressed", filming);
+  $("record").disabled = state === "saving";
+  $("recordlabel").textContent = { on: "Stop", saving: "Saving" }[state] ?? "Record";
+}
+
+function cover(title, text, { button = "", act = null, spin = false } = {}) {
+  $("overtitle").textContent = title;
+  $("overtext").textContent = text;
+  $("spinner").hidden = !spin;
+  $("overbutton").hidden = !button;
+  $("overbutton").textContent = button;
+  $("overbutton").onclick = () => {
+    if (act === connect) cover("Falling asleep", "The model is being woken up.", { spin: true });
+    act();
+  };
+  $("overlay").hidden = false;
+}
+
+let toastTimer = 0;
+function toast(message, good = false) {
+  clearTimeout(toastTimer);
+  $("toast").textContent = message;
+  $("toast").classList.toggle("good", good);
+  $("toast").hidden = false;
+  toastTimer = setTimeout(() => { $("toast").hidden = true; }, 6000);
+}
+
+document.addEventListener("visibilitychange", updatePause);
+$("restart").addEventListener("click", restart);
+$("dice").addEventListener("click", newDream);
+$("record").addEventListener("click", toggleRecord);
+$("pause").addEventListener("click", togglePause);
+$("seed").addEventListener("keydown", (event) => {
+  if (event.key === "Enter") { event.target.blur(); restart(); }
+});
+document.addEventListener("click", (event) => event.target.closest?.("button")?.blur()); // keys belong to the dream
+connect();

@@ -1,0 +1,189 @@
+"""What browser and server say to each other: every message is checked here, before anything acts on it.
+
+To the server: JSON text, {"type": "keys" | "seen" | "reset" | "pause" | "record", ...} with the fields of FIELDS; or
+bytes whose first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or
+bytes, HEADER and a payload. There is room for more kinds of bytes (sound, maps): the server refuses unknown ones, the
+page skips them.
+"""
+
+import io
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+VERSION = 1
+HEADER = struct.Struct("<4B4I")  # version, kind, encoding, flags | sequence, index, chunk, input id
+FRAME = 1  # kind of bytes to the browser
+PICTURE = 1  # kind of bytes to the server
+RAW, JPEG = 0, 1  # encodings: RGB rows, or a JPEG file
+FIRST, GAP, RECORDING = 1, 2, 4  # flags: first after a start, frames were dropped before it, it is being recorded
+RAW_BYTES = 48 * 1024  # a larger picture is sent as JPEG
+JPEG_QUALITY = 88
+
+MAX_TEXT = 4096  # characters in a text message
+MAX_PICTURE = 4 * 1024 * 1024  # bytes in a picture message
+MAX_SIDE = 4096  # pixels along a side of a picture, before it is resized
+MAX_SEED = 2**31 - 1
+MAX_ID = 2**32 - 1
+
+
+class MessageError(ValueError):
+    """A message that cannot be used; the text says why, and goes back to who sent it."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys held from now on: name -> 0..1. `id` counts up, and comes back in the first frame that used it."""
+
+    id: int
+    action: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The newest sequence number the page has drawn: frames on their way stay few."""
+
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Begin again. `start` names a start image, "upload" the picture sent last, "" noise."""
+
+    seed: int
+    start: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    on: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    on: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to start from, uint8 [H, W, 3], at the size of the world."""
+
+    px: np.ndarray
+
+
+Message = Keys | Seen | Reset | Pause | Record | Picture
+
+
+def pack_frame(
+    px: np.ndarray, *, sequence: int, index: int, chunk: int, input_id: int, first: bool, gap: bool, recording: bool
+) -> bytes:
+    """One frame uint8 [H, W, 3] as bytes for the browser; raw RGB when small, else JPEG."""
+    flags = FIRST * first | GAP * gap | RECORDING * recording
+    encoding, body = (RAW, px.tobytes()) if px.nbytes <= RAW_BYTES else (JPEG, _jpeg(px))
+    numbers = (n & MAX_ID for n in (sequence, index, chunk, input_id))
+    return HEADER.pack(VERSION, FRAME, encoding, flags, *numbers) + body
+
+
+def _jpeg(px: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(px).save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Message:
+    """The message in a text from the browser; MessageError says what is wrong with it."""
+    if len(text) > MAX_TEXT:
+        raise MessageError(f"the message has {len(text)} characters; at most {MAX_TEXT} are read")
+    try:
+        said = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise MessageError(f"the message is not JSON: {error}") from None
+    if not isinstance(said, dict):
+        raise MessageError("the message is not a JSON object")
+    kind = said.get("type")
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise MessageError(f"unknown message type {_short(kind)}; known are {', '.join(FIELDS)}")
+    if unknown := sorted(said.keys() - {"type", *FIELDS[kind]}):
+        raise MessageError(f"{kind} has no field {_short(unknown[0])}; its fields are {', '.join(FIELDS[kind])}")
+    if missing := [name for name in FIELDS[kind] if name not in said]:
+        raise MessageError(f"{kind} needs the field {missing[0]}")
+    if kind == "keys":
+        return Keys(_whole(said["id"], "keys.id", 1, MAX_ID), _action(said["action"], actions))
+    if kind == "seen":
+        return Seen(_whole(said["sequence"], "seen.sequence", 0, MAX_ID))
+    if kind == "reset":
+        return Reset(_whole(said["seed"], "reset.seed", 0, MAX_SEED), _start(said["start"], starts))
+    if not isinstance(said["on"], bool):
+        raise MessageError(f"{kind}.on is {_short(said['on'])}; allowed are true and false")
+    return Pause(said["on"]) if kind == "pause" else Record(said["on"])
+
+
+FIELDS = {
+    "keys": ("id", "action"),
+    "seen": ("sequence",),
+    "reset": ("seed", "start"),
+    "pause": ("on",),
+    "record": ("on",),
+}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _whole(value: Any, name: str, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise MessageError(f"{name} is {_short(value)}; allowed are whole numbers {low} to {high}")
+    return value
+
+
+def _action(given: Any, actions: Sequence[str]) -> dict[str, float]:
+    if not isinstance(given, dict):
+        raise MessageError(f"keys.action is {_short(given)}; needed is an object of names and numbers")
+    if unknown := sorted(given.keys() - set(actions)):
+        raise MessageError(f"keys.action has no {_short(unknown[0])}; this world knows {', '.join(actions)}")
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1:  # NaN is neither
+            raise MessageError(f"keys.action.{name} is {_short(value)}; allowed are numbers 0 to 1")
+    return {name: float(given.get(name, 0.0)) for name in actions}
+
+
+def _start(name: Any, starts: Sequence[str]) -> str:
+    if not isinstance(name, str) or name not in starts:
+        raise MessageError(f"there is no start image {_short(name)}; choose one that the page shows")
+    return name
+
+
+def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture:
+    """The message in bytes from the browser; a picture comes back at `size` (height, width)."""
+    if not data or data[0] != PICTURE:
+        raise MessageError("bytes must start with their kind; known is 1, a PNG picture")
+    if len(data) > MAX_PICTURE:
+        raise MessageError(f"the picture has {len(data):,} bytes; at most {MAX_PICTURE:,} are read")
+    return Picture(read_picture(data[1:], size))
+
+
+def read_picture(png: bytes, size: tuple[int, int]) -> np.ndarray:
+    """A PNG as uint8 [H, W, 3] of `size` (height, width), its edges cropped where the shape differs."""
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if max(image.size) > MAX_SIDE:
+                raise MessageError(f"the picture is {image.width}x{image.height}; at most {MAX_SIDE} a side are read")
+            image.load()
+            rgb = image.convert("RGB")
+    except MessageError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise MessageError("the picture is not a whole PNG file; save it as PNG and try again") from None
+    height, width = size
+    scale = min(rgb.width / width, rgb.height / height)  # source pixels a target pixel
+    left, top = (rgb.width - width * scale) / 2, (rgb.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))

@@ -1,0 +1,21 @@
+"""Where clips come from: each source returns `Episode`s or plain clips, real pictures with what was done in them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A recorded walk: pictures, what was done between them, and where the camera was.
+
+    frames: uint8 [T, H, W, 3]. actions: float32 [T, A]; actions[t] led from frame t-1 to frame t, actions[0] is zero.
+    poses: float32 [T, 3], one row a frame: x and y in map units / 64, heading in radians, counter-clockwise and
+    continuous (never wrapped). walls: a JSON-able description of the world, see `sources.doom_world.describe`.
+    """
+
+    frames: np.ndarray
+    actions: np.ndarray
+    poses: np.ndarray
+    seed: int
+    walls: dict
