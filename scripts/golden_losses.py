@@ -31,7 +31,7 @@ def training_rollout(golden: Golden) -> None:
 
 
 def exit_passes(run: Run, chunks: int, given_chunks: int, exits: list[int], total: int) -> Iterator[Pass]:
-    """Passes of a training rollout: each chunk stops at its exit step; the last frames of a long clip carry gradient."""
+    """Passes of a training rollout: each chunk stops at its exit step; only the last frames carry gradient."""
     cfg = ScheduleConfig(context="clean", context_sigma=run.variant["context_noise"] / GRID, given_chunks=given_chunks)
     reach = total - run.golden.config.get("last_gradient_frames", total)
     for chunk in range(chunks):

@@ -18,8 +18,8 @@ from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 
 OVERSIZED_SINK = (
-    "LongLive sink larger than a chunk: chunk 0 attends to unwritten slots, and sinks that a later chunk writes keep its "
-    "pure-noise step"
+    "LongLive sink larger than a chunk: chunk 0 attends to unwritten slots, and sinks that a later chunk writes keep "
+    "its pure-noise step"
 )
 
 

@@ -111,7 +111,7 @@ def raw_decode(codec: WanCodec, z: Tensor) -> Tensor:
 
 
 def stream(golden: Golden, codec: WanCodec, latents: Tensor, chunks: list[int]) -> None:
-    """Chunk after chunk with the state carried over; a stream that equals the whole decode is recorded by its lengths."""
+    """Chunk after chunk with the state carried over; one that equals the whole decode is recorded by its lengths."""
     name, state, parts, start = "stream." + "_".join(map(str, chunks)), None, [], 0
     for frames in chunks:
         px, state = codec.decode_stream(latents[:, start : start + frames], state)

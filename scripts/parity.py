@@ -1,4 +1,4 @@
-"""Does vidistill compute what the original implementations computed? Reads a golden folder, runs the same case, compares.
+"""Does vidistill compute what the originals computed? Reads a golden folder, runs the same case, compares.
 
     python scripts/parity.py DIR [DIR ...] [--tolerance 1e-4] [--quiet]
 

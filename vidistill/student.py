@@ -106,7 +106,7 @@ class CausalStudent(nn.Module):
         return seen & (recent | (key < self.cfg.memory.sinks)[None])
 
     def teacher_forcing_mask(self, frames: int) -> Tensor:
-        """Frame mask [2 F, 2 F] of a clean clip followed by a noisy one: noisy chunks see clean history and themselves."""
+        """Frame mask [2 F, 2 F] of a clean clip and then a noisy one, whose chunks see clean history and themselves."""
         chunk = self.chunk_of_frames(frames)
         clean = self.causal_mask(frames)
         own = chunk[None] == chunk[:, None]
