@@ -19,7 +19,7 @@ from vidistill.codecs.tiny import TinyCodec
 from vidistill.config import build
 from vidistill.diffusion import NoiseSchedule
 from vidistill.dit import DiTConfig, VideoDiT
-from vidistill.schedules import ScheduleConfig
+from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 
@@ -195,3 +195,23 @@ def load_codec_of(bundle: Bundle) -> Codec:
 def load_student(name: str | Path) -> Bundle:
     """A student ready to stream: `bundle.net` is a CausalStudent, `bundle.schedule` its passes."""
     return load(name, "student")
+
+
+def summary(name: str | Path) -> dict[str, Any]:
+    """What a checkpoint is: kind, sizes, schedule with its evaluations per chunk, card."""
+    path = locate(name)
+    record = json.loads(path.with_name(path.name + ".json").read_text())
+    with torch.device("meta"):
+        net = rebuild(record)
+    row = {
+        "kind": record["kind"],
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "bytes": path.with_name(path.name + ".safetensors").stat().st_size,
+        "card": record.get("card", {}),
+    }
+    if record["kind"] == "student":
+        schedule = build(ScheduleConfig, record["schedule"])
+        row["schedule"] = record["schedule"]
+        row["nfe_per_chunk"] = evaluations(schedule, 7)
+        row["nfe_7_chunks"] = sum(row["nfe_per_chunk"])
+    return row

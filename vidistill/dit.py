@@ -12,12 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidistill.conditioning import SITES, Condition
+from vidistill.diffusion import v_from_x0
 from vidistill.memory import KVMemory, Recall, frame_positions
 from vidistill.ops.attention import attention
 from vidistill.ops.rope import rope_table, rotate
 
 PLACES = ("before", "after_attention")
 ACTIVATIONS = {"silu": lambda width: nn.SiLU(), "norm": nn.LayerNorm}
+
+
+PREDICTS = ("velocity", "x0")
+NO_GRID = (0, 0)
+SIGMA_FLOOR = 0.05  # below it a predicted x0 is not divided further
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class DiTConfig:
     eps: float = 1e-6
     rope_theta: float = 10_000.0
     sites: Mapping[str, SiteConfig] = field(default_factory=dict)
+    predicts: str = "velocity"  # what the head says: `velocity`, or `x0` where a patch is as wide as the network
+    grid: tuple[int, int] = NO_GRID  # learned position of every token of a frame of this grid; (0, 0): none
     checkpoint: bool = False  # recompute block activations in the backward pass
 
     def __post_init__(self) -> None:
@@ -67,6 +75,8 @@ class DiTConfig:
             raise ValueError(f"dit.width {self.width} must be an even multiple of dit.heads {self.heads}")
         if self.patch[0] != 1:
             raise ValueError(f"dit.patch[0] must be 1 (chunks are whole latent frames), got {self.patch}")
+        if self.predicts not in PREDICTS:
+            raise ValueError(f"dit.predicts {self.predicts!r} is unknown; choose one of {PREDICTS}")
         unknown = sorted(set(self.sites) - set(SITES))
         if unknown:
             raise ValueError(f"dit.sites has no site {unknown}; sites are {SITES}")
@@ -265,6 +275,8 @@ class VideoDiT(nn.Module):
             )
         if cfg.image_dim:
             self.img_emb = ImageEmbedding(cfg.image_dim, width)
+        if cfg.grid != NO_GRID:
+            self.position = nn.Parameter(0.02 * torch.randn(cfg.grid[0] * cfg.grid[1], width))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = Head(cfg)
         self.sites = nn.ModuleDict(
@@ -322,7 +334,8 @@ class VideoDiT(nn.Module):
             key = self.sites["qk"](cond.per_frame["qk"], layer) if "qk" in self.sites else None
             args = (h, e6, table, tokens, mask, history, layer, inside, key)
             h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
-        return self.unpatchify(self.head(h, e).to(x.dtype), grid)
+        out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
+        return v_from_x0(x, out, sigma, SIGMA_FLOOR) if self.cfg.predicts == "x0" else out
 
     def embed_time(self, sigma: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """Time embedding [B, F, D] and block modulation [B, F, 6, D]."""
@@ -339,7 +352,8 @@ class VideoDiT(nn.Module):
                 raise ValueError(f"this network needs Condition.channels with {self.cfg.extra_channels} channels")
             x = torch.cat((x, cond.channels.to(x.dtype)), dim=2)
         _, p, q = self.cfg.patch
-        return self.patch_embedding(rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q))
+        h = self.patch_embedding(rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q))
+        return h + self.position if self.cfg.grid != NO_GRID else h
 
     def embed_tokens(self, cond: Condition) -> Tensor | None:
         """Condition tokens at the network's width; image tokens come first, zero-padded to the text tokens' width."""

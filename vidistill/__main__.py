@@ -1,0 +1,8 @@
+"""`python -m vidistill` and `torchrun -m vidistill`."""
+
+import sys
+
+from vidistill.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""`vidistill`: parse, load a config, call one function."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vidistill import __version__
+
+log = logging.getLogger("vidistill")
+USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is intact", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if args.verbose:
+            raise
+        print(f"vidistill {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, one function a subcommand."""
+    root = argparse.ArgumentParser(
+        prog="vidistill", description="Distil video diffusion models into causal students that stream in real time."
+    )
+    root.add_argument("--version", action="version", version=__version__)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_train, add_generate, add_serve, add_bench, add_eval, add_data, add_info):
+        command = add(commands)
+        command.add_argument("-v", "--verbose", action="store_true", help="more log lines, tracebacks on errors")
+    return root
+
+
+def add_train(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "train",
+        help="run a training stage",
+        description="Run the training stage of a YAML to its end. The same command resumes it after a stop.",
+        epilog="example: vidistill train configs/doom/teacher.yaml steps=2000 optim.lr=3e-4",
+    )
+    p.add_argument("config", help="YAML of the stage")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=1e-4")
+    p.add_argument("--dry-run", action="store_true", help="check the config and print it whole, train nothing")
+    p.set_defaults(run=run_train)
+    return p
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from vidistill.config import load_config
+    from vidistill.trainer import TrainConfig, train
+
+    cfg = load_config(TrainConfig, args.config, args.overrides)
+    if args.dry_run:
+        print(json.dumps(asdict(cfg), indent=1))
+        return
+    train(cfg)
+
+
+def add_generate(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "generate",
+        help="stream a student to a video file",
+        description="Stream a student to an mp4 and a contact sheet (PNG beside it).",
+        epilog="example: vidistill generate doom -o walk.mp4 --seconds 10 --action forward:20,turn_left:16",
+    )
+    p.add_argument("name", help="a bundled name or the path of a student")
+    p.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="video file (default: out.mp4)")
+    p.add_argument("--seconds", type=float, default=10.0, help="length of the video (default: 10)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    p.add_argument("--image", type=Path, help="start picture (PNG); default: a bundled one")
+    p.add_argument(
+        "--action", default="", help="what to do, e.g. forward:20,turn_left+forward:16 (frames), repeated to the end"
+    )
+    p.add_argument("--prompt", help="text, for students that listen to text")
+    p.add_argument("--scale", type=int, default=4, help="enlarge pixels by this factor (default: 4)")
+    p.set_defaults(run=run_generate)
+    return p
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from vidistill import checkpoint, video
+    from vidistill.stream import StreamConfig, StreamSession, parse_script
+
+    bundle = checkpoint.load_student(args.name)
+    image = video.read_image(args.image) if args.image else None
+    codec = checkpoint.load_codec_of(bundle)
+    with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
+        if args.prompt:
+            session.set(prompt=args.prompt)
+        total = max(1, round(args.seconds * session.fps))
+        frames = session.record(total, parse_script(args.action))
+        video.write_video(args.out, frames, session.fps, scale=args.scale)
+        sheet = args.out.with_suffix(".png")
+        video.save_png(sheet, video.contact_sheet([frames], every=max(1, total // 12), scale=2))
+    print(f"{args.out} ({total} frames), {sheet}")
+
+
+def add_serve(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser("serve", help="play a student in the browser", description="Serve a student as a web page.")
+    p.add_argument("name", help="a bundled name or the path of a student")
+    p.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
+    p.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
+    p.add_argument("--max-viewers", type=int, default=2, help="viewers at a time, a dream each (default: 2)")
+    p.set_defaults(run=run_serve)
+    return p
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    from vidistill.serve import serve
+
+    serve(args.name, host=args.host, port=args.port, max_viewers=args.max_viewers)
+
+
+def add_bench(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "bench",
+        help="measure speed and latency",
+        description="Time a streaming student, beside another student or a teacher in the same run.",
+    )
+    p.add_argument("name", nargs="?", help="a bundled name or the path of a student")
+    p.add_argument("--vs", help="a student or teacher to measure in the same run")
+    p.add_argument("--growth", action="store_true", help="chunk time and bytes after 1, 10 and 60 minutes of stream")
+    p.add_argument("--random-weights", nargs="+", metavar="key=value", help="bench any shape without a checkpoint")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    p.set_defaults(run=run_bench)
+    return p
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from vidistill import bench
+
+    if args.random_weights:
+        result = bench.random_bench(args.random_weights)
+    elif args.name:
+        result = bench.bench(args.name, vs=args.vs, growth=args.growth)
+    else:
+        raise ValueError("name a student, or give --random-weights")
+    print(result.table())
+    if args.json:
+        print(result.to_json())
+
+
+def add_eval(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "eval",
+        help="judge a student beside its teacher and real video",
+        description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
+    )
+    p.add_argument("name", help="a bundled name or the path of a student or teacher")
+    p.add_argument("--clips", type=int, default=256, help="held-out clips (default and protocol: 256)")
+    p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    p.set_defaults(run=run_eval)
+    return p
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from vidistill import evaluate
+
+    result = evaluate.run(args.name, clips=args.clips, out=args.out)
+    if args.json:
+        print(json.dumps(result))
+
+
+def add_data(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser("data", help="record and encode clips", description="Record clips, and encode them.")
+    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
+    doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
+    doom.add_argument("out", type=Path, help="folder to write")
+    doom.add_argument("--split", choices=("train", "held_out"), default="train")
+    doom.add_argument("--episodes", type=int, default=256)
+    doom.add_argument("--frames", type=int, default=321, help="pixel frames an episode (default: 321)")
+    doom.add_argument("--codec", help="write latents of this codec instead of pixels")
+    doom.add_argument("--workers", type=int, default=2, help="engine processes (default: 2)")
+    doom.set_defaults(run=run_data_doom)
+    return p
+
+
+def run_data_doom(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from vidistill import checkpoint, data
+    from vidistill.sources import doom
+
+    if (args.out / data.META).is_file():
+        print(f"{args.out} is there already ({data.read_meta(args.out)['episodes']} episodes); remove it to make it anew")
+        return
+    cfg = doom.DoomConfig(num_frames=args.frames)
+    seeds = doom.seeds(args.split, args.episodes)
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
+    meta = {
+        "source": "doom",
+        "split": args.split,
+        "config": asdict(cfg),
+        "fps": cfg.fps,
+        "actions": list(doom.ACTIONS),
+        "px_size": cfg.size,
+        "codec": args.codec,
+    }
+    episodes = tqdm(doom.record_many(cfg, seeds, args.workers), total=len(seeds), desc="episodes", disable=None)
+    shards = data.frame_shards(episodes)
+    data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
+    print(f"{args.out}: {len(seeds)} episodes of {args.frames} frames")
+
+
+def add_info(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "info", help="what is bundled, and what a checkpoint is", description="The zoo, or one checkpoint in detail."
+    )
+    p.add_argument("name", nargs="?", help="a bundled name or a path; default: list the zoo")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    p.set_defaults(run=run_info)
+    return p
+
+
+def run_info(args: argparse.Namespace) -> None:
+    from vidistill import checkpoint
+
+    names = [args.name] if args.name else sorted(checkpoint.zoo_names())
+    rows = {name: checkpoint.summary(name) for name in names}
+    for name, row in rows.items():
+        nfe = f"  evaluations a chunk {row['nfe_per_chunk']}" if "nfe_per_chunk" in row else ""
+        print(f"{name:20s} {row['kind']:8s} {row['parameters'] / 1e6:6.2f}M  {row['bytes'] / 1e6:6.2f} MB{nfe}")
+    if args.json:
+        print(json.dumps(rows[args.name] if args.name else rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
