@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes the bundled doom checkpoints from nothing: record, codec, encode, teacher, causal init, Self Forcing.
+# Every stage resumes where it stopped when the script runs again; finished stages are skipped.
+# Usage: scripts/reproduce_doom.sh [STAGE ...]   (default: all stages in order)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+command -v vidistill >/dev/null || { echo "activate an environment with vidistill first: pip install -e '.[doom,eval]'" >&2; exit 1; }
+
+finished() { [ -f "runs/$1/$1.json" ]; }
+stage() { # name config: train unless finished, then bundle
+  finished "$1" || vidistill train "$2"
+  cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
+}
+
+frames() { vidistill data doom data/doom/frames --episodes 256; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
+codec() { stage doom-codec configs/doom/codec.yaml; }
+latents() { vidistill data doom data/doom/latents --episodes 768 --codec doom-codec; }
+teacher() { stage doom-teacher configs/doom/teacher.yaml; }
+tf() { stage doom-tf configs/doom/tf.yaml; }
+selfforcing() { stage doom-selfforcing configs/doom/selfforcing.yaml; }
+
+for name in "${@:-}"; do
+  case "$name" in
+    "") for s in frames codec latents teacher tf selfforcing; do echo "== $s"; $s; done ;;
+    frames | codec | latents | teacher | tf | selfforcing) echo "== $name"; $name ;;
+    *) echo "unknown stage $name; stages: frames codec latents teacher tf selfforcing" >&2; exit 2 ;;
+  esac
+done
