@@ -1,4 +1,4 @@
-"""Checkpoints that can rebuild what they hold: safetensors for numbers, JSON for everything else, written atomically."""
+"""Checkpoints that can rebuild what they hold: safetensors for numbers, JSON for the rest, written atomically."""
 
 import difflib
 import json
@@ -24,6 +24,7 @@ from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 
 FORMAT = 1
+KINDS = ("codec", "teacher", "student")
 
 
 class CheckpointError(ValueError):
@@ -34,6 +35,7 @@ def write_atomic(path: Path, write: Any) -> None:
     """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path)
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -44,6 +46,18 @@ def write_atomic(path: Path, write: Any) -> None:
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(f"could not write {path}: {error}; the previous file is untouched") from error
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left behind."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (ValueError, PermissionError):  # not ours
+            continue
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -85,12 +99,13 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> N
 
 @dataclass
 class Bundle:
-    """A loaded network and the record that rebuilt it. `kind` is codec, teacher or student."""
+    """A loaded network and the record that rebuilt it. `kind` is one of KINDS; `folder` holds its files."""
 
     name: str
     kind: str
     net: Any
     record: dict[str, Any]
+    folder: Path = Path(".")
 
     @property
     def shape(self) -> LatentShape:
@@ -109,9 +124,17 @@ def export(path: str | Path, net: nn.Module, record: Mapping[str, Any], dtype: t
     """Write `net` as PATH.safetensors (weights in `dtype`) and PATH.json (record: architecture, provenance, card)."""
     path = Path(path)
     tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in net.state_dict().items()}
+    bad = [n for n, t in tensors.items() if not t.isfinite().all()]
+    if bad:
+        raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype}")
     full = {"format": FORMAT, **describe(net), **record}
-    save_tensors(path.with_suffix(".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
-    write_atomic(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))
+    save_tensors(beside(path, ".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
+    write_atomic(beside(path, ".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """`path` with `suffix` added; a dot in its name is part of the name."""
+    return path.with_name(path.name + suffix)
 
 
 def describe(net: nn.Module) -> dict[str, Any]:
@@ -146,7 +169,7 @@ def zoo_names() -> dict[str, str]:
 def locate(name: str | Path) -> Path:
     """Path (without suffix) of a checkpoint: a bundled name, or a path to its .safetensors or .json file."""
     path = Path(name).with_suffix("") if str(name).endswith((".safetensors", ".json")) else Path(name)
-    if path.with_name(path.name + ".json").is_file():
+    if beside(path, ".json").is_file():
         return path
     names = zoo_names()
     if str(name) in names:
@@ -159,18 +182,30 @@ def locate(name: str | Path) -> Path:
 def load(name: str | Path, kind: str | None = None) -> Bundle:
     """The network of a checkpoint in float32, ready to run; CheckpointError names what is wrong with it."""
     path = locate(name)
-    try:
-        record = json.loads(path.with_name(path.name + ".json").read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}.json is damaged: {error}") from error
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}.json has format {record.get('format')!r}; this version reads {FORMAT}")
+    record = read_record(path)
     if kind and record["kind"] != kind:
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
-    tensors, _ = read_tensors(path.with_name(path.name + ".safetensors"))
-    net = rebuild(record)
+    tensors, _ = read_tensors(beside(path, ".safetensors"))
+    try:
+        net = rebuild(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}.json does not describe a network that can be built: {error}") from error
     load_into(net, tensors, str(path))
-    return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record)
+    return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the checkpoint at `path` (without suffix); CheckpointError if it is damaged or not ours."""
+    try:
+        record = json.loads(beside(path, ".json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}.json is damaged: {error}") from error
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}.json has format {found!r}; this version reads {FORMAT}")
+    if record.get("kind") not in KINDS:
+        raise CheckpointError(f"{path}.json is a {record.get('kind')!r}; networks are {', '.join(KINDS)}")
+    return record
 
 
 def rebuild(record: Mapping[str, Any]) -> nn.Module:
@@ -187,8 +222,10 @@ def rebuild(record: Mapping[str, Any]) -> nn.Module:
 def load_codec_of(bundle: Bundle) -> Codec:
     """The codec a network was trained on: beside its own files, or bundled."""
     name = bundle.record["codec"]
-    beside = Path(bundle.record.get("folder", ".")) / name
-    codec: Codec = load(beside if beside.with_suffix(".json").is_file() else name, "codec").net
+    if not name:
+        raise CheckpointError(f"{bundle.name} names no codec: its latents cannot be decoded")
+    near = bundle.folder / name
+    codec: Codec = load(near if beside(near, ".json").is_file() else name, "codec").net
     return codec
 
 
@@ -200,13 +237,13 @@ def load_student(name: str | Path) -> Bundle:
 def summary(name: str | Path) -> dict[str, Any]:
     """What a checkpoint is: kind, sizes, schedule with its evaluations per chunk, card."""
     path = locate(name)
-    record = json.loads(path.with_name(path.name + ".json").read_text())
+    record = read_record(path)
     with torch.device("meta"):
         net = rebuild(record)
     row = {
         "kind": record["kind"],
         "parameters": sum(p.numel() for p in net.parameters()),
-        "bytes": path.with_name(path.name + ".safetensors").stat().st_size,
+        "bytes": beside(path, ".safetensors").stat().st_size,
         "card": record.get("card", {}),
     }
     if record["kind"] == "student":

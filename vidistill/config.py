@@ -1,6 +1,7 @@
 """YAML and `key=value` overrides -> frozen dataclasses, with errors that say what to do."""
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -28,25 +29,39 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     if bad:
         raise ConfigError(f"overrides are written key=value, got {bad[0]!r}")
     try:
-        merged = OmegaConf.merge(read_yaml(path) if path else {}, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(read_yaml(path) if path else {}, parse(OmegaConf.from_dotlist, list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (TypeError, AttributeError) as error:  # OmegaConf: a list where keys are expected
+        raise ConfigError(f"{path} and {list(overrides)} do not merge: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
     return build(cls, values)
 
 
-def read_yaml(path: str | Path) -> Any:
-    """The merged OmegaConf node of a YAML file and the files it is based on."""
+def parse(read: Any, source: Any) -> Any:
+    """`read(source)`, with any complaint of the YAML parser as a ConfigError."""
+    try:
+        return read(source)
+    except (OSError, OmegaConfBaseException):
+        raise
+    except Exception as error:  # the parser's own exceptions, whose package OmegaConf hides
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+
+
+def read_yaml(path: str | Path, above: tuple[Path, ...] = ()) -> Any:
+    """The merged OmegaConf node of a YAML file and the files it is based on; `above` are the files that led to it."""
     path = Path(path)
+    if path.resolve() in above:
+        raise ConfigError(f"base: goes in a circle: {' -> '.join(p.name for p in (*above, path))}")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
         hint = f"; did you mean {near[0]}?" if near else ""
         raise FileNotFoundError(f"no config file {path}{hint}")
-    node = OmegaConf.load(path)
+    node = parse(OmegaConf.load, path)
     base = node.pop("base", None) if OmegaConf.is_dict(node) else None
-    return OmegaConf.merge(read_yaml(path.parent / base), node) if base else node
+    return OmegaConf.merge(read_yaml(path.parent / base, (*above, path.resolve())), node) if base else node
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -66,7 +81,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         return cls(**kwargs)
     except ConfigError:
         raise
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
 
 
@@ -114,13 +129,10 @@ def convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 def convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if hint is float:
+        return convert_float(value, where)
+    if hint is int and isinstance(value, float) and value.is_integer():  # steps=1e4
+        return int(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if hint is Path and isinstance(value, str):
@@ -128,3 +140,14 @@ def convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{where} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+
+
+def convert_float(value: Any, where: str) -> float:
+    """A finite number; YAML reads 1e-4 as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{where} must be a finite number, got {value!r} ({type(value).__name__})")
+    return number

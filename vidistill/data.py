@@ -10,38 +10,71 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.conditioning import Condition, pack_actions
+from vidistill.conditioning import ACTION_SITE, Condition, pack_actions
+from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.sampling import trajectory
 from vidistill.sources import Episode
 
 META = "meta.json"
+SETTINGS = "settings.json"
+
+
+class DataError(ValueError):
+    """A data folder that cannot be used; the message names the file or the setting."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """A training batch: a clip `x` (latents [B, F, C, H, W], or pixels for a codec), its condition, and how many of
-    its first frames are given clean."""
+    its first frames are given clean. `target` [B, F, C, H, W] is a teacher's sample for the same noise, if asked for."""
 
     x: Tensor
     cond: Condition = Condition()
     given: int = 0
+    target: Tensor | None = None
 
 
-def write_shards(folder: str | Path, shards: Iterable[tuple[dict[str, Tensor], list[dict]]], meta: Mapping) -> None:
-    """Write (tensors, one description per episode) shards and `meta` as a folder that appears only when complete."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
+Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the episode, a description of each
+
+
+def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> None:
+    """Write shards and `meta` as a folder that appears only when complete."""
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     described: list[dict] = []
     count = 0
     for count, (tensors, episodes) in enumerate(shards, 1):
-        save_file(tensors, partial / f"shard-{count - 1:05d}.safetensors")
+        write_shard(partial / f"shard-{count - 1:05d}.safetensors", tensors)
         described += episodes
-    record = {**meta, "shards": count, "episodes": len(described), "described": described}
+    finish_shards(folder, count, described, meta)
+
+
+def partial_of(folder: str | Path) -> Path:
+    """Where the shards of `folder` lie until all are there."""
+    return Path(folder).with_name(Path(folder).name + ".partial")
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one shard whole or not at all; OSError if the disk is full."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    os.replace(temporary, path)
+
+
+def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: Mapping) -> None:
+    """Turn the partial folder of `folder` into the folder itself."""
+    if not described:
+        raise DataError(f"{folder} would hold no episodes; record at least one")
+    partial = partial_of(folder)
+    record = {**meta, "shards": shards, "episodes": len(described), "described": described}
     (partial / META).write_text(json.dumps(record))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -61,7 +94,8 @@ def frame_shards(episodes: Iterable[Episode], per_shard: int = 64) -> Iterator[t
 
 def stack_episodes(episodes: list[Episode]) -> tuple[dict[str, Tensor], list[dict]]:
     tensors = {
-        name: torch.from_numpy(np.stack([getattr(e, name) for e in episodes])) for name in ("frames", "actions", "poses")
+        name: torch.from_numpy(np.stack([getattr(e, name) for e in episodes]))
+        for name in ("frames", "actions", "poses")
     }
     return tensors, [{"seed": e.seed, "walls": e.walls} for e in episodes]
 
@@ -70,14 +104,21 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / META
     if not path.is_file():
         raise FileNotFoundError(f"no data in {folder} ({META} is missing): make it with `vidistill data`")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); make the data again") from error
 
 
 def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:
     """The tensors of every shard, in order; `names` picks some."""
     for i in range(read_meta(folder)["shards"]):
-        with safe_open(Path(folder) / f"shard-{i:05d}.safetensors", framework="pt") as shard:
-            yield {name: shard.get_tensor(name) for name in (names or shard.keys())}
+        path = Path(folder) / f"shard-{i:05d}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as shard:
+                yield {name: shard.get_tensor(name) for name in (names or shard.keys())}
+        except (SafetensorError, FileNotFoundError) as error:
+            raise DataError(f"{path} is missing, damaged or lacks {names} ({error}); make the data again") from error
 
 
 class Clips:
@@ -85,6 +126,7 @@ class Clips:
 
     def __init__(self, folder: str | Path, names: Iterable[str] | None = None, episodes: int = 0) -> None:
         """`episodes`: how many to load, from the first (rounded up to whole shards); 0 loads all."""
+        self.folder = Path(folder)
         self.meta = read_meta(folder)
         parts, count = [], 0
         for part in read_shards(folder, names):
@@ -97,40 +139,76 @@ class Clips:
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0]
 
-    def windows(self, batch: int, length: int, seed: int, step: int, name: str, stride: int = 1) -> list[tuple[int, int]]:
+    @property
+    def kind(self) -> str:
+        """What an episode is: `frames` (pixels), `latents`, or `trajectories` of a teacher."""
+        if "states" in self.tensors:
+            return "trajectories"
+        return "latents" if "latents" in self.tensors else "frames"
+
+    def need(self, kind: str) -> None:
+        """Raise DataError unless the episodes are of this kind."""
+        if self.kind != kind:
+            raise DataError(f"{self.folder} holds {self.kind}, {kind} are needed here: `vidistill data --help`")
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent frame."""
+        channels, height, width = self.tensors["states" if self.kind == "trajectories" else "latents"].shape[-3:]
+        return channels, height, width
+
+    def windows(
+        self, batch: int, length: int, seed: int, step: int, name: str, stride: int = 1
+    ) -> list[tuple[int, int]]:
         """(episode, first frame) of `batch` windows of `length` entries of tensor `name`, starts on `stride`."""
         total = self.tensors[name].shape[1]
         if length > total:
-            raise ValueError(f"clips of {length} frames do not fit episodes of {total}; record longer ones")
+            raise DataError(f"clips of {length} frames do not fit episodes of {total}; record longer ones")
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, (total - length) // stride + 1, size=batch) * stride
         return list(zip(rng.integers(0, len(self), size=batch).tolist(), starts.tolist(), strict=True))
 
     def frames(self, batch: int, length: int, seed: int, step: int) -> Tensor:
         """Pixels [B, length, 3, H, W] in [0, 1] of random windows of a frame dataset."""
+        self.need("frames")
         frames = self.tensors["frames"]
         picked = [frames[e, s : s + length] for e, s in self.windows(batch, length, seed, step, "frames")]
         return torch.stack(picked).permute(0, 1, 4, 2, 3).float() / 255
 
     def latents(self, batch: int, length: int, seed: int, step: int) -> Batch:
         """Windows of a latent dataset that start from a picture: latent 0 is the codec's latent of one frame."""
+        self.need("latents")
         return self.gather(self.windows(batch, length, seed, step, "latents"), length)
+
+    def trajectories(self, batch: int, seed: int, step: int) -> Batch:
+        """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at the K levels of `meta`, then the sample."""
+        self.need("trajectories")
+        picked = torch.from_numpy(np.random.default_rng((seed, step)).integers(0, len(self), size=batch))
+        cond = Condition(per_frame={ACTION_SITE: self.tensors["actions"][picked].float()})
+        return Batch(self.tensors["states"][picked].float(), cond, given=1)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
         latents, cond = [], []
         for e, s in windows:
-            clip = self.tensors["latents"][e, s : s + length].float()
-            clip[0] = self.tensors["images"][e, s].float()
-            actions = self.tensors["actions"][e, s : s + length].clone()
-            actions[0, :-1] = 0.0
-            latents.append(clip)
-            cond.append(actions)
-        return Batch(torch.stack(latents), Condition(per_frame={"modulation": torch.stack(cond)}), given=1)
+            clip = self.tensors["latents"][e, s : s + length]
+            latents.append(torch.cat((self.tensors["images"][e, s : s + 1], clip[1:])).float())
+            cond.append(self.tensors["actions"][e, s : s + length])
+        return Batch(
+            torch.stack(latents), start_of_clip(Condition(per_frame={ACTION_SITE: torch.stack(cond)})), given=1
+        )
+
+
+def start_of_clip(cond: Condition) -> Condition:
+    """`cond` whose first frame is the picture before anything was done: its actions are zero, not null."""
+    per_frame = {site: x.clone() for site, x in cond.per_frame.items()}
+    if ACTION_SITE in per_frame:
+        per_frame[ACTION_SITE][:, 0, :-1] = 0.0
+    return Condition(cond.tokens, per_frame, cond.channels, cond.negative)
 
 
 @torch.no_grad()
-def latent_shard(shard: tuple[dict[str, Tensor], list[dict]], codec: Any) -> tuple[dict[str, Tensor], list[dict]]:
+def latent_shard(shard: Shard, codec: Any) -> Shard:
     """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3].
 
     `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of that
@@ -149,3 +227,63 @@ def latent_shard(shard: tuple[dict[str, Tensor], list[dict]], codec: Any) -> tup
         "actions": pack_actions(tensors["actions"], factor),
         "poses": tensors["poses"][:, ::factor].contiguous(),
     }, described
+
+
+LEVEL_TOLERANCE = 2e-3  # levels are written with few digits
+
+
+def sampler_levels(noise: NoiseSchedule, steps: int, levels: Iterable[float]) -> tuple[int, tuple[float, ...]]:
+    """The fewest sampler steps, at least `steps`, whose list holds all `levels`, and the levels as they are on it."""
+    wanted = tuple(levels)
+    if not wanted or wanted[0] != 1.0 or sorted(wanted, reverse=True) != list(wanted) or wanted[-1] <= 0:
+        raise DataError(f"levels fall from 1.0 and stay above 0, got {list(wanted)}")
+    for n in range(steps, 4 * steps + 1):
+        listed = noise.steps(n)
+        exact = tuple(min(listed, key=lambda s: abs(s - level)) for level in wanted)
+        if len(set(exact)) == len(wanted) and all(
+            abs(e - level) < LEVEL_TOLERANCE for e, level in zip(exact, wanted, strict=True)
+        ):
+            return n, exact
+    near = [min(noise.steps(steps), key=lambda s: abs(s - level)) for level in wanted]
+    raise DataError(
+        f"levels {list(wanted)} lie on no sampler of {steps} to {4 * steps} steps with shift {noise.shift}; the nearest "
+        f"of {steps} steps are {[round(s, 4) for s in near]}"
+    )
+
+
+@torch.no_grad()
+def trajectory_states(
+    net: Denoiser, batch: Batch, sigmas: Iterable[float], levels: Iterable[float], scale: float, rng: torch.Generator
+) -> Tensor:
+    """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
+    noise = torch.randn(batch.x.shape, generator=rng)
+    given, kept = batch.x[:, : batch.given], {*levels, 0.0}
+    path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=[batch.cond.null()], scales=[scale])
+    return torch.stack([x.half() for sigma, x in path if sigma in kept], dim=1)
+
+
+def write_trajectories(
+    folder: str | Path, net: Denoiser, clips: Clips, meta: Mapping[str, Any], per_shard: int = 64, bar: Any = None
+) -> None:
+    """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
+
+    `meta` holds `frames`, `seed`, `sigmas`, `levels` and `guidance`. Clip i depends on (seed, i // per_shard) alone.
+    Source: CausVid 2412.07772, section 4.3.
+    """
+    partial, total = partial_of(folder), meta["clips"]
+    settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
+    if not (partial / SETTINGS).is_file() or (partial / SETTINGS).read_text() != settings:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / SETTINGS).write_text(settings)
+    shards = -(-total // per_shard)
+    for i in range(shards):
+        size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
+        if not path.is_file():
+            batch = clips.latents(size, meta["frames"], meta["seed"], i)
+            rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
+            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng)
+            write_shard(path, {"states": states, "actions": batch.cond.per_frame[ACTION_SITE].contiguous()})
+        if bar is not None:
+            bar.update(size)
+    finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)
