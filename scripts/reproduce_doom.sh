@@ -15,7 +15,10 @@ stage() { # name config: train unless finished, then bundle
 frames() { vidistill data doom data/doom/frames --episodes 256; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
 codec() { stage doom-codec configs/doom/codec.yaml; }
 latents() { vidistill data doom data/doom/latents --episodes 768 --codec doom-codec; }
-teacher() { stage doom-teacher configs/doom/teacher.yaml; }
+teacher() {
+  finished doom-teacher-short || vidistill train configs/doom/teacher-short.yaml
+  stage doom-teacher configs/doom/teacher.yaml
+}
 tf() { stage doom-tf configs/doom/tf.yaml; }
 selfforcing() { stage doom-selfforcing configs/doom/selfforcing.yaml; }
 

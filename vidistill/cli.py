@@ -184,6 +184,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom.add_argument("out", type=Path, help="folder to write")
     doom.add_argument("--split", choices=("train", "held_out"), default="train")
     doom.add_argument("--episodes", type=int, default=256)
+    doom.add_argument("--first", type=int, default=0, help="seed of the first episode within the split (default: 0)")
     doom.add_argument("--frames", type=int, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
     doom.add_argument("--workers", type=int, default=2, help="engine processes (default: 2)")
@@ -201,7 +202,7 @@ def run_data_doom(args: argparse.Namespace) -> None:
         print(f"{args.out} is there already ({data.read_meta(args.out)['episodes']} episodes); remove it to make it anew")
         return
     cfg = doom.DoomConfig(num_frames=args.frames)
-    seeds = doom.seeds(args.split, args.episodes)
+    seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]
     codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "doom",
