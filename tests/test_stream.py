@@ -14,7 +14,7 @@ import torch
 from conftest import ACTIONS, DIT, SHAPE, STUDENT, random_dit
 
 from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
-from vidistill.conditioning import Inputs
+from vidistill.conditioning import Inputs, parse_script, scripted
 from vidistill.dit import DiTConfig, SiteConfig
 from vidistill.memory import MemoryConfig
 from vidistill.schedules import endless
@@ -221,6 +221,37 @@ def test_inputs_a_student_does_not_know_are_refused(session):
         stream.set(tokens=torch.zeros(2, 8))
 
 
+@pytest.mark.parametrize("cfg", [INLINE, StreamConfig()])
+def test_a_script_is_followed_chunk_by_chunk(session, cfg):
+    recorded = session(cfg).record(37, parse_script("turn_left:13, forward+turn_right:12, still:12"))
+    by_hand, expected = session(), []
+    source = by_hand.frames()
+    expected += take(source, 1)
+    for action in ({"turn_left": 1.0}, {"forward": 1.0, "turn_right": 1.0}, {"forward": 0.0}):
+        by_hand.set(action=action)
+        expected += take(source, 12)
+    assert np.array_equal(recorded, pictures(expected))
+
+
+def test_a_script_begins_again_at_its_end():
+    script = parse_script("forward:2,still:1")
+    assert [dict(scripted(script, frame)) for frame in range(5)] == [
+        {"forward": 1.0}, {"forward": 1.0}, {}, {"forward": 1.0}, {"forward": 1.0},
+    ]  # fmt: skip
+    assert not parse_script("")
+
+
+@pytest.mark.parametrize("text", ["forward", "forward:0", ":3", "forward:x"])
+def test_a_script_that_cannot_be_read_is_refused(text):
+    with pytest.raises(ValueError, match="is not ACTION:FRAMES"):
+        parse_script(text)
+
+
+def test_a_script_of_unknown_actions_is_refused(session):
+    with pytest.raises(ValueError, match="'jump' is unknown"):
+        session().record(3, parse_script("jump:3"))
+
+
 def test_tokens_switch_at_a_chunk_boundary():
     bundle = noise_bundle(replace(DIT, text_dim=8, sites={}))
     plain, told = (StreamSession(bundle, None, INLINE) for _ in range(2))
@@ -305,7 +336,8 @@ def test_inputs_outlive_a_reset(session):
 
 
 def test_a_stream_of_200_chunks_costs_what_a_short_one_costs(session):
-    stream = session(StreamConfig(seed=3))
+    quick = {"levels": [1.0], "context": "last_step", "given_chunks": 1}
+    stream = session(StreamConfig(seed=3), schedule=quick)
     source = stream.frames()
     take(source, 20 * 12)
     started, frames_known = stream.memory_bytes, len(stream._engine._taken)
@@ -372,10 +404,16 @@ def test_a_forgotten_session_stops_its_threads(bundle, codec, tiny_image):
 def test_closing_ends_a_consumer_that_waits(session):
     stream = session(StreamConfig())
     taken = []
-    consumer = threading.Thread(target=lambda: taken.extend(f.index for f in stream.frames()))
+    some = threading.Event()
+
+    def consume() -> None:
+        for frame in stream.frames():
+            taken.append(frame.index)
+            some.set()
+
+    consumer = threading.Thread(target=consume)
     consumer.start()
-    while not taken:
-        pass
+    assert some.wait(60)
     stream.close()
     consumer.join(10)
     assert not consumer.is_alive()
@@ -407,10 +445,8 @@ def test_an_error_of_a_worker_reaches_the_consumer(session, bundle, codec, monke
     assert not threads_of_streams()
 
 
-def test_the_consumer_sets_the_pace(session, bundle, monkeypatch):
+def test_the_consumer_sets_the_pace(session, monkeypatch):
     begun = []
-    whole = type(bundle.net).new_memory
-    assert whole
     stream = session(StreamConfig(queue_frames=24))
     take_inputs = stream._engine._take_inputs
     monkeypatch.setattr(stream._engine, "_take_inputs", lambda p: (begun.append(p.chunk), take_inputs(p)))

@@ -225,3 +225,27 @@ class Inputs:
             action = torch.tensor(wish.action, device=self.device)
             per_frame[ACTION_SITE] = hold_action(action, start, stop, self.factor)
         return Condition(wish.tokens, per_frame)
+
+
+Script = Sequence[tuple[Mapping[str, float], int]]  # actions and for how many px frames they are held
+
+
+def parse_script(text: str) -> Script:
+    """The script that "forward:20,turn_left+forward:16,still:4" spells; ValueError for another form."""
+    script = []
+    for part in filter(None, text.replace(" ", "").split(",")):
+        names, _, frames = part.partition(":")
+        if not names or not frames.isdigit() or not int(frames):
+            raise ValueError(f"{part!r} is not ACTION:FRAMES or ACTION+ACTION:FRAMES, as in forward:20,still:4")
+        script.append(({name: 1.0 for name in names.split("+") if name != "still"}, int(frames)))
+    return script
+
+
+def scripted(script: Script, frame: int) -> Mapping[str, float]:
+    """What a script, repeated for ever, holds at px frame `frame`."""
+    left = frame % sum(frames for _, frames in script)
+    for action, frames in script:
+        left -= frames
+        if left < 0:
+            return action
+    raise AssertionError("a script is as long as its parts")

@@ -1,10 +1,13 @@
 """KV memory: what a student remembers of finished frames, what it costs, what stays. No attention maths."""
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("vidistill")
 
 Rotate = Callable[[Tensor, Tensor, bool], Tensor]  # keys [B, S, h, d], positions [S, 3], inverse -> keys
 
@@ -58,6 +61,16 @@ class MemoryConfig:
         """Bytes of all buffers, known before anything is allocated."""
         entries = 2 * self.frames + self.sinks  # keys and values, and the un-rotated keys of the sinks
         return batch * layers * entries * tokens_per_frame * width * itemsize
+
+
+def stream_memory(cfg: MemoryConfig, chunk: int) -> MemoryConfig:
+    """The memory of a stream without end: a `full` one becomes a window of the same size; says so once."""
+    if cfg.frames < cfg.sinks + chunk:
+        raise ValueError(f"memory.frames {cfg.frames} cannot hold {cfg.sinks} sinks and a chunk of {chunk} frames")
+    if cfg.policy != "full":
+        return cfg
+    log.info("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", cfg.frames)
+    return replace(cfg, policy="window")
 
 
 class KVMemory:

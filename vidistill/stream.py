@@ -1,12 +1,12 @@
 """StreamSession: a student that runs for ever, its inputs switchable at chunk boundaries. No training imports."""
 
-import logging
+import itertools
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,14 +15,12 @@ from torch import Tensor
 
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning import Condition, Inputs, Wish, concat
-from vidistill.memory import MemoryConfig
+from vidistill.conditioning import Condition, Inputs, Script, Wish, concat, scripted
+from vidistill.memory import MemoryConfig, stream_memory
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import Pass, endless, finite
 from vidistill.student import CausalStudent
 from vidistill.video import to_float, to_uint8
-
-log = logging.getLogger("vidistill")
 
 Admit = Callable[[int], bool]  # px frames of the next chunk -> may it start?
 
@@ -117,16 +115,6 @@ class _Stopwatch:
         return {**spent, "chunk_ms": sum(spent.values())}
 
 
-def stream_memory(cfg: MemoryConfig, chunk: int) -> MemoryConfig:
-    """The memory of a stream without end: a `full` one becomes a window of the same size; says so once."""
-    if cfg.frames < cfg.sinks + chunk:
-        raise ValueError(f"memory.frames {cfg.frames} cannot hold {cfg.sinks} sinks and a chunk of {chunk} frames")
-    if cfg.policy != "full":
-        return cfg
-    log.info("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", cfg.frames)
-    return replace(cfg, policy="window")
-
-
 class _Engine:
     """Denoiser and decoder of a session, without threads of its own."""
 
@@ -142,6 +130,7 @@ class _Engine:
         self.memory_config = stream_memory(cfg.memory or self.student.cfg.memory, self.student.cfg.chunk)
         self.memory = self.student.new_memory(1, cfg=self.memory_config)
         self.inputs = Inputs.of(bundle.record, self.factor, self.device)
+        self.script: Script = ()  # asked for at every chunk, in place of `set`
         self.closed = False
         self.dream = _Dream(0, cfg.seed, None)
         self._taken: dict[int, tuple[Wish, Condition]] = {}  # first latent frame of a chunk -> what it is made with
@@ -218,6 +207,8 @@ class _Engine:
         for chunk in range(p.chunk, p.chunk + len(p.sigma)):
             start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
             if start not in self._taken:
+                if self.script:
+                    self.inputs.set(scripted(self.script, max(0, self.factor * (start - 1) + 1)), None, None)
                 wish = self.inputs.wish
                 self._taken[start] = (wish, self.inputs.condition(wish, start, stop))
 
@@ -454,6 +445,16 @@ class StreamSession:
             yield frame
         if not self._engine.closed:
             raise RuntimeError("this stream failed before; open another session")
+
+    def record(self, count: int, script: Script = ()) -> np.ndarray:
+        """The next `count` frames, uint8 [T, H, W, 3]; each chunk takes the actions of `script` at its first frame."""
+        for action, _ in script:
+            self._engine.inputs.read_action(action)
+        self._engine.script = script
+        try:
+            return np.stack([frame.px for frame in itertools.islice(self.frames(), count)])
+        finally:
+            self._engine.script = ()
 
     def chunks(self) -> Iterator[Chunk]:
         """Finished chunks from the start of a new dream, for ever, not decoded, in the thread that asks for them."""

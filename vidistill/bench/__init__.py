@@ -1,17 +1,16 @@
-"""Times a StreamSession, and a teacher's clips beside it; no second loop. What each figure means stands at its field."""
+"""Times a StreamSession, and a teacher's clips beside it; no second loop. Each figure is explained at its field."""
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice, pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from vidistill.bench.machine import (
@@ -22,14 +21,15 @@ from vidistill.bench.machine import (
     resident_bytes,
     threads,
 )
-from vidistill.checkpoint import Bundle, load_codec_of
+from vidistill.bench.random_weights import RandomConfig, random_bench
+from vidistill.bench.result import SPREAD, BenchResult, Progress
+from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
 from vidistill.codecs import Codec
 from vidistill.conditioning import Inputs
 from vidistill.sampling import sample
 from vidistill.stream import Frame, StreamConfig, StreamSession
 
-Progress = Callable[[float, str], None]  # part done, what is being done
-SPREAD = 1.5  # p95 over p50 from which a run is called unsteady
+__all__ = ["BenchConfig", "BenchResult", "GateError", "RandomConfig", "bench", "random_bench"]
 
 
 class GateError(RuntimeError):
@@ -38,17 +38,19 @@ class GateError(RuntimeError):
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Rounds alternate between the student and what it is held against; in each, `chunks` are timed once memory is full
-    and `warmup_chunks` have passed, and `inputs` actions are set at random moments. A teacher makes clips of
-    `clip_frames` latents in `clip_steps` steps; `guidance` (None: as its checkpoint says) doubles its evaluations unless
-    it is 1. `growth_minutes`: also time `growth_chunks` chunks after so many minutes of one unbroken stream.
+    """Rounds alternate between the student and what it is held against. In each, `chunks` chunks are timed once memory
+    is full and `warmup_chunks` have passed, then `inputs` inputs are set at random moments.
+
+    `gate_chunks` are compared with the rollout first (0: until memory has begun to forget). A teacher makes clips of
+    `clip_frames` latents in `clip_steps` steps; `guidance` (None: its checkpoint's) doubles its evaluations unless it
+    is 1. `growth_minutes`: also time `growth_chunks` chunks up to each of these minutes of one unbroken stream.
     """
 
     rounds: int = 5
     chunks: int = 12
     inputs: int = 6
     warmup_chunks: int = 3
-    gate_chunks: int = 4
+    gate_chunks: int = 0
     seed: int = 0
     threads: int = 0  # 0: as torch is set
     pipelined: bool = True
@@ -59,90 +61,14 @@ class BenchConfig:
     growth_chunks: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "chunks", "gate_chunks", "clip_frames", "clip_steps", "growth_chunks"):
+        for name in ("rounds", "chunks", "clip_frames", "clip_steps", "growth_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"bench.{name} must be at least 1, got {getattr(self, name)}")
-        if self.inputs < 0 or self.warmup_chunks < 0 or self.threads < 0:
-            raise ValueError("bench.inputs, warmup_chunks and threads must not be negative")
+        for name in ("inputs", "warmup_chunks", "gate_chunks", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"bench.{name} must not be negative, got {getattr(self, name)}")
         if any(minutes <= 0 for minutes in self.growth_minutes):
             raise ValueError(f"bench.growth_minutes must be positive, got {list(self.growth_minutes)}")
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """Medians over rounds; `ranges` holds the lowest and highest round. None: the run cannot know it."""
-
-    name: str
-    fps: float | None  # decoded frames a second, steady, decode included, consumer never blocks
-    real_time_factor: float | None  # fps over the world's own
-    first_frame_ms: float | None  # from set() on an idle session of a warm network to the first generated image
-    chunk_ms_p50: float  # from one finished chunk to the next, on the host
-    chunk_ms_p95: float
-    input_to_frame_ms_p95: float | None  # from set() to the first image that used it, wait for the boundary included
-    nfe_per_chunk: int  # network evaluations, context passes included
-    latents_per_s: float
-    memory_bytes: int  # KV memory
-    peak_bytes: int  # highest resident size of the process (CUDA: allocated on the device) until then
-    parts_ms: Mapping[str, float]  # medians a chunk: denoise, context, decode, host
-    steady: bool  # chunk_ms_p95 <= 1.5 chunk_ms_p50; else the figures are of a disturbed machine
-    matmul_peak_gflops: float  # best median of square float32 products, same threads
-    model_flops_utilisation: float  # FLOPs that the passes need over their time, over that peak
-    warmup_ms: float  # first chunks of the process, not in any other figure
-    ranges: Mapping[str, tuple[float, float]]
-    env: Mapping[str, Any]
-    vs: Mapping[str, Any] | None = None
-    growth: Sequence[Mapping[str, float]] | None = None
-
-    def to_json(self) -> str:
-        """One line; floats rounded to four digits after the point."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for optional in ("vs", "growth"):
-            if values[optional] is None:
-                del values[optional]
-        return json.dumps(rounded(values))
-
-    def table(self) -> Table:
-        """The figures for people."""
-        table = Table(title=f"{self.name}, {self.env['cpu']}, {self.env['threads']} threads", show_header=False)
-        for label, text in self.rows():
-            table.add_row(label, text)
-        return table
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        def spread(key: str, unit: str, digits: int) -> str:
-            low, high = self.ranges[key]
-            return f"{getattr(self, key):.{digits}f} {unit}  ({low:.{digits}f} to {high:.{digits}f})"
-
-        if self.fps is not None and self.real_time_factor is not None:
-            yield "throughput", f"{spread('fps', 'frames/s', 1)}, {self.real_time_factor:.2f} x real time"
-        yield "latents", f"{self.latents_per_s:.1f} /s"
-        if self.first_frame_ms is not None:
-            yield "first frame", spread("first_frame_ms", "ms", 0)
-        unsteady = "" if self.steady else f"  UNSTEADY: p95 is over {SPREAD} x p50"
-        yield "chunk", f"p50 {self.chunk_ms_p50:.1f} ms, p95 {self.chunk_ms_p95:.1f} ms{unsteady}"
-        if self.input_to_frame_ms_p95 is not None:
-            yield "input to frame", f"p95 {self.input_to_frame_ms_p95:.0f} ms"
-        yield "evaluations", f"{self.nfe_per_chunk} a chunk"
-        yield "parts of a chunk", ", ".join(f"{k} {v:.1f} ms" for k, v in self.parts_ms.items())
-        yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"
-        share = f"{self.model_flops_utilisation:.0%} of {self.matmul_peak_gflops:.0f} GFLOP/s"
-        yield "passes run at", f"{share} (matrix products)"
-        if self.vs:
-            first, nfe = self.vs["first_frame_ratio"], self.vs["nfe_ratio"]
-            yield (
-                f"against {self.vs['name']}",
-                (
-                    f"{self.vs['fps_ratio']:.2f} x frames/s, first frame {first:.1f} x sooner, {nfe:.1f} x fewer evaluations"
-                ),
-            )
-        for row in self.growth or ():
-            yield (
-                f"after {row['minutes']:g} min",
-                (
-                    f"chunk p50 {row['chunk_ms_p50']:.1f} ms, p95 {row['chunk_ms_p95']:.1f} ms, "
-                    f"{row['memory_bytes'] / 2**20:.1f} MiB KV, {row['rss_bytes'] / 2**20:.0f} MiB resident"
-                ),
-            )
 
 
 @dataclass
@@ -166,11 +92,12 @@ class StreamTimer:
     def __init__(self, bundle: Bundle, codec: Codec, cfg: BenchConfig, image: np.ndarray | None) -> None:
         self.name, self.bundle, self.codec, self.cfg = bundle.name, bundle, codec, cfg
         self.image = self.default_image() if image is None and bundle.schedule.given_chunks else image
-        self.timings = Timings()
+        self.timings, self.device = Timings(), bundle.net.net.head.head.weight.device
         with self.open() as session:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
             self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
             self.memory_frames = session.memory_config.frames
+            self.fill = -(-self.memory_frames // bundle.net.cfg.chunk) + 1  # chunks until memory has begun to forget
 
     def default_image(self) -> np.ndarray:
         """A grey start picture: what is in it costs nothing."""
@@ -183,7 +110,7 @@ class StreamTimer:
 
     def gate(self) -> None:
         """GateError unless streamed latents equal the rollout and pipelined frames equal plain ones, bit for bit."""
-        chunks = self.cfg.gate_chunks
+        chunks = self.cfg.gate_chunks or self.bundle.schedule.given_chunks + self.fill + 1
         with self.open(pipelined=False) as session:
             expected = session.reference(chunks)
             if not torch.equal(torch.cat(list(islice(session.latents(), chunks)), dim=1), expected):
@@ -221,15 +148,14 @@ class StreamTimer:
                 self.send(session, number)
             first = next(f for f in frames if f.chunk == self.bundle.schedule.given_chunks)
             t.first_frame_ms.append(1000 * (first.made_at - began))
-            chunk = self.bundle.record["student"]["chunk"]
-            warm = first.chunk + 1 + self.cfg.warmup_chunks + -(-self.memory_frames // chunk)
-            next(f for f in frames if f.chunk == warm)
+            chunk = self.bundle.net.cfg.chunk
+            next(f for f in frames if f.chunk == first.chunk + self.fill + self.cfg.warmup_chunks)
             heads = [take_chunk(frames, per - 1)]  # the rest of that chunk; from here on whole chunks
             heads += [take_chunk(frames, per) for _ in range(self.cfg.chunks)]
             seconds = heads[-1].made_at - heads[0].made_at
             t.fps.append(self.cfg.chunks * per / seconds)
             t.latents_per_s.append(self.cfg.chunks * chunk / seconds)
-            t.chunk_ms += [1000 * (b.made_at - a.made_at) for a, b in zip(heads[:-1], heads[1:], strict=True)]
+            t.chunk_ms += [1000 * (b.made_at - a.made_at) for a, b in pairwise(heads)]
             t.parts += [head.stats for head in heads[1:]]
             if self.listens:
                 t.input_ms += self.time_inputs(session, frames, statistics.median(t.chunk_ms), number)
@@ -251,16 +177,17 @@ class StreamTimer:
         """Chunk times and bytes around each of `growth_minutes` of one stream that really runs there."""
         rows: list[dict[str, float]] = []
         with self.open() as session:
-            frames, done = session.frames(), 0
+            frames, made = session.frames(), 0
             next(f for f in frames if f.chunk == 1)
             take_chunk(frames, self.frames_per_chunk - 1)
             for minutes in sorted(self.cfg.growth_minutes):
                 last = int(minutes * 60 * self.fps / self.frames_per_chunk)
                 heads: list[Frame] = []
-                for done in range(done + 1, max(done + 2, last) + 1):
+                while made < last or len(heads) < 2:
                     heads = [*heads[-self.cfg.growth_chunks :], take_chunk(frames, self.frames_per_chunk)]
-                    progress(done / last, f"{minutes:g} minutes of stream")
-                times = [1000 * (b.made_at - a.made_at) for a, b in zip(heads[:-1], heads[1:], strict=True)]
+                    made += 1
+                    progress(min(1.0, made / max(1, last)), f"{minutes:g} minutes of stream")
+                times = [1000 * (b.made_at - a.made_at) for a, b in pairwise(heads)]
                 rows.append(
                     {
                         "minutes": heads[-1].index / self.fps / 60,
@@ -283,58 +210,71 @@ class ClipTimer:
         self.nfe = cfg.clip_steps * (1 + len(self.scales))
         self.timings = Timings()
 
+    def warm_up(self) -> None:
+        self.clip(1, 0)
+
     def round(self, number: int) -> None:
         """One clip, from the condition to images on the host."""
-        shape, given = self.bundle.shape, 0 if self.given is None else self.given.shape[1]
-        frames = self.cfg.clip_frames + given
-        device = self.bundle.net.head.head.weight.device
-        inputs = Inputs.of(self.bundle.record, self.codec.temporal_factor, device)
-        rng = torch.Generator().manual_seed(self.cfg.seed + number)
-        noise = torch.randn(1, frames, shape.channels, shape.height, shape.width, generator=rng).to(device)
         began = time.perf_counter()
-        cond = inputs.condition(inputs.wish, 0, frames)
-        nulls = [cond.null() for _ in self.scales]
-        sigmas = self.bundle.noise.steps(self.cfg.clip_steps)
-        clip = sample(self.bundle.net, noise, sigmas, cond, given=self.given, nulls=nulls, scales=self.scales)
-        with torch.no_grad():
-            self.codec.decode(clip).cpu()
+        made = self.clip(self.cfg.clip_steps, number)
         seconds = time.perf_counter() - began
-        made = self.codec.px_frames(frames) - (self.codec.px_frames(given) if given else 0)
         self.timings.fps.append(made / seconds)
         self.timings.first_frame_ms.append(1000 * seconds)
 
+    def clip(self, steps: int, number: int) -> int:
+        """Sample and decode one clip; returns how many frames of it were not given."""
+        net, shape, given = self.bundle.net, self.bundle.shape, 0 if self.given is None else self.given.shape[1]
+        frames, device = self.cfg.clip_frames + given, net.head.head.weight.device
+        inputs = Inputs.of(self.bundle.record, self.codec.temporal_factor, device)
+        cond = inputs.condition(inputs.wish, 0, frames)
+        nulls = [cond.null() for _ in self.scales]
+        rng = torch.Generator().manual_seed(self.cfg.seed + number)
+        noise = torch.randn(1, frames, shape.channels, shape.height, shape.width, generator=rng).to(device)
+        sigmas = self.bundle.noise.steps(steps)
+        latents = sample(net, noise, sigmas, cond, given=self.given, nulls=nulls, scales=self.scales)
+        with torch.no_grad():
+            px = self.codec.decode(latents).cpu()
+        return px.shape[1] - (self.codec.px_frames(given) if given else 0)
+
 
 def bench(
-    bundle: Bundle,
+    student: str | Path | Bundle,
     cfg: BenchConfig | None = None,
     *,
+    vs: str | Path | Bundle | None = None,
     codec: Codec | None = None,
     image: np.ndarray | None = None,
-    vs: Bundle | None = None,
+    growth: bool = False,
     progress: Progress = lambda part, what: None,
 ) -> BenchResult:
     """Times a student, and `vs` (another student, or a teacher) in alternating rounds. Raises GateError before timing.
 
-    `codec` (default: its own) and `image` are the student's; another student uses its own codec.
+    `codec` (default: its own) and `image` (default: grey) are the student's; another student uses its own codec.
+    `growth`: also after 1, 10 and 60 minutes of stream, where `cfg` names no others.
     """
     cfg = cfg or BenchConfig()
+    if growth and not cfg.growth_minutes:
+        cfg = replace(cfg, growth_minutes=(1.0, 10.0, 60.0))
+    bundle = student if isinstance(student, Bundle) else load_student(student)
+    rival = vs if isinstance(vs, Bundle) or vs is None else load(vs)
     with threads(cfg.threads):
         own = StreamTimer(bundle, codec or load_codec_of(bundle), cfg, image)
         progress(0.0, "correctness gate")
         own.gate()
-        other = opponent(own, vs, cfg, image) if vs else None
+        other = opponent(own, rival, cfg, image) if rival else None
         warmup_ms, peak = own.warm_up(), 0
         if isinstance(other, StreamTimer):
             other.gate()
+        if other:
             other.warm_up()
         for number in range(cfg.rounds):
             progress(number / cfg.rounds, f"round {number + 1} of {cfg.rounds}")
             own.round(number)
-            peak = peak or peak_bytes()
+            peak = peak or peak_bytes(own.device)
             if other:
                 other.round(number)
-        growth = own.growth(progress) if cfg.growth_minutes else None
-        return summary(own, other, warmup_ms, peak, growth)
+        rows = own.growth(progress) if cfg.growth_minutes else None
+        return summary(own, other, warmup_ms, peak, rows)
 
 
 def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray | None) -> StreamTimer | ClipTimer:
@@ -358,7 +298,7 @@ def summary(
 ) -> BenchResult:
     t, net = own.timings, own.bundle.net
     p50, p95 = np.percentile(t.chunk_ms, 50), np.percentile(t.chunk_ms, 95)
-    fps, gflops = statistics.median(t.fps), matmul_peak_gflops()
+    fps, gflops = statistics.median(t.fps), matmul_peak_gflops(own.device)
     tokens, chunk = net.shape.tokens_per_frame, net.cfg.chunk
     needed = own.nfe * flops_per_pass(net.net.cfg, tokens * chunk, tokens * (own.memory_frames - chunk), frames=chunk)
     parts = {name: t.part(f"{name}_ms") for name in ("denoise", "context", "decode", "host")}
@@ -380,7 +320,7 @@ def summary(
         model_flops_utilisation=needed / (1e6 * t.part("chunk_ms")) / gflops,
         warmup_ms=warmup_ms,
         ranges={name: (min(v), max(v)) for name, v in (("fps", t.fps), ("first_frame_ms", t.first_frame_ms))},
-        env=environment(net) | {"shape": asdict(net.shape), "chunk": chunk, **asdict(own.cfg)},
+        env=environment(net) | {"shape": asdict(net.shape), "chunk": chunk, "bench": asdict(own.cfg)},
         vs=compare(own, other) if other else None,
         growth=growth,
     )
@@ -405,12 +345,3 @@ def compare(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, Any]:
 def take_chunk(frames: Iterator[Frame], count: int) -> Frame:
     """The last of the next `count` frames."""
     return list(islice(frames, count))[-1]
-
-
-def rounded(value: Any) -> Any:
-    """`value` as JSON holds it, floats cut to four digits after the point."""
-    if isinstance(value, Mapping):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [rounded(v) for v in value]
-    return round(value, 4) if isinstance(value, float) else value

@@ -16,6 +16,7 @@ from torch import nn
 
 from vidistill import __version__
 from vidistill.dit import DiTConfig
+from vidistill.ops.attention import chosen
 
 MATMUL_SIZES = (1024, 1536, 2048)
 
@@ -79,6 +80,7 @@ def environment(net: nn.Module) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
+        "attention": chosen(weight.device.type),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in net.parameters()),
     }
@@ -102,9 +104,9 @@ def flops_per_pass(
 ) -> int:
     """Floating-point operations (a multiply-add is two) of one forward of `tokens` tokens in `frames` frames.
 
-    Queries also look at `memory_tokens` and cross-attend to `text_tokens`. What depends on the text alone (its embedding,
-    keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Norms, activations and
-    other element-wise work are left out.
+    Queries also look at `memory_tokens` and cross-attend to `text_tokens`. What depends on the text alone (its
+    embedding, keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Norms,
+    activations and other element-wise work are left out.
     """
     d, image = dit.width, dit.image_tokens if dit.image_dim else 0
     text = text_tokens - image if dit.text_dim else 0

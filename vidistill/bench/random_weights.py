@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 import torch
 
-from vidistill.bench import SPREAD, BenchResult, Progress
 from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, threads
+from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
 from vidistill.dit import DiTConfig
 from vidistill.stream import Chunk, StreamConfig, StreamSession
@@ -37,9 +37,8 @@ class RandomConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             lowest = 0 if f.name in ("seed", "threads") else 1
-            if f.type == "int" or f.type is int:
-                if getattr(self, f.name) < lowest:
-                    raise ValueError(f"random weights: {f.name} must be at least {lowest}, got {getattr(self, f.name)}")
+            if f.type is int and getattr(self, f.name) < lowest:
+                raise ValueError(f"random weights: {f.name} must be at least {lowest}, got {getattr(self, f.name)}")
         sizes("latent", self.latent, "CHANNELSxHEIGHTxWIDTH")
         if self.text:
             sizes("text", self.text, "TOKENSxWIDTH")
@@ -102,10 +101,13 @@ def sizes(name: str, text: str, form: str) -> tuple[int, ...]:
 
 
 def random_bench(
-    cfg: RandomConfig | None = None, bundle: Bundle | None = None, progress: Progress = lambda part, what: None
+    cfg: RandomConfig | Sequence[str] = (), bundle: Bundle | None = None, progress: Progress = lambda part, what: None
 ) -> BenchResult:
-    """Times `rounds` rollouts of `chunks` chunks; `bundle` brings the weights of a student of that shape."""
-    cfg = cfg or RandomConfig()
+    """Times `rounds` rollouts of `chunks` chunks; `cfg` may be `key=value` words.
+
+    `bundle` brings the weights of a student of that shape.
+    """
+    cfg = cfg if isinstance(cfg, RandomConfig) else RandomConfig.parse(cfg)
     bundle = bundle or cfg.bundle()
     with threads(cfg.threads):
         session = StreamSession(bundle, None, StreamConfig(cfg.seed, pipelined=False))
@@ -125,12 +127,12 @@ def result(cfg: RandomConfig, bundle: Bundle, session: StreamSession, rounds: li
     denoise = np.array([[c.stats["denoise_ms"] for c in r[:-1]] for r in rounds])
     context = np.array([[c.stats["context_ms"] for c in r[1:]] for r in rounds])
     chunk_ms = (denoise + context)[1:]
-    tokens, per_frame = net.shape.tokens_per_frame * cfg.chunk, net.shape.tokens_per_frame
+    tokens = net.shape.tokens_per_frame * cfg.chunk
     needed = sum(
         cfg.steps * flops_per_pass(net.net.cfg, tokens, chunk * tokens, frames=cfg.chunk, text_tokens=cfg.text_tokens)
         for chunk in range(cfg.chunks)
     )
-    gflops = matmul_peak_gflops()
+    gflops = matmul_peak_gflops(net.net.head.head.weight.device)
     seconds = statistics.median(denoise[1:].sum(1)) / 1000
     latents = cfg.chunk * cfg.chunks / (chunk_ms.sum(1) / 1000)
     p50, p95 = float(np.percentile(chunk_ms, 50)), float(np.percentile(chunk_ms, 95))
@@ -153,5 +155,5 @@ def result(cfg: RandomConfig, bundle: Bundle, session: StreamSession, rounds: li
         model_flops_utilisation=needed / seconds / 1e9 / gflops,
         warmup_ms=float(denoise[0].sum() + context[0].sum()),
         ranges={"latents_per_s": (float(latents.min()), float(latents.max()))},
-        env=environment(net) | asdict(cfg) | {"tokens_per_frame": per_frame, "chunk_ms": by_chunk.tolist()},
+        env=environment(net) | {"random_weights": asdict(cfg), "chunk_ms": by_chunk.tolist()},
     )

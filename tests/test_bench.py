@@ -1,0 +1,219 @@
+"""The bench: its figures are of the stream itself, its gate comes first, its counts are the network's own."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import DIT, random_dit
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidistill import bench as bench_module
+from vidistill.bench import BenchConfig, BenchResult, GateError, RandomConfig, bench, machine, random_bench
+from vidistill.checkpoint import load, load_codec_of, load_student
+from vidistill.conditioning import Condition
+from vidistill.dit import SiteConfig, VideoDiT
+from vidistill.ops.attention import use_backend
+from vidistill.stream import StreamSession
+
+SHORT = BenchConfig(rounds=2, chunks=2, inputs=1, warmup_chunks=0, gate_chunks=2, clip_frames=5, clip_steps=2)
+KEYS = {"fps", "real_time_factor", "first_frame_ms", "chunk_ms_p50", "chunk_ms_p95", "input_to_frame_ms_p95"}
+KEYS |= {"nfe_per_chunk", "memory_bytes", "peak_bytes", "parts_ms", "env"}
+SMALL = RandomConfig(
+    dim=24, layers=2, heads=2, ffn=32, text="5x8", latent="4x4x6", chunk=2, chunks=3, steps=2, rounds=2
+)
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(machine, "MATMUL_SIZES", (64,))
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student_path):
+    return load_student(tiny_student_path)
+
+
+@pytest.fixture(scope="module")
+def timed(student) -> BenchResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "MATMUL_SIZES", (64,))
+        return bench(student, replace(SHORT, growth_minutes=(0.02, 0.1), growth_chunks=3))
+
+
+def test_a_bench_gives_every_promised_figure(timed):
+    values = json.loads(timed.to_json())
+    assert set(values) >= KEYS and "vs" not in values and "\n" not in timed.to_json()
+    numbers = [values[key] for key in KEYS - {"parts_ms", "env"}] + list(values["parts_ms"].values())
+    assert all(number > 0 for number in numbers)
+    assert set(values["parts_ms"]) == {"denoise", "context", "decode", "host"}
+
+
+def test_figures_belong_together(timed, student):
+    assert timed.nfe_per_chunk == 4
+    assert timed.real_time_factor == pytest.approx(timed.fps / 17.5)
+    assert timed.fps == pytest.approx(4 * timed.latents_per_s)
+    assert timed.chunk_ms_p50 <= timed.chunk_ms_p95
+    assert timed.steady == (timed.chunk_ms_p95 <= 1.5 * timed.chunk_ms_p50)
+    assert timed.memory_bytes == student.net.new_memory(1).memory_bytes
+    assert timed.ranges["fps"][0] <= timed.fps <= timed.ranges["fps"][1]
+    assert timed.env["threads"] == torch.get_num_threads() and timed.env["bench"]["rounds"] == 2
+
+
+def test_growth_is_measured_where_the_stream_really_ran(timed):
+    assert [round(row["minutes"], 1) for row in timed.growth] == [0.0, 0.1]
+    assert len({row["memory_bytes"] for row in timed.growth}) == 1
+    assert all(row["chunk_ms_p50"] > 0 and row["rss_bytes"] > 0 for row in timed.growth)
+
+
+def test_people_get_a_table(timed):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(timed.table())
+    text = console.export_text()
+    assert "x real time" in text and "4 a chunk" in text and "after 0.1" in text
+
+
+def test_a_teacher_is_timed_in_the_same_run(tiny_student_path, tiny_teacher_path, monkeypatch):
+    clips = []
+    sample = bench_module.sample
+    monkeypatch.setattr(bench_module, "sample", lambda *a, **kw: clips.append((a, kw)) or sample(*a, **kw))
+    result = bench(tiny_student_path, SHORT, vs=tiny_teacher_path)
+    vs = json.loads(result.to_json())["vs"]
+    assert vs["name"] == "teacher"
+    assert vs["nfe_ratio"] == 2 * 2 / 4  # two guided steps against three and a context pass
+    assert vs["fps_ratio"] > 0 and vs["first_frame_ratio"] > 0
+    assert len(clips) == 1 + SHORT.rounds
+    (_, noise, sigmas, cond), kw = clips[-1]
+    assert noise.shape == (1, 6, 4, 4, 4) and len(sigmas) == 2 and kw["scales"] == (2.0,)
+    assert kw["given"].shape == (1, 1, 4, 4, 4) and cond.per_frame["modulation"].shape == (1, 6, 17)
+
+
+def test_guidance_of_one_is_one_evaluation_a_step(student, tiny_teacher_path):
+    result = bench(student, replace(SHORT, guidance=1.0, rounds=1, inputs=0), vs=load(tiny_teacher_path))
+    assert result.vs["nfe_ratio"] == 2 / 4 and result.input_to_frame_ms_p95 is None
+
+
+def test_two_students_are_held_against_each_other(student):
+    fewer = replace(student, record={**student.record, "schedule": {"levels": [1.0], "given_chunks": 1}})
+    result = bench(fewer, replace(SHORT, pipelined=False), vs=student)
+    assert result.nfe_per_chunk == 2 and result.vs["nfe_ratio"] == 2.0 and result.vs["name"] == "student"
+
+
+def test_a_codec_is_no_opponent(student, tiny_codec_path):
+    codec = replace(load(tiny_codec_path), record={"codec": str(tiny_codec_path)})
+    with pytest.raises(ValueError, match="is a codec; a student is held against"):
+        bench(student, SHORT, vs=codec)
+
+
+def test_nothing_is_timed_when_the_stream_differs_from_its_rollout(student, monkeypatch):
+    reference = StreamSession.reference
+    monkeypatch.setattr(StreamSession, "reference", lambda self, chunks: reference(self, chunks) + 1e-6)
+    monkeypatch.setattr(bench_module.StreamTimer, "round", lambda self, number: pytest.fail("timed"))
+    with pytest.raises(GateError, match="differ from its rollout; nothing was timed"):
+        bench(student, SHORT)
+
+
+def test_the_gate_sees_memory_forget(student, monkeypatch):
+    seen = []
+    reference = StreamSession.reference
+    monkeypatch.setattr(StreamSession, "reference", lambda self, n: seen.append(n) or reference(self, n))
+    bench_module.StreamTimer(student, load_codec_of(student), replace(SHORT, gate_chunks=0), None).gate()
+    assert student.net.first_frame(seen[0]) > student.net.cfg.memory.frames
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rounds": 0}, "bench.rounds must be at least 1, got 0"),
+        ({"inputs": -1}, "bench.inputs must not be negative, got -1"),
+        ({"growth_minutes": (1.0, 0.0)}, "growth_minutes must be positive"),
+    ],
+)
+def test_impossible_settings_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**changed)
+
+
+# --- cost accounting --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dit",
+    [
+        DIT,
+        replace(DIT, sites={}, text_dim=10),
+        replace(DIT, sites={}, text_dim=10, image_dim=6, image_tokens=4),
+        replace(DIT, extra_channels=2, sites={"hidden": SiteConfig(7, layers=(1,)), "qk": SiteConfig(5, hidden=9)}),
+    ],
+)
+def test_flops_of_a_pass_are_those_that_torch_counts(dit):
+    net, tokens = VideoDiT(dit), 13
+    cond = Condition(
+        torch.zeros(1, tokens, max(dit.text_dim, dit.image_dim)) if dit.text_dim else None,
+        {name: torch.zeros(1, 3, site.dim) for name, site in dit.sites.items()},
+        torch.zeros(1, 3, dit.extra_channels, 4, 4) if dit.extra_channels else None,
+    )
+    with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 3), cond)
+    text = tokens if dit.text_dim else 0
+    counted = machine.flops_per_pass(dit, 12, frames=3, text_tokens=text, embed_text=True)
+    assert counted == counter.get_total_flops()
+
+
+def test_memory_adds_attention_alone():
+    one = machine.flops_per_pass(DIT, 12, 0, frames=3)
+    assert machine.flops_per_pass(DIT, 12, 20, frames=3) - one == 2 * DIT.layers * 2 * 12 * 20 * DIT.width
+
+
+def test_the_matmul_peak_is_a_speed():
+    assert 0 < machine.matmul_peak_gflops(repeats=2) < 1e6
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with machine.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+# --- random weights ---------------------------------------------------------------------------------------------------
+
+
+def test_random_weights_of_any_shape_are_timed():
+    values = json.loads(random_bench(SMALL).to_json())
+    assert set(values) >= KEYS
+    assert values["fps"] is None and values["nfe_per_chunk"] == 3
+    assert len(values["env"]["chunk_ms"]) == 3 and all(ms > 0 for ms in values["env"]["chunk_ms"])
+    assert values["model_flops_utilisation"] > 0
+    assert values["memory_bytes"] == 2 * 2 * 6 * 6 * 24 * 4  # keys and values, layers, frames, tokens, width, float32
+    Console(file=io.StringIO()).print(random_bench(replace(SMALL, text="", rounds=1)).table())
+
+
+def test_given_weights_are_timed_instead_of_random_ones():
+    bundle = SMALL.bundle()
+    bundle.net.net.load_state_dict(random_dit(bundle.net.net.cfg).state_dict())
+    assert random_bench(replace(SMALL, rounds=1), replace(bundle, name="given")).name == "given"
+
+
+def test_a_shape_is_read_from_the_command_line():
+    read = RandomConfig.parse(["dim=24", "text=", "latent=4x4x6", "steps=2"])
+    assert read == RandomConfig(dim=24, text="", latent="4x4x6", steps=2)
+    assert RandomConfig.parse([]) == RandomConfig()
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("depth=3", "'depth=3' is not KEY=VALUE with a key of dim"),
+        ("dim", "not KEY=VALUE"),
+        ("dim=big", "dim must be a whole number, got 'big'"),
+        ("layers=0", "layers must be at least 1, got 0"),
+        ("latent=16x16", "latent must be CHANNELSxHEIGHTxWIDTH, got '16x16'"),
+        ("text=512x0", "text must be TOKENSxWIDTH"),
+    ],
+)
+def test_a_shape_that_makes_no_sense_is_refused(item, message):
+    with pytest.raises(ValueError, match=message):
+        RandomConfig.parse([item])

@@ -1,0 +1,94 @@
+"""What a bench found, for people and for machines."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich.table import Table
+
+Progress = Callable[[float, str], None]  # part done, what is being done
+
+SPREAD = 1.5  # p95 over p50 from which a run is called unsteady
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians over rounds; `ranges` holds the lowest and highest round. None: the run cannot know it."""
+
+    name: str
+    fps: float | None  # decoded frames a second, steady, decode included, consumer never blocks
+    real_time_factor: float | None  # fps over the world's own
+    first_frame_ms: float | None  # from set() on an idle session of a warm network to the first generated image
+    chunk_ms_p50: float  # from one finished chunk to the next, on the host
+    chunk_ms_p95: float
+    input_to_frame_ms_p95: float | None  # from set() to the first image that used it, wait for the boundary included
+    nfe_per_chunk: int  # network evaluations, context passes included
+    latents_per_s: float
+    memory_bytes: int  # KV memory
+    peak_bytes: int  # highest resident size of the process (CUDA: allocated on the device) until then
+    parts_ms: Mapping[str, float]  # medians a chunk: denoise, context, decode, host
+    steady: bool  # chunk_ms_p95 <= 1.5 chunk_ms_p50; else the figures are of a disturbed machine
+    matmul_peak_gflops: float  # best median of square float32 products, same threads
+    model_flops_utilisation: float  # FLOPs that the passes need over their time, over that peak
+    warmup_ms: float  # first chunks of the process, not in any other figure
+    ranges: Mapping[str, tuple[float, float]]
+    env: Mapping[str, Any]
+    vs: Mapping[str, Any] | None = None
+    growth: Sequence[Mapping[str, float]] | None = None
+
+    def to_json(self) -> str:
+        """One line; floats rounded to four digits after the point."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for optional in ("vs", "growth"):
+            if values[optional] is None:
+                del values[optional]
+        return json.dumps(rounded(values))
+
+    def table(self) -> Table:
+        """The figures for people."""
+        table = Table(title=f"{self.name}, {self.env['cpu']}, {self.env['threads']} threads", show_header=False)
+        for label, text in self.rows():
+            table.add_row(label, text)
+        return table
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        def spread(key: str, unit: str, digits: int) -> str:
+            low, high = self.ranges[key]
+            return f"{getattr(self, key):.{digits}f} {unit}  ({low:.{digits}f} to {high:.{digits}f})"
+
+        if self.fps is not None and self.real_time_factor is not None:
+            yield "throughput", f"{spread('fps', 'frames/s', 1)}, {self.real_time_factor:.2f} x real time"
+        yield "latents", f"{self.latents_per_s:.1f} /s"
+        if self.first_frame_ms is not None:
+            yield "first frame", spread("first_frame_ms", "ms", 0)
+        unsteady = "" if self.steady else f"  UNSTEADY: p95 is over {SPREAD} x p50"
+        yield "chunk", f"p50 {self.chunk_ms_p50:.1f} ms, p95 {self.chunk_ms_p95:.1f} ms{unsteady}"
+        if self.input_to_frame_ms_p95 is not None:
+            yield "input to frame", f"p95 {self.input_to_frame_ms_p95:.0f} ms"
+        yield "evaluations", f"{self.nfe_per_chunk} a chunk"
+        yield "parts of a chunk", ", ".join(f"{k} {v:.1f} ms" for k, v in self.parts_ms.items())
+        yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"
+        share = f"{self.model_flops_utilisation:.0%} of {self.matmul_peak_gflops:.0f} GFLOP/s"
+        yield "passes run at", f"{share} (matrix products)"
+        if self.vs:
+            first, nfe = self.vs["first_frame_ratio"], self.vs["nfe_ratio"]
+            first, nfe = f"first frame {first:.1f} x sooner", f"{nfe:.1f} x fewer evaluations"
+            yield f"against {self.vs['name']}", f"{self.vs['fps_ratio']:.2f} x frames/s, {first}, {nfe}"
+        for row in self.growth or ():
+            yield (
+                f"after {row['minutes']:g} min",
+                (
+                    f"chunk p50 {row['chunk_ms_p50']:.1f} ms, p95 {row['chunk_ms_p95']:.1f} ms, "
+                    f"{row['memory_bytes'] / 2**20:.1f} MiB KV, {row['rss_bytes'] / 2**20:.0f} MiB resident"
+                ),
+            )
+
+
+def rounded(value: Any) -> Any:
+    """`value` as JSON holds it, floats cut to four digits after the point."""
+    if isinstance(value, Mapping):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
