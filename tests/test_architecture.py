@@ -49,9 +49,9 @@ ARROWS: dict[str, set[str]] = {
     # L3
     "trainer": {"objectives", "rollout", "schedules", "teachers", "student", "data", "codecs", "checkpoint"}
     | {"conditioning", "metrics", "distributed", "shapes"},
-    "stream": {"rollout", "schedules", "student", "codecs", "checkpoint", "conditioning", "shapes"},
+    "stream": {"rollout", "schedules", "student", "memory", "codecs", "checkpoint", "conditioning", "video", "shapes"},
     # L4
-    "bench": BENCH,
+    "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
     "evaluate": BENCH | {"sources", "data", "video"},
     "serve": {"stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,

@@ -179,6 +179,14 @@ def locate(name: str | Path) -> Path:
     raise CheckpointError(f"no checkpoint {str(name)!r}: neither a file nor a bundled name; {hint}")
 
 
+def start_pictures(name: str | Path) -> list[Path]:
+    """Picture files (PNG) a checkpoint's clips can start from: NAME-starts beside it or beside its family's name."""
+    path = locate(name)
+    folders = [path.with_name(f"{stem}-starts") for stem in (path.name, path.name.split("-")[0])]
+    folders.append(zoo_folder() / folders[-1].name)
+    return next((sorted(f.glob("*.png")) for f in folders if f.is_dir()), [])
+
+
 def load(name: str | Path, kind: str | None = None) -> Bundle:
     """The network of a checkpoint in float32, ready to run; CheckpointError names what is wrong with it."""
     path = locate(name)

@@ -94,10 +94,13 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
 
 def run_generate(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, video
-    from vidistill.stream import StreamConfig, StreamSession, parse_script
+    from vidistill.conditioning import parse_script
+    from vidistill.stream import StreamConfig, StreamSession
 
     bundle = checkpoint.load_student(args.name)
-    image = video.read_image(args.image) if args.image else None
+    size = bundle.record["world"]["px_size"]
+    picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
+    image = video.read_image(picture, (size, size)) if picture and bundle.schedule.given_chunks else None
     codec = checkpoint.load_codec_of(bundle)
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
         if args.prompt:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 
 def to_float(frames: np.ndarray) -> torch.Tensor:
@@ -63,6 +63,16 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
         raise FileNotFoundError(f"no video at {path}")
     fps = float(iio.immeta(path, plugin="FFMPEG")["fps"])
     return np.asarray(iio.imread(path, plugin="FFMPEG")), fps
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture file as uint8 [H, W, 3], resized to `size` (height, width) if given; ValueError if it is none."""
+    try:
+        with Image.open(path) as picture:
+            rgb = picture.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    return np.array(rgb.resize(size[::-1], Image.Resampling.BOX) if size else rgb)
 
 
 def contact_sheet(
