@@ -1,7 +1,8 @@
 """Which token may look at which, told per frame: block-causal, window + sinks, teacher forcing, or anything else."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class FrameMask:
 
     seen: Tensor
     tokens: int = 1
+    _forms: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.seen.ndim != 2 or self.seen.dtype != torch.bool or self.tokens < 1:
@@ -30,16 +32,28 @@ class FrameMask:
         """Query and key tokens."""
         return self.seen.shape[0] * self.tokens, self.seen.shape[1] * self.tokens
 
-    @cached_property
+    def _form(self, name: str, make: Callable[[], Any]) -> Any:
+        if name in self._forms:
+            return self._forms[name]
+        if torch.compiler.is_compiling():  # nothing that a graph makes outlives it
+            return make()
+        return self._forms.setdefault(name, make())
+
+    @property
     def dense(self) -> Tensor:
         """Bool [Sq, Sk]."""
         if self.tokens == 1:
             return self.seen
-        return self.seen.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+        return self._form(
+            "dense", lambda: self.seen.repeat_interleave(self.tokens, 0).repeat_interleave(self.tokens, 1)
+        )
 
-    @cached_property
-    def block(self):  # torch.nn.attention.flex_attention.BlockMask
+    @property
+    def block(self) -> Any:
         """Block-sparse form for flex attention: blocks that nobody looks at are never computed."""
+        return self._form("block", self._block)
+
+    def _block(self) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
         seen, n = self.seen, self.tokens

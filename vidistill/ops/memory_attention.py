@@ -72,17 +72,27 @@ def attend(q: Tensor, segments: Sequence[Segment]) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _attend_triton(q: Tensor, segments: Sequence[Segment]) -> Tensor:
-    from vidistill.ops.triton_memory import memory_attention
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[float]]
 
+
+def kernel_arguments(q: Tensor, segments: Sequence[Segment]) -> Lists:
+    """Segments as the lists that the kernel takes: keys, values, their scales, tables, counts, added scores."""
     none = q.new_empty(0, dtype=torch.float32)
     count = q.new_empty(0, dtype=torch.int32)
-    keys, values, key_scales, value_scales = [], [], [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    key_scales: list[Tensor] = []
+    value_scales: list[Tensor] = []
     for s in segments:
         for x, data, scales in ((s.keys, keys, key_scales), (s.values, values, value_scales)):
             data.append(x.data if isinstance(x, Quantised) else x)
             scales.append(x.scale if isinstance(x, Quantised) else none)
     tables = [none if s.table is None else s.table for s in segments]
     used = [count if s.used is None else s.used for s in segments]
-    biases = [math.log(s.represents) for s in segments]
-    return memory_attention(q, keys, values, key_scales, value_scales, tables, used, biases)
+    return keys, values, key_scales, value_scales, tables, used, [math.log(s.represents) for s in segments]
+
+
+def _attend_triton(q: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from vidistill.ops.triton_memory import memory_attention
+
+    return memory_attention(q, *kernel_arguments(q, segments))

@@ -28,7 +28,10 @@ def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0, dtype:
 def rotate(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     """`x` [B, S, h, d] turned by the angles of `table` [2, S, 1, d / 2] (back by them if `inverse`)."""
     cos, sin = table
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     if inverse:
         sin = -sin
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    if torch.compiler.is_compiling():  # fuses this; it has no code for complex numbers
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    pairs = x.to(torch.promote_types(x.dtype, table.dtype)).contiguous().unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)

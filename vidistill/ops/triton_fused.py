@@ -209,8 +209,8 @@ def _norm_rope_op(
 ) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:2], heads, q.shape[2] // heads)
     out_q, out_k = q.new_empty(shape), k.new_empty(shape)
-    args = (x.contiguous() for x in (q, k, q_weight, k_weight, table))
-    launch_norm_rope(*args, out_q, out_k, heads, eps, launch_config(NORM_ROPE, q))
+    q, k, q_weight, k_weight, table = (x.contiguous() for x in (q, k, q_weight, k_weight, table))
+    launch_norm_rope(q, k, q_weight, k_weight, table, out_q, out_k, heads, eps, launch_config(NORM_ROPE, q))
     return out_q, out_k
 
 

@@ -129,7 +129,8 @@ def launch(
 ) -> None:  # fmt: skip
     """Write attention into `out` [B, Sq, h, d]; empty tensors stand for no scales, no table, no count."""
     b, sq, h, d = q.shape
-    segments, flags = [], {}
+    segments: list = []
+    flags: dict[str, bool] = {}
     for i in range(SEGMENTS):
         j = min(i, len(keys) - 1)  # absent segments repeat the last one and are never read
         k, v, ks, vs, t, u = keys[j], values[j], key_scales[j], value_scales[j], tables[j], used[j]
