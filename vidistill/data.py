@@ -192,7 +192,7 @@ class Clips:
         latents, cond = [], []
         for e, s in windows:
             clip = self.tensors["latents"][e, s : s + length]
-            latents.append(torch.cat((self.tensors["images"][e, s : s + 1], clip[1:])).float())
+            latents.append(torch.cat((self.tensors["images"][e, s : s + 1].float(), clip[1:].float())))
             cond.append(self.tensors["actions"][e, s : s + length])
         return Batch(
             torch.stack(latents), start_of_clip(Condition(per_frame={ACTION_SITE: torch.stack(cond)})), given=1

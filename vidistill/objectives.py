@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidistill.conditioning import Condition
 from vidistill.diffusion import Denoiser, NoiseSchedule, add_noise, expand, randn_like, v_from, x0_from_v
@@ -15,11 +15,12 @@ from vidistill.student import CausalStudent
 
 @dataclass(frozen=True)
 class Roles:
-    """The networks of a training stage: what is trained, what it learns from, and what scores its samples."""
+    """The networks of a stage: what is trained, what it learns from, what scores its samples; a motion head."""
 
     student: Any
     teacher: Any = None
     critic: Any = None
+    motion: Any = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,31 @@ class LossConfig:
     edge: float = 1.0  # codec: weight of the gradient term beside L1
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # regression: the student's noise levels
     context_noise: float = 0.0  # teacher forcing: noise on the clean history
-    motion: float = 0.0  # weight of motion distribution matching beside DMD
-    regression: float = 0.0  # weight of regression to a teacher sample beside DMD
+    dmd: float = 1.0  # weight of distribution matching itself
+    motion: float = 0.0  # weight of distribution matching on differences of neighbouring frames
+    motion_growth: float = 1.2  # later transitions weigh more, by this factor each ...
+    motion_dynamic: float = 0.7  # ... mixed with this share of the cumulated error so far
+    motion_head: float = 0.0  # weight of regression of learned motion features to a teacher sample
+    regression: float = 0.0  # weight of regression to a teacher sample
+    distance: str = "mse"  # of that regression
+    target_steps: int = 50  # sampler steps of the teacher sample
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise ValueError(f"loss.drop must lie in [0, 1), got {self.drop}")
         if not 0 < self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"loss needs 0 < sigma_min < sigma_max <= 1, got {self.sigma_min}, {self.sigma_max}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"loss.distance {self.distance!r} is unknown; choose one of {sorted(DISTANCES)}")
+        if min(self.dmd, self.motion, self.motion_head, self.regression) < 0 or not 0 <= self.motion_dynamic <= 1:
+            raise ValueError("loss weights must not be negative, and motion_dynamic lies in [0, 1]")
+        if self.motion_growth <= 0 or self.target_steps < 1:
+            raise ValueError("loss.motion_growth must be positive and loss.target_steps at least 1")
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether student losses compare with a teacher sample, `Batch.target`."""
+        return self.regression > 0 or self.motion_head > 0
 
 
 LossFn = Callable[..., Loss]
@@ -109,7 +127,7 @@ def flow_matching(
 
 
 def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """Flow matching of every chunk given the true, clean history, in one masked forward. Source: 2412.07772, 2506.08009."""
+    """Flow matching of every chunk given the true, clean history, in one masked forward. Source: 2412.07772."""
     student: CausalStudent = roles.student
     b, f = x0.shape[:2]
     sigma = hold(chunk_levels(student, cfg.noise, b, f, rng).to(x0.device), batch.given)
@@ -137,31 +155,19 @@ def chunk_levels(student: CausalStudent, noise: NoiseSchedule, b: int, f: int, r
 def forced(
     student: CausalStudent, clean: Tensor, noisy: Tensor, sigma: Tensor, cond: Condition, context: float, rng: Any
 ) -> Tensor:
-    """Velocity [B, F, C, H, W] of noisy chunks, each given the clean chunks before it."""
-    f = clean.shape[1]
+    """Velocity [B, F, C, H, W] of noisy chunks, each given the chunks before it at level `context` (0 at level 0)."""
     history = torch.zeros_like(sigma)
     if context:
-        history = hold(torch.full_like(sigma, context), 1)
+        history = torch.where(sigma > 0, torch.full_like(sigma, context), history)
         clean = add_noise(clean, randn_like(clean, rng), history)
-    twice = Condition(
-        cond.tokens,
-        {site: torch.cat((x, x), dim=1) for site, x in cond.per_frame.items()},
-        None if cond.channels is None else torch.cat((cond.channels, cond.channels), dim=1),
-    )
-    v = student.net(
-        torch.cat((clean, noisy), dim=1),
-        torch.cat((history, sigma), dim=1),
-        twice,
-        start=torch.arange(f).repeat(2),
-        causal=student.teacher_forcing_mask(f).to(clean.device),
-    )
-    return v[:, f:]
+    return student.teacher_forced(noisy, sigma, cond, clean, history)
 
 
 def regression(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
     """Regression of x0 from points of stored teacher trajectories, clean history before each chunk.
 
-    `batch.x` [B, K + 1, F, C, H, W] holds the states at the K `levels` and, last, the sample. Source: CausVid 2412.07772.
+    `batch.x` [B, K + 1, F, C, H, W] holds the states at the K `levels` and, last, the sample.
+    Source: CausVid 2412.07772, section 4.3.
     """
     student: CausalStudent = roles.student
     states, target = batch.x[:, :-1], batch.x[:, -1]
@@ -173,6 +179,20 @@ def regression(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch
     noisy = torch.where(expand(sigma, noisy) > 0, noisy, target)
     v = forced(student, target, noisy, sigma, batch.cond, cfg.context_noise, rng)
     return Loss(masked_mse(x0_from_v(noisy, v, sigma), target, batch.given))
+
+
+def noised_sample(student: CausalStudent, batch: Any, levels: tuple[float, ...], rng: torch.Generator) -> Tensor:
+    """The student's prediction [B, F, C, H, W] from real latents at an independent level a chunk, no rollout.
+
+    What CausVid trains on instead of the student's own rollout. Source: 2412.07772, algorithm 1.
+    """
+    b, f = batch.x.shape[:2]
+    chunk = student.chunk_of_frames(f)
+    index = torch.randint(len(levels), (b, int(chunk[-1]) + 1), generator=rng)[:, chunk]
+    sigma = hold(torch.tensor(levels)[index].to(batch.x.device), batch.given)
+    noisy = add_noise(batch.x, randn_like(batch.x, rng), sigma)
+    v = student.net(noisy, sigma, batch.cond, causal=student.causal_mask(f).to(batch.x.device))
+    return x0_from_v(noisy, v, sigma)
 
 
 def score_level(x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Tensor:
@@ -213,14 +233,104 @@ def pull(x: Tensor, grad: Tensor, given: int, mask: Tensor | None = None) -> Ten
 
 
 def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """Distribution matching: pull the rollout `x0` along the difference of the scores. Source: 2311.18828, 2506.08009."""
+    """Distribution matching: pull the rollout `x0` along the difference of the scores. Source: 2311.18828, 2506.08009.
+
+    Motion and regression terms are added where their weights are not zero. Source: Diagonal Distillation 2603.09488.
+    """
     score = score_difference(roles, x0.detach(), batch, cfg, rng)
     grad = score["grad"]
-    return Loss(pull(x0, grad, batch.given).float(), {"dmd_grad": grad[:, batch.given :].abs().mean()})
+    logs = {"dmd_grad": grad[:, batch.given :].abs().mean()}
+    value = cfg.dmd * pull(x0, grad, batch.given).float()
+    if cfg.motion:
+        wanted = motion_gradient(x0.detach(), score["fake"], score["real"], batch.given)
+        weight = motion_weights(wanted, cfg.motion_growth, cfg.motion_dynamic)
+        value = value + cfg.motion * motion_pull(x0, wanted, weight, batch.given)
+        logs["motion_grad"] = wanted.abs().mean()
+    if cfg.regression:
+        logs["regression"] = DISTANCES[cfg.distance](x0[:, batch.given :].float() - batch.target[:, batch.given :])
+        value = value + cfg.regression * logs["regression"]
+    if cfg.motion_head:
+        logs["motion_head"] = roles.motion(motion(x0, batch.given), motion(batch.target, batch.given))
+        value = value + cfg.motion_head * logs["motion_head"]
+    return Loss(value, {k: v.detach() for k, v in logs.items()})
+
+
+DISTANCES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "mse": lambda d: d.square().mean(),
+    "charbonnier": lambda d: (d.square() + 1e-6).sqrt().mean(),
+    "cauchy": lambda d: torch.log1p((d / 1e-2).square()).mean(),
+}
+
+
+def motion(x: Tensor, given: int) -> Tensor:
+    """Differences [B, T, C, H, W] of neighbouring frames, those between given frames left out."""
+    return x[:, max(given - 1, 0) :].diff(dim=1)
+
+
+def motion_gradient(x: Tensor, fake: Tensor, real: Tensor, given: int) -> Tensor:
+    """Normalised score difference of motion [B, T, C, H, W]. Source: Diagonal Distillation 2603.09488, flow DMD."""
+    moved, wanted = motion(x, given), motion(real, given)
+    scale = (moved - wanted).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return torch.nan_to_num((motion(fake, given) - wanted) / scale.clamp_min(1e-6))
+
+
+def motion_weights(grad: Tensor, growth: float, dynamic: float) -> Tensor:
+    """Weight [B, T, 1, 1, 1] of each transition: cumulated error so far, mixed with an exponential of mean 1.
+
+    Source: authors' code of 2603.09488; the error is that of motion, `grad` squared; theirs compares with latents.
+    """
+    error = grad.square().mean(dim=(2, 3, 4)).cumsum(dim=1)
+    rising = 1 + error / error[:, -1:].clamp_min(1e-6)
+    powers = growth ** torch.arange(grad.shape[1], dtype=grad.dtype, device=grad.device)
+    return (dynamic * rising + (1 - dynamic) * powers / powers.mean())[..., None, None, None]
+
+
+def motion_pull(x: Tensor, grad: Tensor, weight: Tensor, given: int) -> Tensor:
+    """A loss [] whose gradient on the motion of `x` is 2 `weight` `grad` / numel, so that it reaches every frame."""
+    moved = motion(x, given).float()
+    return (weight * (moved - (moved - grad).detach()).square()).mean()
+
+
+class MotionHead(nn.Module):
+    """Learned features of motion; starts as the identity. `target` follows `net` and sees the teacher sample.
+
+    Source: Diagonal Distillation 2603.09488, authors' code (there the head is not in the optimiser; here it is).
+    """
+
+    def __init__(self, channels: int, width: int = 64, groups: int = 32, decay: float = 0.95) -> None:
+        super().__init__()
+        self.decay = decay
+        self.net, self.target = (
+            nn.Sequential(
+                nn.SiLU(),
+                nn.Conv2d(channels, width, 1),
+                nn.GroupNorm(groups, width),
+                nn.SiLU(),
+                nn.Conv2d(width, channels, 1),
+            )
+            for _ in range(2)
+        )
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+        self.target.load_state_dict(self.net.state_dict())
+        self.target.requires_grad_(False)
+
+    def forward(self, moved: Tensor, wanted: Tensor) -> Tensor:
+        """Mean squared distance [] of the features of two motions [B, T, C, H, W]."""
+        y, z = moved.flatten(0, 1).float(), wanted.detach().flatten(0, 1).float()
+        with torch.no_grad():
+            aim = z + self.target(z)
+        return (y + self.net(y) - aim).square().mean()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the teacher copy towards the trained one; call after each of its updates."""
+        for slow, fast in zip(self.target.parameters(), self.net.parameters(), strict=True):
+            slow.lerp_(fast, 1 - self.decay)
 
 
 def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """Score identity distillation, gradients through both scores. Source: 2404.04057, eq. 23; Self Forcing 2506.08009."""
+    """Score identity distillation, gradients through both scores. Source: 2404.04057, eq. 23; 2506.08009."""
     told = score_level(x0, batch, cfg, rng)
     sigma = hold(cfg.score_noise.level(told), batch.given)
     noisy = add_noise(x0, randn_like(x0, rng), sigma)

@@ -2,25 +2,28 @@
 
 import json
 import logging
-import math
-import re
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vidistill import checkpoint
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
-from vidistill.data import Batch, Clips
+from vidistill.conditioning import ACTION_SITE
+from vidistill.data import LEVEL_TOLERANCE, Batch, Clips
+from vidistill.diffusion import NoiseSchedule
 from vidistill.dit import DiTConfig, VideoDiT
-from vidistill.objectives import OBJECTIVES, Loss, LossConfig, Roles
-from vidistill.rollout import chunk_noise, rollout
-from vidistill.schedules import ScheduleConfig, training
+from vidistill.learner import Learner, OptimConfig
+from vidistill.long import LongRollout, Rollout, replayed_backward, whole_chunks
+from vidistill.objectives import OBJECTIVES, Loss, LossConfig, MotionHead, Roles, noised_sample
+from vidistill.sampling import sample as sample_teacher
+from vidistill.schedules import ScheduleConfig
 from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 
@@ -35,36 +38,14 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and, over the last `decay` of the run, linear decay to zero.
-
-    `muon`: parameters of two or more axes whose name this regular expression finds are updated by Muon instead (the
-    momentum is orthogonalised, scaled to AdamW's size). Source: Jordan et al. 2024; scaling 2502.16982.
-    """
-
-    lr: float = 1e-4
-    muon: str = ""
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    warmup: int = 0
-    decay: float = 0.0
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or not 0 <= self.decay <= 1:
-            raise ValueError(f"optim needs lr > 0 and 0 <= decay <= 1, got {self.lr} and {self.decay}")
-
-    def factor(self, step: int, steps: int) -> float:
-        """Multiplier of the learning rate at `step`."""
-        up = min(1.0, (step + 1) / (self.warmup + 1))
-        tail = max(1.0, self.decay * steps)
-        down = min(1.0, (steps - step) / tail) if self.decay else 1.0
-        return up * down
-
-
-@dataclass(frozen=True)
 class TrainConfig:
-    """One stage. `init` names the checkpoint the student starts from, `teacher` what it learns from (both optional)."""
+    """One stage. `init` names the checkpoint the student starts from, `teacher` what it learns from; both are optional.
+
+    A student without `init` starts from the teacher. For objectives that score the student's own rollouts (dmd, sid):
+    `on_policy` false takes its predictions from noised real latents instead (CausVid); `replay` runs the rollout again
+    chunk by chunk for its gradient, so that peak memory is one chunk's; `long_frames` continues one stream from step to
+    step up to so many latents. A stream restarts after every save: what a step sees depends on its number alone.
+    """
 
     name: str
     objective: str
@@ -87,6 +68,9 @@ class TrainConfig:
     critic_init: str | None = None  # default: the teacher
     critic_steps: int = 5  # critic updates per student update
     critic_warmup: int = 0  # critic updates before the first student update
+    on_policy: bool = True
+    replay: bool = False
+    long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
     ema: float = 0.999
     ema_start: int = 0
     precision: str = "fp32"
@@ -103,93 +87,32 @@ class TrainConfig:
         for name in ("steps", "batch", "frames", "critic_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if OBJECTIVES[self.objective].on_policy and not self.teacher:
+        for name in ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.name.strip("./") or not 0 <= self.ema < 1:
+            raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
+        self.check_policy()
+
+    def check_policy(self) -> None:
+        """Raise ValueError where settings of student rollouts cannot work together."""
+        scored = OBJECTIVES[self.objective].on_policy
+        if scored and not self.teacher:
             raise ValueError(f"objective {self.objective!r} needs a `teacher`")
-
-
-class Learner:
-    """A network being trained: optimiser, learning-rate schedule, and optionally an averaged copy."""
-
-    def __init__(self, net: nn.Module, cfg: OptimConfig, steps: int, ema: float = 0.0, ema_start: int = 0) -> None:
-        self.net, self.cfg, self.steps = net, cfg, steps
-        self.decay, self.ema_start = ema, ema_start
-        named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-        self.params = [p for _, p in named]
-        matrix = [bool(cfg.muon and p.ndim > 1 and re.search(cfg.muon, n)) for n, p in named]
-        plain = [p for p, m in zip(self.params, matrix, strict=True) if not m]
-        self.optims: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(plain, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, foreach=True)
-        ]
-        self.matrices = [p for p, m in zip(self.params, matrix, strict=True) if m]
-        self.views = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]  # Muon takes two axes; memory is shared
-        if self.views:
-            self.optims.append(
-                torch.optim.Muon(
-                    self.views, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
+        if self.objective != "dmd" and (self.loss.motion or self.loss.needs_target):
+            raise ValueError(
+                f"loss.motion, motion_head and regression belong to objective 'dmd', not {self.objective!r}"
             )
-        self.average = [p.detach().clone() for p in self.params] if ema else []
-        self.updates = 0
-
-    def update(self, loss: Tensor) -> float:
-        """One optimiser step; returns the gradient norm before clipping. Raises FloatingPointError before any change."""
-        for p in self.params:
-            p.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.cfg.clip))
-        value = float(loss.detach())
-        if not math.isfinite(norm) or not math.isfinite(value):
-            raise FloatingPointError(f"loss {value}, gradient norm {norm}")
-        for view, p in zip(self.views, self.matrices, strict=True):
-            view.grad = None if p.grad is None else p.grad.flatten(1)
-        for optim in self.optims:
-            for group in optim.param_groups:
-                group["lr"] = self.cfg.lr * self.cfg.factor(self.updates, self.steps)
-            optim.step()
-        self.updates += 1
-        if self.average:
-            self.move_average()
-        return norm
-
-    @torch.no_grad()
-    def move_average(self) -> None:
-        if self.updates <= self.ema_start:
-            torch._foreach_copy_(self.average, self.params)
-        else:
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(self.average, self.params, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange live and averaged weights."""
-        for p, a in zip(self.params, self.average, strict=True):
-            held = p.detach().clone()
-            p.copy_(a)
-            a.copy_(held)
-
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors of this learner under `prefix`."""
-        tensors = {f"{prefix}.net.{n}": t for n, t in self.net.state_dict().items()}
-        tensors.update({f"{prefix}.ema.{i}": t for i, t in enumerate(self.average)})
-        for i, (optim, p) in enumerate(self.owners()):
-            tensors.update({f"{prefix}.optim.{i}.{k}": v for k, v in optim.state.get(p, {}).items()})
-        return tensors
-
-    def owners(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:
-        """Every parameter with the optimiser that holds its state, in a fixed order."""
-        return [(o, p) for o in self.optims for group in o.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def restore(self, prefix: str, tensors: dict[str, Tensor], updates: int) -> None:
-        self.updates = updates
-        own = {n: tensors[f"{prefix}.net.{n}"] for n in self.net.state_dict()}
-        self.net.load_state_dict(own)
-        for i, a in enumerate(self.average):
-            a.copy_(tensors[f"{prefix}.ema.{i}"])
-        for i, (optim, p) in enumerate(self.owners()):
-            keys = [k for k in tensors if k.startswith(f"{prefix}.optim.{i}.")]
-            if keys:
-                optim.state[p] = {k.rsplit(".", 1)[1]: tensors[k].clone() for k in keys}
+        if (self.replay or self.long_frames) and not (scored and self.on_policy):
+            raise ValueError(f"replay and long_frames need rollouts; objective {self.objective!r} here trains on data")
+        memory = self.student.memory
+        if self.long_frames and not (self.frames <= self.long_frames and self.schedule.name == "chunkwise"):
+            raise ValueError(f"long_frames {self.long_frames} must be at least frames {self.frames}, chunk by chunk")
+        if self.long_frames > memory.frames and memory.policy == "full":
+            raise ValueError(
+                f"long_frames {self.long_frames} do not fit a memory of {memory.frames} frames that never forgets; "
+                "set student.memory.policy=window"
+            )
 
 
 class Trainer:
@@ -201,11 +124,16 @@ class Trainer:
         self.folder = Path(cfg.out) / cfg.name
         self.step_count = 0
         self.clips = Clips(cfg.data, episodes=cfg.episodes)
+        self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
+        self.teacher_noise = cfg.loss.noise
         torch.manual_seed(cfg.seed)
         self.roles, self.shape = self.make_roles()
-        student_updates = sum(self.is_student_turn(s) for s in range(cfg.steps))
-        self.learner = Learner(self.roles.student, cfg.optim, student_updates, cfg.ema, cfg.ema_start)
-        self.critic = Learner(self.roles.critic, cfg.critic_optim, cfg.steps) if self.roles.critic is not None else None
+        updates = sum(self.is_student_turn(s) for s in range(cfg.steps))
+        self.learner = Learner(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start)
+        critic, motion = self.roles.critic, self.roles.motion
+        self.critic = None if critic is None else Learner(critic, cfg.critic_optim, max(1, cfg.steps - updates))
+        self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
+        self.sampler = self.make_sampler() if self.objective.on_policy and cfg.on_policy else None
 
     def make_roles(self) -> tuple[Roles, LatentShape | None]:
         """The networks of this stage."""
@@ -213,10 +141,14 @@ class Trainer:
         if cfg.objective == "codec":
             codec = checkpoint.load(cfg.init, "codec").net if cfg.init else TinyCodec(cfg.codec_config)
             return Roles(codec.requires_grad_(True).train()), None
-        channels, height, width = self.clips.tensors["latents"].shape[2:]
-        start = checkpoint.load(cfg.init) if cfg.init else None
-        net = VideoDiT(cfg.dit) if start is None else start.net
+        self.clips.need("trajectories" if cfg.objective == "regression" else "latents")
+        channels, height, width = self.clips.latent_size
+        name = cfg.init or cfg.teacher
+        net = checkpoint.load(name).net if name else VideoDiT(cfg.dit)
+        if isinstance(net, TinyCodec):
+            raise checkpoint.CheckpointError(f"{name} is a codec, a teacher or student is needed here")
         dit = net.net.cfg if isinstance(net, CausalStudent) else net.cfg
+        self.check_network(name or "dit", dit)
         shape = LatentShape(cfg.frames, channels, height, width, dit.patch)
         if cfg.objective == "flow":
             return Roles(net.requires_grad_(True).train()), shape
@@ -225,9 +157,54 @@ class Trainer:
         if not self.objective.critic:
             return Roles(student), shape
         assert cfg.teacher
-        teacher = checkpoint.load(cfg.teacher, "teacher").net
+        teacher = checkpoint.load(cfg.teacher, "teacher")
         critic = checkpoint.load(cfg.critic_init or cfg.teacher, "teacher").net.requires_grad_(True).train()
-        return Roles(student, teacher, critic), shape
+        self.check_network(cfg.teacher, teacher.net.cfg)
+        self.check_network(cfg.critic_init or cfg.teacher, critic.cfg)
+        self.teacher_noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
+        head = MotionHead(channels) if cfg.loss.motion_head else None
+        return Roles(student, teacher.net, critic, head), shape
+
+    def check_network(self, name: str, dit: DiTConfig) -> None:
+        """Raise ValueError unless a network takes the latents and actions of this stage's data."""
+        channels, height, width = self.clips.latent_size
+        if dit.channels != channels or height % dit.patch[1] or width % dit.patch[2]:
+            raise ValueError(
+                f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {self.cfg.data} holds "
+                f"{channels} x {height} x {width}"
+            )
+        dim = self.clips.tensors["actions"].shape[-1]
+        if ACTION_SITE in dit.sites and dit.sites[ACTION_SITE].dim != dim:
+            raise ValueError(f"{name} takes actions of {dit.sites[ACTION_SITE].dim} numbers, {self.cfg.data} has {dim}")
+
+    def levels(self) -> tuple[float, ...]:
+        """The exact noise levels of the stored trajectories; ValueError if they are not the configured ones."""
+        self.clips.need("trajectories")
+        stored, asked = tuple(self.clips.meta["levels"]), self.cfg.loss.levels
+        if len(stored) != len(asked) or any(abs(s - a) >= LEVEL_TOLERANCE for s, a in zip(stored, asked, strict=True)):
+            raise ValueError(f"loss.levels {list(asked)} are not those of {self.cfg.data}: {list(stored)}")
+        if self.clips.meta["frames"] != self.cfg.frames:
+            raise ValueError(f"frames {self.cfg.frames} are not those of {self.cfg.data}: {self.clips.meta['frames']}")
+        return stored
+
+    def make_sampler(self) -> LongRollout:
+        """What makes the student's rollouts."""
+        cfg, student = self.cfg, self.roles.student
+        given = whole_chunks(student, 1)  # a clip starts from one picture
+        if cfg.schedule.given_chunks != given:
+            raise ValueError(
+                f"schedule.given_chunks must be {given}: clips start from one given latent, and the first chunk has "
+                f"{student.first_frame(1)}"
+            )
+        student.num_chunks(cfg.frames)
+        codec = checkpoint.load(cfg.codec, "codec").net if cfg.long_frames and cfg.codec else None
+        dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+
+        def repicture(latents: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                return codec.encode(codec.decode(latents[:, -4:].float())[:, -1:])
+
+        return LongRollout(student, cfg.schedule, cfg.long_frames, repicture if codec else None, dtype)
 
     def is_student_turn(self, step: int) -> bool:
         if self.objective.critic is None:
@@ -242,56 +219,106 @@ class Trainer:
         cfg = self.cfg
         if cfg.objective == "codec":
             return Batch(self.clips.frames(cfg.batch, cfg.frames, cfg.seed, step))
+        if cfg.objective == "regression":
+            return self.clips.trajectories(cfg.batch, cfg.seed, step)
         return self.clips.latents(cfg.batch, cfg.frames, cfg.seed, step)
 
-    def sample(self, batch: Batch, rng: torch.Generator, grad: bool) -> Tensor:
-        """The student's own rollout [B, F, C, H, W] for the condition and given frames of `batch`."""
-        student, cfg = self.roles.student, self.cfg
-        b, frames = batch.x.shape[:2]
-        draw = Random(int(torch.randint(2**31, (1,), generator=rng)))
-        passes = training(cfg.schedule, student.num_chunks(frames), draw)
-        memory = student.new_memory(b, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
-        noise = chunk_noise(student, b, draw.randrange(2**31), batch.x[:, : batch.given])
-        with torch.set_grad_enabled(grad):
-            chunks = rollout(student, passes, noise=noise, cond=batch.cond.frames, memory=memory, rng=rng)
-            return torch.cat(list(chunks), dim=1)
+    def sample(self, batch: Batch, rng: torch.Generator, grad: bool) -> Rollout:
+        """The student's own rollout for the condition and given frames of `batch`, with `grad` or to be replayed."""
+        assert self.sampler is not None
+        restart, replayed = self.step_count % self.cfg.save_every == 0, grad and self.cfg.replay
+        return self.sampler(batch, rng, grad=grad and not replayed, restart=restart, record=replayed)
+
+    def target(self, sample: Rollout, rng: torch.Generator) -> Tensor:
+        """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
+        assert self.sampler is not None
+        batch, cfg = sample.batch, self.loss
+        return sample_teacher(
+            self.roles.teacher,
+            self.sampler.noise_of(sample, rng),
+            self.teacher_noise.steps(cfg.target_steps),
+            batch.cond,
+            given=batch.x[:, : batch.given],
+            nulls=[batch.cond.null()],
+            scales=[cfg.guidance],
+        )
 
     def step(self) -> dict[str, float]:
         """One update of student or critic; returns what to log."""
         rng, batch = self.rng_for(self.step_count), self.batch(self.step_count)
         turn = "student" if self.is_student_turn(self.step_count) else "critic"
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-            x0 = self.sample(batch, rng, grad=turn == "student") if self.objective.on_policy else batch.x
-            fn = self.objective.student if turn == "student" else self.objective.critic
-            assert fn is not None
-            loss: Loss = fn(self.roles, x0, batch, self.cfg.loss, rng)
-        learner = self.learner if turn == "student" else self.critic
-        assert learner is not None
-        norm = learner.update(loss.value)
+        learners = [self.learner, self.motion] if turn == "student" else [self.critic]
+        trained = [learner for learner in learners if learner is not None]
+        for learner in trained:
+            learner.forget()
+        # Without a cache of cast weights: one filled without gradient would cut the gradient of a later pass.
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16", cache_enabled=False):
+            loss = self.loss_of(turn, batch, rng)
+        value = float(loss.value.detach())
+        norms = [learner.clip(value) for learner in trained]
+        for learner in trained:
+            learner.move()
+        if turn == "student" and self.roles.motion is not None:
+            self.roles.motion.follow()
         self.step_count += 1
         logs = {f"{turn}/{k}": float(v) for k, v in loss.logs.items()}
-        return {f"{turn}/loss": float(loss.value.detach()), f"{turn}/grad_norm": norm, **logs}
+        return {f"{turn}/loss": value, f"{turn}/grad_norm": norms[0], **logs}
 
-    def run(self) -> None:
-        """Train to the end, saving and logging on the way."""
+    def loss_of(self, turn: str, batch: Batch, rng: torch.Generator) -> Loss:
+        """The loss of a turn, its gradients accumulated."""
+        learning = turn == "student"
+        fn = self.objective.student if learning else self.objective.critic
+        assert fn is not None
+        x0, sample = batch.x, None
+        if self.sampler is not None:
+            sample = self.sample(batch, rng, learning)
+            x0, batch = sample.x0, sample.batch
+        elif self.objective.on_policy:
+            with torch.set_grad_enabled(learning):
+                x0 = noised_sample(self.roles.student, batch, self.cfg.schedule.levels, rng)
+        if sample is not None and learning and self.loss.needs_target:
+            batch = replace(batch, target=self.target(sample, rng))
+        replayed = sample is not None and learning and self.cfg.replay
+        if replayed:
+            x0 = x0.detach().requires_grad_()
+        loss: Loss = fn(self.roles, x0, batch, self.loss, rng)
+        loss.value.backward()  # type: ignore[no-untyped-call]
+        if replayed:
+            assert sample is not None and x0.grad is not None
+            replayed_backward(self.roles.student, sample, x0.grad)
+        return loss
+
+    def run(self) -> Path:
+        """Train to the end, saving and logging on the way; returns the path of the exported weights."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
-        (self.folder / "config.json").write_text(json.dumps(asdict(self.cfg), indent=1))
-        started, first, sums = time.time(), self.step_count, Averages()
+        checkpoint.write_atomic(
+            self.folder / "config.json", lambda p: p.write_text(json.dumps(asdict(self.cfg), indent=1))
+        )
+        started, steps = time.time(), self.cfg.steps
+        bar = tqdm(total=steps, initial=self.step_count, desc=self.cfg.name, unit="step", disable=None)
+        with bar, logging_redirect_tqdm():
+            self.loop(started, bar)
+        return self.finish(time.time() - started)
+
+    def loop(self, started: float, bar: Any) -> None:
+        first, sums = self.step_count, Averages()
         while self.step_count < self.cfg.steps:
             try:
                 sums.add(self.step())
             except FloatingPointError as error:
+                kept = self.folder / STATE
                 raise TrainingError(
                     f"{self.cfg.name}: not finite at step {self.step_count} ({error}); nothing was updated. The last "
-                    f"checkpoint is {self.folder / STATE}; lower optim.lr or optim.clip and run the same command again"
+                    f"checkpoint is {kept if kept.is_file() else 'none yet'}; lower optim.lr or optim.clip and run the "
+                    "same command again"
                 ) from error
+            bar.update()
             if self.step_count % self.cfg.log_every == 0 or self.step_count == self.cfg.steps:
                 speed = (time.time() - started) / (self.step_count - first)
                 self.write_log({"step": self.step_count, "s_per_step": speed, **sums.flush()})
             if self.step_count % self.cfg.save_every == 0 or self.step_count == self.cfg.steps:
                 self.save()
-        self.finish(time.time() - started)
 
     def write_log(self, row: dict[str, float]) -> None:
         with open(self.folder / METRICS, "a") as file:
@@ -306,6 +333,9 @@ class Trainer:
         if self.critic is not None:
             tensors.update(self.critic.state("critic"))
             info["critic"] = self.critic.updates
+        if self.motion is not None:
+            tensors.update(self.motion.state("motion"))
+            info["motion"] = self.motion.updates
         checkpoint.save_tensors(self.folder / STATE, tensors, info)
 
     def resume(self) -> None:
@@ -314,22 +344,46 @@ class Trainer:
         if not path.is_file():
             return
         tensors, info = checkpoint.read_tensors(path)
-        self.learner.restore("student", tensors, info["student"])
-        if self.critic is not None:
-            self.critic.restore("critic", tensors, info["critic"])
+        learners = {"student": self.learner, "critic": self.critic, "motion": self.motion}
+        try:
+            for name, learner in learners.items():
+                if learner is not None:
+                    learner.restore(name, tensors, info[name])
+        except (KeyError, RuntimeError) as error:
+            raise TrainingError(
+                f"{path} is a run of other networks than this config ({error}); choose another name=, or remove it"
+            ) from error
         self.step_count = info["step"]
-        log.info("%s resumes at step %d", self.cfg.name, self.step_count)
+        self.trim_log()
+        now = json.loads(json.dumps(asdict(self.cfg)))
+        changed = [k for k, v in info["config"].items() if k in now and now[k] != v]
+        note = f"; changed since: {', '.join(changed)}" if changed else ""
+        log.info("%s resumes at step %d%s", self.cfg.name, self.step_count, note)
 
-    def finish(self, seconds: float) -> None:
-        """Export the averaged weights as a checkpoint that can be loaded by path."""
+    def trim_log(self) -> None:
+        """Drop logged rows after the step this run resumes at, and a row cut short."""
+        path = self.folder / METRICS
+        kept = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                if json.loads(line)["step"] <= self.step_count:
+                    kept.append(line + "\n")
+            except ValueError:
+                continue
+        checkpoint.write_atomic(path, lambda p: p.write_text("".join(kept)))
+
+    def finish(self, seconds: float) -> Path:
+        """Export the averaged weights as a checkpoint that can be loaded by path, which is returned."""
         cfg = self.cfg
         if self.learner.average:
             self.learner.swap()
         if isinstance(self.roles.student, TinyCodec):
             self.normalise(self.roles.student)
-        checkpoint.export(self.folder / cfg.name, self.roles.student, self.record(seconds), torch.float16)
+        path = self.folder / Path(cfg.name).name
+        checkpoint.export(path, self.roles.student, self.record(seconds), torch.float16)
         if self.learner.average:
             self.learner.swap()
+        return checkpoint.beside(path, ".safetensors")
 
     def record(self, seconds: float) -> dict[str, Any]:
         cfg = self.cfg
@@ -388,15 +442,19 @@ def git_commit() -> str | None:
     """Short hash of the checkout this runs from, None outside one."""
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
 
 
-def train(cfg: TrainConfig) -> None:
-    """Run the stage `cfg` to its end; resumes where it stopped."""
+def train(cfg: TrainConfig) -> Path:
+    """Run the stage `cfg` to its end and return the path of its weights; resumes where it stopped."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    Trainer(cfg).run()
+    return Trainer(cfg).run()

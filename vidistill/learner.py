@@ -1,0 +1,141 @@
+"""One network being trained: AdamW and Muon, learning-rate schedule, averaged weights, a state that resumes exactly."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and, over the last `decay` of the run, linear decay to zero.
+
+    `muon`: parameters of two or more axes whose name this regular expression finds are updated by Muon instead (the
+    momentum is orthogonalised, scaled to AdamW's size). Source: Jordan et al. 2024; scaling 2502.16982.
+    """
+
+    lr: float = 1e-4
+    muon: str = ""
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.decay <= 1:
+            raise ValueError(f"optim needs lr > 0 and 0 <= decay <= 1, got {self.lr} and {self.decay}")
+        if self.clip <= 0 or self.warmup < 0 or self.weight_decay < 0 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(
+                "optim needs clip > 0, warmup >= 0, weight_decay >= 0 and betas in [0, 1), got "
+                f"{self.clip}, {self.warmup}, {self.weight_decay} and {self.betas}"
+            )
+        try:
+            re.compile(self.muon)
+        except re.error as error:
+            raise ValueError(f"optim.muon {self.muon!r} is no regular expression: {error}") from error
+
+    def factor(self, step: int, steps: int) -> float:
+        """Multiplier of the learning rate at `step`."""
+        up = min(1.0, (step + 1) / (self.warmup + 1))
+        tail = max(1.0, self.decay * steps)
+        down = min(1.0, (steps - step) / tail) if self.decay else 1.0
+        return up * down
+
+
+class Learner:
+    """A network being trained: optimiser, learning-rate schedule, and optionally an averaged copy."""
+
+    def __init__(self, net: nn.Module, cfg: OptimConfig, steps: int, ema: float = 0.0, ema_start: int = 0) -> None:
+        self.net, self.cfg, self.steps = net, cfg, steps
+        self.decay, self.ema_start = ema, ema_start
+        named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+        self.params = [p for _, p in named]
+        matrix = [bool(cfg.muon and p.ndim > 1 and re.search(cfg.muon, n)) for n, p in named]
+        plain = [p for p, m in zip(self.params, matrix, strict=True) if not m]
+        self.optims: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(plain, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, foreach=True)
+        ]
+        self.matrices = [p for p, m in zip(self.params, matrix, strict=True) if m]
+        self.views = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]  # Muon takes two axes; memory is shared
+        assert all(v.data_ptr() == p.data_ptr() for v, p in zip(self.views, self.matrices, strict=True))
+        if self.views:
+            self.optims.append(
+                torch.optim.Muon(self.views, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+        self.average = [p.detach().clone() for p in self.params] if ema else []
+        self.updates = 0
+
+    def update(self, loss: Tensor) -> float:
+        """One optimiser step; returns the gradient norm before clipping. FloatingPointError before any change."""
+        self.forget()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self.clip(float(loss.detach()))
+        self.move()
+        return norm
+
+    def forget(self) -> None:
+        """Drop all gradients."""
+        for p in self.params:
+            p.grad = None
+
+    def clip(self, loss: float) -> float:
+        """Clip the gradients and return their norm before; FloatingPointError unless it and `loss` are finite."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self.params, self.cfg.clip))
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+        return norm
+
+    def move(self) -> None:
+        """Step the optimisers along the gradients, and the average after them."""
+        for view, p in zip(self.views, self.matrices, strict=True):
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = self.cfg.lr * self.cfg.factor(self.updates, self.steps)
+            optim.step()
+        self.updates += 1
+        if self.average:
+            self.move_average()
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        if self.updates <= self.ema_start:
+            torch._foreach_copy_(self.average, self.params)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(self.average, self.params, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange live and averaged weights."""
+        for p, a in zip(self.params, self.average, strict=True):
+            held = p.detach().clone()
+            p.copy_(a)
+            a.copy_(held)
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors of this learner under `prefix`."""
+        tensors = {f"{prefix}.net.{n}": t for n, t in self.net.state_dict().items()}
+        tensors.update({f"{prefix}.ema.{i}": t for i, t in enumerate(self.average)})
+        for i, (optim, p) in enumerate(self.owners()):
+            tensors.update({f"{prefix}.optim.{i}.{k}": v for k, v in optim.state.get(p, {}).items()})
+        return tensors
+
+    def owners(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:
+        """Every parameter with the optimiser that holds its state, in a fixed order."""
+        return [(o, p) for o in self.optims for group in o.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def restore(self, prefix: str, tensors: dict[str, Tensor], updates: int) -> None:
+        self.updates = updates
+        own = {n: tensors[f"{prefix}.net.{n}"] for n in self.net.state_dict()}
+        self.net.load_state_dict(own)
+        for i, a in enumerate(self.average):
+            a.copy_(tensors[f"{prefix}.ema.{i}"])
+        for i, (optim, p) in enumerate(self.owners()):
+            keys = [k for k in tensors if k.startswith(f"{prefix}.optim.{i}.")]
+            if keys:
+                optim.state[p] = {k.rsplit(".", 1)[1]: tensors[k].clone() for k in keys}
