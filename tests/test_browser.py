@@ -1,21 +1,20 @@
 """The page in a real browser. Pictures of it are left in out/."""
 
+import base64
 import contextlib
 import io
 import os
 import shutil
-import socket
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_world import FakeWorld, png, running
 from PIL import Image
-from test_serve import FakeWorld, png
 
 from vidistill.checkpoint import zoo_names
-from vidistill.serve import ServeConfig, create_app, load_world
+from vidistill.serve import load_world
 
 OUT = Path(__file__).resolve().parent.parent / "out"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -69,25 +68,6 @@ def browser():
 
 
 @contextlib.contextmanager
-def served(world, **options):
-    """The address of a world served by a real server on a free port."""
-    uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'vidistill[demo]'")
-    from vidistill.serve.app import server_config
-
-    door = socket.socket()
-    door.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(create_app(world, ServeConfig(patience_s=0.5, **options))))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{door.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        door.close()
-
-
-@contextlib.contextmanager
 def opened(browser, address, **options):
     """A page that must not complain; waits until the first picture is drawn."""
     page = browser.new_page(**{"viewport": {"width": 1180, "height": 860}, **options})
@@ -125,13 +105,7 @@ def held(page, key, num=16):
     frames = page.evaluate(f"window.seen.filter((frame) => frame.input > {before}).map((frame) => frame.grey)")
     page.keyboard.up(key)
     width, height = page.evaluate("[canvas.width, canvas.height]")
-    return np.stack([np.frombuffer(decode(frame), np.uint8).reshape(height, width) for frame in frames])
-
-
-def decode(text):
-    import base64
-
-    return base64.b64decode(text)
+    return np.stack([np.frombuffer(base64.b64decode(frame), np.uint8).reshape(height, width) for frame in frames])
 
 
 def flow(frames):
@@ -154,7 +128,7 @@ def test_the_flow_of_a_known_turn_is_measured():
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_left_and_right_turn_the_picture_opposite_ways(browser, name):
-    with served(WORLDS[name]()) as address, opened(browser, address) as page:
+    with running(WORLDS[name]()) as address, opened(browser, address) as page:
         wait_for_pictures(page)
         page.evaluate(WATCH)
         left, right = flow(held(page, "ArrowLeft")), flow(held(page, "KeyD"))
@@ -170,7 +144,7 @@ def test_left_and_right_turn_the_picture_opposite_ways(browser, name):
 
 def test_a_picture_of_ones_own_a_seed_and_a_recording(browser, tmp_path):
     (tmp_path / "green.png").write_bytes(png(200, 120, (10, 200, 30)))
-    with served(WORLDS["fake"]()) as address, opened(browser, address) as page:
+    with running(WORLDS["fake"]()) as address, opened(browser, address) as page:
         wait_for_pictures(page)
         page.set_input_files("#file", tmp_path / "green.png")
         wait(page, "document.querySelectorAll('#starts img').length == 3")
@@ -193,7 +167,7 @@ def test_a_picture_of_ones_own_a_seed_and_a_recording(browser, tmp_path):
 
 def test_a_hidden_tab_pauses_and_comes_back(browser):
     fake = FakeWorld(fps=40.0)
-    with served(fake.world) as address, opened(browser, address) as page:
+    with running(fake.world) as address, opened(browser, address) as page:
         wait_for_pictures(page)
         hide = "(hidden) => {{ Object.defineProperty(document, 'hidden', {{ value: {}, configurable: true }});"
         turn = hide + " document.dispatchEvent(new Event('visibilitychange')); }}"
@@ -208,7 +182,7 @@ def test_a_hidden_tab_pauses_and_comes_back(browser):
 
 
 def test_one_viewer_too_many_reads_why_and_can_try_again(browser):
-    with served(WORLDS["fake"](), max_viewers=1) as address, opened(browser, address) as first:
+    with running(WORLDS["fake"](), max_viewers=1) as address, opened(browser, address) as first:
         wait_for_pictures(first)
         with opened(browser, address) as second:
             second.wait_for_selector("#overbutton", state="visible")
@@ -222,7 +196,7 @@ def test_one_viewer_too_many_reads_why_and_can_try_again(browser):
 
 def test_fingers_walk_on_a_phone(browser):
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    with served(WORLDS["fake"]()) as address, opened(browser, address, **phone) as page:
+    with running(WORLDS["fake"]()) as address, opened(browser, address, **phone) as page:
         wait_for_pictures(page)
         page.evaluate(WATCH)
         box = page.locator("[data-action=turn_left]").bounding_box()
@@ -232,6 +206,7 @@ def test_fingers_walk_on_a_phone(browser):
         assert "held" in page.get_attribute("[data-action=turn_left]", "class")
         picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
         page.mouse.up()
+        wait(page, "!document.querySelector('.held')")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     OUT.mkdir(exist_ok=True)
     picture.save(OUT / "play-phone.png")

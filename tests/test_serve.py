@@ -1,161 +1,37 @@
-import contextlib
 import io
 import json
+import socket
+import sys
+import tempfile
 import time
-from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_world import (
+    ACTIONS,
+    CHUNK,
+    FPS,
+    SIZE,
+    SPEED,
+    Browser,
+    FakeSession,
+    FakeWorld,
+    picture,
+    png,
+    running,
+    served,
+    wait_until,
+    watching,
+)
 from PIL import Image
 
-from vidistill.serve import ServeConfig, ViewerConfig, World, create_app, protocol
-from vidistill.serve.app import host_allowed, origin_allowed, read_starts, run
+from vidistill.serve import ServeConfig, ViewerConfig, World, create_app, load_world, protocol
+from vidistill.serve.app import _find_starts, host_allowed, origin_allowed, read_starts, run
 from vidistill.serve.player import Player
-from vidistill.video import read_video
+from vidistill.video import read_video, save_png
 
-ACTIONS = ("turn_left", "turn_right", "forward", "backward")
-SIZE, CHUNK, FPS, SPEED = 64, 4, 40.0, 4  # px, frames a chunk, frames a second, px a frame
 pytestmark = pytest.mark.timeout(60)
-
-
-@dataclass(frozen=True)
-class FakeFrame:
-    px: np.ndarray
-    index: int
-    chunk: int
-    input_id: int
-    made_at: float
-
-
-class FakeSession:
-    """A panorama of blocks that turns with the keys: each seed has its own, and it begins with the start image."""
-
-    nfe_per_chunk, memory_bytes, frames_per_chunk = 5, 1_234_567, CHUNK
-
-    def __init__(self, seed=0, image=None, *, fps=FPS, chunk_s=0.0, limit=None):
-        self.fps, self.chunk_s, self.limit = fps, chunk_s, limit
-        self.closed, self.made, self.inputs = False, 0, 0
-        self.action = dict.fromkeys(ACTIONS, 0.0)
-        self.picture = np.zeros((SIZE, SIZE, 3), np.uint8)
-        self.reset(seed=seed, image=image)
-
-    def set(self, *, action):
-        self.action, self.inputs = dict(action), self.inputs + 1
-        return self.inputs
-
-    def reset(self, *, seed, image):
-        rng = np.random.default_rng(seed)
-        coarse = Image.fromarray(rng.integers(0, 255, (8, 64, 3), dtype=np.uint8))
-        self.panorama = np.asarray(coarse.resize((8 * SIZE, SIZE), Image.Resampling.NEAREST)).copy()
-        if image is not None:
-            assert image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
-            self.picture = image
-        self.panorama[:, :SIZE] = self.picture
-        self.heading = 0
-
-    def frames(self):
-        for chunk in count():
-            action, input_id = self.action, self.inputs
-            time.sleep(self.chunk_s)
-            for i in range(CHUNK):
-                if self.limit is not None and self.made >= self.limit:
-                    raise RuntimeError("out of dreams")
-                self.heading += round(SPEED * (action["turn_right"] - action["turn_left"]))
-                columns = np.arange(self.heading, self.heading + SIZE) % self.panorama.shape[1]
-                self.made += 1
-                yield FakeFrame(self.panorama[:, columns], chunk * CHUNK + i, chunk, input_id, time.perf_counter())
-
-    def close(self):
-        self.closed = True
-
-
-class FakeWorld:
-    """Opens fake sessions and remembers them."""
-
-    def __init__(self, pictures=True, **options):
-        self.sessions, self.options = [], options
-        self.starts = {"stripes": stripes(), "red": picture(200, 30, 30)} if pictures else None
-        self.world = World("fake", ACTIONS, (SIZE, SIZE), self.open, self.starts)
-
-    def open(self, seed, image):
-        self.sessions.append(FakeSession(seed, image, **self.options))
-        return self.sessions[-1]
-
-
-def picture(*colour):
-    return np.full((SIZE, SIZE, 3), colour, np.uint8)
-
-
-def stripes():
-    return np.arange(SIZE * SIZE * 3, dtype=np.uint8).reshape(SIZE, SIZE, 3)
-
-
-def png(width=SIZE, height=SIZE, colour=(10, 200, 30)):
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def wait_until(true, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
-
-
-class Browser:
-    """The other end of a test connection: draws every frame at once, unless told to be slow."""
-
-    def __init__(self, socket, draws=True):
-        self.socket, self.draws = socket, draws
-
-    def say(self, **message):
-        self.socket.send_text(json.dumps(message))
-
-    def receive(self):
-        """A note as dict, or a frame as (header fields, px)."""
-        event = self.socket.receive()
-        if event["type"] == "websocket.close":
-            return {"type": "closed", "code": event["code"]}
-        if (text := event.get("text")) is not None:
-            return json.loads(text)
-        data = event["bytes"]
-        version, kind, encoding, flags, sequence, index, chunk, input_id = protocol.HEADER.unpack_from(data)
-        assert (version, kind, encoding) == (protocol.VERSION, protocol.FRAME, protocol.RAW)
-        if self.draws:
-            self.say(type="seen", sequence=sequence)
-        header = {"flags": flags, "sequence": sequence, "index": index, "chunk": chunk, "input_id": input_id}
-        return header, np.frombuffer(data, np.uint8, offset=protocol.HEADER.size).reshape(SIZE, SIZE, 3)
-
-    def note(self, kind):
-        """The next note of a kind; frames and other notes on the way are passed over."""
-        for _ in range(500):
-            got = self.receive()
-            if isinstance(got, dict) and got["type"] == kind:
-                return got
-        raise AssertionError(f"no {kind} came")
-
-    def frame(self, where=lambda header: True):
-        for _ in range(500):
-            got = self.receive()
-            if isinstance(got, tuple) and where(got[0]):
-                return got
-        raise AssertionError("no such frame came")
-
-
-@contextlib.contextmanager
-def served(fake, **options):
-    client = pytest.importorskip("starlette.testclient", reason="needs pip install 'vidistill[test]'").TestClient
-    with client(create_app(fake.world, ServeConfig(**options)), base_url="http://localhost:8000") as app:
-        yield app
-
-
-@contextlib.contextmanager
-def watching(app, draws=True):
-    with app.websocket_connect("ws://localhost:8000/stream") as socket:
-        yield Browser(socket, draws)
-
 
 # --- the way of a key -------------------------------------------------------------------------------------------------
 
@@ -163,7 +39,7 @@ def watching(app, draws=True):
 def test_hello_tells_the_page_what_it_shows():
     with served(FakeWorld()) as app, watching(app) as browser:
         hello = browser.receive()
-    assert hello["type"] == "hello" and hello["actions"] == list(ACTIONS) and hello["starts"] == ["stripes", "red"]
+    assert hello["type"] == "hello" and hello["actions"] == list(ACTIONS) and hello["starts"] == ["blocks", "red"]
     assert (hello["width"], hello["height"], hello["fps"]) == (SIZE, SIZE, FPS)
     assert (hello["nfe_per_chunk"], hello["memory_bytes"], hello["frames_per_chunk"]) == (5, 1_234_567, CHUNK)
 
@@ -183,7 +59,7 @@ def test_reset_begins_again_with_the_seed_and_picture_asked_for():
     fake = FakeWorld()
     with served(fake) as app, watching(app) as browser:
         _, px = browser.frame()
-        assert np.array_equal(px, fake.starts["stripes"])
+        assert np.array_equal(px, fake.starts["blocks"])
         for start, want in fake.starts.items():
             browser.say(type="reset", seed=5, start=start)
             _, px = browser.frame(lambda header: header["flags"] & protocol.FIRST)
@@ -214,7 +90,7 @@ def test_keys_stay_held_through_a_reset():
         browser.note("hello")
         browser.say(type="keys", id=1, action={"turn_left": 1})
         browser.frame(lambda header: header["input_id"] == 1)
-        browser.say(type="reset", seed=5, start="stripes")
+        browser.say(type="reset", seed=5, start="blocks")
         browser.frame(lambda header: header["flags"] & protocol.FIRST)
         (_, one), (_, two) = browser.frame(), browser.frame()
         assert not np.array_equal(one, two)
@@ -222,7 +98,7 @@ def test_keys_stay_held_through_a_reset():
 
 def test_an_own_picture_is_cropped_resized_and_started_from():
     with served(FakeWorld()) as app, watching(app) as browser:
-        browser.note("hello")
+        browser.frame()
         browser.say(type="reset", seed=0, start="upload")
         assert "send a picture" in browser.note("error")["message"]
         browser.socket.send_bytes(bytes([protocol.PICTURE]) + png(300, 100))
@@ -248,6 +124,28 @@ def test_a_hidden_tab_stops_the_work_and_going_on_resumes_where_it_was():
             index = browser.frame()[0]["index"]
             assert index == last + 1
             last = index
+
+
+def test_a_real_student_is_served_from_its_files(tiny_student_path, tiny_image, tmp_path):
+    save_png(tmp_path / "here.png", tiny_image)
+    fake = FakeWorld()
+    fake.world = load_world(str(tiny_student_path), tmp_path)
+    with served(fake) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
+        browser = Browser(socket, side=len(tiny_image))
+        hello = browser.note("hello")
+        assert hello["actions"] == list(ACTIONS) and hello["starts"] == ["here"] and hello["width"] == len(tiny_image)
+        browser.say(type="keys", id=3, action={"forward": 1})
+        _, walked = browser.frame(lambda header: header["input_id"] == 3)
+        browser.say(type="reset", seed=7, start="here")
+        header, _ = browser.frame(lambda header: header["flags"] & protocol.FIRST)
+        assert header["index"] == 0 and header["chunk"] == 0
+        header, other = browser.frame(lambda header: header["chunk"] == 1)
+        assert header["input_id"] == 3 and not np.array_equal(walked, other)
+
+
+def test_a_student_that_begins_from_a_picture_says_when_there_is_none(tiny_student_path):
+    with pytest.raises(ValueError, match="--starts FOLDER"):
+        load_world(str(tiny_student_path))
 
 
 # --- pace -------------------------------------------------------------------------------------------------------------
@@ -403,6 +301,26 @@ def test_a_flood_of_bad_messages_leaves_the_server_answering():
         browser.frame()
 
 
+def test_a_huge_message_ends_its_own_connection_only():
+    pytest.importorskip("websockets", reason="needs pip install 'vidistill[demo]'")
+    from websockets.exceptions import ConnectionClosed, InvalidStatus
+    from websockets.sync.client import connect
+
+    with running(FakeWorld().world) as address:
+        stream = address.replace("http", "ws") + "stream"
+        with pytest.raises(InvalidStatus, match="403"), connect(stream, origin="http://evil.example"):
+            pass
+        with connect(stream) as one, connect(stream) as two:
+            assert json.loads(two.recv())["type"] == "hello"
+            with pytest.raises(ConnectionClosed):
+                one.send(bytes(5 * protocol.MAX_PICTURE))
+                while one.recv(timeout=20):
+                    pass
+            two.send("nonsense")
+            while not isinstance(said := two.recv(timeout=20), str) or json.loads(said)["type"] != "error":
+                pass
+
+
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
@@ -424,9 +342,6 @@ def test_a_recording_is_a_film_of_what_was_shown():
 
 
 def film(data):
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "film.mp4"
         path.write_bytes(data)
@@ -526,8 +441,6 @@ def test_wrong_settings_are_named(field, value):
 
 
 def test_a_taken_port_is_said_before_anything_starts():
-    import socket
-
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen()
@@ -537,14 +450,20 @@ def test_a_taken_port_is_said_before_anything_starts():
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "fastapi", None)
     with pytest.raises(ImportError, match=r"pip install 'vidistill\[demo\]'"):
         create_app(FakeWorld().world)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ImportError, match=r"pip install 'vidistill\[demo\]'"):
         run(FakeWorld().world, ServeConfig())
+
+
+def test_start_images_lie_beside_a_checkpoint_or_beside_its_family(tmp_path):
+    (tmp_path / "doom-starts").mkdir()
+    (tmp_path / "doom-starts" / "a.png").write_bytes(png())
+    assert list(_find_starts(tmp_path / "doom-selfforcing", None, (8, 8))) == ["a"]
+    (tmp_path / "doom-tf-starts").mkdir()
+    assert not _find_starts(tmp_path / "doom-tf", None, (8, 8)) and not _find_starts(tmp_path / "shapes", None, (8, 8))
 
 
 def test_start_images_are_read_from_a_folder(tmp_path):

@@ -316,6 +316,7 @@ def _bind(host: str, port: int) -> sockets.socket:
         try:
             door.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
             door.bind((host, port))
+            door.listen()  # from here on a browser waits instead of being refused
         except OSError:
             door.close()
             raise

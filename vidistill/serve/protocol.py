@@ -186,4 +186,4 @@ def read_picture(png: bytes, size: tuple[int, int]) -> np.ndarray:
     scale = min(rgb.width / width, rgb.height / height)  # source pixels a target pixel
     left, top = (rgb.width - width * scale) / 2, (rgb.height - height * scale) / 2
     box = (left, top, left + width * scale, top + height * scale)
-    return np.asarray(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return np.array(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))

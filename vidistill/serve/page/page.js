@@ -38,6 +38,7 @@ function connect() {
     release();
     showRecord("off");
     world = null;
+    document.body.classList.add("off");
     if (ended) return;
     if (code === 1009) toast("The server ended the connection: a message was too large.");
     retries += 1;
@@ -54,6 +55,7 @@ function say(message) {
 const HEARD = {
   hello(said) {
     world = said;
+    document.body.classList.remove("off");
     retries = inputId = 0;
     userPaused = pausedAtServer = begun = false;
     decoding = 0;
