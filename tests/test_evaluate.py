@@ -1,7 +1,8 @@
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,61 +10,38 @@ import torch
 from tiny_walks import walk, write_walks
 
 from vidistill import checkpoint, evaluate, probes, report
-from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.data import Clips
-from vidistill.diffusion import NoiseSchedule
-from vidistill.dit import DiTConfig, SiteConfig, VideoDiT
 from vidistill.evaluate import EvalConfig, HeldOut
-from vidistill.memory import MemoryConfig
-from vidistill.schedules import ScheduleConfig
-from vidistill.shapes import LatentShape
-from vidistill.student import CausalStudent, StudentConfig
 from vidistill.tally import StreamTally, Tally, drifts, figures
 
-FRAMES = 7  # latents of a clip: 25 px frames
-SHAPE = LatentShape(FRAMES, 4, 4, 4)
-DIT = DiTConfig(channels=4, width=16, layers=1, heads=2, ffn=32, freq_dim=16, sites={"modulation": SiteConfig(17)})
-CODEC = TinyCodecConfig(latent_channels=4, encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8))
-STUDENT = StudentConfig(chunk=3, first_chunk=1, memory=MemoryConfig(frames=FRAMES))
-SCHEDULE = ScheduleConfig(levels=(1.0, 0.5), given_chunks=1)
+FRAMES = 7  # latents of a clip: 25 px frames, chunks of 1, 3 and 3
 KEYS = ("frechet", "action_following", "sharpness_ratio", "saturation_ratio", "motion_ratio", "flicker_ratio")
 DRIFTS = ("sharpness_drift", "saturation_drift", "motion_drift")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with held-out walks, long walks, a probe, and an untrained codec, teacher and student."""
+    """A folder with held-out walks, long walks, and a probe trained on others."""
     root = tmp_path_factory.mktemp("world")
     write_walks(root / "data" / "frames", num=4, length=60)
     write_walks(root / "data" / "long", num=2, length=45, first=50)
     train = write_walks(root / "train", num=6, length=80, split="train", first=100)
     cfg = probes.ProbeConfig(size=16, widths=(24, 32), features=16, textures=5)
     probes.save_probe(root / "probe", probes.train_probes(train, steps=120, batch=48, lr=8e-3, cfg=cfg), {})
-    torch.manual_seed(0)
-    checkpoint.export(root / "codec", TinyCodec(CODEC), {"card": {}})
-    record = {
-        "shape": asdict(SHAPE),
-        "noise": asdict(NoiseSchedule()),
-        "schedule": asdict(SCHEDULE),
-        "codec": str(root / "codec"),
-        "world": {"fps": 17.5, "actions": ["turn_left", "turn_right", "forward", "backward"]},
-    }
-    net = VideoDiT(DIT)
-    for weight in net.parameters():  # as built, its output is zero
-        torch.nn.init.normal_(weight, 0, 0.3)
-    checkpoint.export(root / "teacher", net, {**record, "card": {"parents": []}})
-    card = {"parents": [str(root / "teacher")]}
-    checkpoint.export(root / "student", CausalStudent.from_teacher(net, STUDENT, SHAPE), {**record, "card": card})
     return root
+
+
+def protocol(world, out):
+    return EvalConfig(
+        clips=6, batch=4, seconds=0.8, streams=2, long_seconds=2.4, frames=FRAMES, steps=2, episodes=4,
+        data=str(world / "data"), cache=str(out / "cache"), out=str(out / "out"),
+        probe=str(world / "probe"), precision="fp32",
+    )  # fmt: skip
 
 
 @pytest.fixture
 def cfg(world, tmp_path):
-    return EvalConfig(
-        clips=6, batch=4, seconds=0.8, streams=2, long_seconds=2.4, frames=FRAMES, steps=2, episodes=4,
-        data=str(world / "data"), cache=str(tmp_path / "cache"), out=str(tmp_path / "out"),
-        probe=str(world / "probe"), precision="fp32",
-    )  # fmt: skip
+    return protocol(world, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +92,16 @@ def test_error_against_the_true_future_grows_with_the_horizon(rows):
     assert list(error) == ["0.25", "0.5", "1"] and error["0.25"] > error["1"]
 
 
-def test_student_teacher_and_real_come_out_of_one_run_with_the_promised_keys(world, cfg):
-    result = evaluate.evaluate(str(world / "student"), cfg=cfg)
+@pytest.fixture(scope="module")
+def evaluated(world, tmp_path_factory, tiny_student_path, tiny_teacher_path):
+    """(result, folder of the report) of a whole evaluation."""
+    out = tmp_path_factory.mktemp("out")
+    cfg = replace(protocol(world, out), precision="bf16")
+    return evaluate.evaluate(str(tiny_student_path), str(tiny_teacher_path), cfg), out / "out" / "student-teacher"
+
+
+def test_student_teacher_and_real_come_out_of_one_run_with_the_promised_keys(evaluated):
+    result, _ = evaluated
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     for row in ("student", "teacher", "real"):
         assert all(key in result[row] for key in (*KEYS, *DRIFTS)), row
@@ -127,9 +113,8 @@ def test_student_teacher_and_real_come_out_of_one_run_with_the_promised_keys(wor
     assert result["student"]["name"] == "student" and result["teacher"]["name"] == "teacher"
 
 
-def test_the_report_holds_every_file_that_its_page_links(world, cfg):
-    result = evaluate.evaluate(str(world / "student"), cfg=cfg)
-    folder = next((world / cfg.out).glob("*"))
+def test_the_report_holds_every_file_that_its_page_links(evaluated):
+    result, folder = evaluated
     page = (folder / "index.html").read_text()
     linked = re.findall(r'<img src="([^"]+)"', page)
     assert set(linked) == {"clips.png", "streams.png", "horizons.png", "motion.png", "drift.png"}
@@ -140,33 +125,47 @@ def test_the_report_holds_every_file_that_its_page_links(world, cfg):
     assert [c.header for c in table.columns] == ["measure", "real", "codec", "teacher", "student", "repeat"]
 
 
-def test_the_same_run_twice_gives_the_same_figures_and_samples_the_teacher_once(world, cfg, monkeypatch):
-    cfg = replace(cfg, long_seconds=0)
-    first = evaluate.evaluate(str(world / "student"), cfg=cfg)
+def test_the_same_run_twice_gives_the_same_figures_and_samples_the_teacher_once(cfg, tiny_teacher_path, monkeypatch):
+    first = evaluate.evaluate_teacher(str(tiny_teacher_path), cfg)
     monkeypatch.setattr(evaluate, "sample", None)  # calling it again would fail
-    second = evaluate.evaluate(str(world / "student"), cfg=cfg)
-    for row in ("student", "teacher", "real", "codec"):
+    second = evaluate.evaluate_teacher(str(tiny_teacher_path), cfg)
+    for row in ("teacher", "real", "codec"):
         assert first[row] == second[row]
-    with pytest.raises(TypeError):
-        evaluate.evaluate_teacher(str(world / "teacher"), replace(cfg, seed=1))
+    for change in ({"seed": 1}, {"steps": 3}, {"guidance": 1.0}):
+        with pytest.raises(TypeError):
+            evaluate.evaluate_teacher(str(tiny_teacher_path), replace(cfg, **change))
 
 
-def test_a_teacher_and_a_codec_can_be_judged_alone(world, cfg):
-    alone = evaluate.evaluate_teacher(str(world / "teacher"), cfg)
+def test_a_teacher_and_a_codec_can_be_judged_alone(cfg, tiny_teacher_path, tiny_codec_path):
+    alone = evaluate.evaluate_teacher(str(tiny_teacher_path), cfg)
     assert {"real", "codec", "teacher", "repeat"} <= set(alone) and "student" not in alone
     assert len(report.gates(alone)) == 6
-    codec = evaluate.evaluate_codec(str(world / "codec"), cfg)
+    codec = evaluate.evaluate_codec(str(tiny_codec_path), cfg)
     assert codec["codec"]["psnr"] > 0 and not any(g.kept for g in report.gates(codec))  # it is untrained
-    assert set(evaluate.EVALUATIONS) == {"student", "teacher", "codec"}
 
 
-def test_teacher_and_student_see_start_image_and_actions(world, cfg):
-    codec = checkpoint.load(world / "codec").net
+def test_run_judges_a_checkpoint_by_its_kind_and_shows_people_a_table(
+    cfg, tiny_codec_path, tiny_student_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "EvalConfig", lambda clips, out: replace(cfg, clips=clips, out=out))
+    result = evaluate.run(str(tiny_codec_path), clips=4, out=cfg.out)
+    told = capsys.readouterr()
+    assert result["protocol"]["clips"] == 4 and {"real", "codec"} <= set(result) and "student" not in result
+    assert "sharpness_ratio" in told.err and "MISSED: codec PSNR" in told.err and not told.out
+    monkeypatch.setattr(evaluate, "evaluate", lambda name, teacher, cfg: {**result, "student": (name, teacher)})
+    monkeypatch.setattr(evaluate.report, "show", lambda *_: None)
+    assert evaluate.run(str(tiny_student_path), teacher="t")["student"] == (str(tiny_student_path), "t")
+
+
+def test_teacher_and_student_see_start_image_and_actions(
+    world, cfg, tiny_teacher_path, tiny_student_path, tiny_codec_path
+):
+    codec = checkpoint.load(tiny_codec_path).net
     held = HeldOut(Clips(world / "data" / "frames"), cfg, 25)
     batch = next(iter(held))
-    makers = {"teacher": evaluate.teacher_row, "student": evaluate.student_row}
+    makers = {tiny_teacher_path: evaluate.teacher_row, tiny_student_path: evaluate.student_row}
     for name, maker in makers.items():
-        row = maker(checkpoint.load(world / name), codec, cfg)
+        row = maker(checkpoint.load(name), codec, cfg)
         plain = row(batch)
         assert plain.shape == batch.px.shape and torch.equal(plain, row(batch)), name
         assert torch.allclose(plain[:, 0], codec.decode(codec.encode(batch.px[:, :1]))[:, 0], atol=2e-3), name
@@ -175,6 +174,20 @@ def test_teacher_and_student_see_start_image_and_actions(world, cfg):
         later = batch.actions.clone()
         later[:, 0] = 1.0  # what led to the start image is nobody's business
         assert torch.equal(plain, row(replace(batch, actions=later))), name
+
+
+def test_half_precision_of_the_rollout_does_not_leak_to_whoever_takes_the_chunks(cfg, tiny_student_path):
+    student = checkpoint.load(tiny_student_path)
+    cond = evaluate.action_condition(torch.zeros(1, 13, 4), 4)
+    memory = student.net.new_memory(1, dtype=torch.bfloat16)
+    given = torch.zeros(1, 1, 4, 4, 4)
+    for chunk in evaluate.student_chunks(student, given, cond, 2, replace(cfg, precision="bf16"), 0, memory):
+        assert chunk.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_glance_judges_a_student_without_its_teacher(cfg, tiny_student_path):
+    seen = evaluate.glance(str(tiny_student_path), cfg)
+    assert seen["frechet"] > 0 and not (Path(cfg.out)).exists()
 
 
 def test_windows_spread_over_all_episodes_before_they_repeat_one():
@@ -252,18 +265,20 @@ def test_impossible_protocols_are_named(change, word):
         EvalConfig(**change)
 
 
-def test_a_student_that_cannot_start_from_a_picture_is_refused(world, cfg):
-    student = checkpoint.load(world / "student")
-    student.record["schedule"] = asdict(replace(SCHEDULE, given_chunks=0))
+def test_a_student_that_cannot_start_from_a_picture_is_refused(cfg, tiny_student_path, tiny_codec_path):
+    student = checkpoint.load(tiny_student_path)
+    student.record["schedule"]["given_chunks"] = 0
     with pytest.raises(ValueError, match="start image"):
-        evaluate.student_row(student, checkpoint.load(world / "codec").net, cfg)
+        evaluate.student_row(student, checkpoint.load(tiny_codec_path).net, cfg)
 
 
-def test_a_card_without_a_teacher_asks_for_one(world):
-    teacher = checkpoint.load(world / "teacher")
+def test_the_teacher_is_found_through_the_card_or_asked_for(tiny_student_path, tiny_teacher_path):
+    student = checkpoint.load(tiny_student_path)
+    student.record["card"] = {"parents": [str(tiny_teacher_path)]}
+    assert evaluate.teacher_of(student).name == "teacher"
+    student.record["card"] = {}
     with pytest.raises(checkpoint.CheckpointError, match="names no teacher"):
-        evaluate.teacher_of(teacher)
-    assert evaluate.teacher_of(checkpoint.load(world / "student")).name == "teacher"
+        evaluate.teacher_of(student)
 
 
 def test_plain_numbers_fit_json():

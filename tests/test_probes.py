@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,15 @@ def test_a_saved_probe_reads_as_before_and_a_foreign_file_is_refused(trained, tm
     checkpoint.save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {"kind": "codec"})
     with pytest.raises(checkpoint.CheckpointError, match="codec"):
         probes.load_probe(tmp_path / "other")
+
+
+def test_making_a_probe_leaves_its_figures_and_seeds_on_the_card(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(probes, "train_probes", lambda frames, progress, **kw: Probe(TINY).eval())
+    figures = probes.make_probe(*folders, tmp_path / "made", steps=3)
+    card = json.loads((tmp_path / "made.json").read_text())["card"]
+    assert card["held_out"] == figures and card["steps"] == 3
+    assert card["train_seeds"] == [0, 7] and card["held_out_seeds"] == [100, 102]
+    assert probes.load_probe(tmp_path / "made").cfg == TINY
 
 
 def test_clips_of_another_size_are_refused():

@@ -209,8 +209,11 @@ def student_chunks(
     noise = chunk_noise(student.net, given.shape[0], seed, given)
     passes = finite(endless(student.schedule), chunks)
     rng = torch.Generator().manual_seed(seed)
-    with cast(cfg):
-        yield from rollout(student.net, passes, noise=noise, cond=cond.frames, memory=memory, rng=rng)
+    made = rollout(student.net, passes, noise=noise, cond=cond.frames, memory=memory, rng=rng)
+    for _ in range(chunks):
+        with cast(cfg):  # not around the loop: it would hold for whoever asks for the chunks, too
+            chunk = next(made)
+        yield chunk.float()
 
 
 def memory_type(cfg: EvalConfig) -> torch.dtype:
@@ -231,7 +234,7 @@ def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
         cond = action_condition(batch.actions, codec.temporal_factor)
         memory = net.new_memory(given.shape[0], dtype=memory_type(cfg))
         seed = cfg.seed * 1_000_003 + batch.index
-        return codec.decode(torch.cat(list(student_chunks(student, given, cond, chunks, cfg, seed, memory)), 1).float())
+        return codec.decode(torch.cat(list(student_chunks(student, given, cond, chunks, cfg, seed, memory)), 1))
 
     return row
 
@@ -301,7 +304,7 @@ def stream_student(student: Bundle, codec: Codec, walks: LongWalks, cfg: EvalCon
     cond, state = action_condition(actions, codec.temporal_factor), None
     made = student_chunks(student, given, cond, chunks, cfg, cfg.seed * 1_000_003 + 999_983, memory)
     for chunk in tqdm(made, f"{cfg.long_seconds:g} s streams", total=chunks, unit="chunk"):
-        px, state = codec.decode_stream(chunk.float(), state)
+        px, state = codec.decode_stream(chunk, state)
         tally.add(px)
     return tally
 
@@ -332,7 +335,7 @@ def teacher_of(bundle: Bundle) -> Bundle:
     raise CheckpointError(f"the card of {bundle.name} names no teacher; say which one to compare it with")
 
 
-def run(rows: Mapping[str, Source], codec: Codec, cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def judge(rows: Mapping[str, Source], codec: Codec, cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures, pictures) of `real` and every row on the held-out clips."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -359,7 +362,7 @@ def finish(
     result["protocol"] = {**asdict(cfg), "features": "probe features", "seconds_taken": round(time.time() - began, 1)}
     plain = report.plain(result)
     if cfg.out:
-        report.write(Path(cfg.out) / "-".join(names.values()), plain, pictures)
+        report.write(report.folder_of(plain, cfg.out), plain, pictures)
     return plain
 
 
@@ -374,7 +377,7 @@ def evaluate(student: str, teacher: str | None = None, cfg: EvalConfig = EvalCon
         )
     codec = checkpoint.load_codec_of(pupil)
     rows = {"student": student_row(pupil, codec, cfg), "teacher": teacher_row(master, codec, cfg)}
-    result, pictures = run(rows | {"codec": codec_row(codec), "repeat": repeat_row}, codec, cfg)
+    result, pictures = judge(rows | {"codec": codec_row(codec), "repeat": repeat_row}, codec, cfg)
     drifting = [f"{name}_drift" for name in CURVES]
     result["teacher"] |= dict.fromkeys(drifting)
     if cfg.long_seconds:
@@ -398,7 +401,7 @@ def evaluate_teacher(teacher: str, cfg: EvalConfig = EvalConfig()) -> dict[str, 
     master = checkpoint.load(teacher, "teacher")
     codec = checkpoint.load_codec_of(master)
     rows = {"teacher": teacher_row(master, codec, cfg), "codec": codec_row(codec), "repeat": repeat_row}
-    result, pictures = run(rows, codec, cfg)
+    result, pictures = judge(rows, codec, cfg)
     return finish(result, pictures, {"teacher": master.name}, cfg, began)
 
 
@@ -406,12 +409,23 @@ def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]
     """Figures of a codec's reconstructions against real video; `psnr` is the mean over clips and frames."""
     began = time.time()
     bundle = checkpoint.load(codec, "codec")
-    result, pictures = run({"codec": codec_row(bundle.net)}, bundle.net, cfg)
+    result, pictures = judge({"codec": codec_row(bundle.net)}, bundle.net, cfg)
     return finish(result, pictures, {"codec": bundle.name}, cfg, began)
 
 
-EVALUATIONS: dict[str, Callable[..., dict[str, Any]]] = {  # kind of checkpoint -> its evaluation
-    "student": evaluate,
-    "teacher": evaluate_teacher,
-    "codec": evaluate_codec,
-}
+def glance(student: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
+    """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training."""
+    pupil = checkpoint.load(student, "student")
+    codec = checkpoint.load_codec_of(pupil)
+    result, _ = judge({"student": student_row(pupil, codec, cfg)}, codec, cfg)
+    return report.plain(result["student"])
+
+
+def run(name: str, *, clips: int = 256, out: str | Path = "out/eval", teacher: str | None = None) -> dict[str, Any]:
+    """Judge a checkpoint of any kind by the fixed protocol; the table and what was promised go to stderr."""
+    cfg = EvalConfig(clips=clips, out=str(out))
+    alone = {"teacher": evaluate_teacher, "codec": evaluate_codec}
+    kind = checkpoint.load(name).kind
+    result = alone[kind](name, cfg) if kind in alone else evaluate(name, teacher, cfg)
+    report.show(result, cfg.out)
+    return result

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from vidistill.video import contact_sheet, save_png
@@ -101,6 +102,13 @@ def student_gates(result: Mapping[str, Any]) -> list[Gate]:
     return out
 
 
+def folder_of(result: Mapping[str, Any], out: str) -> Path:
+    """Where the report of `result` lies under `out`: named after what was judged."""
+    return Path(out) / "-".join(
+        result[row]["name"] for row in ("student", "teacher", "codec") if "name" in result.get(row, {})
+    )
+
+
 def shown_rows(result: Mapping[str, Any]) -> list[str]:
     return [name for name in ORDER if name in result]
 
@@ -123,6 +131,16 @@ def table(result: Mapping[str, Any]) -> Table:
         cells = [number(result[name].get("psnr_by_horizon", {}), horizon) for name in names]
         out.add_row(f"PSNR at {horizon} s", *cells)
     return out
+
+
+def show(result: Mapping[str, Any], out: str) -> None:
+    """Print the table, the gates and where the report lies, to stderr."""
+    console = Console(stderr=True)
+    console.print(table(result))
+    for gate in gates(result):
+        console.print(str(gate), style="" if gate.kept else "bold red")
+    if out:
+        console.print(f"report: {folder_of(result, out) / 'index.html'}")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
