@@ -176,7 +176,7 @@ def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
     holds exactly what streaming will write. Every step of every list is drawn with probability 1 / len(list).
     """
     if cfg.name == "rolling":
-        yield from (replace(p, grad=p.emit) for p in finite(endless(cfg), chunks))
+        yield from (replace(trim(p, chunks), grad=p.emit) for p in finite(endless(cfg), chunks))
         return
     shared = rng.random()
     by_chunk = itertools.groupby(finite(endless(cfg), chunks), key=lambda p: p.chunk)
@@ -191,6 +191,12 @@ def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
         yield from exit_at(passes, exit_step, complete=cfg.context == "last_step")
 
 
+def trim(p: Pass, chunks: int) -> Pass:
+    """`p` without the chunks past the end of a clip of `chunks` chunks."""
+    keep = min(len(p.sigma), chunks - p.chunk)
+    return replace(p, sigma=p.sigma[:keep], next_sigma=None if p.next_sigma is None else p.next_sigma[:keep])
+
+
 def exit_at(passes: Sequence[Pass], step: int, *, complete: bool) -> Iterator[Pass]:
     """The passes of one chunk with its output taken, with gradient, at denoising pass number `step`."""
     for i, p in enumerate(passes):
@@ -203,9 +209,10 @@ def exit_at(passes: Sequence[Pass], step: int, *, complete: bool) -> Iterator[Pa
 
 
 def evaluations(cfg: ScheduleConfig, chunks: int) -> list[int]:
-    """Network evaluations of each of the first `chunks` generated chunks, context passes included."""
+    """Evaluations of each of the first `chunks` generated chunks (a pass over n chunks counts once for each)."""
     total = chunks + cfg.given_chunks
     counts = [0] * total
     for p in finite(endless(cfg), total):
-        counts[p.chunk] += 1
+        for chunk in range(p.chunk, min(total, p.chunk + len(p.sigma))):
+            counts[chunk] += 1
     return counts[cfg.given_chunks :]
