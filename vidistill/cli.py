@@ -68,7 +68,28 @@ def run_train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(json.dumps(asdict(cfg), indent=1))
         return
-    train(cfg)
+    print(train(cfg))
+
+
+def count(text: str) -> int:
+    """A number of things: an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def amount(text: str) -> float:
+    """A positive, finite number."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def add_generate(commands: Any) -> argparse.ArgumentParser:
@@ -80,14 +101,14 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("name", help="a bundled name or the path of a student")
     p.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="video file (default: out.mp4)")
-    p.add_argument("--seconds", type=float, default=10.0, help="length of the video (default: 10)")
+    p.add_argument("--seconds", type=amount, default=10.0, help="length of the video (default: 10)")
     p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--image", type=Path, help="start picture (PNG); default: a bundled one")
     p.add_argument(
         "--action", default="", help="what to do, e.g. forward:20,turn_left+forward:16 (frames), repeated to the end"
     )
     p.add_argument("--prompt", help="text, for students that listen to text")
-    p.add_argument("--scale", type=int, default=4, help="enlarge pixels by this factor (default: 4)")
+    p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
     p.set_defaults(run=run_generate)
     return p
 
@@ -119,6 +140,8 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
     p.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
     p.add_argument("--max-viewers", type=int, default=2, help="viewers at a time, a dream each (default: 2)")
+    p.add_argument("--starts", type=Path, help="folder of PNG pictures to begin from (default: the bundled ones)")
+    p.add_argument("--origin", action="append", default=[], help="further web address the page is opened under")
     p.set_defaults(run=run_serve)
     return p
 
@@ -126,7 +149,15 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
 def run_serve(args: argparse.Namespace) -> None:
     from vidistill.serve import serve
 
-    serve(args.name, host=args.host, port=args.port, max_viewers=args.max_viewers)
+    serve(
+        args.name,
+        host=args.host,
+        port=args.port,
+        starts=args.starts,
+        max_viewers=args.max_viewers,
+        origins=args.origin,
+        ready=lambda url: print(f"{args.name} is at {url} - stop with Ctrl-C", flush=True),
+    )
 
 
 def add_bench(commands: Any) -> argparse.ArgumentParser:
@@ -165,7 +196,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
     )
     p.add_argument("name", help="a bundled name or the path of a student or teacher")
-    p.add_argument("--clips", type=int, default=256, help="held-out clips (default and protocol: 256)")
+    p.add_argument("--clips", type=count, default=256, help="held-out clips (default and protocol: 256)")
     p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.set_defaults(run=run_eval)
@@ -186,13 +217,81 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
     doom.add_argument("out", type=Path, help="folder to write")
     doom.add_argument("--split", choices=("train", "held_out"), default="train")
-    doom.add_argument("--episodes", type=int, default=256)
-    doom.add_argument("--first", type=int, default=0, help="seed of the first episode within the split (default: 0)")
-    doom.add_argument("--frames", type=int, default=321, help="pixel frames an episode (default: 321)")
+    doom.add_argument("--episodes", type=count, default=256)
+    doom.add_argument("--first", type=int, default=0, help="first episode of the split to record (default: 0)")
+    doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
-    doom.add_argument("--workers", type=int, default=2, help="engine processes (default: 2)")
+    doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
     doom.set_defaults(run=run_data_doom)
+    add_trajectories(kinds)
     return p
+
+
+def add_trajectories(kinds: Any) -> None:
+    p = kinds.add_parser(
+        "trajectories",
+        help="noise-to-sample paths of a teacher, for objective regression",
+        description="Sample clips with a teacher and keep its states at a few noise levels. Resumes after a stop.",
+        epilog="example: vidistill data trajectories data/doom/paths --teacher doom-teacher --data data/doom/latents",
+    )
+    p.add_argument("out", type=Path, help="folder to write")
+    p.add_argument("--teacher", required=True, help="a bundled name or the path of a teacher")
+    p.add_argument("--data", type=Path, required=True, help="latents whose start pictures and actions are used")
+    p.add_argument("--clips", type=count, default=1024, help="trajectories (default: 1024)")
+    p.add_argument("--frames", type=count, help="latents a clip (default: what the teacher was trained on)")
+    p.add_argument(
+        "--steps", type=count, default=48, help="sampler steps, at least; more if --levels ask (default: 48)"
+    )
+    p.add_argument(
+        "--levels", type=numbers, help="levels to keep, e.g. 1,0.9,0.75,0.5 (default: four even steps, warped)"
+    )
+    p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
+    p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
+    p.set_defaults(run=run_data_trajectories)
+
+
+def run_data_trajectories(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from vidistill import checkpoint, data
+    from vidistill.diffusion import NoiseSchedule
+
+    if is_there(args.out):
+        return
+    teacher = checkpoint.load(args.teacher, "teacher")
+    clips = data.Clips(args.data)
+    clips.need("latents")
+    takes, has = teacher.net.cfg.channels, clips.latent_size[0]
+    if takes != has:
+        raise ValueError(f"{args.teacher} takes latents of {takes} channels, {args.data} holds {has}")
+    noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
+    wanted = args.levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25))
+    steps, levels = data.sampler_levels(noise, args.steps, wanted)
+    guidance = teacher.record.get("guidance", 1.0) if args.guidance is None else args.guidance
+    meta = {
+        **{k: clips.meta[k] for k in ("source", "split", "fps", "actions", "px_size", "codec") if k in clips.meta},
+        "teacher": args.teacher,
+        "clips": args.clips,
+        "frames": args.frames or teacher.record["shape"]["frames"],
+        "seed": args.seed,
+        "sigmas": list(noise.steps(steps)),
+        "levels": list(levels),
+        "guidance": guidance,
+    }
+    with tqdm(total=args.clips, desc="trajectories", disable=None) as bar:
+        data.write_trajectories(args.out, teacher.net, clips, meta, bar=bar)
+    shown = ",".join(f"{level:.4f}" for level in levels)
+    print(f"{args.out}: {args.clips} trajectories of {steps} steps, levels {shown}")
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a data folder is complete already; says so."""
+    from vidistill import data
+
+    if not (folder / data.META).is_file():
+        return False
+    print(f"{folder} is there already ({data.read_meta(folder)['episodes']} episodes); remove it to make it anew")
+    return True
 
 
 def run_data_doom(args: argparse.Namespace) -> None:
@@ -201,8 +300,7 @@ def run_data_doom(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, data
     from vidistill.sources import doom
 
-    if (args.out / data.META).is_file():
-        print(f"{args.out} is there already ({data.read_meta(args.out)['episodes']} episodes); remove it to make it anew")
+    if is_there(args.out):
         return
     cfg = doom.DoomConfig(num_frames=args.frames)
     seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]

@@ -29,8 +29,8 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """A training batch: a clip `x` (latents [B, F, C, H, W], or pixels for a codec), its condition, and how many of
-    its first frames are given clean. `target` [B, F, C, H, W] is a teacher's sample for the same noise, if asked for."""
+    """A training batch: a clip `x` (latents [B, F, C, H, W], or pixels for a codec), its condition, how many of its
+    first frames are given clean, and, where a loss asks for it, a teacher's sample `target` for the same noise."""
 
     x: Tensor
     cond: Condition = Condition()
@@ -181,7 +181,7 @@ class Clips:
         return self.gather(self.windows(batch, length, seed, step, "latents"), length)
 
     def trajectories(self, batch: int, seed: int, step: int) -> Batch:
-        """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at the K levels of `meta`, then the sample."""
+        """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at K levels, falling, then the sample."""
         self.need("trajectories")
         picked = torch.from_numpy(np.random.default_rng((seed, step)).integers(0, len(self), size=batch))
         cond = Condition(per_frame={ACTION_SITE: self.tensors["actions"][picked].float()})
@@ -211,8 +211,8 @@ def start_of_clip(cond: Condition) -> Condition:
 def latent_shard(shard: Shard, codec: Any) -> Shard:
     """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3].
 
-    `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of that
-    picture alone, which is what a clip starts from.
+    `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
+    that picture alone, which is what a clip starts from.
     """
     tensors, described = shard
     factor = codec.temporal_factor
@@ -246,8 +246,8 @@ def sampler_levels(noise: NoiseSchedule, steps: int, levels: Iterable[float]) ->
             return n, exact
     near = [min(noise.steps(steps), key=lambda s: abs(s - level)) for level in wanted]
     raise DataError(
-        f"levels {list(wanted)} lie on no sampler of {steps} to {4 * steps} steps with shift {noise.shift}; the nearest "
-        f"of {steps} steps are {[round(s, 4) for s in near]}"
+        f"levels {list(wanted)} lie on no sampler of {steps} to {4 * steps} steps with shift {noise.shift}; the "
+        f"nearest of {steps} steps are {[round(s, 4) for s in near]}"
     )
 
 

@@ -71,6 +71,10 @@ class DiTConfig:
     checkpoint: bool = False  # recompute block activations in the backward pass
 
     def __post_init__(self) -> None:
+        sizes = ("channels", "width", "layers", "heads", "ffn", "freq_dim")
+        small = [f"{name} {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]
+        if small or min(self.patch) < 1 or min(self.extra_channels, self.text_dim, self.image_dim, *self.grid) < 0:
+            raise ValueError(f"dit sizes must be positive, got {', '.join(small) or self}")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"dit.width {self.width} must be an even multiple of dit.heads {self.heads}")
         if self.patch[0] != 1:

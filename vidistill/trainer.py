@@ -251,8 +251,7 @@ class Trainer:
         trained = [learner for learner in learners if learner is not None]
         for learner in trained:
             learner.forget()
-        # Without a cache of cast weights: one filled without gradient would cut the gradient of a later pass.
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16", cache_enabled=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
             loss = self.loss_of(turn, batch, rng)
         value = float(loss.value.detach())
         norms = [learner.clip(value) for learner in trained]
