@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "memory": {"shapes"},
     "codecs": {"shapes"},
     # L1
-    "dit": {"memory", "ops", "conditioning", "shapes"},
+    "dit": {"memory", "ops", "conditioning", "diffusion", "shapes"},
     "student": {"dit", "memory", "diffusion", "conditioning", "shapes"},
     "interop": {"dit", "memory", "schedules", "diffusion", "conditioning", "shapes"},
     "teachers": {"dit", "diffusion", "conditioning", "shapes"},
@@ -42,17 +42,26 @@ ARROWS: dict[str, set[str]] = {
     # L2
     "rollout": {"student", "memory", "schedules", "conditioning", "diffusion", "shapes"},
     "sampling": {"diffusion", "conditioning", "shapes"},
-    "objectives": {"student", "conditioning", "diffusion", "shapes"},
-    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes"},
-    "data": {"sources", "conditioning", "shapes", "video"},
+    "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
+    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes"}
+    | {"diffusion", "dit", "schedules"},
+    "data": {"sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
+    "learner": set(),
     "sources": {"conditioning", "shapes", "video"},
     # L3
-    "trainer": {"objectives", "rollout", "schedules", "teachers", "student", "data", "codecs", "checkpoint"}
-    | {"conditioning", "metrics", "distributed", "shapes"},
+    "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},
+    "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
+    | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"},
+    "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
     "stream": {"rollout", "schedules", "student", "memory", "codecs", "checkpoint", "conditioning", "video", "shapes"},
+    "probes": {"checkpoint", "config", "data", "metrics", "sources", "video", "shapes"},
+    "report": {"video"},
     # L4
+    "tally": {"metrics", "probes", "video", "shapes"},
     "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
-    "evaluate": BENCH | {"sources", "data", "video"},
+    "evaluate": BENCH
+    | {"tally", "report", "probes", "sources", "data", "video"}
+    | {"rollout", "schedules", "memory", "conditioning", "codecs"},
     "serve": {"stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
     "__main__": {"cli"},
