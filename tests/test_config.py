@@ -26,7 +26,7 @@ class Outer:
     name: str
     rate: float = 0.1
     steps: int = 10
-    on: bool = False
+    active: bool = False
     init: str | None = None
     folder: Path = Path("out")
     inner: Inner = field(default_factory=Inner)
@@ -41,7 +41,7 @@ def write(folder, name="a.yaml", text=""):
 
 def test_a_file_and_overrides_become_a_dataclass(tmp_path):
     path = write(tmp_path, text="name: x\nrate: 1e-3\ninner: {rates: [1, 0.5]}\nsites: {qk: {width: 9}}\n")
-    cfg = load_config(Outer, path, ["steps=1e4", "inner.width=7", "init=some/where", "on=true"])
+    cfg = load_config(Outer, path, ["steps=1e4", "inner.width=7", "init=some/where", "active=true"])
     inner = Inner(7, (1.0, 0.5))
     assert cfg == Outer("x", 1e-3, 10_000, True, "some/where", inner=inner, sites={"qk": Inner(9)})
     assert isinstance(cfg.steps, int) and isinstance(cfg.inner.rates[0], float)
@@ -82,7 +82,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
         ("name: x\nrate: true", "rate must be a finite number, got True"),
         ("name: x\nsteps: 1.5", "steps must be int, got 1.5"),
         ("name: x\nsteps: true", "steps must be int, got True"),
-        ("name: x\non: 1", "on must be bool, got 1"),
+        ("name: x\nactive: 1", "active must be bool, got 1"),
         ("name: x\ninner: 3", "inner must hold keys and values, got 3"),
         ("name: x\ninner: {rates: 3}", r"inner\.rates must be a list, got 3"),
         ("name: x\ninner: {rates: [a]}", r"inner\.rates\[0\] must be a finite number"),

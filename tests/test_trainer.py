@@ -15,9 +15,8 @@ from torch import nn
 
 from vidistill import checkpoint
 from vidistill.checkpoint import CheckpointError, read_tensors
-from vidistill.conditioning import Condition
 from vidistill.learner import Learner, OptimConfig
-from vidistill.long import SavedBytes, held_frames
+from vidistill.long import SavedBytes
 from vidistill.memory import MemoryConfig
 from vidistill.objectives import Loss
 from vidistill.trainer import METRICS, STATE, Trainer, TrainingError
@@ -322,11 +321,6 @@ def test_training_on_noised_real_latents_is_a_setting(root):
     trainer = Trainer(dmd_stage(root, on_policy=False))
     assert trainer.sampler is None
     assert trainer.step()["student/grad_norm"] > 0 and trainer.step()["critic/grad_norm"] > 0
-
-
-def test_conditions_hold_their_last_frame_beyond_their_end():
-    cond = Condition(per_frame={"modulation": torch.arange(3.0)[None, :, None]})
-    assert held_frames(cond, 1, 6).per_frame["modulation"].flatten().tolist() == [1, 2, 2, 2, 2]
 
 
 def test_a_picture_that_fills_half_a_chunk_is_pinned(root):

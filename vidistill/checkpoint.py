@@ -194,10 +194,7 @@ def load(name: str | Path, kind: str | None = None) -> Bundle:
     if kind and record["kind"] != kind:
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
     tensors, _ = read_tensors(beside(path, ".safetensors"))
-    try:
-        net = rebuild(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}.json does not describe a network that can be built: {error}") from error
+    net = rebuild(record, f"{path}.json")
     load_into(net, tensors, str(path))
     return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
 
@@ -216,8 +213,15 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def rebuild(record: Mapping[str, Any]) -> nn.Module:
-    """An untrained network of the architecture in `record`."""
+def rebuild(record: Mapping[str, Any], where: str = "this record") -> nn.Module:
+    """An untrained network of the architecture in `record`; CheckpointError names `where` it is from."""
+    try:
+        return network(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} does not describe a network that can be built: {error!r}") from error
+
+
+def network(record: Mapping[str, Any]) -> nn.Module:
     if record["kind"] == "codec":
         codec: Any = load_codec(record["codec_config"])
         return codec
@@ -247,7 +251,7 @@ def summary(name: str | Path) -> dict[str, Any]:
     path = locate(name)
     record = read_record(path)
     with torch.device("meta"):
-        net = rebuild(record)
+        net = rebuild(record, f"{path}.json")
     row = {
         "kind": record["kind"],
         "parameters": sum(p.numel() for p in net.parameters()),

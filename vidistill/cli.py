@@ -139,7 +139,7 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("name", help="a bundled name or the path of a student")
     p.add_argument("--host", default="127.0.0.1", help="address to bind (default: this machine only)")
     p.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
-    p.add_argument("--max-viewers", type=int, default=2, help="viewers at a time, a dream each (default: 2)")
+    p.add_argument("--max-viewers", type=count, default=2, help="viewers at a time, a dream each (default: 2)")
     p.add_argument("--starts", type=Path, help="folder of PNG pictures to begin from (default: the bundled ones)")
     p.add_argument("--origin", action="append", default=[], help="further web address the page is opened under")
     p.set_defaults(run=run_serve)

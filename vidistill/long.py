@@ -140,7 +140,7 @@ class LongRollout:
                 self.student,
                 passes,
                 noise=noise,
-                cond=lambda lo, hi: held_frames(cond, lo - start, hi - start),
+                cond=lambda lo, hi: cond.frames(lo - start, hi - start),
                 memory=self.memory,
                 rng=rng,
                 records=records,
@@ -158,20 +158,6 @@ class LongRollout:
         return torch.cat((overlap, own), dim=1)
 
 
-def held_frames(cond: Condition, start: int, stop: int) -> Condition:
-    """The condition of latents start..stop-1; beyond its end (a rolling window looks there) the last one holds."""
-
-    def cut(x: Tensor) -> Tensor:
-        return x[:, torch.arange(start, stop, device=x.device).clamp(max=x.shape[1] - 1)]
-
-    return Condition(
-        cond.tokens,
-        {site: cut(x) for site, x in cond.per_frame.items()},
-        None if cond.channels is None else cut(cond.channels),
-        cond.negative,
-    )
-
-
 def replayed_backward(student: CausalStudent, sample: Rollout, grad: Tensor) -> None:
     """Add to the student's gradients what `grad` [B, F, C, H, W] on `sample.x0` sends back, one chunk at a time.
 
@@ -181,7 +167,7 @@ def replayed_backward(student: CausalStudent, sample: Rollout, grad: Tensor) -> 
     chunks = replay(
         student,
         sample.records,
-        cond=lambda lo, hi: held_frames(cond, lo - sample.first, hi - sample.first),
+        cond=lambda lo, hi: cond.frames(lo - sample.first, hi - sample.first),
         memory=sample.memory,
         pinned=sample.batch.x[:, : sample.batch.given] if sample.first == 0 else None,
     )
