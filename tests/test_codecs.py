@@ -68,11 +68,21 @@ CONFIGS = {
 }
 
 
+def shaken(codec):
+    """The codec with random weights everywhere: a fresh one ignores the past, its MemBlocks start at zero."""
+    rng = torch.Generator().manual_seed(0)
+    for p in codec.parameters():
+        std = 0.05 if p.ndim == 1 else p[0].numel() ** -0.5
+        p.data.copy_(std * torch.randn(p.shape, generator=rng))
+    return codec
+
+
 @pytest.fixture(params=CONFIGS)
 def codec(request):
     torch.manual_seed(0)
     codec = load_codec(CONFIGS[request.param])
     if isinstance(codec, TinyCodec):
+        shaken(codec)
         codec.set_normalisation(
             torch.linspace(-0.1, 0.1, codec.latent_channels), torch.full((codec.latent_channels,), 0.3)
         )
@@ -360,8 +370,7 @@ def test_an_encoder_that_looks_ahead_refuses_to_stream(published):
 
 
 def test_latents_are_normalised_once_with_mean_and_std():
-    torch.manual_seed(0)
-    codec = TinyCodec(TINY).requires_grad_(False)
+    codec = shaken(TinyCodec(TINY)).requires_grad_(False)
     px, latents = clip(codec), noise(codec)
     raw, plain = codec.encode(px), codec.decode(latents)
     mean, std = torch.randn(16), torch.rand(16) + 0.5
@@ -378,8 +387,7 @@ def test_latents_are_normalised_once_with_mean_and_std():
 
 
 def test_training_forward_reaches_every_parameter():
-    torch.manual_seed(0)
-    codec = TinyCodec(STRIDED)
+    codec = shaken(TinyCodec(STRIDED))
     px = clip(codec)
     reconstruction, raw = codec(px, noise_std=0.1)
     assert reconstruction.shape == px.shape and raw.shape == (2, *codec.latent_shape(px.shape[1], *px.shape[3:]))
@@ -388,8 +396,7 @@ def test_training_forward_reaches_every_parameter():
 
 
 def test_training_noise_comes_from_the_generator_only():
-    torch.manual_seed(0)
-    codec = TinyCodec(TINY).requires_grad_(False)
+    codec = shaken(TinyCodec(TINY)).requires_grad_(False)
     px = clip(codec)
     runs = [codec(px, 0.5, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][0], runs[2][0])
@@ -418,8 +425,7 @@ def test_multiply_adds_are_those_of_the_convolutions():
 
 
 def test_tiny_stream_compiles_without_graph_breaks():
-    torch.manual_seed(0)
-    codec = TinyCodec(TINY).requires_grad_(False)
+    codec = shaken(TinyCodec(TINY)).requires_grad_(False)
     latents, px = noise(codec), clip(codec)
     _, state = codec.decode_stream(latents[:, :2])
     decode = torch.compile(codec.decode_stream, fullgraph=True, backend="eager")
@@ -430,8 +436,7 @@ def test_tiny_stream_compiles_without_graph_breaks():
 
 
 def test_tiny_runs_in_bfloat16_between_float32_pixels():
-    torch.manual_seed(0)
-    codec = TinyCodec(TINY).requires_grad_(False)
+    codec = shaken(TinyCodec(TINY)).requires_grad_(False)
     px = clip(codec)
     full = codec.decode(codec.encode(px))
     half = codec.to(torch.bfloat16)
