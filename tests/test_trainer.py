@@ -281,6 +281,18 @@ def test_a_long_stream_goes_on_from_step_to_step_and_starts_anew_where_it_should
     assert lengths == [7, 10, 13, 7, 10, 7, 10]
 
 
+def test_the_first_latent_of_a_continued_window_is_a_picture_of_the_codec(root, tiny_codec_path):
+    trainer = Trainer(dmd_stage(root, long_frames=13, codec=str(tiny_codec_path)))
+    codec = checkpoint.load(tiny_codec_path).net
+    trainer.sample(trainer.batch(0), trainer.rng_for(0), grad=False)
+    tail = trainer.sampler.tail
+    trainer.step_count = 1
+    sample = trainer.sample(trainer.batch(1), trainer.rng_for(1), grad=False)
+    want = codec.encode(codec.decode(tail[:, :4])[:, -1:])
+    assert torch.equal(sample.x0[:, :1], want) and torch.equal(sample.x0[:, 1:4], tail[:, 4:])
+    assert torch.equal(sample.batch.x, sample.x0)
+
+
 def test_gradient_of_a_continued_stream_stays_in_its_new_frames(root):
     trainer = Trainer(dmd_stage(root, long_frames=13))
     trainer.sample(trainer.batch(0), trainer.rng_for(0), grad=True)
@@ -355,6 +367,7 @@ def test_a_schedule_that_does_not_start_from_the_given_picture_is_refused(root):
         ({"replay": True}, "replay and long_frames need rollouts"),
         ({"objective": "dmd", "teacher": "t", "long_frames": 99}, "policy=window"),
         ({"objective": "dmd", "teacher": "t", "long_frames": 3}, "at least frames 7"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 9, "frames": 3}, "longer than a chunk of 3"),
     ],
 )
 def test_impossible_stages_are_refused(root, settings, message):

@@ -268,7 +268,7 @@ def run_data_trajectories(args: argparse.Namespace) -> None:
     wanted = args.levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25))
     steps, levels = data.sampler_levels(noise, args.steps, wanted)
     guidance = teacher.record.get("guidance", 1.0) if args.guidance is None else args.guidance
-    meta = {
+    meta: dict[str, Any] = {
         **{k: clips.meta[k] for k in ("source", "split", "fps", "actions", "px_size", "codec") if k in clips.meta},
         "teacher": args.teacher,
         "clips": args.clips,

@@ -37,7 +37,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
         raise ConfigError(f"{path} and {list(overrides)} do not merge: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, got {type(values).__name__}")
-    return build(cls, values)
+    return build(cls, {str(key): value for key, value in values.items()})
 
 
 def parse(read: Any, source: Any) -> Any:

@@ -71,7 +71,7 @@ class Learner:
     def update(self, loss: Tensor) -> float:
         """One optimiser step; returns the gradient norm before clipping. FloatingPointError before any change."""
         self.forget()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = self.clip(float(loss.detach()))
         self.move()
         return norm

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,10 @@ class TrainConfig:
         memory = self.student.memory
         if self.long_frames and not (self.frames <= self.long_frames and self.schedule.name == "chunkwise"):
             raise ValueError(f"long_frames {self.long_frames} must be at least frames {self.frames}, chunk by chunk")
+        if self.long_frames and self.frames <= self.student.chunk:
+            raise ValueError(
+                f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
+            )
         if self.long_frames > memory.frames and memory.policy == "full":
             raise ValueError(
                 f"long_frames {self.long_frames} do not fit a memory of {memory.frames} frames that never forgets; "
@@ -197,14 +202,9 @@ class Trainer:
                 f"{student.first_frame(1)}"
             )
         student.num_chunks(cfg.frames)
-        codec = checkpoint.load(cfg.codec, "codec").net if cfg.long_frames and cfg.codec else None
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-
-        def repicture(latents: Tensor) -> Tensor:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                return codec.encode(codec.decode(latents[:, -4:].float())[:, -1:])
-
-        return LongRollout(student, cfg.schedule, cfg.long_frames, repicture if codec else None, dtype)
+        picture = last_picture(cfg.codec) if cfg.long_frames and cfg.codec else None
+        return LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
 
     def is_student_turn(self, step: int) -> bool:
         if self.objective.critic is None:
@@ -281,7 +281,7 @@ class Trainer:
         if replayed:
             x0 = x0.detach().requires_grad_()
         loss: Loss = fn(self.roles, x0, batch, self.loss, rng)
-        loss.value.backward()  # type: ignore[no-untyped-call]
+        loss.value.backward()
         if replayed:
             assert sample is not None and x0.grad is not None
             replayed_backward(self.roles.student, sample, x0.grad)
@@ -403,6 +403,7 @@ class Trainer:
         return {
             "shape": asdict(self.shape),
             "noise": asdict(cfg.loss.noise),
+            "guidance": cfg.loss.guidance if cfg.objective == "flow" else 1.0,  # what a sampler should use
             "schedule": asdict(cfg.schedule),
             "codec": cfg.codec,
             "world": world,
@@ -435,6 +436,19 @@ class Averages:
         means = {k: sum(v) / len(v) for k, v in self.values.items()}
         self.values = {}
         return means
+
+
+def last_picture(name: str) -> Callable[[Tensor], Tensor]:
+    """A function from latents [B, n, C, H, W] to the latent [B, 1, C, H, W] of their last picture alone."""
+    codec = checkpoint.load(name, "codec").net
+
+    @torch.no_grad()
+    def repicture(latents: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            px = codec.decode(latents[:, -4:].float())  # a few latents suffice: the codec looks back a few frames
+            return codec.encode(px[:, -1:])
+
+    return repicture
 
 
 def git_commit() -> str | None:
