@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidistill.ops.launch import interpreted
 from vidistill.ops.masks import FrameMask, frame_mask
 
 logger = logging.getLogger("vidistill")
@@ -114,12 +115,12 @@ def need_xformers(device: str) -> None:
 
 def need_triton(device: str) -> None:
     try:
-        from vidistill.ops.triton_common import INTERPRETED
+        here = interpreted() or device == "cuda"  # asks for Triton either way
     except ImportError as error:
         raise ValueError(
             "attention backend 'triton' is not installed: pip install 'vidistill[cuda]', or choose sdpa or auto"
         ) from error
-    if device != "cuda" and not INTERPRETED:
+    if not here:
         raise ValueError(
             f"attention backend 'triton' needs a CUDA device and the tensors are on {device!r}: choose sdpa or auto "
             "(TRITON_INTERPRET=1, set before Python starts, runs the kernels slowly on a CPU to check them)"

@@ -1,20 +1,17 @@
-"""What all Triton kernels share."""
+"""What all launches of Triton kernels share. Triton itself is imported only when it is asked for."""
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from vidistill.ops.tuning import Config, config
 
 
-@triton.jit
-def _probe(x):
-    tl.store(x, 0)
+def interpreted() -> bool:
+    """Whether kernels run in numpy on a CPU: TRITON_INTERPRET=1 when Triton was imported."""
+    import triton
+    import triton.language as tl
 
-
-# TRITON_INTERPRET=1 at import: kernels run in numpy on a CPU. Its tl.dot takes no bfloat16, so tiles are widened there.
-INTERPRETED = not isinstance(_probe, triton.JITFunction)
+    return not isinstance(tl.cdiv, triton.JITFunction)
 
 
 def launch_config(kernel: str, x: Tensor) -> Config:
@@ -23,7 +20,7 @@ def launch_config(kernel: str, x: Tensor) -> Config:
 
 def padded(size: int, least: int = 16) -> int:
     """The power of two that a tile of `size` needs; tl.dot takes no axis below 16."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def precision(dtype: torch.dtype) -> str:

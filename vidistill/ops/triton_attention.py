@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidistill.ops.triton_common import INTERPRETED, launch_config, padded, precision
+from vidistill.ops.launch import interpreted, launch_config, padded, precision
 from vidistill.ops.tuning import ATTENTION_BACKWARD, ATTENTION_FORWARD, Config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -205,7 +205,7 @@ def _meta(q: Tensor, seen: Tensor, tokens: int, config: Config) -> dict:
         "MASKED": seen.numel() > 0,
         "D": q.shape[-1],
         "D_PAD": padded(q.shape[-1]),
-        "WIDEN": INTERPRETED,
+        "WIDEN": interpreted(),  # its tl.dot takes no bfloat16
         "PRECISION": precision(q.dtype),
         **config,
     }

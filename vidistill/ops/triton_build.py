@@ -1,4 +1,7 @@
-"""Compile every kernel and launch row for a GPU that is not here: does it build, does it fit the shared memory?"""
+"""Compile every kernel and launch row for a GPU that is not here: does it build, does it fit the shared memory?
+
+Triton stays pointed at that GPU: nothing can be launched afterwards in the same process.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,7 +12,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
-from vidistill.ops import triton_attention, triton_fused, triton_memory, triton_quant, tuning
+from vidistill.ops import tuning
 
 HALF = torch.bfloat16
 FRAMES, TOKENS, HEADS, DIM = 3, 168, 12, 128  # three frames of a network 1536 wide
@@ -32,6 +35,8 @@ class _Elsewhere:
 
 
 def _attention(config: tuning.Config, backward: bool) -> None:
+    from vidistill.ops import triton_attention
+
     x = torch.empty(1, FRAMES * TOKENS, HEADS, DIM, dtype=HALF)
     line = torch.empty(1, HEADS, x.shape[1])
     seen = torch.empty(FRAMES, FRAMES, dtype=torch.bool)
@@ -42,6 +47,8 @@ def _attention(config: tuning.Config, backward: bool) -> None:
 
 
 def _memory(config: tuning.Config) -> None:
+    from vidistill.ops import triton_memory
+
     x = torch.empty(1, FRAMES * TOKENS, HEADS, DIM, dtype=HALF)
     stored = [x, x.to(torch.int8), x.to(torch.float8_e4m3fn)]
     none, scale = torch.empty(0), torch.empty(x.shape[:-1])
@@ -52,6 +59,8 @@ def _memory(config: tuning.Config) -> None:
 
 
 def _norm_rope(config: tuning.Config) -> None:
+    from vidistill.ops import triton_fused
+
     x = torch.empty(1, FRAMES * TOKENS, HEADS * DIM, dtype=HALF)
     w, table = torch.empty(x.shape[-1]), torch.empty(2, x.shape[1], 1, DIM // 2)
     dw = torch.empty(2, triton.cdiv(x.shape[1], config["ROWS"]), x.shape[-1])
@@ -60,6 +69,8 @@ def _norm_rope(config: tuning.Config) -> None:
 
 
 def _modulation(config: tuning.Config) -> None:
+    from vidistill.ops import triton_fused
+
     x = torch.empty(1, FRAMES, TOKENS, HEADS * DIM, dtype=HALF)
     row, parts = torch.empty(FRAMES, x.shape[-1]), torch.empty(FRAMES, TOKENS, x.shape[-1])
     triton_fused.launch_modulated_norm(x, row, row, x, 1e-6, config)
@@ -69,6 +80,8 @@ def _modulation(config: tuning.Config) -> None:
 
 
 def _append(config: tuning.Config) -> None:
+    from vidistill.ops import triton_quant
+
     x = torch.empty(1, FRAMES * TOKENS, HEADS, DIM, dtype=HALF)
     scale, where = torch.empty(x.shape[:-1]), torch.arange(x.shape[1])
     for eight in (torch.int8, torch.float8_e4m3fn):
@@ -105,7 +118,6 @@ def built(kernel: str, config: tuning.Config, capability: int) -> Iterator[tuple
         LAUNCHES[kernel](config)
     finally:
         knobs.runtime.jit_cache_hook = before
-        triton.runtime.driver.reset_active()
     yield from sizes
 
 

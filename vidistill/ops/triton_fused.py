@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidistill.ops.triton_common import launch_config, padded
+from vidistill.ops.launch import launch_config, padded
 from vidistill.ops.tuning import MODULATION, NORM_ROPE, Config
 
 

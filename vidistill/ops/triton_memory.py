@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidistill.ops.triton_common import INTERPRETED, launch_config, padded, precision
+from vidistill.ops.launch import interpreted, launch_config, padded, precision
 from vidistill.ops.tuning import MEMORY, Config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -140,7 +140,7 @@ def launch(
     _kernel[(triton.cdiv(sq, config["BLOCK_M"]), b * h)](
         q, out, h, sq, 1 / math.sqrt(d), *q.stride()[:3], *out.stride()[:3], *segments,
         SEGMENTS=len(keys), **flags, HALF=d // 2, HALF_PAD=padded(d // 2), D_PAD=padded(d),
-        COMPUTE=tl.float32 if INTERPRETED else COMPUTE[q.dtype], PRECISION=precision(q.dtype), **config,
+        COMPUTE=tl.float32 if interpreted() else COMPUTE[q.dtype], PRECISION=precision(q.dtype), **config,
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidistill.ops.launch import launch_config, padded
 from vidistill.ops.quant import LARGEST
-from vidistill.ops.triton_common import launch_config, padded
 from vidistill.ops.tuning import APPEND, Config
 
 

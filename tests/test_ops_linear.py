@@ -1,0 +1,47 @@
+"""Packed linear layers and float32 products."""
+
+import pytest
+import torch
+from torch import nn
+
+from vidistill.ops.linear import PackedLinear, pack_linears
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 63), nn.GELU(), nn.Sequential(nn.Linear(63, 9, bias=False)))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", [(1, 20), (129, 20), (2, 3, 7, 20)])
+@torch.no_grad()
+def test_packed_layers_compute_what_plain_ones_do(dtype, shape):
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no bfloat16 products")
+    net, x = network(), torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    wanted = net(x)
+    assert pack_linears(net, rows=48, dtype=dtype) == 2
+    got = net(x)
+    assert got.dtype == torch.float32 and got.shape == wanted.shape
+    assert (got - wanted).abs().max() <= ROUNDING[dtype] * wanted.abs().max()
+
+
+def test_packing_keeps_the_weights_and_their_gradients():
+    net = network()
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    pack_linears(net, rows=48)
+    assert isinstance(net[0], PackedLinear)
+    after = net.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    net(torch.randn(5, 20)).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_an_impossible_packing_says_what_to_do():
+    with pytest.raises(ValueError, match=r"torch.float32 or torch.bfloat16"):
+        pack_linears(network(), rows=1, dtype=torch.float16)
+    with pytest.raises(ValueError, match="for a CPU"):
+        pack_linears(network().to("meta"), rows=1)
