@@ -202,6 +202,32 @@ def test_the_best_critic_is_the_least_squares_fit():
     assert torch.autograd.grad(loss, critic.w)[0].abs() < 1e-6
 
 
+class Trainable(Gaussian):
+    """A critic with its mean to learn."""
+
+    def __init__(self, mean):
+        super().__init__(torch.tensor(mean, requires_grad=True))
+
+
+@pytest.mark.parametrize("fn", [dmd, sid])
+def test_alternating_updates_move_the_students_mean_to_the_teachers(fn):
+    student, critic, teacher = torch.tensor(2.0, requires_grad=True), Trainable(2.0), Gaussian(-0.5)
+    roles = Roles(None, teacher, critic)
+    rates = {dmd: 1.0, sid: 2.0}
+    for step in range(240):
+        draws = rng(step)
+        x = student + torch.randn(8, 2, 1, 4, 4, generator=draws)
+        if step % 6:
+            slope = torch.autograd.grad(
+                critic_flow(roles, x.detach(), Batch(x.detach()), CFG, draws).value, critic.mean
+            )
+            critic.mean.data -= 0.1 * slope[0]
+        else:
+            slope = torch.autograd.grad(fn(roles, x, Batch(x.detach()), CFG, draws).value, student)
+            student.data -= 0.2 * rates[fn] * slope[0]
+    assert abs(student.item() + 0.5) < 0.3 and abs(critic.mean.item() + 0.5) < 0.4
+
+
 def test_guidance_counts_from_the_unconditional_prediction():
     """Published "guidance 3" of DMD, c + 3 (c - u), is 4 here."""
     net, batch = random_dit(DIT), clip()

@@ -127,7 +127,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(ro
     trainer.step()
     before = {k: v.clone() for k, v in trainer.learner.state("x").items()}
     with pytest.raises(TrainingError, match=r"not finite at step 3 .*nothing was updated.*state.safetensors"):
-        trainer.loop(time.time(), FakeBar())
+        trainer.loop(FakeBar())
     after = trainer.learner.state("x")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert read_tensors(trainer.folder / STATE)[1]["step"] == 2
@@ -175,6 +175,14 @@ def test_a_finished_run_exports_its_average_once_more_without_training(root):
     net = checkpoint.load(path, "teacher").net
     average = dict(zip((n for n, _ in trainer.roles.student.named_parameters()), trainer.learner.average))
     assert all(torch.equal(p, average[n].half().float()) for n, p in net.named_parameters())
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_processes(root):
+    trainer = Trainer(flow_stage(root, steps=1))
+    trainer.started -= 7200
+    trainer.save()
+    path = Trainer(flow_stage(root, steps=1)).run()
+    assert checkpoint.load(path).record["card"]["hours"] == pytest.approx(2.0, abs=0.1)
 
 
 def test_resuming_with_another_network_says_so(root):

@@ -128,6 +128,7 @@ class Trainer:
         self.objective = OBJECTIVES[cfg.objective]
         self.folder = Path(cfg.out) / cfg.name
         self.step_count = 0
+        self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         self.clips = Clips(cfg.data, episodes=cfg.episodes)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
         self.teacher_noise = cfg.loss.noise
@@ -294,13 +295,13 @@ class Trainer:
         checkpoint.write_atomic(
             self.folder / "config.json", lambda p: p.write_text(json.dumps(asdict(self.cfg), indent=1))
         )
-        started, steps = time.time(), self.cfg.steps
-        bar = tqdm(total=steps, initial=self.step_count, desc=self.cfg.name, unit="step", disable=None)
+        self.started = time.time()
+        bar = tqdm(total=self.cfg.steps, initial=self.step_count, desc=self.cfg.name, unit="step", disable=None)
         with bar, logging_redirect_tqdm():
-            self.loop(started, bar)
-        return self.finish(time.time() - started)
+            self.loop(bar)
+        return self.finish()
 
-    def loop(self, started: float, bar: Any) -> None:
+    def loop(self, bar: Any) -> None:
         first, sums = self.step_count, Averages()
         while self.step_count < self.cfg.steps:
             try:
@@ -314,7 +315,7 @@ class Trainer:
                 ) from error
             bar.update()
             if self.step_count % self.cfg.log_every == 0 or self.step_count == self.cfg.steps:
-                speed = (time.time() - started) / (self.step_count - first)
+                speed = (time.time() - self.started) / (self.step_count - first)
                 self.write_log({"step": self.step_count, "s_per_step": speed, **sums.flush()})
             if self.step_count % self.cfg.save_every == 0 or self.step_count == self.cfg.steps:
                 self.save()
@@ -329,6 +330,7 @@ class Trainer:
     def save(self) -> None:
         tensors = self.learner.state("student")
         info = {"step": self.step_count, "student": self.learner.updates, "config": asdict(self.cfg)}
+        info["seconds"] = self.spent + time.time() - self.started
         if self.critic is not None:
             tensors.update(self.critic.state("critic"))
             info["critic"] = self.critic.updates
@@ -352,7 +354,7 @@ class Trainer:
             raise TrainingError(
                 f"{path} is a run of other networks than this config ({error}); choose another name=, or remove it"
             ) from error
-        self.step_count = info["step"]
+        self.step_count, self.spent = info["step"], info.get("seconds", 0.0)
         self.trim_log()
         now = json.loads(json.dumps(asdict(self.cfg)))
         changed = [k for k, v in info["config"].items() if k in now and now[k] != v]
@@ -371,7 +373,7 @@ class Trainer:
                 continue
         checkpoint.write_atomic(path, lambda p: p.write_text("".join(kept)))
 
-    def finish(self, seconds: float) -> Path:
+    def finish(self) -> Path:
         """Export the averaged weights as a checkpoint that can be loaded by path, which is returned."""
         cfg = self.cfg
         if self.learner.average:
@@ -379,12 +381,12 @@ class Trainer:
         if isinstance(self.roles.student, TinyCodec):
             self.normalise(self.roles.student)
         path = self.folder / Path(cfg.name).name
-        checkpoint.export(path, self.roles.student, self.record(seconds), torch.float16)
+        checkpoint.export(path, self.roles.student, self.record(), torch.float16)
         if self.learner.average:
             self.learner.swap()
         return checkpoint.beside(path, ".safetensors")
 
-    def record(self, seconds: float) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         cfg = self.cfg
         card = {
             "objective": cfg.objective,
@@ -392,7 +394,7 @@ class Trainer:
             "seed": cfg.seed,
             "parents": [p for p in (cfg.init, cfg.teacher) if p],
             "data": {k: v for k, v in self.clips.meta.items() if k not in ("described",)},
-            "hours": round(seconds / 3600, 3),
+            "hours": round((self.spent + time.time() - self.started) / 3600, 3),
             "commit": git_commit(),
             "train": asdict(cfg),
         }
