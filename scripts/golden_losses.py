@@ -53,7 +53,9 @@ def from_to(run: Run, exits: list[int]) -> list[int]:
     return [labels[exits[0]], labels[exits[0] + 1] if exits[0] + 1 < len(labels) else 0]
 
 
-def start_training(golden: Golden, name: str, variant: dict[str, Any], frames: int, prefix: str, arch: dict) -> Run:
+def start_training(
+    golden: Golden, name: str, variant: dict[str, Any], frames: int, batch: int, prefix: str, arch: dict[str, Any]
+) -> Run:
     """A student with the variant's chunks and table; its window, as in training there, has no sinks."""
     cfg = golden.config
     net = network(golden.weights, arch, prefix)
@@ -70,8 +72,8 @@ def start_training(golden: Golden, name: str, variant: dict[str, Any], frames: i
     )
     steps = [s for s in variant["denoising_step_list"] if s]
     levels = table.warp_steps(steps) if cfg["warp_denoising_step"] else tuple(map(float, steps))
-    cond = text(golden, slice(0, 1), arch)
-    run = Run(golden, name, variant, student, student.new_memory(1), table, [cond], [levels], [False])
+    cond = text(golden, slice(0, batch), arch)
+    run = Run(golden, name, variant, student, student.new_memory(batch), table, [cond], [levels], [False])
     run.watch()
     return run
 
@@ -82,7 +84,7 @@ def train(golden: Golden, name: str, variant: dict[str, Any]) -> None:
     given = golden.io.get(f"in.{name}.initial_latent")
     clip = noise if given is None else torch.cat((given, noise), dim=1)
     total = clip.shape[1]
-    run = start_training(golden, name, variant, total, "", golden.config["transformer"])
+    run = start_training(golden, name, variant, total, clip.shape[0], "", golden.config["transformer"])
     student = run.student
     given_chunks = 0 if given is None else student.num_chunks(given.shape[1])
     chunks, exits = student.num_chunks(total), variant["exit_flags"]
@@ -209,12 +211,13 @@ def rolled_out(golden: Golden, name: str, variant: dict[str, Any], turn: str, dr
     full = {
         **variant,
         "denoising_step_list": golden.config["denoising_step_list"],
-        "independent_first_frame": False,
+        "independent_first_frame": variant.get("independent_first_frame", False),
         "local_attn_size": -1,
         "context_noise": golden.config.get("context_noise", 0),
         "chw": (golden.config["transformers"]["generator"]["in_dim"], *variant["latent_hw"]),
     }
-    run = start_training(golden, name, full, frames, "generator.", golden.config["transformers"]["generator"])
+    arch = golden.config["transformers"]["generator"]
+    run = start_training(golden, name, full, frames, variant["batch"], "generator.", arch)
     exit_step = variant[f"exit_step_{'generator' if turn == 'gen' else 'critic'}"]
     chunks = run.student.num_chunks(frames)
     noise = draws(torch.empty(variant["batch"], frames, *full["chw"]))
@@ -303,7 +306,7 @@ def losses(golden: Golden) -> None:
     for tag, alpha in golden.config["sid_alpha"].items():
         score_identity(golden, tag, alpha)
     regress(golden)
-    for tag in ("diffusion_forcing", "teacher_forcing", *golden.config["noise_augmentation_max_timestep"]):
+    for tag in ("diffusion_forcing", "teacher_forcing", *golden.config.get("noise_augmentation_max_timestep", {})):
         if golden.wanted(f"{tag}."):
             force(golden, tag)
 
@@ -377,7 +380,7 @@ def force(golden: Golden, tag: str) -> None:
     if tag == "diffusion_forcing":
         v = student.net(noisy, t.double() / GRID, cond, causal=student.causal_mask(clean.shape[1]))
     else:
-        augmented = tag in cfg["noise_augmentation_max_timestep"]
+        augmented = tag in cfg.get("noise_augmentation_max_timestep", {})
         context = table.timesteps[golden.given("df.aug_index")] if augmented else torch.zeros_like(t)
         history = table.add_noise(clean, eps, context) if augmented else clean
         v = student.teacher_forced(noisy, t.double() / GRID, cond, history, context.double() / GRID)

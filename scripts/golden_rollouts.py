@@ -149,7 +149,7 @@ def prepare(golden: Golden, name: str, variant: dict[str, Any]) -> Run:
     told, integer, plain = step_lists(golden, variant, table)
     golden.compare(f"{name}.denoising_step_list", list(plain))
     batch = noise.shape[0]
-    if variant.get("switch_frame_indices") is None and variant.get("pipeline") != "interactive":
+    if variant.get("switch_frame_indices") is None and "pipeline" not in variant:
         conds = [text(golden, slice(0, batch), arch)]
     else:
         rows = golden.given("prompt_embeds").shape[0]
@@ -287,12 +287,14 @@ def talk(golden: Golden, name: str, variant: dict[str, Any]) -> None:
     frames, chunk = noise.shape[1], cfg["num_frame_per_block"]
     net = network(golden.weights, cfg)
     memory = variant_memory(variant, frames, infinite=False)
-    student = CausalStudent(net, StudentConfig(chunk=chunk, memory=memory), LatentShape(frames, *noise.shape[2:]))
+    shape = LatentShape(frames, *noise.shape[2:], patch=net.cfg.patch)
+    student = CausalStudent(net, StudentConfig(chunk=chunk, memory=memory), shape)
     table = TableSchedule(shift=cfg["timestep_shift"], entries=cfg["scheduler_num_inference_steps"])
     levels: Sequence[float] = table.timesteps.tolist()
     golden.compare(f"{name}.denoising_step_list", list(levels))
     cond = talker_condition(golden, golden.given(f"{name}.audio_features"), image, frames)
-    run = Run(golden, name, variant, student, student.new_memory(1), table, [cond], [tuple(levels)], [False])
+    memory = student.new_memory(noise.shape[0])
+    run = Run(golden, name, variant, student, memory, table, [cond], [tuple(levels)], [False])
     run.watch()
     compare_audio(golden, f"{name}.audio_cond", run)
     schedule = ScheduleConfig(context="clean", context_sigma=cfg["context_noise"] / 1000)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from vidistill.diffusion import x0_from_v as to_x0
 
 def pair(dtype=torch.float32):
     rng = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, 4, 2, 2, generator=rng, dtype=dtype), torch.randn(2, 3, 4, 2, 2, generator=rng, dtype=dtype)
+    return torch.randn(2, 3, 4, 2, 2, generator=rng, dtype=dtype), torch.randn(
+        2, 3, 4, 2, 2, generator=rng, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.5, 0.98])
@@ -52,7 +56,7 @@ def test_an_oracle_reaches_x0_by_both_transitions():
     levels = [1.0, 0.7, 0.3, 0.0]
     for step in (euler, renoise):
         x = eps
-        for now, after in zip(levels[:-1], levels[1:], strict=True):
+        for now, after in itertools.pairwise(levels):
             s, n = (torch.full((2, 3), level) for level in (now, after))
             v = v_from_x0(x, x0, s)
             x = step(x, x0, v, s, n, rng)

@@ -1,0 +1,340 @@
+"""Published checkpoints: names, files, families, step tables, and streaming what was converted."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vidistill.conditioning import Condition, pack_audio
+from vidistill.convert import convert, revert, student_of
+from vidistill.interop.cost import NETWORKS, against_papers, named_cost, parameters
+from vidistill.interop.families import FAMILIES, family
+from vidistill.interop.formats import merge_lora, read_student, write_student
+from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
+from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table, warp_timestep
+from vidistill.rollout import rollout
+from vidistill.schedules import Pass, endless, finite
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def weights(case: str = "self_forcing_rollout") -> dict[str, Tensor]:
+    return load_file(GOLDENS / case / "weights.safetensors")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["self_forcing_rollout", "livetalk_rollout"])
+def test_original_names_map_there_and_back_bit_for_bit(case):
+    state = weights(case)
+    cfg = infer_config(state, heads=2)
+    assert same(to_original(to_ours(state), cfg), state)
+    build(to_ours(state), cfg)
+
+
+def test_diffusers_names_map_there_and_back_bit_for_bit():
+    cfg = infer_config(weights(), heads=4)
+    theirs = to_original(to_ours(weights()), cfg, "diffusers")
+    assert "blocks.0.attn1.to_out.0.weight" in theirs and "blocks.0.norm2.weight" in theirs
+    assert infer_config(theirs, heads=4) == cfg
+    assert same(to_original(to_ours(theirs), cfg), weights())
+
+
+def test_every_name_of_an_image_network_has_its_place_in_diffusers():
+    for name in (
+        "img_emb.proj.1.weight",
+        "blocks.3.cross_attn.norm_k_img.weight",
+        "head.modulation",
+        "blocks.3.modulation",
+    ):
+        assert ours(to_diffusers_key(name)) == name and to_diffusers_key(name) != name
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "model.blocks.0.ffn.0.weight",
+        "generator.model.blocks.0.ffn.0.weight",
+        "model._fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.ffn.0.weight",
+        "_orig_mod.blocks.0.ffn.0.weight",
+        "module.model.blocks.0._checkpoint_wrapped_module.ffn.0.weight",
+    ],
+)
+def test_what_training_frameworks_add_to_names_is_removed(wrapped):
+    assert bare(wrapped) == "blocks.0.ffn.0.weight"
+
+
+def test_the_architecture_is_read_from_the_shapes():
+    cfg = infer_config(weights("livetalk_rollout"), heads=2)
+    assert (cfg.channels, cfg.extra_channels, cfg.layers, cfg.width) == (16, 17, 6, 48)
+    site = cfg.sites["hidden"]
+    assert (site.dim, site.hidden, site.layers, site.activation) == (96, 16, (2, 3), "norm")
+
+
+def test_no_weight_is_copied_when_a_network_is_built():
+    state = to_ours(weights())
+    net = build(state, infer_config(weights(), heads=4))
+    assert all(p.data_ptr() == state[name].data_ptr() for name, p in net.named_parameters())
+
+
+def test_an_unfit_state_lists_missing_unexpected_and_mis_shaped_keys():
+    state = weights()
+    del state["blocks.1.ffn.2.bias"]
+    state["blocks.0.surprise"] = torch.zeros(1)
+    state["head.modulation"] = torch.zeros(1, 3, 64)
+    with pytest.raises(ValueError) as error:
+        build(to_ours(state), infer_config(state, heads=4), "half.safetensors")
+    for part in ("half.safetensors", "1 missing (blocks.1.ffn.2.bias)", "1 unexpected (blocks.0.surprise)"):
+        assert part in str(error.value)
+    assert "head.modulation is [1, 3, 64], expected [1, 2, 64]" in str(error.value)
+    assert "Self Forcing family" in str(error.value)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def publish(path: Path, state: dict[str, Tensor], entry: str = "generator_ema", prefix: str = "model.") -> Path:
+    named = {prefix + key: x for key, x in state.items()}
+    if path.suffix == ".safetensors":
+        save_file(named, path)
+    else:
+        torch.save({entry: named, "step": 600}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["self-forcing", "causvid", "longlive", "diagonal", "causal-forcing", "rolling-forcing"]
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_published_file_is_read_and_written_back_bit_for_bit(tmp_path, name, suffix):
+    state = {key: x.bfloat16() for key, x in weights().items()}
+    path = publish(tmp_path / f"in{suffix}", state)
+    student = read_student(path, name, allow_pickle=True, heads=4)
+    write_student(tmp_path / f"out{suffix}", student.state, student)
+    if suffix == ".pt":
+        back = torch.load(tmp_path / "out.pt", weights_only=True)["generator_ema"]
+    else:
+        back = load_file(tmp_path / "out.safetensors")
+    assert same(back, {"model." + key: x for key, x in state.items()})
+
+
+def test_averaged_weights_are_read_first_and_any_entry_by_name(tmp_path):
+    live, average = weights(), {key: x + 1 for key, x in weights().items()}
+    torch.save({"generator": live, "generator_ema": average, "critic": live}, tmp_path / "both.pt")
+    read = {
+        e: read_student(tmp_path / "both.pt", "self-forcing", allow_pickle=True, heads=4, entry=e)
+        for e in (None, "generator")
+    }
+    key = "head.head.bias"
+    assert torch.equal(read[None].state[key], average[key]) and torch.equal(read["generator"].state[key], live[key])
+    with pytest.raises(ValueError, match=r"no entry 'ema'; it has \['generator', 'generator_ema', 'critic'\]"):
+        read_student(tmp_path / "both.pt", "self-forcing", allow_pickle=True, heads=4, entry="ema")
+
+
+def test_pickles_are_opened_only_when_allowed_and_then_weights_only(tmp_path):
+    path = publish(tmp_path / "sf.pt", weights())
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        read_student(path, "self-forcing", heads=4)
+    torch.save({"generator": Path("x")}, tmp_path / "code.pt")
+    with pytest.raises(ValueError, match="cannot be read weights-only"):
+        read_student(tmp_path / "code.pt", "self-forcing", allow_pickle=True)
+
+
+def test_a_folder_of_shards_is_read_whole_and_a_missing_shard_is_named(tmp_path):
+    state, index = weights(), {}
+    for i, keys in enumerate((list(state)[::2], list(state)[1::2])):
+        save_file({k: state[k] for k in keys}, tmp_path / f"part-{i}.safetensors")
+        index.update(dict.fromkeys(keys, f"part-{i}.safetensors"))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert len(read_student(tmp_path, "self-forcing", heads=4).state) == len(state)
+    (tmp_path / "part-1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"part-1.safetensors.*incomplete"):
+        read_student(tmp_path, "self-forcing", heads=4)
+
+
+def test_a_lora_is_merged_into_its_base(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 64, generator=rng), torch.randn(64, 3, generator=rng)
+    layer = "blocks.1.self_attn.q"
+    adapter = {
+        f"base_model.model.{layer}.lora_A.default.weight": a,
+        f"base_model.model.{layer}.lora_B.default.weight": b,
+    }
+    publish(tmp_path / "base.pt", weights(), "generator")
+    torch.save({"generator_lora": adapter, "critic_lora": {}}, tmp_path / "lora.pt")
+    student = read_student(tmp_path / "base.pt", "longlive", allow_pickle=True, heads=4, lora=tmp_path / "lora.pt")
+    want = weights()[f"{layer}.weight"] + b @ a
+    assert torch.allclose(student.state[f"{layer}.weight"], want, atol=1e-5)
+    assert torch.equal(student.state["head.head.bias"], weights()["head.head.bias"])
+    half = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    assert torch.allclose(
+        merge_lora(weights(), half, alpha=6.0)[f"{layer}.weight"], weights()[f"{layer}.weight"] + 2 * b @ a, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="which the base checkpoint does not have"):
+        merge_lora(weights(), {k.replace("blocks.1", "blocks.9"): x for k, x in half.items()})
+    with pytest.raises(ValueError, match="it looks like a LoRA"):
+        publish(tmp_path / "only.safetensors", adapter, prefix="")
+        read_student(tmp_path / "only.safetensors", "longlive", heads=4)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_file_of_another_kind_says_what_it_looks_like(tmp_path, name):
+    other = weights("self_forcing_rollout" if name == "livetalk" else "livetalk_rollout")
+    with pytest.raises(ValueError, match=f"not family '{name}'; it looks like"):
+        read_student(publish(tmp_path / "x.safetensors", other), name, heads=2)
+    save_file({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match=rf"is no {name} student.*codec"):
+        read_student(tmp_path / "vae.safetensors", name)
+    short = dict(list(weights("livetalk_rollout" if name == "livetalk" else "self_forcing_rollout").items()))
+    short.pop("blocks.0.self_attn.q.weight")
+    with pytest.raises(ValueError, match=r"1 missing \(blocks.0.self_attn.q.weight\)"):
+        read_student(publish(tmp_path / "short.safetensors", short), name, heads=2)
+
+
+def test_unknown_families_and_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="known: self-forcing"):
+        family("sora")
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        read_student(tmp_path / "none.pt", "causvid")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        read_student(tmp_path / "cut.safetensors", "causvid")
+    (tmp_path / "weights.h5").write_bytes(b"")
+    with pytest.raises(ValueError, match="unknown suffix"):
+        read_student(tmp_path / "weights.h5", "causvid")
+
+
+# --- families and tables ----------------------------------------------------------------------------------------------
+
+
+def test_step_lists_are_warped_as_published():
+    assert family("self-forcing").timesteps == pytest.approx((1000, 937.5, 833.3333, 625), abs=1e-3)
+    assert TableSchedule(shift=8.0).warp_steps([750, 0]) == pytest.approx((960, 0), abs=1e-3)
+    assert family("causvid").timesteps == (1000, 757, 522)
+
+
+def test_diagonal_tells_its_literals_and_draws_noise_at_the_nearest_entries():
+    schedule = family("diagonal").schedule()
+    assert schedule.told == ((1.0, 0.933, 0.733, 0.357), (1.0, 0.933, 0.357), (1.0, pytest.approx(0.357143, abs=1e-5)))
+    assert schedule.steps[0] == pytest.approx((1.0, 0.933063, 0.732616, 0.357143), abs=1e-5)
+    assert diagonal_steps((1000.0, 750.0, 625.5))[1] == (1000.0, 933.0, 625.0)
+
+
+def test_zero_is_not_noise_free_on_a_table():
+    assert float(TableSchedule(shift=5.0).sigma(0.0)) == pytest.approx(0.004980, abs=1e-6)
+
+
+def test_passes_on_a_table_tell_what_they_were_and_noise_what_is_near():
+    table = TableSchedule(shift=5.0)
+    passes = [Pass(0, (0.733,), (0.0,)), Pass(0, (0.0,), None, commit=True), Pass(0, (0.0,), None, emit=True)]
+    step, context, given = on_table(passes, table, noise_context=True)
+    assert step.told == (0.733,) and step.sigma == pytest.approx((0.732616,), abs=1e-5) and step.next_sigma == (0.0,)
+    assert context.told == (0.0,) and context.sigma == pytest.approx((0.00498,), abs=1e-5)
+    assert given.sigma == (0.0,)
+
+
+def test_score_timesteps_are_shifted_after_drawing_and_clamped():
+    assert warp_timestep(torch.tensor([0, 250, 999]), 5.0).tolist() == pytest.approx([20, 625, 980])
+    assert warp_timestep(torch.tensor([417]), 1.0).tolist() == [417]
+
+
+def test_a_non_commercial_licence_is_recorded_and_warned_about(tmp_path, caplog):
+    student = read_student(publish(tmp_path / "c.safetensors", weights()), "causvid", heads=4)
+    with caplog.at_level(logging.WARNING):
+        assert "NC" in student.card()["licence"]
+    assert "NC" in caplog.text
+
+
+# --- streaming what was converted -------------------------------------------------------------------------------------
+
+STREAMS = [
+    ("self_forcing_rollout", "global", "self-forcing", {}),
+    ("longlive_switch_rollout", "single_local12_sink3", "longlive", {}),
+    ("diagdistill_rollout", "shipped_local12_sink3", "diagonal", {}),
+    ("livetalk_rollout", "window15_sink9", "livetalk", {}),
+]
+
+
+@pytest.mark.parametrize(("case", "variant", "name", "kw"), STREAMS, ids=[s[2] for s in STREAMS])
+@torch.no_grad()
+def test_a_converted_student_streams_the_recorded_latents(tmp_path, case, variant, name, kw):
+    from vidistill.checkpoint import load_student
+
+    config = json.loads((GOLDENS / case / "config.json").read_text())
+    io = load_file(GOLDENS / case / "io.safetensors")
+    noise, want = io[f"in.{variant}.noise"], io[f"out.{variant}.latents"]
+    heads = config.get("num_heads") or config["transformer"]["num_heads"]
+    source = publish(tmp_path / "published.pt", weights(case))
+    size = (8 * noise.shape[3], 8 * noise.shape[4])
+    convert(source, name, tmp_path / "ours", size=size, allow_pickle=True, heads=heads)
+    bundle = load_student(tmp_path / "ours")
+    student, cond, pinned = bundle.net, Condition(tokens=io["in.prompt_embeds"][:1]), None
+    if name == "livetalk":
+        cond, pinned = talking(io, variant, noise.shape[1])
+    draws = iter(io[f"in.{variant}.renoise.{i}"] for i in range(99))
+    parts = rollout(
+        student,
+        finite(endless(bundle.schedule), student.num_chunks(noise.shape[1])),
+        noise=lambda c: noise[:, student.first_frame(c) : student.first_frame(c + 1)],
+        cond=lambda start, stop: cond.frames(start, stop),
+        memory=student.new_memory(1),
+        rng=lambda x: next(draws).reshape(x.shape),
+        pinned=pinned,
+    )
+    assert (torch.cat(list(parts), dim=1) - want).abs().max() < 1e-4
+    revert(tmp_path / "ours", tmp_path / "again.pt")
+    old, new = (torch.load(p, weights_only=True)["generator_ema"] for p in (source, tmp_path / "again.pt"))
+    assert same(old, new)
+
+
+def talking(io: dict[str, Tensor], variant: str, frames: int) -> tuple[Condition, Tensor]:
+    image = io["in.image_latent"][:, None]
+    mask = torch.ones(1, frames, 1, *image.shape[-2:])
+    mask[:, 0] = 0
+    packed = pack_audio(io[f"in.{variant}.audio_features"], 4)
+    channels = torch.cat((image.expand(-1, frames, -1, -1, -1), mask), dim=2)
+    return Condition(tokens=io["in.prompt_embeds"], per_frame={"hidden": packed}, channels=channels), image
+
+
+def test_a_student_that_was_not_converted_cannot_be_turned_back(tmp_path, checkpoints):
+    student = next(p for p in checkpoints.glob("*.json") if json.loads(p.read_text())["kind"] == "student")
+    with pytest.raises(ValueError, match="was not converted"):
+        revert(student, tmp_path / "x.pt")
+
+
+def test_a_published_network_gets_its_familys_chunks_and_memory(tmp_path):
+    published = read_student(publish(tmp_path / "l.safetensors", weights()), "longlive", heads=4)
+    student = student_of(published, 8, 8)
+    assert (student.cfg.chunk, student.cfg.memory.frames, student.cfg.memory.sinks) == (3, 12, 3)
+
+
+# --- true size --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "billions"), [("wan-1.3b", 1.42), ("wan-14b", 14.29), ("wan-5b", 5.0)])
+def test_networks_of_true_size_have_the_published_number_of_parameters(name, billions):
+    assert parameters(NETWORKS[name]) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_the_cost_of_true_size_follows_the_papers_arithmetic():
+    row = named_cost("wan-1.3b", "self-forcing")
+    assert row["tokens_per_frame"] == 1560 and row["nfe_per_chunk"] == [5] * 7
+    assert row["kv_bytes"]["full, 21 frames"] == pytest.approx(6.04e9, rel=0.01)
+    assert sum(named_cost("wan-1.3b", "diagonal")["nfe_per_chunk"]) == 17
+    assert row["gpus"]["H100"]["fps"] > row["gpus"]["A100"]["fps"] > 0
+    with pytest.raises(ValueError, match=r"known: wan-1.3b"):
+        named_cost("wan-7b")
+
+
+def test_no_paper_is_faster_than_the_roofline():
+    rows = against_papers()
+    assert len(rows) >= 5 and all(0.05 < row["ratio"] < 1 for row in rows), rows

@@ -1,0 +1,234 @@
+"""Teachers against diffusers' own modules with tiny random weights."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vidistill.conditioning import Condition
+from vidistill.diffusion import NoiseSchedule
+from vidistill.interop.keys import infer_config, to_original, to_ours
+from vidistill.sampling import sample
+from vidistill.shapes import LatentShape
+from vidistill.teachers import load_teacher, tiny
+from vidistill.teachers.text import TextCache, clean
+from vidistill.teachers.wan import Experts, image_channels
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 20,
+    "freq_dim": 16,
+    "ffn_dim": 40,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
+IMAGE = {**TINY, "in_channels": 36, "image_dim": 12, "added_kv_proj_dim": 24}
+FLOAT = {"dtype": "float32", "height": 32, "width": 64, "frames": 3}
+
+
+def module(seed=0, **config):
+    torch.manual_seed(seed)
+    net = diffusers.WanTransformer3DModel(**config).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return net.requires_grad_(False)
+
+
+def clip(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def text_to_video(tmp_path):
+    net = module(**TINY)
+    net.save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "WanTransformer3DModel"]}))
+    return net, tmp_path
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(3, 4, 8), (1, 6, 6), (5, 8, 4)])
+def test_a_text_to_video_network_equals_diffusers(text_to_video, frames, height, width):
+    net, folder = text_to_video
+    teacher = load_teacher(folder, **FLOAT)
+    x, text = clip(2, frames, 16, height, width), clip(2, 7, 20, seed=2)
+    t = torch.tensor([900.0, 300.0])
+    want = net(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
+    got = teacher.net.velocity(x, (t.double() / 1000)[:, None].expand(2, frames), Condition(tokens=text))
+    assert (got - want).abs().max() < 5e-5 * want.abs().max().clamp_min(1)
+    assert teacher.codec == "wan" and teacher.shape == LatentShape(3, 16, 4, 8)
+
+
+def test_a_time_per_frame_equals_diffusers_time_per_token(text_to_video):
+    net, folder = text_to_video
+    x, text = clip(1, 3, 16, 4, 8), clip(1, 7, 20, seed=2)
+    t = torch.tensor([[0.0, 500.0, 500.0]])
+    want = net(x.transpose(1, 2), t.repeat_interleave(8, 1), text, return_dict=False)[0].transpose(1, 2)
+    got = load_teacher(folder, **FLOAT).net.velocity(x, t.double() / 1000, Condition(tokens=text))
+    assert (got - want).abs().max() < 1e-4
+
+
+def test_an_image_to_video_network_equals_diffusers(tmp_path):
+    net = module(**IMAGE)
+    net.save_pretrained(tmp_path / "transformer")
+    teacher = load_teacher(tmp_path, **FLOAT)
+    x, first = clip(1, 3, 16, 4, 8), clip(1, 3, 16, 4, 8, seed=3)
+    text, image = clip(1, 512, 20, seed=2), clip(1, 257, 12, seed=4)
+    channels = image_channels(first, 3)
+    tokens = torch.cat((torch.nn.functional.pad(image, (0, 8)), text), dim=1)
+    both = torch.cat((x, channels), dim=2).transpose(1, 2)
+    want = net(both, torch.tensor([700.0]), text, image, return_dict=False)[0].transpose(1, 2)
+    got = teacher.net.velocity(x, torch.full((1, 3), 0.7), Condition(tokens=tokens, channels=channels))
+    assert (got - want).abs().max() < 1e-4
+    assert channels[:, 0, :4].eq(1).all() and channels[:, 1:, :4].eq(0).all()
+
+
+def test_half_precision_loads_and_stays_close(text_to_video):
+    net, folder = text_to_video
+    x, text = clip(1, 3, 16, 4, 8), clip(1, 7, 20, seed=2)
+    want = net(x.transpose(1, 2), torch.tensor([500.0]), text, return_dict=False)[0].transpose(1, 2)
+    teacher = load_teacher(folder, **{**FLOAT, "dtype": "bfloat16"})
+    got = teacher.net.velocity(x.bfloat16(), torch.full((1, 3), 0.5), Condition(tokens=text.bfloat16()))
+    assert got.dtype == torch.bfloat16 and (got.float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+def test_the_original_layout_gives_the_same_network(text_to_video, tmp_path):
+    net, folder = text_to_video
+    state = net.state_dict()
+    original = to_original(to_ours(state), infer_config(state, heads=2))
+    (tmp_path / "wan").mkdir()
+    save_file({k: v.contiguous() for k, v in original.items()}, tmp_path / "wan" / "model.safetensors")
+    (tmp_path / "wan" / "config.json").write_text(json.dumps({"num_heads": 2, "eps": 1e-6}))
+    a, b = load_teacher(folder, **FLOAT).net, load_teacher(tmp_path / "wan", **FLOAT).net
+    assert a.cfg == b.cfg and all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_two_experts_share_the_levels(tmp_path):
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        module(seed, **TINY).save_pretrained(tmp_path / name)
+    (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.8}))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 12.0}))
+    teacher = load_teacher(tmp_path, **FLOAT)
+    net = teacher.net
+    assert isinstance(net, Experts) and net.boundary == 0.8 and teacher.noise.shift == 12.0
+    x, cond = clip(2, 3, 16, 4, 8), Condition(tokens=clip(2, 7, 20, seed=2))
+    sigma = torch.tensor([[0.9], [0.3]]).expand(2, 3)
+    got = net.velocity(x, sigma, cond)
+    assert torch.allclose(got[:1], net.high.velocity(x[:1], sigma[:1], Condition(tokens=cond.tokens[:1])), atol=1e-5)
+    assert torch.allclose(got[1:], net.low.velocity(x[1:], sigma[1:], Condition(tokens=cond.tokens[1:])), atol=1e-5)
+    assert torch.equal(
+        net.velocity(x[:1], sigma[:1], cond.map(lambda t: t[:1])),
+        net.high.velocity(x[:1], sigma[:1], cond.map(lambda t: t[:1])),
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4)])
+@torch.no_grad()
+def test_the_guided_sampler_equals_the_pipelines_loop_with_the_same_scheduler(text_to_video, shape):
+    """WanPipeline's loop (conditional and negative pass, u + s (c - u), Euler flow steps) without its text encoder."""
+    net, folder = text_to_video
+    steps, scale, shift = 50, 5.0, 3.0
+    noise = clip(1, shape[0], 16, *shape[1:])
+    text, negative = clip(1, 7, 20, seed=2), clip(1, 7, 20, seed=3)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    sigmas = NoiseSchedule(shift=shift).steps(steps)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    assert torch.allclose(scheduler.sigmas[:-1], torch.tensor(sigmas), atol=1e-5)
+    x = noise.transpose(1, 2)
+    for t in scheduler.timesteps:
+        c, u = (net(x, t.expand(1), tokens, return_dict=False)[0] for tokens in (text, negative))
+        x = scheduler.step(u + scale * (c - u), t, x, return_dict=False)[0]
+    cond = Condition(tokens=text, negative=negative)
+    ours = sample(load_teacher(folder, **FLOAT).net, noise, sigmas, cond, nulls=[cond.null()], scales=[scale])
+    assert (ours - x.transpose(1, 2)).abs().max() < 2e-3 * x.abs().max()
+
+
+def test_a_foreign_family_fits_the_same_door(tmp_path):
+    torch.manual_seed(0)
+    net = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=1,
+        caption_channels=10,
+    ).eval()
+    net.save_pretrained(tmp_path / "transformer")
+    teacher = load_teacher(tmp_path, "ltx", dtype="float32", height=64, width=96, frames=3)
+    assert teacher.shape == LatentShape(3, 8, 2, 3, patch=(1, 1, 1))
+    x, text = clip(1, 3, 8, 2, 3), clip(1, 5, 10, seed=2)
+    sigma = torch.full((1, 3), 0.6)
+    with torch.no_grad():
+        got = teacher.net.velocity(x, sigma, Condition(tokens=text))
+        want = net(
+            x.permute(0, 1, 3, 4, 2).reshape(1, 18, 8),
+            text,
+            torch.tensor([600.0]),
+            torch.ones(1, 5),
+            num_frames=3,
+            height=2,
+            width=3,
+            rope_interpolation_scale=(8 / 25, 32, 32),
+            return_dict=False,
+        )[0]
+        padded = Condition(tokens=torch.cat((text, torch.zeros(1, 4, 10)), dim=1))
+        assert torch.allclose(teacher.net.velocity(x, sigma, padded), got, atol=1e-5)
+    assert torch.allclose(got, want.reshape(1, 3, 2, 3, 8).permute(0, 1, 4, 2, 3), atol=1e-5)
+    assert sample(teacher.net, x, (1.0, 0.5), Condition(tokens=text)).shape == x.shape
+
+
+def test_prompts_are_encoded_once_and_read_from_disk_afterwards(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    calls = []
+
+    class Tokenizer:
+        def __call__(self, prompts, max_length, **_):
+            ids = torch.zeros(1, max_length, dtype=torch.long)
+            words = prompts[0].split()
+            ids[0, : len(words)] = torch.tensor([1 + len(w) for w in words])
+            batch = transformers.BatchEncoding({"input_ids": ids, "attention_mask": (ids > 0).long()})
+            return batch
+
+    def encoder(ids, mask):
+        calls.append(ids)
+        hidden = torch.ones(1, ids.shape[1], 4) * ids[..., None]
+        return type("Out", (), {"last_hidden_state": hidden + 1})()
+
+    cache = TextCache("somewhere/umt5", tmp_path, length=6)
+    cache._models = (Tokenizer(), encoder)
+    tokens = cache.encode(["a  red &amp; fox", "a red & fox", "cat"])
+    assert len(calls) == 2 and tokens.shape == (3, 6, 4) and torch.equal(tokens[0], tokens[1])
+    assert tokens[2, 1:].eq(0).all() and tokens[2, 0].gt(0).all()
+    cold = TextCache("somewhere/umt5", tmp_path, length=6, offline=True)
+    assert torch.equal(cold.encode(["cat"])[0], tokens[2])
+    with pytest.raises(FileNotFoundError, match="text_encoder"):
+        cold.encode(["never seen"])
+    assert clean(" a\n b ") == "a b"
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    with pytest.raises(ValueError, match="known: wan, ltx"):
+        load_teacher("x", "sora")
+    with pytest.raises(FileNotFoundError, match="neither safetensors files"):
+        load_teacher(tmp_path)
+    with pytest.raises(FileNotFoundError, match="offline"):
+        load_teacher("nobody/no-such-model", offline=True)
+    with pytest.raises(ValueError, match="no torch dtype"):
+        load_teacher(tmp_path, dtype="float7")
+
+
+def test_a_teacher_of_the_small_world_checks_its_clip():
+    from tiny_nets import DIT, SHAPE
+
+    assert tiny.new(DIT, SHAPE).net.velocity is not None
+    with pytest.raises(ValueError, match="4 channels"):
+        tiny.new(DIT, LatentShape(9, 8, 4, 4))

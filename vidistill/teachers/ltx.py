@@ -1,0 +1,71 @@
+"""LTX-Video as a teacher: diffusers' own transformer behind `Denoiser`, to show that the door fits other families."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidistill.conditioning import Condition
+from vidistill.diffusion import NoiseSchedule
+from vidistill.shapes import LatentShape
+from vidistill.teachers import Teacher
+
+SPATIAL, TEMPORAL = 32, 8  # pixels of a latent, a side and in time
+
+
+class LTX(nn.Module):
+    """`LTXVideoTransformer3DModel` as a `Denoiser`: one token a latent pixel, one level a frame."""
+
+    def __init__(self, net: nn.Module, fps: float = 25.0) -> None:
+        super().__init__()
+        self.net, self.scale = net, (TEMPORAL / fps, SPATIAL, SPATIAL)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """Velocity [B, F, C, H, W]; condition tokens [B, L, D] that are all zero are padding."""
+        if cond.tokens is None:
+            raise ValueError("LTX-Video cross-attends: Condition.tokens is missing")
+        frames, height, width = x.shape[1], x.shape[3], x.shape[4]
+        told = (sigma * 1000).repeat_interleave(height * width, dim=1)
+        mask = cond.tokens.abs().amax(dim=-1) > 0
+        mask = mask | ~mask.any(dim=1, keepdim=True)  # an empty prompt attends to all of its zeros
+        out = self.net(
+            hidden_states=rearrange(x, "b f c h w -> b (f h w) c"),
+            encoder_hidden_states=cond.tokens,
+            timestep=told.to(x.dtype),
+            encoder_attention_mask=mask,
+            num_frames=frames,
+            height=height,
+            width=width,
+            rope_interpolation_scale=self.scale,
+            return_dict=False,
+        )[0]
+        return rearrange(out, "b (f h w) c -> b f c h w", f=frames, h=height)
+
+
+def load(
+    source: str | Path,
+    *,
+    height: int = 512,
+    width: int = 704,
+    frames: int = 16,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    offline: bool = False,
+    fps: float = 25.0,
+) -> Teacher:
+    """An LTX-Video teacher from a diffusers folder or hub id; `frames` are latent frames."""
+    try:
+        from diffusers import LTXVideoTransformer3DModel
+    except ImportError as error:
+        raise ImportError("LTX-Video needs diffusers: pip install 'vidistill[wan]'") from error
+    try:
+        net = LTXVideoTransformer3DModel.from_pretrained(
+            str(source), subfolder="transformer", torch_dtype=getattr(torch, dtype), local_files_only=offline
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"{source!r} has no LTX-Video transformer to load: {error}") from error
+    channels: Any = net.config["in_channels"]
+    shape = LatentShape(frames, channels, height // SPATIAL, width // SPATIAL, patch=(1, 1, 1))
+    return Teacher(LTX(net.to(device).eval().requires_grad_(False), fps), NoiseSchedule(), shape, "ltx", str(source))

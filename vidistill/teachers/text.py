@@ -1,0 +1,96 @@
+"""Text for Wan's networks: UMT5 embeddings, kept on disk by prompt so that nothing else needs UMT5 in memory."""
+
+import hashlib
+import html
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger("vidistill")
+
+
+def clean(prompt: str) -> str:
+    """`prompt` without HTML entities and doubled spaces, as Wan's pipelines feed it."""
+    try:
+        import ftfy
+
+        prompt = ftfy.fix_text(prompt)
+    except ImportError:
+        log.debug("ftfy is not installed: broken Unicode in prompts stays")
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+class TextCache:
+    """Embeddings of prompts [B, L, D], zero after the prompt's end. The encoder is loaded for a new prompt only.
+
+    `source`: a diffusers folder or hub id that has `text_encoder` and `tokenizer`. `folder`: where embeddings stay, one
+    safetensors file a prompt, named by a hash of source, length and prompt.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        folder: str | Path,
+        *,
+        length: int = 512,
+        offline: bool = False,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.source, self.folder, self.length, self.offline = str(source), Path(folder), length, offline
+        self.device, self.dtype = device, dtype
+        self._models: tuple[Any, Any] | None = None
+
+    def path(self, prompt: str) -> Path:
+        text = f"{self.source}\n{self.length}\n{clean(prompt)}"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, D] (float32) of `prompts`; encodes and stores those that are not on disk yet."""
+        for prompt in dict.fromkeys(prompts):
+            if not self.path(prompt).is_file():
+                self._store(prompt)
+        return torch.stack([load_file(self.path(prompt))["tokens"].float() for prompt in prompts])
+
+    def release(self) -> None:
+        """Forget the encoder; embeddings on disk stay usable."""
+        self._models = None
+
+    def _store(self, prompt: str) -> None:
+        tokenizer, encoder = self._models or self._load()
+        batch = tokenizer(
+            [clean(prompt)],
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        with torch.no_grad():
+            hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
+        hidden = torch.where(batch.attention_mask[0, :, None].bool(), hidden, torch.zeros_like(hidden))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.path(prompt).with_suffix(".tmp")
+        save_file({"tokens": hidden.cpu().contiguous()}, partial)
+        partial.replace(self.path(prompt))
+
+    def _load(self) -> tuple[Any, Any]:
+        try:
+            from transformers import AutoTokenizer, UMT5EncoderModel
+        except ImportError as error:
+            raise ImportError("encoding new prompts needs transformers: pip install 'vidistill[wan]'") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer", local_files_only=self.offline)
+            encoder = UMT5EncoderModel.from_pretrained(
+                self.source, subfolder="text_encoder", dtype=self.dtype, local_files_only=self.offline
+            )
+        except OSError as error:
+            raise FileNotFoundError(f"{self.source!r} has no text_encoder and tokenizer to load: {error}") from error
+        self._models = (tokenizer, encoder.to(self.device).eval())
+        return self._models

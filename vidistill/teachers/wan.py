@@ -1,0 +1,161 @@
+"""Wan 2.1 and 2.2 as teachers: diffusers' folders and hub ids, and Wan's own folders, mapped into VideoDiT."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidistill.conditioning import Condition
+from vidistill.diffusion import NoiseSchedule
+from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.interop.formats import read_shards
+from vidistill.interop.keys import build, infer_config, to_ours
+from vidistill.shapes import LatentShape
+from vidistill.teachers import Teacher
+
+log = logging.getLogger("vidistill")
+
+# Folders of the high-noise and the low-noise expert, or of the only network.
+PAIRS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+BOUNDARY = {False: 0.875, True: 0.9}  # Wan2.2: the level where experts change, by whether an image is given
+VAE_FACTORS = {16: (8, "wan"), 48: (16, "wan2_2")}  # latent channels -> pixels a side of a latent, codec
+SHIFT = 5.0  # Wan's default; a scheduler config in the folder overrides it
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """How a Wan teacher is loaded. `offline`: never reach the network. `shift` 0: what the folder says, else 5."""
+
+    height: int = 480
+    width: int = 832
+    frames: int = 21  # latent frames of a clip
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    offline: bool = False
+    heads: int = 0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype {self.dtype!r} is no torch dtype; choose float32, bfloat16 or float16")
+
+
+class Experts(nn.Module):
+    """Wan2.2's two networks: one for levels at or above `boundary`, one for those below. A `Denoiser`."""
+
+    def __init__(self, high: VideoDiT, low: VideoDiT, boundary: float) -> None:
+        super().__init__()
+        self.high, self.low, self.boundary = high, low, boundary
+
+    @property
+    def cfg(self) -> DiTConfig:
+        return self.high.cfg
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
+        """Velocity [B, F, C, H, W]; each clip goes to the expert of its highest level."""
+        noisy = sigma.amax(dim=1) >= self.boundary
+        if bool(noisy.all()):
+            return self.high.velocity(x, sigma, cond)
+        if not bool(noisy.any()):
+            return self.low.velocity(x, sigma, cond)
+        out = torch.empty_like(x)
+        for rows, net in ((noisy, self.high), (~noisy, self.low)):
+            index = rows.nonzero()[:, 0]
+            picked = cond.map(lambda t, index=index: t[index.to(t.device)])
+            out[index] = net.velocity(x[index], sigma[index], picked)
+        return out
+
+
+def load(source: str | Path, **options: Any) -> Teacher:
+    """A Wan teacher from a folder (diffusers' or Wan's own layout) or a hub id; options are those of LoadConfig.
+
+    Raises FileNotFoundError if nothing is there, ValueError with the keys that do not fit.
+    """
+    cfg = LoadConfig(**options)
+    folder = Path(source)
+    parts, index = (local_parts(folder), read_json(folder / "model_index.json")) if folder.is_dir() else (None, {})
+    if parts is None:
+        parts, index = hub_parts(str(source), cfg)
+    nets = [network(part, cfg, f"{source}") for part in parts]
+    net: VideoDiT | Experts = nets[0]
+    if len(nets) == 2:
+        image = nets[0].cfg.extra_channels > 0
+        net = Experts(nets[0], nets[1], index.get("boundary_ratio") or BOUNDARY[image])
+    channels = nets[0].cfg.channels
+    if channels not in VAE_FACTORS:
+        raise ValueError(f"{source} has {channels} latent channels; Wan's networks have {sorted(VAE_FACTORS)}")
+    side, codec = VAE_FACTORS[channels]
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    shift = cfg.shift or scheduler.get("flow_shift") or SHIFT
+    shape = LatentShape(cfg.frames, channels, cfg.height // side, cfg.width // side, patch=nets[0].cfg.patch)
+    return Teacher(net, NoiseSchedule(shift=shift), shape, codec, str(source))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights of one network under any published naming, and what its config says."""
+
+    state: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+def local_parts(folder: Path) -> list[Part]:
+    """The networks in a folder: one, or Wan2.2's high-noise and low-noise expert."""
+    for first, second in PAIRS:
+        if (folder / first).is_dir():
+            names = [first] + ([second] if (folder / second).is_dir() else [])
+            return [Part(read_shards(folder / name), read_json(folder / name / "config.json")) for name in names]
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} holds neither safetensors files nor a folder named transformer")
+    return [Part(read_shards(folder), read_json(folder / "config.json"))]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any]]:
+    """The networks of a hub id, through diffusers' own loading and cache."""
+    try:
+        from diffusers import DiffusionPipeline, WanTransformer3DModel
+    except ImportError as error:
+        raise ImportError("loading from the hub needs diffusers: pip install 'vidistill[wan]'") from error
+    try:
+        index = DiffusionPipeline.load_config(source, local_files_only=cfg.offline)
+        names = [name for name in PAIRS[0] if (index.get(name) or [None])[0]]
+        parts = []
+        for name in names:
+            dtype = getattr(torch, cfg.dtype)
+            net = WanTransformer3DModel.from_pretrained(
+                source, subfolder=name, torch_dtype=dtype, local_files_only=cfg.offline
+            )
+            parts.append(Part(net.state_dict(), dict(net.config)))
+    except OSError as error:
+        where = "in the local cache (offline)" if cfg.offline else "on the hub"
+        raise FileNotFoundError(f"{source!r} is no local folder and was not found {where}: {error}") from error
+    return parts, dict(index)
+
+
+def network(part: Part, cfg: LoadConfig, source: str) -> VideoDiT:
+    """One network, frozen, at the wanted precision and place; tensors that already fit are not copied."""
+    said = part.config
+    heads = cfg.heads or said.get("num_attention_heads", 0) or said.get("num_heads", 0)
+    dit = replace(infer_config(part.state, heads=heads), eps=said.get("eps", 1e-6))
+    net = build(to_ours(part.state), dit, source).requires_grad_(False).eval()
+    return net.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
+
+
+def image_channels(latents: Tensor, frames: int, temporal: int = 4) -> Tensor:
+    """Condition channels [B, F, temporal + C, H, W] of Wan's image-to-video networks: a mask, then latents.
+
+    `latents` [B, F, C, H, W] encode the image followed by grey frames; the mask is 1 for pixel frames that are given,
+    which is latent frame 0. Source: Wan2.1, `image2video.py` (behaviour).
+    """
+    mask = torch.zeros(latents.shape[0], frames, temporal, *latents.shape[-2:], dtype=latents.dtype)
+    mask[:, 0] = 1
+    return torch.cat((mask.to(latents.device), latents), dim=2)
