@@ -192,6 +192,21 @@ def test_an_unknown_8_bit_type_is_refused():
         quant.quantise(random(1, 1, 1, 4), torch.uint8)
 
 
+# --- rotation ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dim", [32, 64, 96])
+def test_rotation_by_complex_products_has_the_bits_of_the_plain_formula(dim, inverse):
+    table = rope_table(random(63, 3) * 9, dim)
+    found = []
+    for function in (rotate, torch.compile(rotate, fullgraph=True, backend="eager")):  # traced: the plain formula
+        x = random(2, 63, 3, dim).requires_grad_()
+        y = function(x, table, inverse)
+        found.append((y, *torch.autograd.grad(y, x, random(2, 63, 3, dim, seed=1))))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 # --- between the products ---------------------------------------------------------------------------------------------
 
 

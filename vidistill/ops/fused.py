@@ -4,6 +4,7 @@ The functions here are the specification and run everywhere (torch.compile fuses
 they run as one kernel each, forward and backward.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,15 +12,20 @@ from vidistill.ops.attention import chosen
 from vidistill.ops.rope import rotate
 
 
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32 at least: norms and modulation are not computed in half precision."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, heads: int, eps: float) -> Tensor:
     """RMS norm of `x` [B, S, D], split into `heads` and turned by `table` [2, S, 1, d / 2]: [B, S, h, d]."""
-    y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    y = F.rms_norm(_wide(x), x.shape[-1:], weight.to(_wide(x).dtype), eps).to(x.dtype)
     return rotate(y.unflatten(-1, (heads, -1)), table).to(x.dtype)
 
 
 def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Layer norm of `x` [B, F, n, D] without weights, times 1 + `scale`, plus `shift` (both [B, F, 1, D])."""
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+    return (F.layer_norm(_wide(x), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
 def gated_sum_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

