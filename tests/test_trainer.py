@@ -30,7 +30,7 @@ STAGES = {
         replay=True,
         loss=replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2),
     ),
-    "dmd, long streams": lambda root: dmd_stage(root, long_frames=13, save_every=3),
+    "dmd, long streams": lambda root: dmd_stage(root, long_frames=16, save_every=3),
     "sid": lambda root: dmd_stage(root, objective="sid"),
     "bf16": lambda root: dmd_stage(root, precision="bf16"),
 }
