@@ -50,6 +50,7 @@ class LossConfig:
     latent_noise: float = 0.1  # codec: noise on latents while training
     latent_penalty: float = 1e-3  # codec: keeps raw latents near unit size
     edge: float = 1.0  # codec: weight of the gradient term beside L1
+    square: float = 0.0  # codec: weight of the squared error beside L1
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # regression: the student's noise levels
     context_noise: float = 0.0  # teacher forcing: noise on the clean history
     dmd: float = 1.0  # weight of distribution matching itself
@@ -104,7 +105,7 @@ def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: t
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     penalty = raw.square().mean()
     mse = error.square().mean().detach()
-    value = l1 + cfg.edge * edges + cfg.latent_penalty * penalty
+    value = l1 + cfg.edge * edges + cfg.square * error.square().mean() + cfg.latent_penalty * penalty
     return Loss(value, {"l1": l1.detach(), "edges": edges.detach(), "psnr": -10 * mse.log10(), "raw": penalty.detach()})
 
 
