@@ -19,6 +19,7 @@ from vidistill.learner import Learner, OptimConfig
 from vidistill.long import SavedBytes
 from vidistill.memory import MemoryConfig
 from vidistill.objectives import Loss
+from vidistill.rollout import chunk_noise
 from vidistill.trainer import METRICS, STATE, Trainer, TrainingError
 
 STAGES = {
@@ -28,6 +29,8 @@ STAGES = {
     "dmd, replayed, all terms": lambda root: dmd_stage(
         root,
         replay=True,
+        long_frames=16,
+        save_every=3,
         loss=replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2),
     ),
     "dmd, long streams": lambda root: dmd_stage(root, long_frames=16, save_every=3),
@@ -415,6 +418,17 @@ def test_data_that_does_not_fit_the_network_is_refused(root):
         Trainer(codec_stage(root, data=str(root / "latents"))).step()
     with pytest.raises(ValueError, match="do not fit episodes of 16"):
         Trainer(flow_stage(root, frames=17)).step()
+
+
+def test_the_teachers_sample_starts_from_the_noise_of_the_new_frames(root):
+    trainer = Trainer(dmd_stage(root, long_frames=13))
+    for step in range(2):
+        trainer.step_count = step
+        sample = trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=False)
+        noise = trainer.sampler.noise_of(sample, trainer.rng_for(9))
+        assert noise.shape == sample.x0.shape
+    whole = chunk_noise(trainer.roles.student, 2, trainer.sampler.seed)
+    assert torch.equal(noise[:, -3:], whole(3)) and sample.first == 7 and sample.skipped == 3
 
 
 def test_a_teacher_of_another_world_is_refused(root):
