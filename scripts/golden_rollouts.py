@@ -1,5 +1,6 @@
 """Goldens of autoregressive inference: Self Forcing, LongLive, Diagonal Distillation and LiveTalk."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,8 +223,11 @@ def rollout_case(golden: Golden) -> None:
     for name, variant in golden.config["variants"].items():
         longlive = "global_sink" in variant or golden.config["case"] == "diagonal_rollout"
         if longlive and variant["local_attn_size"] > 0 and variant["sink_size"] > variant["num_frame_per_block"]:
+            with contextlib.suppress(ValueError):  # a memory without room for a chunk beside such sinks
+                generate(golden, name, variant)
             for output in golden.wanted(f"{name}."):
-                golden.decline(output, OVERSIZED_SINK)
+                if golden.results.get(output, ("differs",))[0] == "differs":
+                    golden.results[output] = ("declined", 0.0, OVERSIZED_SINK)
             continue
         generate(golden, name, variant)
 

@@ -26,12 +26,12 @@ vidistill data doom "$out/latents" --episodes 32 --first "${VIDISTILL_SEED:-$(($
 say "stage 1: causal init of the bundled teacher (teacher forcing)"
 vidistill train configs/doom/quickstart-tf.yaml
 say "how good is it? (32 held-out clips)"
-vidistill eval "$out/quickstart-tf/quickstart-tf" --clips 32 --only frechet --out "$out/eval-before"
+vidistill eval "$out/quickstart-tf/quickstart-tf" --clips 32 --glance
 
 say "stage 2: Self Forcing, on the student's own rollouts"
 vidistill train configs/doom/quickstart-selfforcing.yaml
 say "how good is it now?"
-vidistill eval "$out/quickstart-selfforcing/quickstart-selfforcing" --clips 32 --only frechet --out "$out/eval-after"
+vidistill eval "$out/quickstart-selfforcing/quickstart-selfforcing" --clips 32 --glance
 
 walk=forward:24,turn_left:32,forward:24,turn_right+forward:16
 say "ten seconds of your student, and of the bundled one"

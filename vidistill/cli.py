@@ -176,15 +176,23 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_bench(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from vidistill import bench
 
-    if args.random_weights:
-        result = bench.random_bench(args.random_weights)
-    elif args.name:
-        result = bench.bench(args.name, vs=args.vs, growth=args.growth)
-    else:
-        raise ValueError("name a student, or give --random-weights")
-    print(result.table())
+    console = Console(stderr=True)
+    with console.status("warming up") as status:
+
+        def progress(part: str, what: str) -> None:
+            status.update(f"{part}: {what}")
+
+        if args.random_weights:
+            result = bench.random_bench(args.random_weights, progress=progress)
+        elif args.name:
+            result = bench.bench(args.name, vs=args.vs, growth=args.growth, progress=progress)
+        else:
+            raise ValueError("name a student, or give --random-weights")
+    Console().print(result.table())
     if args.json:
         print(result.to_json())
 
@@ -196,7 +204,9 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
     )
     p.add_argument("name", help="a bundled name or the path of a student or teacher")
+    p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
     p.add_argument("--clips", type=count, default=256, help="held-out clips (default and protocol: 256)")
+    p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
     p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.set_defaults(run=run_eval)
@@ -206,7 +216,11 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 def run_eval(args: argparse.Namespace) -> None:
     from vidistill import evaluate
 
-    result = evaluate.run(args.name, clips=args.clips, out=args.out)
+    if args.glance:
+        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=args.clips))
+        print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
+    else:
+        result = evaluate.run(args.name, clips=args.clips, out=args.out, teacher=args.teacher)
     if args.json:
         print(json.dumps(result))
 
