@@ -228,6 +228,20 @@ def test_muon_updates_only_the_matrices_it_is_asked_for():
     assert sum(len(g["params"]) for o in learner.optims for g in o.param_groups) == len(learner.params)
 
 
+def test_a_decoder_trains_on_latents_that_stay_as_they_are(root, tiny_codec_path):
+    optim = replace(OPTIM, only="^decoder", muon="")
+    cfg = codec_stage(root, init=str(tiny_codec_path), optim=optim, steps=2)
+    before = checkpoint.load(tiny_codec_path).net.state_dict()
+    after = checkpoint.load(Trainer(cfg).run()).net.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder") for name in changed)
+
+
+def test_training_nothing_is_refused():
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        Learner(nn.Linear(2, 2), OptimConfig(only="^encoder"), 1)
+
+
 def test_every_weight_of_the_student_gets_a_gradient_in_half_precision(root, monkeypatch):
     grads = {}
     for precision in ("fp32", "bf16"):

@@ -17,6 +17,7 @@ class OptimConfig:
     """
 
     lr: float = 1e-4
+    only: str = ""  # train only parameters whose name this regular expression finds; the others stay as they are
     muon: str = ""
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
@@ -32,10 +33,11 @@ class OptimConfig:
                 "optim needs clip > 0, warmup >= 0, weight_decay >= 0 and betas in [0, 1), got "
                 f"{self.clip}, {self.warmup}, {self.weight_decay} and {self.betas}"
             )
-        try:
-            re.compile(self.muon)
-        except re.error as error:
-            raise ValueError(f"optim.muon {self.muon!r} is no regular expression: {error}") from error
+        for name in ("only", "muon"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"optim.{name} {getattr(self, name)!r} is no regular expression: {error}") from error
 
     def factor(self, step: int, steps: int) -> float:
         """Multiplier of the learning rate at `step`."""
@@ -51,7 +53,11 @@ class Learner:
     def __init__(self, net: nn.Module, cfg: OptimConfig, steps: int, ema: float = 0.0, ema_start: int = 0) -> None:
         self.net, self.cfg, self.steps = net, cfg, steps
         self.decay, self.ema_start = ema, ema_start
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and bool(re.search(cfg.only, name)))
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(f"optim.only {cfg.only!r} leaves nothing to train")
         self.params = [p for _, p in named]
         matrix = [bool(cfg.muon and p.ndim > 1 and re.search(cfg.muon, n)) for n, p in named]
         plain = [p for p, m in zip(self.params, matrix, strict=True) if not m]

@@ -378,7 +378,7 @@ class Trainer:
         cfg = self.cfg
         if self.learner.average:
             self.learner.swap()
-        if isinstance(self.roles.student, TinyCodec):
+        if isinstance(self.roles.student, TinyCodec) and not cfg.init:  # else its latents are in use
             self.normalise(self.roles.student)
         path = self.folder / Path(cfg.name).name
         checkpoint.export(path, self.roles.student, self.record(), torch.float16)
