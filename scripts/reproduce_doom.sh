@@ -14,6 +14,9 @@ stage() { # name config: train unless finished, then bundle
 
 frames() { vidistill data doom data/doom/frames --episodes 256; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
 codec() { stage doom-codec configs/doom/codec.yaml; }
+probe() { # the judge of vidistill eval
+  [ -f vidistill/zoo/probes/doom-probe.json ] || python -c 'from vidistill.probes import make_probe; print(make_probe("data/doom/frames", "data/doom-heldout/frames", "vidistill/zoo/probes/doom-probe"))'
+}
 latents() { vidistill data doom data/doom/latents --episodes 768 --codec doom-codec; }
 teacher() {
   finished doom-teacher-short || vidistill train configs/doom/teacher-short.yaml
@@ -24,8 +27,8 @@ selfforcing() { stage doom-selfforcing configs/doom/selfforcing.yaml; }
 
 for name in "${@:-}"; do
   case "$name" in
-    "") for s in frames codec latents teacher tf selfforcing; do echo "== $s"; $s; done ;;
-    frames | codec | latents | teacher | tf | selfforcing) echo "== $name"; $name ;;
-    *) echo "unknown stage $name; stages: frames codec latents teacher tf selfforcing" >&2; exit 2 ;;
+    "") for s in frames codec probe latents teacher tf selfforcing; do echo "== $s"; $s; done ;;
+    frames | codec | probe | latents | teacher | tf | selfforcing) echo "== $name"; $name ;;
+    *) echo "unknown stage $name; stages: frames codec probe latents teacher tf selfforcing" >&2; exit 2 ;;
   esac
 done
