@@ -25,7 +25,7 @@ def _own_choice():
 
 
 @pytest.mark.parametrize("name", [None, "block-causal", "window and sink", "teacher forcing"])
-@pytest.mark.parametrize("backend", ["sdpa", "blocked", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "products", "flex"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_cpu_backend_equals_the_reference(backend, name):
     mask = None if name is None else FrameMask(masks(9, 3)[name], 7)
@@ -33,20 +33,29 @@ def test_every_cpu_backend_equals_the_reference(backend, name):
     torch.testing.assert_close(ops.BACKENDS[backend](q, k, v, mask), ops.reference(q, k, v, mask), rtol=1e-5, atol=2e-6)
 
 
-def test_blocked_attention_equals_the_reference_where_it_works_in_blocks():
-    q, k, v = random(1, 515, 1, 8), random(1, 1031, 1, 8, seed=1), random(1, 1031, 1, 8, seed=2)
-    assert q.shape[1] * k.shape[1] > ops.BLOCKED_FROM
-    torch.testing.assert_close(ops.blocked(q, k, v), ops.reference(q, k, v), rtol=1e-5, atol=1e-6)
-    q.requires_grad_()
-    assert ops.blocked(q, k, v).requires_grad
+def test_products_equal_the_reference_on_a_long_memory():
+    q, k, v = random(2, 515, 2, 8), random(2, 1031, 2, 8, seed=1), random(2, 1031, 2, 8, seed=2)
+    assert q.shape[1] * k.shape[1] > ops.LONG
+    torch.testing.assert_close(ops.products(q, k, v), ops.reference(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_products_have_the_gradients_of_the_reference_in_several_pieces():
+    leaves = [random(5, s, 3, 8, seed=i).requires_grad_() for i, s in enumerate((301, 607, 607))]
+    assert ops.KEPT < 15 * 301 * 607
+    found = [torch.autograd.grad(f(*leaves).square().sum(), leaves) for f in (ops.products, ops.reference)]
+    for got, wanted in zip(*found):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [None, "block-causal"])
-def test_sdpa_has_the_gradients_of_the_reference(name):
+@pytest.mark.parametrize("backend", ["sdpa", "products"])
+def test_a_cpu_backend_has_the_gradients_of_the_reference(backend, name):
     mask = None if name is None else FrameMask(masks(9, 3)[name], 7)
-    leaves = [random(1, 63, 2, 12, seed=i).requires_grad_() for i in range(3)]
-    grads = [torch.autograd.grad(f(*leaves, mask).square().sum(), leaves) for f in (ops.sdpa, ops.reference)]
-    for got, wanted in zip(*grads):
+    leaves = [random(2, 63, 2, 12, seed=i).requires_grad_() for i in range(3)]
+    found = [
+        torch.autograd.grad(f(*leaves, mask).square().sum(), leaves) for f in (ops.BACKENDS[backend], ops.reference)
+    ]
+    for got, wanted in zip(*found):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -17,7 +17,8 @@ from vidistill.ops.masks import FrameMask, frame_mask
 logger = logging.getLogger("vidistill")
 Mask = Tensor | FrameMask | None
 Backend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
-BLOCK_ROWS, BLOCKED_FROM = 256, 2**19  # measured on two Zen 5 cores, see `blocked`
+# Numbers of scores where `products` changes its way, and query rows at a time: measured on Zen 5 cores.
+SMALL, KEPT, LONG, ROWS = 2**17, 7 * 2**18, 2**19, 256
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
@@ -34,26 +35,53 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def blocked(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-    """For a long chunk over a long memory on a CPU without gradients: head by head, BLOCK_ROWS queries at a time.
+def _piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention of `q` [N, Sq, d] over `k`, `v` [N, Sk, d] as two batched products and a softmax."""
+    scale = q.shape[-1] ** -0.5
+    if bias is None:
+        scores = torch.bmm(q * scale, k.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(bias.expand(q.shape[0], -1, -1), q, k.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v)
 
-    Two plain products and a softmax run at the speed of the matrix library; the fused kernel of torch does not. All
-    else goes to `sdpa`.
-    """
+
+def _long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Head by head, ROWS queries at a time, so that scores stay in the cache, in one pair of buffers."""
     b, sq, h, d = q.shape
-    small = sq * k.shape[1] < BLOCKED_FROM
-    recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if mask is not None or small or recording or torch.compiler.is_compiling():
-        return sdpa(q, k, v, mask)
-    q, k, v = ((x.transpose(1, 2)).contiguous() for x in (q * d**-0.5, k, v))
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q * d**-0.5, k, v))
     out = torch.empty(b, sq, h, d, dtype=q.dtype, device=q.device)
-    rows = -(-sq // -(-sq // BLOCK_ROWS))
+    rows = -(-sq // -(-sq // ROWS))
+    scores, shares = q.new_empty(2, rows, k.shape[2])
     for i in range(b):
         for j in range(h):
             for start in range(0, sq, rows):
-                scores = q[i, j, start : start + rows] @ k[i, j].t()
-                out[i, start : start + rows, j] = scores.softmax(-1) @ v[i, j]
+                n = min(rows, sq - start)
+                torch.mm(q[i, j, start : start + n], k[i, j].t(), out=scores[:n])
+                torch.softmax(scores[:n], -1, out=shares[:n])
+                out[i, start : start + n, j] = shares[:n] @ v[i, j]
     return out
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+    """Attention in the open where that beats torch's fused kernel on a CPU with a fast matrix library (`float32`).
+
+    That is: a long chunk over a long memory; whatever is differentiated, up to KEPT scores a head; the very small. All
+    else, and half precision, goes to `sdpa`.
+    """
+    b, sq, h, d = q.shape
+    size = sq * k.shape[1]
+    recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.dtype != torch.float32 or torch.compiler.is_compiling():
+        return sdpa(q, k, v, mask)
+    if size >= LONG and mask is None and not recording:
+        return _long(q, k, v)
+    if size > KEPT if recording else b * h * size > SMALL:
+        return sdpa(q, k, v, mask)
+    bias = None if mask is None else frame_mask(mask).additive
+    q, k, v = (x.transpose(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+    n = max(1, KEPT // size)
+    out = torch.cat([_piece(q[i : i + n], k[i : i + n], v[i : i + n], bias) for i in range(0, b * h, n)])
+    return out.view(b, h, sq, d).transpose(1, 2)
 
 
 @cache
@@ -93,7 +121,7 @@ def triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
 BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "sdpa": sdpa,
-    "blocked": blocked,
+    "products": products,
     "flex": flex,
     "xformers": xformers,
     "triton": triton,
@@ -155,7 +183,7 @@ def use_backend(name: str) -> Iterator[None]:
 @cache
 def _resolve(name: str, device: str) -> str:
     if name == "auto" and device == "cpu" and torch.get_float32_matmul_precision() == "medium":
-        name, reason = "blocked", "float32 products run on oneDNN, which beats the fused kernel on long memories"
+        name, reason = "products", "float32 products run on oneDNN, which beats torch's fused kernel"
     elif name == "auto":
         name, reason = "sdpa", "torch's own kernels, nothing to install; scripts/verify_kernels.py compares the others"
     else:

@@ -49,6 +49,11 @@ class FrameMask:
         )
 
     @property
+    def additive(self) -> Tensor:
+        """0 where a token may look, -inf elsewhere: float32 [Sq, Sk]."""
+        return self._form("additive", lambda: torch.where(self.dense, 0.0, float("-inf")))
+
+    @property
     def block(self) -> Any:
         """Block-sparse form for flex attention: blocks that nobody looks at are never computed."""
         return self._form("block", self._block)
