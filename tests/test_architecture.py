@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "schedules": set(),
     "config": set(),
     "distributed": set(),
+    "lora": set(),
     "video": set(),
     "ops": set(),
     "zoo": set(),

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -161,9 +161,9 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
     )
 
 
-def looks_like(state: State) -> str:
-    """A sentence on what a state dict seems to be."""
-    names = [bare(key) for key in state]
+def looks_like(keys: Iterable[str]) -> str:
+    """A sentence on what a state dict with these keys seems to be."""
+    names = [bare(key) for key in keys]
     if not names:
         return "the file holds no tensors"
     if any("lora_" in name for name in names):

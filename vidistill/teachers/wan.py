@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,7 @@ class Experts(nn.Module):
         out = torch.empty_like(x)
         for rows, net in ((noisy, self.high), (~noisy, self.low)):
             index = rows.nonzero()[:, 0]
-            picked = cond.map(lambda t, index=index: t[index.to(t.device)])
-            out[index] = net.velocity(x[index], sigma[index], picked)
+            out[index] = net.velocity(x[index], sigma[index], cond.map(itemgetter(index)))
         return out
 
 
