@@ -52,7 +52,9 @@ ARROWS: dict[str, set[str]] = {
     # L3
     "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
-    | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"},
+    | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
+    | {"journal", "lora"},
+    "journal": {"checkpoint"},
     "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
     "stream": {"rollout", "schedules", "student", "memory", "codecs", "checkpoint", "conditioning", "video", "shapes"},
     "probes": {"checkpoint", "config", "data", "metrics", "sources", "video", "shapes"},

@@ -1,108 +1,188 @@
-"""Two processes on this machine do what one does."""
+"""Several processes, micro-batches and recomputed blocks train the same network as one process on the whole batch."""
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_nets import DIT, chunk_levels, clip, condition, tiny_dit, tiny_student
+from tiny_ranks import assert_same, result, together
+from tiny_training import DIT, OPTIM, dmd_stage, flow_stage
+from torch import nn
 
-from vidistill import distributed
-from vidistill.lora import LoraConfig, add_lora, merge_lora
+from vidistill import checkpoint, distributed
+from vidistill.distributed import Part, parts
+from vidistill.trainer import METRICS, STATE, Trainer, train
 
-WORKER = """
-import sys
-import torch
-from tiny_nets import clip, condition, tiny_dit
-from vidistill import distributed
-
-out, resume = sys.argv[1:3]
-torch.set_num_threads(1)
-distributed.init()
-net = tiny_dit()
-net = distributed.shard(net, net.blocks)
-optim = torch.optim.AdamW(net.parameters(), lr=1e-2)
-x, cond, sigma = clip(3, batch=4), condition(3, batch=4), torch.linspace(0.1, 0.9, 4)[:, None].expand(4, 3)
-rows = distributed.share(4)
-if resume != "-":
-    distributed.load(resume, net, optim)
-for _ in range(2):
-    optim.zero_grad()
-    loss = net(x[rows], sigma[rows], cond.map(lambda t: t[rows])).square().mean()
-    loss.backward()
-    optim.step()
-distributed.save(out + ".dcp", net, optim)
-whole = {name: distributed.whole(p).detach().clone() for name, p in net.named_parameters()}
-loss = distributed.mean(loss)
-if distributed.rank() == 0:
-    torch.save({"loss": loss.detach(), **whole}, out)
-distributed.finish()
-"""
+ADAMW = replace(OPTIM, muon="")
+STAGES = {
+    "flow": lambda root, **kw: flow_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
+    "dmd": lambda root, **kw: dmd_stage(root, **{"batch": 4, "optim": ADAMW, "critic_optim": ADAMW, **kw}),
+}
 
 
-def work(tmp_path: Path, name: str, processes: int, resume: str = "-") -> dict[str, torch.Tensor]:
-    script, out = tmp_path / "worker.py", tmp_path / name
-    script.write_text(WORKER)
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    path = f"{Path(__file__).parent}:{Path(__file__).parent.parent}"
-    env = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    run = subprocess.run([*launch, str(script), str(out), resume], env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+def everything(root, **settings):
+    """Distribution matching with every term, replayed, on continued streams."""
+    loss = replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2)
+    return STAGES["dmd"](root, replay=True, long_frames=13, save_every=3, loss=loss, **settings)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path
+
+
+def test_rows_of_a_part_see_what_they_see_in_the_global_batch():
+    def draw(rng, rows):
+        integers = torch.randint(9, (rows, 3), generator=rng)
+        return [torch.rand(rows, generator=rng), torch.randn((rows, 2, 5), generator=rng), integers]
+
+    def decision(rng):
+        return torch.randint(2**31, (1,), generator=rng)
+
+    rng = torch.Generator().manual_seed(1)
+    whole = [decision(rng), *draw(rng, 4), *draw(rng, 8)]
+    for index in range(4):
+        part, rng = Part(index, 4), torch.Generator().manual_seed(1)
+        with part.draws(1):
+            seen = [decision(rng), *draw(rng, 1), *draw(rng, 2)]
+            torch.randn(3)  # no generator was passed: not a part of the training's randomness
+        assert torch.equal(seen[0], whole[0])
+        assert all(torch.equal(a, part.rows(b)) for a, b in zip(seen[1:], whole[1:], strict=True))
+
+
+def test_alone_a_run_has_one_part_and_no_group():
+    assert parts(3, 1) == [Part()] and Part().rows(x := torch.ones(3)) is x
+    assert not distributed.launched() and distributed.rank() == 0 and distributed.world_size() == 1
+    with distributed.group():
+        assert distributed.mean([row := {"loss": 0.1}]) is row
+
+
+def test_a_batch_that_cannot_be_split_is_refused(root):
+    with pytest.raises(ValueError, match=r"batch 4 cannot be split among 1 processes x 3 micro-batches"):
+        Trainer(STAGES["flow"](root, accumulate=3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"parallel": "magic"}, "'magic' is unknown"),
+        ({"parallel": "shard", "optim": OPTIM}, "clear optim.muon"),
+        ({"parallel": "shard", "objective": "codec"}, "for transformers"),
+    ],
+)
+def test_impossible_ways_of_sharing_are_refused(root, settings, message):
+    with pytest.raises(ValueError, match=message):
+        STAGES["flow"](root, **settings)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "everything"])
+def test_micro_batches_equal_the_whole_batch(root, stage):
+    make = {**STAGES, "everything": everything}[stage]
+    whole = result(make(root, name="whole"), 3, root / "whole")
+    for accumulate in (2, 4):
+        split = result(make(root, name=f"split{accumulate}", accumulate=accumulate), 3, root / "split")
+        assert_same(split, whole)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputed_blocks_give_the_same_training(root, stage):
+    cfg = STAGES[stage](root, name="kept")
+    again = replace(cfg, name="recomputed", dit=replace(cfg.dit, checkpoint=True))
+    assert Trainer(again).learner.net.state_dict().keys() == Trainer(cfg).learner.net.state_dict().keys()
+    assert_same(result(again, 3, root / "recomputed"), result(cfg, 3, root / "kept"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
+    one = result(STAGES[stage](root, name="one"), 3, root / "one")
+    for parallel in distributed.PARALLEL:
+        two = result(STAGES[stage](root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
+        assert_same(two, one)
+
+
+def test_two_processes_with_every_option_equal_one_with_none(root):
+    one = result(everything(root, name="one"), 4, root / "one")
+    cfg = everything(root, name="two", parallel="shard", accumulate=2)
+    cfg = replace(cfg, dit=replace(cfg.dit, checkpoint=True))
+    assert_same(result(cfg, 4, root / "two", count=2), one)
+
+
+@pytest.mark.parametrize("parallel", distributed.PARALLEL)
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(root, parallel, first, then):
+    whole = result(STAGES["dmd"](root, name="whole"), 4, root / "whole")
+    cfg = STAGES["dmd"](root, name="halves", parallel=parallel)
+    result(cfg, 2, root / "first", count=first)
+    sharded = [path.name for path in (root / "runs" / "halves").glob("state-*")]
+    assert sharded == (["state-00000002"] if parallel == "shard" and first == 2 else [])
+    assert (root / "runs" / "halves" / STATE).is_file() == (not sharded)
+    rest = result(cfg, 2, root / "then", count=then)
+    assert_same(rest, (whole[0], whole[1][2:]))
+
+
+def test_shards_of_another_network_are_refused(root):
+    cfg = STAGES["flow"](root, parallel="shard")
+    result(cfg, 1, root / "out", count=2)
+    with pytest.raises(RuntimeError, match="other networks than this config"):
+        Trainer(replace(cfg, dit=replace(DIT, ffn=64))).resume()
+
+
+def test_a_sharded_run_writes_its_log_and_its_export_once(root):
+    settings = {"steps": 2, "log_every": 1, "save_every": 1}
+    one = train(STAGES["flow"](root, name="one", **settings))
+    together(2, train, STAGES["flow"](root, name="two", parallel="shard", **settings))
+    folder = root / "runs" / "two"
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "state-00000002",
+        "two.json",
+        "two.safetensors",
+    ]
+    a, b = checkpoint.load(one, "teacher").net, checkpoint.load(folder / "two", "teacher").net
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-3, atol=1e-4, msg=name)
+
+
+def test_the_state_that_was_written_last_is_read(tmp_path):
+    assert distributed.newest(tmp_path, tmp_path / STATE) == tmp_path / STATE
+    for step in (3, 12, 40):
+        (folder := tmp_path / f"state-{step:08d}").mkdir()
+        if step < 40:  # the last one was being written when the run was killed
+            (folder / "info.json").write_text("{}")
+    assert distributed.newest(tmp_path, tmp_path / STATE).name == "state-00000012"
+    (tmp_path / STATE).touch()
+    os.utime(tmp_path / STATE, (0, 0))
+    assert distributed.newest(tmp_path, tmp_path / STATE).name == "state-00000012"
+    os.utime(tmp_path / STATE)
+    os.utime(tmp_path / "state-00000012" / "info.json", (0, 0))
+    assert distributed.newest(tmp_path, tmp_path / STATE).name == STATE
+
+
+def test_gradients_of_plain_and_scaled_parameters_become_means():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([2.0, 4.0])
+    distributed.mean_gradients([p, nn.Parameter(torch.zeros(1))], 2)
+    assert p.grad.tolist() == [1.0, 2.0]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_equal_one_on_the_same_batch_and_resume_each_other(tmp_path):
-    one, two = work(tmp_path, "one", 1), work(tmp_path, "two", 2)
-    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
-    on_one = work(tmp_path, "b", 1, str(tmp_path / "two.dcp"))  # written by two, read by one
-    on_two = work(tmp_path, "c", 2, str(tmp_path / "one.dcp"))
-    assert all((on_one[name] - on_two[name]).abs().max() < 2e-5 for name in on_one)
-    assert (on_one["head.head.weight"] - one["head.head.weight"]).abs().max() > 1e-3
-
-
-def test_alone_nothing_is_sharded_and_a_mean_is_itself():
-    net = tiny_dit()
-    assert distributed.shard(net, net.blocks) is net and distributed.world_size() == 1 and distributed.rank() == 0
-    assert distributed.share(4) == slice(0, 4)
-    assert torch.equal(distributed.mean(torch.ones(2)), torch.ones(2))
-
-
-def test_a_lora_starts_as_nothing_trains_and_merges_into_plain_weights():
-    pytest.importorskip("peft")
-    student = tiny_student()
-    names = student.net.state_dict().keys()
-    x, cond, sigma = clip(), condition(), chunk_levels(student, 9)
-    with torch.no_grad():
-        before = student.net(x, sigma, cond)
-    net = add_lora(student.net, LoraConfig(rank=2))
-    assert torch.equal(net(x, sigma, cond), before)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optim = torch.optim.SGD(trained, lr=0.1)
-    net(x, sigma, cond).square().mean().backward()
-    optim.step()
-    net.zero_grad()
-    net(x, sigma, cond).square().mean().backward()  # B is no longer zero: A trains too
-    optim.step()
-    assert len(trained) == 2 * 2 * (8 + 2)
-    memory = student.new_memory(1)
-    with torch.no_grad():
-        after, streamed = net(x, sigma, cond), student.velocity(x[:, :3], sigma[:, :3], cond, memory=memory)
-        merge_lora(net)
-        assert not torch.allclose(after, before) and torch.allclose(net(x, sigma, cond), after, atol=1e-5)
-        again = student.velocity(x[:, :3], sigma[:, :3], cond, memory=student.new_memory(1))
-    assert torch.allclose(again, streamed, atol=1e-5) and student.net.state_dict().keys() == names
-    fresh = tiny_dit(replace(DIT))
-    fresh.load_state_dict(student.net.state_dict())
-
-
-def test_no_rank_is_no_lora():
-    net = tiny_dit()
-    assert add_lora(net, LoraConfig()) is net and all(p.requires_grad for p in net.parameters())
-    with pytest.raises(ValueError, match=r"lora.rank"):
-        LoraConfig(rank=-1)
+@pytest.mark.timeout(1200)
+def test_torchrun_trains_from_the_command_line(root):
+    cfg = STAGES["flow"](root)
+    stage = {"name": "cli", "objective": "flow", "data": cfg.data, "steps": 2, "batch": 4, "frames": cfg.frames}
+    text = json.dumps({**stage, "parallel": "shard", "out": cfg.out, "dit": {"channels": 4, "width": 24, "heads": 2}})
+    (root / "cli.yaml").write_text(text)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "vidistill", "train", str(root / "cli.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == str(root / "runs" / "cli" / "cli.safetensors")
+    assert checkpoint.load(root / "runs" / "cli" / "cli").kind == "teacher"

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -150,6 +151,21 @@ def describe(net: nn.Module) -> dict[str, Any]:
         }
     assert isinstance(net, VideoDiT)
     return {"kind": "teacher", "dit": asdict(net.cfg)}
+
+
+def git_commit() -> str | None:
+    """Short hash of the checkout this runs from, None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def zoo_folder() -> Path:

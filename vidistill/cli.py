@@ -61,6 +61,7 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_train(args: argparse.Namespace) -> None:
+    from vidistill import distributed
     from vidistill.config import load_config
     from vidistill.trainer import TrainConfig, train
 
@@ -68,7 +69,10 @@ def run_train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(json.dumps(asdict(cfg), indent=1))
         return
-    print(train(cfg))
+    with distributed.group():
+        path = train(cfg)
+        if distributed.rank() == 0:
+            print(path)
 
 
 def count(text: str) -> int:

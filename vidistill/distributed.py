@@ -1,106 +1,262 @@
-"""Several processes on one job: ranks, sharded parameters (FSDP2), means, checkpoints that any count can read."""
+"""Several processes as one run: torchrun's group, rows of a batch, means over ranks, sharded networks and states."""
 
+import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+log = logging.getLogger("vidistill")
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PARALLEL = ("replicate", "shard")
+INFO = "info.json"
+SCALAR = "()"  # ends the stored name of a tensor without axes, which is written as one of length 1
 
 
-def init(device: str = "cpu") -> int:
-    """Join the job that torchrun started, if any; returns this process's rank (0 alone)."""
-    if "RANK" not in os.environ or dist.is_initialized():
-        return rank()
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    if device == "cuda":
+def launched() -> bool:
+    """Whether torchrun (or what sets the same variables) started this process as one of several."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Inside, the processes that torchrun started are one group, gloo on CPUs and nccl on GPUs; alone, nothing."""
+    if grouped() or not launched():
+        yield
+        return
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return rank()
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def finish() -> None:
-    """Leave the job; does nothing alone."""
-    if dist.is_initialized():
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    level = log.level
+    if rank():
+        log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
         dist.destroy_process_group()
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean of `x` over all ranks; `x` itself alone."""
-    if world_size() == 1:
-        return x
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
+def grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
-def share(batch: int) -> slice:
-    """The rows of a global batch that belong to this rank; raises ValueError if they cannot be split evenly."""
-    if batch % world_size():
-        raise ValueError(f"a global batch of {batch} cannot be split over {world_size()} processes")
-    part = batch // world_size()
-    return slice(rank() * part, (rank() + 1) * part)
+def rank() -> int:
+    """This process among all of the run; 0 alone, and the one that writes logs and exports."""
+    return dist.get_rank() if grouped() else 0
 
 
-def shard(net: nn.Module, blocks: Iterable[nn.Module], *, dtype: torch.dtype | None = None) -> nn.Module:
-    """`net` with its parameters sharded over all ranks, block by block; does nothing alone.
+def world_size() -> int:
+    return dist.get_world_size() if grouped() else 1
 
-    `dtype`: precision of gathered parameters in the forward (gradients are reduced in float32). Each rank then runs its
-    share of the batch, and gradients are means over ranks. Source: `torch.distributed.fsdp.fully_shard`.
+
+def device() -> torch.device:
+    """Where a process of a group trains: its GPU if there is one, else the CPU; alone, the CPU."""
+    if grouped() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a global batch: share `index` of `count` equal ones."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, x: Tensor) -> Tensor:
+        """This part of `x` [B, ...]."""
+        if self.count == 1:
+            return x
+        size = x.shape[0] // self.count
+        return x[self.index * size : (self.index + 1) * size]
+
+    def draws(self, rows: int) -> AbstractContextManager[Any]:
+        """Inside, random numbers for the `rows` rows of this part are those that they get in the global batch."""
+        return nullcontext() if self.count == 1 else RowDraws(self, rows)
+
+
+def parts(batch: int, accumulate: int) -> list[Part]:
+    """The parts of a global batch that this rank works through, one a micro-batch; ValueError if it does not split."""
+    count = world_size() * accumulate
+    if batch % count:
+        raise ValueError(
+            f"batch {batch} cannot be split among {world_size()} processes x {accumulate} micro-batches; choose a "
+            f"multiple of {count}"
+        )
+    return [Part(rank() * accumulate + k, count) for k in range(accumulate)]
+
+
+class RowDraws(TorchFunctionMode):
+    """Draws from a passed generator are made for the global batch, and the rows of one part are handed out.
+
+    So a batch trains the same however it is split. A draw of a single integer is a decision, the same everywhere.
+    """
+
+    def __init__(self, part: Part, rows: int) -> None:
+        super().__init__()
+        self.part, self.num_rows = part, rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.randn, torch.rand, torch.randint) or kwargs.get("generator") is None:
+            return func(*args, **kwargs)
+        sized = isinstance(args[-1], Sequence)
+        size, before = (tuple(args[-1]), args[:-1]) if sized else (tuple(args), ())
+        if func is torch.randint and size == (1,):
+            return func(*args, **kwargs)
+        assert size[0] % self.num_rows == 0, f"a draw of {size} is not for {self.num_rows} rows"
+        return self.part.rows(func(*before, (size[0] * self.part.count, *size[1:]), **kwargs))
+
+
+def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means of numbers over `rows`, one a micro-batch, and over all ranks."""
+    if len(rows) == 1 and world_size() == 1:
+        return rows[0]
+    total = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).mean(0)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return dict(zip(rows[0], (total / world_size()).tolist(), strict=True))
+
+
+@torch.no_grad()
+def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
+    """Turn gradients summed over micro-batches into means over these and over ranks (sharded ones are that already)."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if accumulate > 1:
+        for g in grads:
+            g.div_(accumulate)
+    plain = [g for g in grads if not is_sharded(g)]
+    if world_size() == 1 or not plain:
+        return
+    flat = torch.cat([g.flatten() for g in plain])
+    dist.all_reduce(flat)
+    for g, total in zip(plain, flat.split([g.numel() for g in plain]), strict=True):
+        g.copy_(total.view_as(g) / world_size())
+
+
+def shard(net: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Spread the parameters of `net` over all ranks, in place, gathered block by block; alone, nothing.
+
+    Source: FSDP2, `torch.distributed.fsdp.fully_shard`.
     """
     if world_size() == 1:
-        return net
+        return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    kind = next(net.parameters()).device.type
-    mesh = init_device_mesh(kind, (world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(net, mesh=mesh, mp_policy=policy)
+    where = device().type
+    mesh = init_device_mesh(where, (world_size(),))
+    for module in (*blocks, net):
+        wrapped: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        if where == "cpu":  # gloo has no mean
+            wrapped.set_force_sum_reduction_for_comms(True)
 
 
-def whole(x: Tensor) -> Tensor:
-    """A parameter or gradient in one piece; every rank must ask."""
+def is_sharded(x: Tensor) -> bool:
+    if world_size() == 1:
+        return False
     from torch.distributed.tensor import DTensor
 
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return isinstance(x, DTensor)
 
 
-def save(folder: str | Path, net: nn.Module, optim: torch.optim.Optimizer | None = None) -> None:
-    """Write weights (and optimiser state) so that any number of processes can read them; every rank must call it."""
+def whole_state(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict of `net` in one piece, on the CPU; every rank must ask, rank 0 is answered."""
+    state = {}
+    for name, x in net.state_dict().items():
+        full = x.full_tensor() if is_sharded(x) else x
+        if rank() == 0:
+            state[name] = full.cpu()
+    return state
+
+
+def shaped_like(x: Tensor, template: Tensor) -> Tensor:
+    """`x` on the device of `template`, this rank's part if that is sharded; `x` itself if its shape is another."""
+    if x.shape != template.shape:
+        return x
+    if not is_sharded(template):
+        return x.to(template.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = template
+    return distribute_tensor(x.to(spread.device), spread.device_mesh, spread.placements, src_data_rank=None)
+
+
+def placed(tensors: Mapping[str, Tensor], templates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` as their templates lie, which are called as them or as them without the last part of the name."""
+    return {n: shaped_like(t, templates.get(n, templates.get(n.rpartition(".")[0], t))) for n, t in tensors.items()}
+
+
+def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write a state of `info["step"]` under `folder`, every rank its shards, and then drop older ones.
+
+    Safetensors through `torch.distributed.checkpoint`; a state is complete once its info.json is there.
+    """
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(state_of(net, optim), checkpoint_id=str(folder), no_dist=world_size() == 1)
+    path = folder / f"state-{info['step']:08d}"
+    if rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+    if world_size() > 1:
+        dist.barrier()
+    flat = {f"{n}{SCALAR}" if t.ndim == 0 else n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
+    dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+    if rank() == 0:
+        partial = path / f"{INFO}.tmp"
+        partial.write_text(json.dumps(info))
+        os.replace(partial, path / INFO)
+        drop_shards(folder, keep=path)
+    if world_size() > 1:
+        dist.barrier()
 
 
-def load(folder: str | Path, net: nn.Module, optim: torch.optim.Optimizer | None = None) -> None:
-    """Read what `save` wrote into `net` (and `optim`), whatever the number of processes then and now."""
+def drop_shards(folder: Path, keep: Path | None = None) -> None:
+    """Remove the sharded states under `folder` other than `keep`."""
+    for old in folder.glob("state-*/"):
+        if old != keep:
+            shutil.rmtree(old)
+
+
+def newest(folder: Path, file: Path) -> Path:
+    """The complete sharded state under `folder` with most steps; `file` if there is none, or it was written later."""
+    shards = max((path.parent for path in folder.glob(f"state-*/{INFO}")), default=None)
+    if shards is None or (file.is_file() and file.stat().st_mtime > (shards / INFO).stat().st_mtime):
+        return file
+    return shards
+
+
+def read_shards(path: Path, templates: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_shards` wrote, for any number of processes, and its info.
+
+    `templates` {name, or name without its last part: tensor} say where each tensor lies and how it is sharded.
+    """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    state = state_of(net, optim)
-    dcp.load(state, checkpoint_id=str(folder), no_dist=world_size() == 1)
-    set_state_dict(
-        net, [optim] if optim else [], model_state_dict=state["net"], optim_state_dict=state.get("optim", {})
-    )
-
-
-def state_of(net: nn.Module, optim: torch.optim.Optimizer | None) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, moments = get_state_dict(net, [optim] if optim else [])
-    state: dict[str, Mapping[str, Any]] = {"net": weights}
-    if optim:
-        state["optim"] = moments
-    return dict(state)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    empty: dict[str, Tensor] = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        meta: Any = stored
+        template = templates.get(name, templates.get(name.rpartition(".")[0]))
+        if template is not None and not name.endswith(SCALAR) and template.shape != meta.size:
+            raise RuntimeError(f"{name} is {list(meta.size)} there, {list(template.shape)} here")
+        if template is None or name.endswith(SCALAR):
+            empty[name] = torch.zeros(meta.size, dtype=meta.properties.dtype)
+        else:
+            empty[name] = torch.zeros_like(template.detach(), dtype=meta.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*intent is to load in a single process")  # it is
+        dcp.load(empty, storage_reader=reader)
+    tensors = {n.removesuffix(SCALAR): t.reshape(()) if n.endswith(SCALAR) else t for n, t in empty.items()}
+    return tensors, json.loads((path / INFO).read_text())

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -389,3 +389,11 @@ class VideoDiT(nn.Module):
         """Keys turned to `positions` [S, 3]: what a memory needs to move its sinks."""
         table = rope_table(positions.to(keys.device), self.cfg.head_dim, self.cfg.rope_theta)
         return rotate(keys, table, inverse).to(keys.dtype)
+
+
+def recomputing(net: VideoDiT) -> VideoDiT:
+    """A network of the very same weights that recomputes its blocks in the backward pass."""
+    with torch.device("meta"):
+        other = VideoDiT(replace(net.cfg, checkpoint=True))
+    other.load_state_dict(net.state_dict(), assign=True)
+    return other.train(net.training)

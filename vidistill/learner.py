@@ -61,9 +61,11 @@ class Learner:
         self.params = [p for _, p in named]
         matrix = [bool(cfg.muon and p.ndim > 1 and re.search(cfg.muon, n)) for n, p in named]
         plain = [p for p, m in zip(self.params, matrix, strict=True) if not m]
-        self.optims: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(plain, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, foreach=True)
-        ]
+        self.optims: list[torch.optim.Optimizer] = []
+        if plain:
+            self.optims.append(
+                torch.optim.AdamW(plain, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, foreach=True)
+            )
         self.matrices = [p for p, m in zip(self.params, matrix, strict=True) if m]
         self.views = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]  # Muon takes two axes; memory is shared
         assert all(v.data_ptr() == p.data_ptr() for v, p in zip(self.views, self.matrices, strict=True))
@@ -109,7 +111,8 @@ class Learner:
     @torch.no_grad()
     def move_average(self) -> None:
         if self.updates <= self.ema_start:
-            torch._foreach_copy_(self.average, self.params)
+            for a, p in zip(self.average, self.params, strict=True):
+                a.copy_(p)
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
             torch._foreach_lerp_(self.average, self.params, 1 - decay)
@@ -128,6 +131,13 @@ class Learner:
         tensors.update({f"{prefix}.ema.{i}": t for i, t in enumerate(self.average)})
         for i, (optim, p) in enumerate(self.owners()):
             tensors.update({f"{prefix}.optim.{i}.{k}": v for k, v in optim.state.get(p, {}).items()})
+        return tensors
+
+    def templates(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors that lie as those of `state` do; an optimiser's as their parameter, their own name left out."""
+        tensors: dict[str, Tensor] = {f"{prefix}.net.{n}": t for n, t in self.net.state_dict().items()}
+        tensors.update({f"{prefix}.ema.{i}": t for i, t in enumerate(self.average)})
+        tensors.update({f"{prefix}.optim.{i}": p for i, (_, p) in enumerate(self.owners())})
         return tensors
 
     def owners(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:

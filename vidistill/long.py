@@ -35,6 +35,18 @@ class Rollout:
     skipped: int  # latents of the stream before `x0`
 
 
+def last_picture(codec: Any) -> Repicture:
+    """What makes the latent of the last picture of latents with `codec`."""
+
+    @torch.no_grad()
+    def repicture(latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            px = codec.decode(latents[:, -4:].float())  # a few latents suffice: the codec looks back a few frames
+            return codec.encode(px[:, -1:])
+
+    return repicture
+
+
 def whole_chunks(student: CausalStudent, given: int) -> int:
     """Chunks that lie entirely inside the first `given` frames."""
     chunks = 0

@@ -1,5 +1,6 @@
 """LoRA of a network through peft: add it, train it, merge it into plain weights again."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0 or self.alpha < 0:
             raise ValueError(f"lora.rank and lora.alpha must not be negative, got {self.rank} and {self.alpha}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"lora.targets {self.targets!r} is no regular expression: {error}") from error
 
 
 def add_lora(net: nn.Module, cfg: LoraConfig) -> nn.Module:
@@ -29,6 +34,8 @@ def add_lora(net: nn.Module, cfg: LoraConfig) -> nn.Module:
         import peft
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install 'vidistill[lora]'") from error
+    if not any(re.fullmatch(cfg.targets, name) for name, m in net.named_modules() if isinstance(m, nn.Linear)):
+        raise ValueError(f"lora.targets {cfg.targets!r} matches no linear layer, by its whole name as blocks.0.ffn.2")
     settings = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha or cfg.rank, target_modules=cfg.targets)
     net.requires_grad_(False)
     adapted = peft.inject_adapter_in_model(settings, net)

@@ -2,26 +2,26 @@
 
 import json
 import logging
-import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vidistill import checkpoint
+from vidistill import checkpoint, distributed
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.conditioning import ACTION_SITE
 from vidistill.data import LEVEL_TOLERANCE, Batch, Clips
 from vidistill.diffusion import NoiseSchedule
-from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.dit import DiTConfig, VideoDiT, recomputing
+from vidistill.journal import Journal
 from vidistill.learner import Learner, OptimConfig
-from vidistill.long import LongRollout, Rollout, replayed_backward, whole_chunks
+from vidistill.long import LongRollout, Rollout, last_picture, replayed_backward, whole_chunks
+from vidistill.lora import LoraConfig, add_lora, merge_lora
 from vidistill.objectives import OBJECTIVES, Loss, LossConfig, MotionHead, Roles, noised_sample
 from vidistill.sampling import sample as sample_teacher
 from vidistill.schedules import ScheduleConfig
@@ -53,7 +53,9 @@ class TrainConfig:
     data: str
     episodes: int = 0  # use only this many episodes; 0: all
     steps: int = 1000
-    batch: int = 16
+    batch: int = 16  # clips of one update, of all processes and micro-batches together
+    accumulate: int = 1  # micro-batches an update
+    parallel: str = "replicate"  # under torchrun: every process has whole networks, or its `shard` of them (FSDP2)
     frames: int = 22  # latent frames of a clip (pixel frames for a codec)
     seed: int = 0
     init: str | None = None
@@ -66,6 +68,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = OptimConfig()
     critic_optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()  # of the student; its export is plain weights
+    critic_lora: LoraConfig = LoraConfig()
     critic_init: str | None = None  # default: the teacher
     critic_steps: int = 5  # critic updates per student update
     critic_warmup: int = 0  # critic updates before the first student update
@@ -85,7 +89,7 @@ class TrainConfig:
             raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision {self.precision!r} is unknown; choose fp32 or bf16")
-        for name in ("steps", "batch", "frames", "critic_steps", "log_every", "save_every"):
+        for name in ("steps", "batch", "accumulate", "frames", "critic_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames"):
@@ -93,6 +97,12 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.name.strip("./") or not 0 <= self.ema < 1:
             raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
+        if self.parallel not in distributed.PARALLEL:
+            raise ValueError(f"parallel {self.parallel!r} is unknown; choose one of {distributed.PARALLEL}")
+        if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
+            raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
+        if self.objective == "codec" and self.lora.rank:
+            raise ValueError("lora adapts the blocks of a transformer, a codec has none; set lora.rank=0")
         self.check_policy()
 
     def check_policy(self) -> None:
@@ -126,7 +136,9 @@ class Trainer:
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg = cfg
         self.objective = OBJECTIVES[cfg.objective]
+        self.parts = distributed.parts(cfg.batch, cfg.accumulate)
         self.folder = Path(cfg.out) / cfg.name
+        self.journal = Journal(self.folder / METRICS)
         self.step_count = 0
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         self.clips = Clips(cfg.data, episodes=cfg.episodes)
@@ -134,12 +146,33 @@ class Trainer:
         self.teacher_noise = cfg.loss.noise
         torch.manual_seed(cfg.seed)
         self.roles, self.shape = self.make_roles()
+        self.prepare()
         updates = sum(self.is_student_turn(s) for s in range(cfg.steps))
         self.learner = Learner(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start)
         critic, motion = self.roles.critic, self.roles.motion
         self.critic = None if critic is None else Learner(critic, cfg.critic_optim, max(1, cfg.steps - updates))
         self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
-        self.sampler = self.make_sampler() if self.objective.on_policy and cfg.on_policy else None
+        rolls = self.objective.on_policy and cfg.on_policy
+        self.samplers = [self.make_sampler() if rolls else None for _ in self.parts]  # one a micro-batch
+        self.sampler = self.samplers[0]
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """What is trained, under the names of its state."""
+        every = {"student": self.learner, "critic": self.critic, "motion": self.motion}
+        return {name: learner for name, learner in every.items() if learner is not None}
+
+    def prepare(self) -> None:
+        """Add LoRA where it is asked for, move networks to this process's device, shard them if the run does."""
+        cfg, roles = self.cfg, self.roles
+        for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
+            if net is not None:
+                add_lora(core(net), lora)
+                net.to(distributed.device())
+            if net is not None and cfg.parallel == "shard":
+                distributed.shard(core(net), core(net).blocks)
+        if roles.motion is not None:
+            roles.motion.to(distributed.device())
 
     def make_roles(self) -> tuple[Roles, LatentShape | None]:
         """The networks of this stage."""
@@ -150,7 +183,7 @@ class Trainer:
         self.clips.need("trajectories" if cfg.objective == "regression" else "latents")
         channels, height, width = self.clips.latent_size
         name = cfg.init or cfg.teacher
-        net = checkpoint.load(name).net if name else VideoDiT(cfg.dit)
+        net = self.load(name) if name else VideoDiT(cfg.dit)
         if isinstance(net, TinyCodec):
             raise checkpoint.CheckpointError(f"{name} is a codec, a teacher or student is needed here")
         dit = net.net.cfg if isinstance(net, CausalStudent) else net.cfg
@@ -164,12 +197,17 @@ class Trainer:
             return Roles(student), shape
         assert cfg.teacher
         teacher = checkpoint.load(cfg.teacher, "teacher")
-        critic = checkpoint.load(cfg.critic_init or cfg.teacher, "teacher").net.requires_grad_(True).train()
+        critic = self.load(cfg.critic_init or cfg.teacher, "teacher").requires_grad_(True).train()
         self.check_network(cfg.teacher, teacher.net.cfg)
         self.check_network(cfg.critic_init or cfg.teacher, critic.cfg)
         self.teacher_noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
         head = MotionHead(channels) if cfg.loss.motion_head else None
         return Roles(student, teacher.net, critic, head), shape
+
+    def load(self, name: str, kind: str | None = None) -> Any:
+        """The network of a checkpoint; it recomputes its blocks if this stage does."""
+        net = checkpoint.load(name, kind).net
+        return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
     def check_network(self, name: str, dit: DiTConfig) -> None:
         """Raise ValueError unless a network takes the latents and actions of this stage's data."""
@@ -204,7 +242,8 @@ class Trainer:
             )
         student.num_chunks(cfg.frames)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        picture = last_picture(cfg.codec) if cfg.long_frames and cfg.codec else None
+        codec = checkpoint.load(cfg.codec, "codec").net if cfg.long_frames and cfg.codec else None
+        picture = None if codec is None else last_picture(codec.to(distributed.device()))
         return LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
 
     def is_student_turn(self, step: int) -> bool:
@@ -217,6 +256,7 @@ class Trainer:
         return torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + step)
 
     def batch(self, step: int) -> Batch:
+        """The global batch of a step."""
         cfg = self.cfg
         if cfg.objective == "codec":
             return Batch(self.clips.frames(cfg.batch, cfg.frames, cfg.seed, step))
@@ -246,23 +286,33 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One update of student or critic; returns what to log."""
-        rng, batch = self.rng_for(self.step_count), self.batch(self.step_count)
         turn = "student" if self.is_student_turn(self.step_count) else "critic"
         learners = [self.learner, self.motion] if turn == "student" else [self.critic]
         trained = [learner for learner in learners if learner is not None]
         for learner in trained:
             learner.forget()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-            loss = self.loss_of(turn, batch, rng)
-        value = float(loss.value.detach())
-        norms = [learner.clip(value) for learner in trained]
+        logs = self.gradients(turn)
+        for learner in trained:
+            distributed.mean_gradients(learner.params, len(self.parts))
+        norms = [learner.clip(logs["loss"]) for learner in trained]
         for learner in trained:
             learner.move()
         if turn == "student" and self.roles.motion is not None:
             self.roles.motion.follow()
         self.step_count += 1
-        logs = {f"{turn}/{k}": float(v) for k, v in loss.logs.items()}
-        return {f"{turn}/loss": value, f"{turn}/grad_norm": norms[0], **logs}
+        return {f"{turn}/{k}": v for k, v in {"loss": logs["loss"], "grad_norm": norms[0], **logs}.items()}
+
+    def gradients(self, turn: str) -> dict[str, float]:
+        """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
+        whole, logs, device = self.batch(self.step_count), [], distributed.device()
+        for k, part in enumerate(self.parts):
+            self.sampler = self.samplers[k]
+            batch = replace(whole, x=part.rows(whole.x).to(device), cond=whole.cond.map(part.rows).to(device))
+            half = torch.autocast(device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16")
+            with half, part.draws(batch.x.shape[0]):
+                loss = self.loss_of(turn, batch, self.rng_for(self.step_count))
+            logs.append({"loss": float(loss.value.detach()), **{k: float(v) for k, v in loss.logs.items()}})
+        return distributed.mean(logs)
 
     def loss_of(self, turn: str, batch: Batch, rng: torch.Generator) -> Loss:
         """The loss of a turn, its gradients accumulated."""
@@ -292,20 +342,22 @@ class Trainer:
         """Train to the end, saving and logging on the way; returns the path of the exported weights."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.resume()
-        checkpoint.write_atomic(
-            self.folder / "config.json", lambda p: p.write_text(json.dumps(asdict(self.cfg), indent=1))
-        )
+        first = distributed.rank() == 0
+        if first:
+            config = json.dumps(asdict(self.cfg), indent=1)
+            checkpoint.write_atomic(self.folder / "config.json", lambda p: p.write_text(config))
         self.started = time.time()
-        bar = tqdm(total=self.cfg.steps, initial=self.step_count, desc=self.cfg.name, unit="step", disable=None)
+        quiet = None if first else True
+        bar = tqdm(total=self.cfg.steps, initial=self.step_count, desc=self.cfg.name, unit="step", disable=quiet)
         with bar, logging_redirect_tqdm():
             self.loop(bar)
         return self.finish()
 
     def loop(self, bar: Any) -> None:
-        first, sums = self.step_count, Averages()
+        first = self.step_count
         while self.step_count < self.cfg.steps:
             try:
-                sums.add(self.step())
+                self.journal.add(self.step())
             except FloatingPointError as error:
                 kept = self.folder / STATE
                 raise TrainingError(
@@ -316,75 +368,82 @@ class Trainer:
             bar.update()
             if self.step_count % self.cfg.log_every == 0 or self.step_count == self.cfg.steps:
                 speed = (time.time() - self.started) / (self.step_count - first)
-                self.write_log({"step": self.step_count, "s_per_step": speed, **sums.flush()})
+                self.write_log({"step": self.step_count, "s_per_step": speed, **self.journal.flush()})
             if self.step_count % self.cfg.save_every == 0 or self.step_count == self.cfg.steps:
                 self.save()
 
     def write_log(self, row: dict[str, float]) -> None:
-        with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if distributed.rank():
+            return
+        self.journal.write(row)
         left = (self.cfg.steps - self.step_count) * row["s_per_step"] / 60
         shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         log.info("%s %d/%d  %s  (%.0f min left)", self.cfg.name, self.step_count, self.cfg.steps, shown, left)
 
     def save(self) -> None:
-        tensors = self.learner.state("student")
-        info = {"step": self.step_count, "student": self.learner.updates, "config": asdict(self.cfg)}
+        tensors = {n: t for name, learner in self.learners.items() for n, t in learner.state(name).items()}
+        info: dict[str, Any] = {"step": self.step_count, "config": asdict(self.cfg)}
         info["seconds"] = self.spent + time.time() - self.started
-        if self.critic is not None:
-            tensors.update(self.critic.state("critic"))
-            info["critic"] = self.critic.updates
-        if self.motion is not None:
-            tensors.update(self.motion.state("motion"))
-            info["motion"] = self.motion.updates
-        checkpoint.save_tensors(self.folder / STATE, tensors, info)
+        info.update({name: learner.updates for name, learner in self.learners.items()})
+        if any(distributed.is_sharded(t) for t in tensors.values()):
+            distributed.save_shards(self.folder, tensors, info)
+            (self.folder / STATE).unlink(missing_ok=True)
+        elif distributed.rank() == 0:
+            checkpoint.save_tensors(self.folder / STATE, tensors, info)
+            distributed.drop_shards(self.folder)
 
     def resume(self) -> None:
         """Go on from the last saved step of this run, if there is one."""
-        path = self.folder / STATE
-        if not path.is_file():
+        path = distributed.newest(self.folder, self.folder / STATE)
+        if not path.exists():
             return
-        tensors, info = checkpoint.read_tensors(path)
-        learners = {"student": self.learner, "critic": self.critic, "motion": self.motion}
+        templates = {n: t for name, learner in self.learners.items() for n, t in learner.templates(name).items()}
         try:
-            for name, learner in learners.items():
-                if learner is not None:
-                    learner.restore(name, tensors, info[name])
+            if path.is_dir():
+                tensors, info = distributed.read_shards(path, templates)
+            else:
+                tensors, info = checkpoint.read_tensors(path)
+                tensors = distributed.placed(tensors, templates)
+            for name, learner in self.learners.items():
+                learner.restore(name, tensors, info[name])
         except (KeyError, RuntimeError) as error:
             raise TrainingError(
                 f"{path} is a run of other networks than this config ({error}); choose another name=, or remove it"
             ) from error
         self.step_count, self.spent = info["step"], info.get("seconds", 0.0)
-        self.trim_log()
+        if distributed.rank() == 0:
+            self.journal.trim(self.step_count)
         now = json.loads(json.dumps(asdict(self.cfg)))
         changed = [k for k, v in info["config"].items() if k in now and now[k] != v]
         note = f"; changed since: {', '.join(changed)}" if changed else ""
         log.info("%s resumes at step %d%s", self.cfg.name, self.step_count, note)
-
-    def trim_log(self) -> None:
-        """Drop logged rows after the step this run resumes at, and a row cut short."""
-        path = self.folder / METRICS
-        kept = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                if json.loads(line)["step"] <= self.step_count:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        checkpoint.write_atomic(path, lambda p: p.write_text("".join(kept)))
 
     def finish(self) -> Path:
         """Export the averaged weights as a checkpoint that can be loaded by path, which is returned."""
         cfg = self.cfg
         if self.learner.average:
             self.learner.swap()
-        if isinstance(self.roles.student, TinyCodec) and not cfg.init:  # else its latents are in use
-            self.normalise(self.roles.student)
-        path = self.folder / Path(cfg.name).name
-        checkpoint.export(path, self.roles.student, self.record(), torch.float16)
+        net, path = self.weights(), self.folder / Path(cfg.name).name
+        if isinstance(net, TinyCodec) and not cfg.init:  # else its latents are in use
+            self.normalise(net)
+        if distributed.rank() == 0:
+            checkpoint.export(path, net, self.record(), torch.float16)
         if self.learner.average:
             self.learner.swap()
         return checkpoint.beside(path, ".safetensors")
+
+    def weights(self) -> nn.Module:
+        """The student in whole, plain weights on rank 0: shards gathered, LoRA merged."""
+        net, lora = self.roles.student, self.cfg.lora
+        if not lora.rank and not any(distributed.is_sharded(p) for p in net.parameters()):
+            return net
+        state = distributed.whole_state(net)
+        plain = checkpoint.rebuild(checkpoint.describe(net))
+        add_lora(core(plain), lora)
+        if distributed.rank() == 0:
+            checkpoint.load_into(plain, state, self.cfg.name)
+        merge_lora(core(plain))
+        return plain
 
     def record(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -395,7 +454,7 @@ class Trainer:
             "parents": [p for p in (cfg.init, cfg.teacher) if p],
             "data": {k: v for k, v in self.clips.meta.items() if k not in ("described",)},
             "hours": round((self.spent + time.time() - self.started) / 3600, 3),
-            "commit": git_commit(),
+            "commit": checkpoint.git_commit(),
             "train": asdict(cfg),
         }
         if cfg.objective == "codec":
@@ -424,52 +483,17 @@ class Trainer:
         codec.set_normalisation(mean, std)
 
 
-class Averages:
-    """Means of logged values since the last flush."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, list[float]] = {}
-
-    def add(self, row: dict[str, float]) -> None:
-        for key, value in row.items():
-            self.values.setdefault(key, []).append(value)
-
-    def flush(self) -> dict[str, float]:
-        means = {k: sum(v) / len(v) for k, v in self.values.items()}
-        self.values = {}
-        return means
-
-
-def last_picture(name: str) -> Callable[[Tensor], Tensor]:
-    """A function from latents [B, n, C, H, W] to the latent [B, 1, C, H, W] of their last picture alone."""
-    codec = checkpoint.load(name, "codec").net
-
-    @torch.no_grad()
-    def repicture(latents: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            px = codec.decode(latents[:, -4:].float())  # a few latents suffice: the codec looks back a few frames
-            return codec.encode(px[:, -1:])
-
-    return repicture
-
-
-def git_commit() -> str | None:
-    """Short hash of the checkout this runs from, None outside one."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def core(net: Any) -> Any:
+    """The transformer inside a student, or `net` itself."""
+    return net.net if isinstance(net, CausalStudent) else net
 
 
 def train(cfg: TrainConfig) -> Path:
-    """Run the stage `cfg` to its end and return the path of its weights; resumes where it stopped."""
+    """Run the stage `cfg` to its end and return the path of its weights; resumes where it stopped.
+
+    Processes started by torchrun share the work; every one returns when the run is done.
+    """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    return Trainer(cfg).run()
+    with distributed.group():
+        return Trainer(cfg).run()
