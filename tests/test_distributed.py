@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_ranks import assert_same, result, together
-from tiny_training import DIT, OPTIM, dmd_stage, flow_stage
+from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
 from torch import nn
 
 from vidistill import checkpoint, distributed
@@ -20,6 +20,11 @@ ADAMW = replace(OPTIM, muon="")
 STAGES = {
     "flow": lambda root, **kw: flow_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
     "dmd": lambda root, **kw: dmd_stage(root, **{"batch": 4, "optim": ADAMW, "critic_optim": ADAMW, **kw}),
+}
+MORE = {
+    "codec": lambda root, **kw: codec_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
+    "everything": lambda root, **kw: everything(root, **kw),
+    "sid": lambda root, **kw: STAGES["dmd"](root, objective="sid", **kw),
 }
 
 
@@ -79,9 +84,9 @@ def test_impossible_ways_of_sharing_are_refused(root, settings, message):
         STAGES["flow"](root, **settings)
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "everything"])
+@pytest.mark.parametrize("stage", [*STAGES, "codec", "everything"])
 def test_micro_batches_equal_the_whole_batch(root, stage):
-    make = {**STAGES, "everything": everything}[stage]
+    make = {**STAGES, **MORE}[stage]
     whole = result(make(root, name="whole"), 3, root / "whole")
     for accumulate in (2, 4):
         split = result(make(root, name=f"split{accumulate}", accumulate=accumulate), 3, root / "split")
@@ -96,12 +101,18 @@ def test_recomputed_blocks_give_the_same_training(root, stage):
     assert_same(result(again, 3, root / "recomputed"), result(cfg, 3, root / "kept"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "sid"])
 def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
-    one = result(STAGES[stage](root, name="one"), 3, root / "one")
+    make = {**STAGES, **MORE}[stage]
+    one = result(make(root, name="one"), 3, root / "one")
     for parallel in distributed.PARALLEL:
-        two = result(STAGES[stage](root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
+        two = result(make(root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
         assert_same(two, one)
+
+
+def test_two_processes_with_whole_networks_may_use_muon(root):
+    one = result(STAGES["flow"](root, name="one", optim=OPTIM), 3, root / "one")
+    assert_same(result(STAGES["flow"](root, name="two", optim=OPTIM), 3, root / "two", count=2), one)
 
 
 def test_two_processes_with_every_option_equal_one_with_none(root):

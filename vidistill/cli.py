@@ -51,7 +51,8 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
         "train",
         help="run a training stage",
         description="Run the training stage of a YAML to its end. The same command resumes it after a stop.",
-        epilog="example: vidistill train configs/doom/teacher.yaml steps=2000 optim.lr=3e-4",
+        epilog="example: vidistill train configs/doom/teacher.yaml steps=2000 optim.lr=3e-4; several processes share a "
+        "batch: torchrun --nproc-per-node 8 -m vidistill train stage.yaml parallel=shard",
     )
     p.add_argument("config", help="YAML of the stage")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=1e-4")
