@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_ranks import assert_same, result, together
+from tiny_ranks import assert_same, first_gradients, result, together
 from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
 from torch import nn
 
 from vidistill import checkpoint, distributed
+from vidistill.checkpoint import read_tensors
 from vidistill.distributed import Part, parts
 from vidistill.trainer import METRICS, STATE, Trainer, train
 
@@ -108,6 +109,18 @@ def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
     for parallel in distributed.PARALLEL:
         two = result(make(root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
         assert_same(two, one)
+
+
+@pytest.mark.parametrize("settings", [{}, {"replay": True}, {"objective": "teacher_forcing", "teacher": None}])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shards_get_every_gradient_in_half_precision(root, settings, recompute):
+    cfg = STAGES["dmd"](root, precision="bf16", **settings)
+    cfg = replace(cfg, dit=replace(cfg.dit, checkpoint=recompute))
+    first_gradients(cfg, root / "one")
+    together(2, first_gradients, replace(cfg, parallel="shard"), root / "two")
+    one, two = (read_tensors(root / name)[0] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all((one[n] - two[n]).norm() < 0.05 * one[n].norm() + 1e-6 for n in one)
 
 
 def test_two_processes_with_whole_networks_may_use_muon(root):

@@ -72,3 +72,14 @@ def assert_same(a, b):
     assert a[0].keys() == b[0].keys()
     for name, x in a[0].items():
         torch.testing.assert_close(x, b[0][name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def first_gradients(cfg, out):
+    """Write the gradients of the first turn of `cfg` to `out`, whole."""
+    trainer = Trainer(cfg)
+    trainer.gradients("student")
+    distributed.mean_gradients(trainer.learner.params, len(trainer.parts))
+    named = {n: p.grad for n, p in trainer.learner.net.named_parameters() if p.grad is not None}
+    grads = {n: g.full_tensor() if distributed.is_sharded(g) else g for n, g in named.items()}
+    if distributed.rank() == 0:
+        save_tensors(out, grads, {})

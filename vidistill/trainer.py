@@ -305,10 +305,11 @@ class Trainer:
     def gradients(self, turn: str) -> dict[str, float]:
         """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
         whole, logs, device = self.batch(self.step_count), [], distributed.device()
+        cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
             batch = replace(whole, x=part.rows(whole.x).to(device), cond=whole.cond.map(part.rows).to(device))
-            half = torch.autocast(device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16")
+            half = torch.autocast(device.type, torch.bfloat16, self.cfg.precision == "bf16", cache_enabled=cache)
             with half, part.draws(batch.x.shape[0]):
                 loss = self.loss_of(turn, batch, self.rng_for(self.step_count))
             logs.append({"loss": float(loss.value.detach()), **{k: float(v) for k, v in loss.logs.items()}})
