@@ -15,6 +15,7 @@ from vidistill.conditioning import SITES, Condition
 from vidistill.diffusion import v_from_x0
 from vidistill.memory import KVMemory, Recall, frame_positions
 from vidistill.ops.attention import attention
+from vidistill.ops.masks import FrameMask
 from vidistill.ops.rope import rope_table, rotate
 
 PLACES = ("before", "after_attention")
@@ -148,6 +149,9 @@ class Site(nn.Module):
         return self.project[self.index[layer]](self.embed(x))[:, :, None]
 
 
+Entries = list[tuple[Tensor, Tensor]]  # keys and values [B, L, h, d] of condition tokens, one pair a softmax
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -155,29 +159,27 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.width, cfg.width) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.width, cfg.eps), RMSNorm(cfg.width, cfg.eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: Tensor,
-        mask: Tensor | None,
-        memory: KVMemory | Recall | None,
-        layer: int,
-        key: Tensor | None,
-    ) -> Tensor:
-        """`x` [B, F, n, D] -> [B, F, n, D]; `key` [B, F, 1, D] is added to queries and keys, not to values."""
+    def project(self, x: Tensor, table: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Turned queries, keys before and after turning, values [B, f n, h, d] of `x` [B, F, n, D].
+
+        `key` [B, F, 1, D] is added to queries and keys, not to values.
+        """
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         if key is not None:
             q, k = q + key, k + key
-        q, k, v = (rearrange(y, "b f n (h d) -> b (f n) h d", h=self.heads) for y in (q, k, v))
-        keys = rotate(k, table)
-        if memory is not None:
-            keys, v = memory.stage(layer, k, keys, v)
-        out = attention(rotate(q, table).to(v.dtype), keys.to(v.dtype), v, mask)
-        return self.o(rearrange(out, "b (f n) h d -> b f n (h d)", f=x.shape[1]).to(x.dtype))
+        q, k, v = (y.flatten(1, 2).unflatten(-1, (self.heads, -1)) for y in (q, k, v))
+        return rotate(q, table), k, rotate(k, table), v
+
+    def forward(self, out: Tensor, x: Tensor) -> Tensor:
+        """Attention output [B, f n, h, d] projected to the shape of `x` [B, F, n, D]."""
+        return self.o(out.flatten(2).view(x.shape).to(x.dtype))
 
 
 class CrossAttention(nn.Module):
-    """Queries over condition tokens; Wan2.1 image-to-video adds a second softmax over image tokens."""
+    """Queries over condition tokens; Wan2.1 image-to-video adds a second softmax over image tokens.
+
+    `read` gives the keys and values of a prompt; they are the same in every pass, so a stream reads them once.
+    """
 
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -188,13 +190,20 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(cfg.width, cfg.width), nn.Linear(cfg.width, cfg.width)
             self.norm_k_img = RMSNorm(cfg.width, cfg.eps)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def read(self, tokens: Tensor) -> Entries:
+        """Keys and values [B, L, h, d] of the text, then of the image tokens if there are any."""
         split = partial(rearrange, pattern="b l (h d) -> b l h d", h=self.heads)
-        q = split(rearrange(self.norm_q(self.q(x)), "b f n d -> b (f n) d"))
         image, text = tokens[:, : self.image_tokens], tokens[:, self.image_tokens :]
-        out = attention(q, split(self.norm_k(self.k(text))), split(self.v(text)))
+        entries = [(split(self.norm_k(self.k(text))), split(self.v(text)))]
         if self.image_tokens:
-            out = out + attention(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+            entries.append((split(self.norm_k_img(self.k_img(image))), split(self.v_img(image))))
+        return entries
+
+    def forward(self, x: Tensor, entries: Entries) -> Tensor:
+        q = rearrange(self.norm_q(self.q(x)), "b f n (h d) -> b (f n) h d", h=self.heads)
+        out = attention(q, *entries[0])
+        for keys, values in entries[1:]:
+            out = out + attention(q, keys, values)
         return self.o(rearrange(out, "b (f n) h d -> b f n (h d)", f=x.shape[1]))
 
 
@@ -203,6 +212,7 @@ class Block(nn.Module):
         super().__init__()
         width = cfg.width
         self.norm1 = nn.LayerNorm(width, cfg.eps, elementwise_affine=False)
+        self._before, self._after = Block.before, Block.after
         self.self_attn = SelfAttention(cfg)
         self.cross_attn = CrossAttention(cfg) if cfg.text_dim else None
         affine = cfg.cross_attn_norm and cfg.text_dim > 0
@@ -211,27 +221,46 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, cfg.ffn), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn, width))
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
+    def compile_regions(self, mode: str) -> None:
+        """Run what lies before and after the attention as two graphs, the same two for all blocks."""
+        self._before = torch.compile(Block.before, fullgraph=True, dynamic=False, mode=mode)
+        self._after = torch.compile(Block.after, fullgraph=True, dynamic=False, mode=mode)
+
+    def gates(self, e: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention, then of the feed-forward: six times [B, F, 1, D]."""
+        return (wide(e) + wide(self.modulation))[:, :, :, None].unbind(2)
+
+    def before(self, x: Tensor, e: Tensor, table: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shift, scale, *_ = self.gates(e)
+        return self.self_attn.project(modulate(self.norm1(x), shift, scale), table, key)
+
+    def after(self, x: Tensor, out: Tensor, e: Tensor, prompt: Entries | None, inside: Tensor | None) -> Tensor:
+        _, _, gate1, shift2, scale2, gate2 = self.gates(e)
+        x = x + (self.self_attn(out, x) * gate1).to(x.dtype)
+        if inside is not None:
+            x = x + inside
+        if self.cross_attn is not None and prompt is not None:
+            x = x + self.cross_attn(self.norm3(x), prompt)
+        return x + (self.ffn(modulate(self.norm2(x), shift2, scale2)) * gate2).to(x.dtype)
+
     def forward(
         self,
         x: Tensor,
         e: Tensor,
         table: Tensor,
-        tokens: Tensor | None,
-        mask: Tensor | None,
+        prompt: Entries | None,
+        mask: FrameMask | None,
         memory: KVMemory | Recall | None,
         layer: int,
         inside: Tensor | None,
         key: Tensor | None,
     ) -> Tensor:
         """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (wide(e) + wide(self.modulation))[:, :, :, None].unbind(2)
-        y = self.self_attn(modulate(self.norm1(x), shift1, scale1), table, mask, memory, layer, key)
-        x = x + (y * gate1).to(x.dtype)
-        if inside is not None:
-            x = x + inside
-        if self.cross_attn is not None and tokens is not None:
-            x = x + self.cross_attn(self.norm3(x), tokens)
-        return x + (self.ffn(modulate(self.norm2(x), shift2, scale2)) * gate2).to(x.dtype)
+        q, raw, keys, v = self._before(self, x, e, table, key)
+        if memory is not None:
+            keys, v = memory.stage(layer, raw, keys, v)
+        out = attention(q.to(v.dtype), keys.to(v.dtype), v, mask)
+        return self._after(self, x, out, e, prompt, inside)
 
 
 class Head(nn.Module):
@@ -300,6 +329,11 @@ class VideoDiT(nn.Module):
                     nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
+    def compile_regions(self, mode: str = "default") -> None:
+        """Compile the blocks around their attention: two graphs, whatever the memory holds."""
+        for block in self.blocks:
+            block.compile_regions(mode)
+
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity [B, F, C, H, W] of a whole clip seen in both directions."""
         return self(x, sigma, cond)
@@ -327,16 +361,16 @@ class VideoDiT(nn.Module):
             times = start if isinstance(start, Tensor) else torch.arange(start, start + frames)
         table = rope_table(frame_positions(times.to(x.device), grid), self.cfg.head_dim, self.cfg.rope_theta)
         n = grid[0] * grid[1]
-        mask = None if causal is None else causal.repeat_interleave(n, 0).repeat_interleave(n, 1)
+        mask = None if causal is None else FrameMask(causal, n)
         e, e6 = self.embed_time(sigma, cond)
         h = self.embed_patches(x, cond)
-        tokens = self.embed_tokens(cond)
+        prompt = self.read_prompt(cond, memory)
         recompute = self.cfg.checkpoint and torch.is_grad_enabled()
         history = memory.recall() if memory is not None and recompute else memory
         for layer, block in enumerate(self.blocks):
             h, inside = self.inject(h, cond, layer)
             key = self.sites["qk"](cond.per_frame["qk"], layer) if "qk" in self.sites else None
-            args = (h, e6, table, tokens, mask, history, layer, inside, key)
+            args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, key)
             h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
         return v_from_x0(x, out, sigma, SIGMA_FLOOR) if self.cfg.predicts == "x0" else out
@@ -370,6 +404,17 @@ class VideoDiT(nn.Module):
         image = cond.tokens[:, : self.cfg.image_tokens, : self.cfg.image_dim]
         text = cond.tokens[:, self.cfg.image_tokens :, : self.cfg.text_dim]
         return torch.cat((self.img_emb(image), self.text_embedding(text)), dim=1)
+
+    def read_prompt(self, cond: Condition, memory: KVMemory | None) -> list[Entries] | None:
+        """Keys and values of the condition tokens, one item a layer; with a memory computed once for each prompt."""
+        if not self.cfg.text_dim:
+            return None
+
+        def read() -> list[Entries]:
+            tokens = self.embed_tokens(cond)
+            return [block.cross_attn.read(tokens) for block in self.blocks]
+
+        return read() if memory is None else memory.read_once(cond.tokens, read)
 
     def inject(self, h: Tensor, cond: Condition, layer: int) -> tuple[Tensor, Tensor | None]:
         """Apply site `hidden` of `layer`: hidden states [B, F, n, D] and what is left to add after attention."""

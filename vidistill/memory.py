@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,7 @@ class KVMemory:
         self._start = start  # first staged frame of the chunk in flight
         self._next = start
         self._rewriting = False
+        self._prompt: tuple[object, Any] | None = None  # a prompt and what was read of it
 
     @property
     def frames(self) -> list[int]:
@@ -190,6 +192,14 @@ class KVMemory:
         """Copies of the remembered keys and values [B, S, h, d], without the chunk in flight."""
         slots = self._past_slots()
         return self._gather(self._keys[layer], slots).clone(), self._gather(self._values[layer], slots).clone()
+
+    def read_once(self, prompt: object, read: Callable[[], Any]) -> Any:
+        """What `read` returns, kept until `prompt` is another object; read anew wherever autograd records."""
+        if torch.is_grad_enabled():
+            return read()
+        if self._prompt is None or self._prompt[0] is not prompt:
+            self._prompt = prompt, read()
+        return self._prompt[1]
 
     def commit(self) -> None:
         """Keep the chunk staged last."""
