@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=__version__)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_train, add_generate, add_serve, add_bench, add_eval, add_data, add_info):
+    for add in (add_train, add_generate, add_serve, add_bench, add_eval, add_convert, add_data, add_info):
         command = add(commands)
         command.add_argument("-v", "--verbose", action="store_true", help="more log lines, tracebacks on errors")
     return root
@@ -114,6 +114,7 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("--prompt", help="text, for students that listen to text")
     p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
+    add_speed(p)
     p.set_defaults(run=run_generate)
     return p
 
@@ -123,7 +124,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from vidistill.conditioning import parse_script
     from vidistill.stream import StreamConfig, StreamSession
 
-    bundle = checkpoint.load_student(args.name)
+    bundle = load_fast(args)
     size = bundle.record["world"]["px_size"]
     picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
     image = video.read_image(picture, (size, size)) if picture and bundle.schedule.given_chunks else None
@@ -137,6 +138,24 @@ def run_generate(args: argparse.Namespace) -> None:
         sheet = args.out.with_suffix(".png")
         video.save_png(sheet, video.contact_sheet([frames], every=max(1, total // 12), scale=2))
     print(f"{args.out} ({total} frames), {sheet}")
+
+
+def add_speed(p: argparse.ArgumentParser) -> None:
+    """Options of commands that run a student."""
+    p.add_argument("--backend", default="auto", help="attention: auto, sdpa, products, flex, xformers or triton")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks around their attention")
+
+
+def load_fast(args: argparse.Namespace) -> Any:
+    """The student `args.name` with the attention backend and compilation that were asked for."""
+    from vidistill import checkpoint
+    from vidistill.ops.attention import set_backend
+
+    set_backend(args.backend)
+    bundle = checkpoint.load_student(args.name)
+    if args.compile:
+        bundle.net.net.compile_regions()
+    return bundle
 
 
 def add_serve(commands: Any) -> argparse.ArgumentParser:
@@ -176,6 +195,7 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--growth", action="store_true", help="chunk time and bytes after 1, 10 and 60 minutes of stream")
     p.add_argument("--random-weights", nargs="+", metavar="key=value", help="bench any shape without a checkpoint")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_speed(p)
     p.set_defaults(run=run_bench)
     return p
 
@@ -194,7 +214,7 @@ def run_bench(args: argparse.Namespace) -> None:
         if args.random_weights:
             result = bench.random_bench(args.random_weights, progress=progress)
         elif args.name:
-            result = bench.bench(args.name, vs=args.vs, growth=args.growth, progress=progress)
+            result = bench.bench(load_fast(args), vs=args.vs, growth=args.growth, progress=progress)
         else:
             raise ValueError("name a student, or give --random-weights")
     Console().print(result.table())
@@ -228,6 +248,60 @@ def run_eval(args: argparse.Namespace) -> None:
         result = evaluate.run(args.name, clips=args.clips, out=args.out, teacher=args.teacher)
     if args.json:
         print(json.dumps(result))
+
+
+def add_convert(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "convert",
+        help="read or write a published student",
+        description="Turn a published student into a checkpoint that streams, or one of those back (--back).",
+        epilog="example: vidistill convert self_forcing_dmd.pt sf --family self-forcing --allow-pickle",
+    )
+    p.add_argument("source", type=Path, help="published file (or folder of shards); with --back: our checkpoint")
+    p.add_argument("out", type=Path, help="where to write")
+    p.add_argument("--family", help="format of the source, e.g. self-forcing, causvid, longlive, diagonal, livetalk")
+    p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
+    p.add_argument("--size", type=sides, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)")
+    p.add_argument("--codec", default="wan", help="its codec (default: wan)")
+    p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
+    p.add_argument("--lora", type=Path, help="adapter file to merge")
+    p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
+    p.add_argument("--given", type=int, default=0, help="chunks given at the start (image or video to continue)")
+    p.add_argument("--allow-pickle", action="store_true", help="read .pt files (weights only)")
+    p.set_defaults(run=run_convert)
+    return p
+
+
+def sides(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
+    return int(height), int(width)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from vidistill.convert import convert, revert
+    from vidistill.interop.families import FAMILIES
+
+    if args.back:
+        revert(args.source, args.out)
+        print(args.out)
+        return
+    if args.family not in FAMILIES:
+        raise ValueError(f"--family {args.family!r} is unknown; known: {', '.join(FAMILIES)}")
+    card = convert(
+        args.source,
+        args.family,
+        args.out,
+        size=args.size,
+        codec=args.codec,
+        allow_pickle=args.allow_pickle,
+        heads=args.heads,
+        entry=args.entry,
+        lora=args.lora,
+        given_chunks=args.given,
+    )
+    print(json.dumps(card, indent=1))
 
 
 def add_data(commands: Any) -> argparse.ArgumentParser:
@@ -351,7 +425,14 @@ def add_info(commands: Any) -> argparse.ArgumentParser:
 
 def run_info(args: argparse.Namespace) -> None:
     from vidistill import checkpoint
+    from vidistill.interop import cost
 
+    if args.name in cost.NETWORKS:
+        row = cost.named_cost(args.name)
+        print_cost(row)
+        if args.json:
+            print(json.dumps(row))
+        return
     names = [args.name] if args.name else sorted(checkpoint.zoo_names())
     rows = {name: checkpoint.summary(name) for name in names}
     for name, row in rows.items():
@@ -359,6 +440,25 @@ def run_info(args: argparse.Namespace) -> None:
         print(f"{name:20s} {row['kind']:8s} {row['parameters'] / 1e6:6.2f}M  {row['bytes'] / 1e6:6.2f} MB{nfe}")
     if args.json:
         print(json.dumps(rows[args.name] if args.name else rows))
+
+
+def print_cost(row: dict[str, Any]) -> None:
+    """What a network costs at its true size, and the speeds of papers beside the prediction."""
+    from vidistill.interop import cost
+
+    print(
+        f"{row['network']}: {row['parameters'] / 1e9:.2f} B parameters, {row['tokens_per_frame']} tokens a latent frame"
+    )
+    print(f"a pass {row['flops_per_pass'] / 1e12:.2f} TFLOP, a chunk {row['flops_per_chunk'] / 1e12:.2f} TFLOP")
+    for name, size in row["kv_bytes"].items():
+        print(f"memory {name:20s} {size / 1e9:7.2f} GB")
+    for name, found in row["gpus"].items():
+        print(f"{name:20s} {found['fps']:7.1f} frames/s at most")
+    print(f"left out: {row['left_out']}")
+    print("published speeds, measured / predicted:")
+    for paper in cost.against_papers():
+        said = f"{paper['published_fps']:6.1f} of {paper['predicted_fps']:6.1f} ({paper['ratio']:.2f})"
+        print(f"  {paper['system']:28s} {paper['gpu']:12s} {said}")
 
 
 if __name__ == "__main__":
