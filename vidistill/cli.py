@@ -208,8 +208,8 @@ def run_bench(args: argparse.Namespace) -> None:
     console = Console(stderr=True)
     with console.status("warming up") as status:
 
-        def progress(part: str, what: str) -> None:
-            status.update(f"{part}: {what}")
+        def progress(part: float, what: str) -> None:
+            status.update(f"{part:.0%} {what}")
 
         if args.random_weights:
             result = bench.random_bench(args.random_weights, progress=progress)

@@ -1,6 +1,8 @@
 """Sampling a bidirectional denoiser in many steps with guidance: what a student is measured against."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def trajectory(
     """
     x, levels = noise, (*sigmas, 0.0)
     held = 0 if given is None else given.shape[1]
-    for now, after in zip(levels[:-1], levels[1:], strict=True):
+    for now, after in pairwise(levels):
         if given is not None:
             x = torch.cat((given, x[:, held:]), dim=1)
         yield now, x
@@ -62,7 +64,5 @@ def trajectory(
 @torch.no_grad()
 def sample(net: Denoiser, noise: Tensor, sigmas: Sequence[float], cond: Condition, **kw: object) -> Tensor:
     """The end of `trajectory`: a clip [B, F, C, H, W]."""
-    x = noise
-    for _, x in trajectory(net, noise, sigmas, cond, **kw):  # type: ignore[arg-type]
-        pass
-    return x
+    states = trajectory(net, noise, sigmas, cond, **kw)  # type: ignore[arg-type]
+    return deque(states, maxlen=1).pop()[1]
