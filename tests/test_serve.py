@@ -27,7 +27,7 @@ from fake_world import (
 from PIL import Image
 
 from vidistill.serve import ServeConfig, ViewerConfig, World, create_app, load_world, protocol
-from vidistill.serve.app import _find_starts, host_allowed, origin_allowed, read_starts, run
+from vidistill.serve.app import host_allowed, origin_allowed, read_starts, run
 from vidistill.serve.player import Player
 from vidistill.video import read_video, save_png
 
@@ -456,14 +456,6 @@ def test_a_missing_package_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ImportError, match=r"pip install 'vidistill\[demo\]'"):
         run(FakeWorld().world, ServeConfig())
-
-
-def test_start_images_lie_beside_a_checkpoint_or_beside_its_family(tmp_path):
-    (tmp_path / "doom-starts").mkdir()
-    (tmp_path / "doom-starts" / "a.png").write_bytes(png())
-    assert list(_find_starts(tmp_path / "doom-selfforcing", None, (8, 8))) == ["a"]
-    (tmp_path / "doom-tf-starts").mkdir()
-    assert not _find_starts(tmp_path / "doom-tf", None, (8, 8)) and not _find_starts(tmp_path / "shapes", None, (8, 8))
 
 
 def test_start_images_are_read_from_a_folder(tmp_path):

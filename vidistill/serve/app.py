@@ -219,11 +219,15 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, films: Recordings, sea
 
 def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarray]:
     """The PNG files of a folder as start images, uint8 [H, W, 3] of `size`, by file name."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no folder of start images")
+    return read_pictures(sorted(Path(folder).glob("*.png")), size)
+
+
+def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Picture files as start images, uint8 [H, W, 3] of `size`, by file name."""
     starts = {}
-    for path in sorted(folder.glob("*.png")):
+    for path in paths:
         try:
             starts[path.stem] = protocol.read_picture(path.read_bytes(), size)
         except protocol.MessageError as error:
@@ -234,10 +238,9 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
 def load_world(name: str, starts: str | Path | None = None) -> World:
     """The world of a student by bundled name or path.
 
-    `starts`: a folder of PNG files to begin from; by default NAME-starts beside the checkpoint, where NAME is its own
-    name or that of its family ("doom" of "doom-selfforcing").
+    `starts`: a folder of PNG files to begin from; by default what `checkpoint.start_pictures` finds.
     """
-    from vidistill.checkpoint import load_codec_of, load_student, locate
+    from vidistill.checkpoint import load_codec_of, load_student, start_pictures
     from vidistill.stream import StreamConfig, StreamSession
 
     bundle = load_student(name)
@@ -249,16 +252,11 @@ def load_world(name: str, starts: str | Path | None = None) -> World:
         # one queued frame: a chunk begins as late as possible and hears the latest keys
         return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1), image=image)
 
-    images = _find_starts(locate(name), starts, size) if given else None
+    images = None
+    if given:
+        images = read_pictures(start_pictures(name), size) if starts is None else read_starts(starts, size)
     actions = tuple(bundle.record["world"].get("actions", ()))
     return World(Path(name).stem, actions, size, open_session, images, codec.px_frames(given) if given else 1)
-
-
-def _find_starts(path: Path, starts: str | Path | None, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    if starts is not None:
-        return read_starts(starts, size)
-    own = [path.with_name(f"{stem}-starts") for stem in (path.name, path.name.split("-")[0])]
-    return next((read_starts(folder, size) for folder in own if folder.is_dir()), {})
 
 
 def serve(
