@@ -125,10 +125,10 @@ def run_generate(args: argparse.Namespace) -> None:
     from vidistill.stream import StreamConfig, StreamSession
 
     bundle = load_fast(args)
-    size = bundle.record["world"]["px_size"]
-    picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
-    image = video.read_image(picture, (size, size)) if picture and bundle.schedule.given_chunks else None
     codec = checkpoint.load_codec_of(bundle)
+    size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
+    picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
+    image = video.read_image(picture, size) if picture and bundle.schedule.given_chunks else None
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
         if args.prompt:
             session.set(prompt=args.prompt)
