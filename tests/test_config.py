@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vidistill.config import ConfigError, load_config
-from vidistill.trainer import TrainConfig
+from vidistill.stage import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_impossible_loras_are_refused(tmp_path):
         LoraConfig(targets="(")
     with pytest.raises(ValueError, match=r"lora.targets .* matches no linear layer"):
         add_lora(random_dit(DIT), LoraConfig(rank=2, targets="blocks.*attention"))
-    with pytest.raises(ValueError, match="a codec has none"):
+    with pytest.raises(ValueError, match="a codec has no blocks"):
         flow_stage(tmp_path, objective="codec", lora=LORA)
 
 

@@ -47,6 +47,19 @@ def test_products_have_the_gradients_of_the_reference_in_several_pieces():
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_products_train_in_half_precision_as_exactly_as_sdpa_does():
+    leaves = [random(2, 301, 3, 8, seed=i).requires_grad_() for i in range(3)]
+    wanted = torch.autograd.grad(ops.reference(*leaves).square().sum(), leaves)
+    halves = [x.detach().bfloat16().requires_grad_() for x in leaves]
+
+    def errors(f):
+        found = torch.autograd.grad(f(*halves).float().square().sum(), halves)
+        return [float((g - w).norm() / w.norm()) for g, w in zip(found, wanted, strict=True)]
+
+    for own, fused_ in zip(errors(ops.products), errors(ops.sdpa), strict=True):
+        assert own < 1.5 * fused_ < 0.05
+
+
 @pytest.mark.parametrize("name", [None, "block-causal"])
 @pytest.mark.parametrize("backend", ["sdpa", "products"])
 def test_a_cpu_backend_has_the_gradients_of_the_reference(backend, name):

@@ -11,7 +11,7 @@ from vidistill.data import write_shards
 from vidistill.learner import OptimConfig
 from vidistill.objectives import LossConfig
 from vidistill.schedules import ScheduleConfig
-from vidistill.trainer import TrainConfig
+from vidistill.stage import TrainConfig
 
 FRAMES = 7  # chunks of 1, 3, 3
 NUM_ACTIONS = 4 * len(ACTIONS) + 1

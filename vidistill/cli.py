@@ -12,6 +12,7 @@ from typing import Any
 from vidistill import __version__
 
 log = logging.getLogger("vidistill")
+COMPUTING = ("train", "generate", "serve", "bench", "eval", "data")
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, OSError)
 
 
@@ -21,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        if args.command in COMPUTING:
+            from vidistill.ops.float32 import fast_float32
+
+            fast_float32()
         args.run(args)
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact", file=sys.stderr)
@@ -64,7 +69,8 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
 def run_train(args: argparse.Namespace) -> None:
     from vidistill import distributed
     from vidistill.config import load_config
-    from vidistill.trainer import TrainConfig, train
+    from vidistill.stage import TrainConfig
+    from vidistill.trainer import train
 
     cfg = load_config(TrainConfig, args.config, args.overrides)
     if args.dry_run:

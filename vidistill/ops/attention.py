@@ -65,13 +65,13 @@ def _long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Attention in the open where that beats torch's fused kernel on a CPU with a fast matrix library (`float32`).
 
-    That is: a long chunk over a long memory; whatever is differentiated, up to KEPT scores a head; the very small. All
-    else, and half precision, goes to `sdpa`.
+    That is: whatever is differentiated, up to KEPT scores a head; in float32 also a long chunk over a long memory, and
+    the very small. All else goes to `sdpa`.
     """
     b, sq, h, d = q.shape
     size = sq * k.shape[1]
     recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.dtype != torch.float32 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (recording or q.dtype == torch.float32):
         return sdpa(q, k, v, mask)
     if size >= LONG and mask is None and not recording:
         return _long(q, k, v)

@@ -1,0 +1,105 @@
+"""The config of one training stage, and which of its settings can work together."""
+
+from dataclasses import dataclass, field
+
+from vidistill import distributed
+from vidistill.codecs.tiny import TinyCodecConfig
+from vidistill.dit import DiTConfig
+from vidistill.learner import OptimConfig
+from vidistill.lora import LoraConfig
+from vidistill.objectives import OBJECTIVES, LossConfig
+from vidistill.schedules import ScheduleConfig
+from vidistill.student import StudentConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage. `init` names the checkpoint the student starts from, `teacher` what it learns from; both are optional.
+
+    A student without `init` starts from the teacher. For objectives that score the student's own rollouts (dmd, sid):
+    `on_policy` false takes its predictions from noised real latents instead (CausVid); `replay` runs the rollout again
+    chunk by chunk for its gradient, so that peak memory is one chunk's; `long_frames` continues one stream from step to
+    step up to so many latents. A stream restarts after every save: what a step sees depends on its number alone.
+    """
+
+    name: str
+    objective: str
+    data: str
+    episodes: int = 0  # use only this many episodes; 0: all
+    steps: int = 1000
+    batch: int = 16  # clips of one update, of all processes and micro-batches together
+    accumulate: int = 1  # micro-batches an update
+    parallel: str = "replicate"  # under torchrun: every process has whole networks, or its `shard` of them (FSDP2)
+    frames: int = 22  # latent frames of a clip (pixel frames for a codec)
+    seed: int = 0
+    init: str | None = None
+    teacher: str | None = None
+    codec: str | None = None  # name of the codec whose latents the data holds
+    codec_config: TinyCodecConfig = TinyCodecConfig()
+    dit: DiTConfig = DiTConfig()
+    student: StudentConfig = field(default_factory=StudentConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = OptimConfig()
+    critic_optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()  # of the student; its export is plain weights
+    critic_lora: LoraConfig = LoraConfig()
+    critic_init: str | None = None  # default: the teacher
+    critic_steps: int = 5  # critic updates per student update
+    critic_warmup: int = 0  # critic updates before the first student update
+    on_policy: bool = True
+    replay: bool = False
+    long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
+    ema: float = 0.999
+    ema_start: int = 0
+    precision: str = "fp32"
+    compile: bool = False  # torch.compile the blocks around their attention
+    threads: int = 0  # 0: all
+    out: str = "runs"
+    log_every: int = 20
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision {self.precision!r} is unknown; choose fp32 or bf16")
+        for name in ("steps", "batch", "accumulate", "frames", "critic_steps", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.name.strip("./") or not 0 <= self.ema < 1:
+            raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
+        if self.parallel not in distributed.PARALLEL:
+            raise ValueError(f"parallel {self.parallel!r} is unknown; choose one of {distributed.PARALLEL}")
+        if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
+            raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
+        if self.objective == "codec" and (self.lora.rank or self.compile):
+            raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
+        self.check_policy()
+
+    def check_policy(self) -> None:
+        """Raise ValueError where settings of student rollouts cannot work together."""
+        scored = OBJECTIVES[self.objective].on_policy
+        if scored and not self.teacher:
+            raise ValueError(f"objective {self.objective!r} needs a `teacher`")
+        if self.objective != "dmd" and (self.loss.motion or self.loss.needs_target):
+            raise ValueError(
+                f"loss.motion, motion_head and regression belong to objective 'dmd', not {self.objective!r}"
+            )
+        if (self.replay or self.long_frames) and not (scored and self.on_policy):
+            raise ValueError(f"replay and long_frames need rollouts; objective {self.objective!r} here trains on data")
+        memory = self.student.memory
+        if self.long_frames and not (self.frames <= self.long_frames and self.schedule.name == "chunkwise"):
+            raise ValueError(f"long_frames {self.long_frames} must be at least frames {self.frames}, chunk by chunk")
+        if self.long_frames and self.frames <= self.student.chunk:
+            raise ValueError(
+                f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
+            )
+        if self.long_frames > memory.frames and memory.policy == "full":
+            raise ValueError(
+                f"long_frames {self.long_frames} do not fit a memory of {memory.frames} frames that never forgets; "
+                "set student.memory.policy=window"
+            )
