@@ -1,5 +1,6 @@
 """Videos and pictures in and out of files; the only place where uint8 and float meet."""
 
+import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -8,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
+
+MAX_SIDE = 4096  # pixels along a side of a picture that is read
 
 
 def to_float(frames: np.ndarray) -> torch.Tensor:
@@ -65,14 +68,25 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     return np.asarray(iio.imread(path, plugin="FFMPEG")), fps
 
 
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """A picture file as uint8 [H, W, 3], resized to `size` (height, width) if given; ValueError if it is none."""
+def read_image(source: str | Path | bytes, size: tuple[int, int], formats: tuple[str, ...] | None = None) -> np.ndarray:
+    """A picture (a file, or the bytes of one) as uint8 [H, W, 3] of `size` (height, width), cropped to its shape.
+
+    formats: the only ones tried, as Pillow names them; default all. ValueError says why a picture cannot be read.
+    """
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as picture:
+            if max(picture.size) > MAX_SIDE:
+                raise ValueError(f"the picture is {picture.width}x{picture.height}; at most {MAX_SIDE} a side are read")
             rgb = picture.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return np.array(rgb.resize(size[::-1], Image.Resampling.BOX) if size else rgb)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        where = "" if isinstance(source, bytes) else f"{source}: "
+        kinds = " or ".join(formats or ("picture",))
+        raise ValueError(f"{where}not a whole {kinds} file; save it again and try once more") from error
+    height, width = size
+    scale = min(rgb.width / width, rgb.height / height)  # source pixels a target pixel
+    left, top = (rgb.width - width * scale) / 2, (rgb.height - height * scale) / 2
+    box = (left, top, left + width * scale, top + height * scale)
+    return np.array(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def contact_sheet(

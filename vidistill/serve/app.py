@@ -18,6 +18,7 @@ from PIL import Image
 
 from vidistill.serve import protocol
 from vidistill.serve.viewer import Bye, Recordings, Viewer, ViewerConfig, World
+from vidistill.video import read_image
 
 log = logging.getLogger(__name__)
 
@@ -221,18 +222,7 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
     """The PNG files of a folder as start images, uint8 [H, W, 3] of `size`, by file name."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no folder of start images")
-    return read_pictures(sorted(Path(folder).glob("*.png")), size)
-
-
-def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Picture files as start images, uint8 [H, W, 3] of `size`, by file name."""
-    starts = {}
-    for path in paths:
-        try:
-            starts[path.stem] = protocol.read_picture(path.read_bytes(), size)
-        except protocol.MessageError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return starts
+    return {path.stem: read_image(path, size, formats=("PNG",)) for path in sorted(Path(folder).glob("*.png"))}
 
 
 def load_world(name: str, starts: str | Path | None = None) -> World:
@@ -253,8 +243,10 @@ def load_world(name: str, starts: str | Path | None = None) -> World:
         return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1), image=image)
 
     images = None
-    if given:
-        images = read_pictures(start_pictures(name), size) if starts is None else read_starts(starts, size)
+    if given and starts is not None:
+        images = read_starts(starts, size)
+    elif given:
+        images = {path.stem: read_image(path, size) for path in start_pictures(name)}
     actions = tuple(bundle.record["world"].get("actions", ()))
     return World(Path(name).stem, actions, size, open_session, images, codec.px_frames(given) if given else 1)
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vidistill.video import read_image
+
 VERSION = 1
 HEADER = struct.Struct("<4B4I")  # version, kind, encoding, flags | sequence, index, chunk, input id
 FRAME = 1  # kind of bytes to the browser
@@ -27,7 +29,6 @@ JPEG_QUALITY = 88
 
 MAX_TEXT = 4096  # characters in a text message
 MAX_PICTURE = 4 * 1024 * 1024  # bytes in a picture message
-MAX_SIDE = 4096  # pixels along a side of a picture, before it is resized
 MAX_SEED = 2**31 - 1
 MAX_ID = 2**32 - 1
 
@@ -167,23 +168,7 @@ def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture:
         raise MessageError("bytes must start with their kind; known is 1, a PNG picture")
     if len(data) > MAX_PICTURE:
         raise MessageError(f"the picture has {len(data):,} bytes; at most {MAX_PICTURE:,} are read")
-    return Picture(read_picture(data[1:], size))
-
-
-def read_picture(png: bytes, size: tuple[int, int]) -> np.ndarray:
-    """A PNG as uint8 [H, W, 3] of `size` (height, width), its edges cropped where the shape differs."""
     try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            if max(image.size) > MAX_SIDE:
-                raise MessageError(f"the picture is {image.width}x{image.height}; at most {MAX_SIDE} a side are read")
-            image.load()
-            rgb = image.convert("RGB")
-    except MessageError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise MessageError("the picture is not a whole PNG file; save it as PNG and try again") from None
-    height, width = size
-    scale = min(rgb.width / width, rgb.height / height)  # source pixels a target pixel
-    left, top = (rgb.width - width * scale) / 2, (rgb.height - height * scale) / 2
-    box = (left, top, left + width * scale, top + height * scale)
-    return np.array(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+        return Picture(read_image(data[1:], size, formats=("PNG",)))
+    except ValueError as error:
+        raise MessageError(str(error)) from None
