@@ -47,6 +47,19 @@ def test_products_have_the_gradients_of_the_reference_in_several_pieces():
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["block-causal", "window and sink", "teacher forcing"])
+def test_products_leave_out_what_a_mask_hides_from_whole_runs(name, monkeypatch):
+    mask, sizes = FrameMask(masks(9, 3)[name], 48), []
+    monkeypatch.setattr(ops, "_piece", lambda q, k, v, bias: (sizes.append(q.shape[1] * k.shape[1]), q)[1])
+    q, k, v = (random(1, s, 1, 8, seed=i).requires_grad_() for i, s in enumerate((mask.shape[0], *[mask.shape[1]] * 2)))
+    ops.products(q, k, v, mask)
+    assert sum(sizes) == int(mask.dense.sum()) < mask.dense.numel()
+    monkeypatch.undo()
+    found = [torch.autograd.grad(f(q, k, v, mask).square().sum(), (q, k, v)) for f in (ops.products, ops.reference)]
+    for got, wanted in zip(*found):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_products_train_in_half_precision_as_exactly_as_sdpa_does():
     leaves = [random(2, 301, 3, 8, seed=i).requires_grad_() for i in range(3)]
     wanted = torch.autograd.grad(ops.reference(*leaves).square().sum(), leaves)

@@ -17,8 +17,9 @@ from vidistill.ops.masks import FrameMask, frame_mask
 logger = logging.getLogger("vidistill")
 Mask = Tensor | FrameMask | None
 Backend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
-# Numbers of scores where `products` changes its way, and query rows at a time: measured on Zen 5 cores.
-SMALL, KEPT, LONG, ROWS = 2**17, 7 * 2**18, 2**19, 256
+# Numbers of scores where `products` changes its way, query rows at a time, and queries that make a run worth its own
+# products: measured on Zen 5 cores.
+SMALL, KEPT, LONG, ROWS, RUN = 2**17, 7 * 2**18, 2**19, 256, 32
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
@@ -62,17 +63,29 @@ def _long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def _by_runs(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
+    """Attention run by run of alike query frames, over the keys that they see and no others."""
+    queries, keys, seen = mask.runs
+    k_runs, v_runs = k.split(keys, 1), v.split(keys, 1)
+    pieces = zip(q.split(queries, 1), seen, strict=True)
+    return torch.cat(
+        [products(q, *(torch.cat([x[i] for i in which], 1) for x in (k_runs, v_runs))) for q, which in pieces], 1
+    )
+
+
 def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Attention in the open where that beats torch's fused kernel on a CPU with a fast matrix library (`float32`).
 
     That is: whatever is differentiated, up to KEPT scores a head; in float32 also a long chunk over a long memory, and
-    the very small. All else goes to `sdpa`.
+    the very small. All else goes to `sdpa`. What a mask hides from whole runs of frames is never computed.
     """
     b, sq, h, d = q.shape
     size = sq * k.shape[1]
     recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if torch.compiler.is_compiling() or not (recording or q.dtype == torch.float32):
         return sdpa(q, k, v, mask)
+    if mask is not None and sq >= RUN * len((mask := frame_mask(mask)).runs[0]):
+        return _by_runs(q, k, v, mask)
     if size >= LONG and mask is None and not recording:
         return _long(q, k, v)
     if size > KEPT if recording else b * h * size > SMALL:

@@ -54,6 +54,17 @@ class FrameMask:
         return self._form("additive", lambda: torch.where(self.dense, 0.0, float("-inf")))
 
     @property
+    def runs(self) -> tuple[list[int], list[int], list[list[int]]]:
+        """Tokens of each run of alike query frames, of each run of alike key frames, and which key runs a query run sees."""
+        return self._form("runs", self._runs)
+
+    def _runs(self) -> tuple[list[int], list[int], list[list[int]]]:
+        rows, queries = torch.unique_consecutive(self.seen, dim=0, return_counts=True)
+        columns, keys = torch.unique_consecutive(rows, dim=1, return_counts=True)
+        seen = [[i for i, yes in enumerate(row) if yes] for row in columns.tolist()]
+        return (queries * self.tokens).tolist(), (keys * self.tokens).tolist(), seen
+
+    @property
     def block(self) -> Any:
         """Block-sparse form for flex attention: blocks that nobody looks at are never computed."""
         return self._form("block", self._block)
