@@ -84,13 +84,14 @@ def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if torch.compiler.is_compiling() or not (recording or q.dtype == torch.float32):
         return sdpa(q, k, v, mask)
-    if mask is not None and sq >= RUN * len((mask := frame_mask(mask)).runs[0]):
+    mask = None if mask is None else frame_mask(mask)
+    if mask is not None and sq >= RUN * len(mask.runs[0]):
         return _by_runs(q, k, v, mask)
     if size >= LONG and mask is None and not recording:
         return _long(q, k, v)
     if size > KEPT if recording else b * h * size > SMALL:
         return sdpa(q, k, v, mask)
-    bias = None if mask is None else frame_mask(mask).additive
+    bias = None if mask is None else mask.additive
     q, k, v = (x.transpose(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
     n = max(1, KEPT // size)
     out = torch.cat([_piece(q[i : i + n], k[i : i + n], v[i : i + n], bias) for i in range(0, b * h, n)])
