@@ -55,6 +55,7 @@ ARROWS: dict[str, set[str]] = {
     | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
     | {"journal", "lora", "stage"},
     "stage": {"objectives", "schedules", "student", "dit", "codecs", "learner", "distributed", "lora"},
+    "prepare": {"checkpoint", "data", "diffusion", "teachers"},
     "journal": {"checkpoint"},
     "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
     "stream": {"rollout", "schedules", "student", "memory", "codecs", "checkpoint", "conditioning", "video", "shapes"},

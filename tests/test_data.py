@@ -151,7 +151,12 @@ def paths(folder, latents, *, clips=5, bar=None, per_shard=2, net=None):
     steps, levels = sampler_levels(NOISE, 4, (1.0, NOISE.warp(0.5)))
     meta = {"clips": clips, "frames": FRAMES, "seed": 1, "sigmas": list(NOISE.steps(steps)), "levels": list(levels)}
     meta |= {"guidance": 2.0, "fps": 17.5, "actions": list(ACTIONS)}
-    write_trajectories(folder, net or random_dit(DIT), Clips(latents), meta, per_shard, bar)
+    recorded = Clips(latents)
+
+    def batch_of(count, i):
+        return recorded.latents(count, FRAMES, 1, i)
+
+    write_trajectories(folder, net or random_dit(DIT), batch_of, meta, per_shard, bar)
     return Clips(folder)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vidistill.codecs import Codec, codec_record, load_codec
+from vidistill.codecs import GEOMETRIES, Codec, codec_record, load_codec, open_codec
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.config import build
 from vidistill.diffusion import NoiseSchedule
@@ -23,9 +23,11 @@ from vidistill.dit import DiTConfig, VideoDiT
 from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
+from vidistill.teachers import load_teacher
 
 FORMAT = 1
 KINDS = ("codec", "teacher", "student")
+HUB = "hf://"  # what a hub id is written with where a path is expected
 
 
 class CheckpointError(ValueError):
@@ -83,7 +85,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load float tensors of any precision into `module`; CheckpointError lists what does not fit."""
+    """Load float tensors of any precision into `module`; CheckpointError lists what does not fit.
+
+    A module on the meta device takes over tensors that have its precision already: nothing is copied.
+    """
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [
@@ -95,7 +100,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> N
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise CheckpointError(f"{where}: {label} weights: {', '.join(names[:5])}{more}")
-    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
+    empty = any(x.is_meta for x in own.values())
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=empty)
 
 
 @dataclass
@@ -203,16 +209,59 @@ def start_pictures(name: str | Path) -> list[Path]:
     return next((sorted(f.glob("*.png")) for f in folders if f.is_dir()), [])
 
 
-def load(name: str | Path, kind: str | None = None) -> Bundle:
-    """The network of a checkpoint in float32, ready to run; CheckpointError names what is wrong with it."""
+def load(name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.float32) -> Bundle:
+    """The network of a checkpoint, ready to run, its weights in `dtype`; CheckpointError names what is wrong with it.
+
+    Published networks come through the same door: a folder (diffusers' layout, or Wan's own) or `hf://ORG/NAME` is a
+    teacher, or a codec if `kind` says so.
+    """
+    if is_published(name):
+        return load_published(str(name), kind, dtype)
     path = locate(name)
     record = read_record(path)
     if kind and record["kind"] != kind:
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
     tensors, _ = read_tensors(beside(path, ".safetensors"))
-    net = rebuild(record, f"{path}.json")
+    with torch.device("meta"):
+        net = rebuild(record, f"{path}.json").to(dtype)
     load_into(net, tensors, str(path))
     return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
+
+
+def is_published(name: str | Path) -> bool:
+    """Whether `name` is a folder, a hub id or a codec file of somebody else; our own checkpoints come first."""
+    path = Path(name)
+    if beside(path.with_suffix("") if path.suffix == ".safetensors" else path, ".json").is_file():
+        return False
+    if str(name).startswith(HUB) or (path.is_dir() and str(name) not in zoo_names()):
+        return True
+    return path.suffix == ".safetensors" and path.stem in GEOMETRIES and path.is_file()
+
+
+def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
+    """A published teacher or codec as a bundle with the record that training and sampling read."""
+    if kind == "student":
+        raise CheckpointError(f"{name} is a published network; make a student of it with `vidistill convert`")
+    try:
+        if kind == "codec" or name.endswith(".safetensors"):
+            codec: Any = open_codec(name.removeprefix(HUB))
+            if codec is None:
+                raise CheckpointError(f"{name} holds no codec: no vae/config.json of diffusers")
+            return Bundle(Path(name).name, "codec", codec.eval().requires_grad_(False), {"kind": "codec"})
+        teacher = load_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."))
+    except (FileNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {error}") from error
+    record = {
+        "kind": "teacher",
+        "shape": asdict(teacher.shape),
+        "noise": asdict(teacher.noise),
+        "guidance": teacher.guidance,
+        "codec": name if name.startswith(HUB) or (Path(name) / "vae").is_dir() else teacher.codec,
+        "card": {"source": teacher.name},
+    }
+    if isinstance(teacher.net, VideoDiT):
+        record["dit"] = asdict(teacher.net.cfg)
+    return Bundle(Path(name).name, "teacher", teacher.net, record)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -252,6 +301,11 @@ def load_codec_of(bundle: Bundle) -> Codec:
     name = bundle.record["codec"]
     if not name:
         raise CheckpointError(f"{bundle.name} names no codec: its latents cannot be decoded")
+    if name in GEOMETRIES:
+        raise CheckpointError(
+            f"{bundle.name} says that its codec is {name!r}, which is not bundled: write the path of one, a diffusers "
+            f"folder with `vae` or a file such as taew2_1.safetensors, as `codec` into {bundle.name}.json"
+        )
     near = bundle.folder / name
     codec: Codec = load(near if beside(near, ".json").is_file() else name, "codec").net
     return codec

@@ -129,6 +129,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, video
     from vidistill.conditioning import parse_script
     from vidistill.stream import StreamConfig, StreamSession
+    from vidistill.teachers.text import prompt_tokens
 
     bundle = load_fast(args)
     codec = checkpoint.load_codec_of(bundle)
@@ -137,7 +138,7 @@ def run_generate(args: argparse.Namespace) -> None:
     image = video.read_image(picture, size) if picture and bundle.schedule.given_chunks else None
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
         if args.prompt:
-            session.set(prompt=args.prompt)
+            session.set(tokens=prompt_tokens(bundle.record, args.prompt))
         total = max(1, round(args.seconds * session.fps))
         frames = session.record(total, parse_script(args.action))
         video.write_video(args.out, frames, session.fps, scale=args.scale)
@@ -268,7 +269,8 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--family", help="format of the source, e.g. self-forcing, causvid, longlive, diagonal, livetalk")
     p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
     p.add_argument("--size", type=sides, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)")
-    p.add_argument("--codec", default="wan", help="its codec (default: wan)")
+    p.add_argument("--codec", default="wan", help="its codec: a diffusers folder with `vae`, hf://ORG/NAME, or a file")
+    p.add_argument("--text", help="its text encoder: a diffusers folder or hub id with text_encoder and tokenizer")
     p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
     p.add_argument("--lora", type=Path, help="adapter file to merge")
     p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
@@ -301,6 +303,7 @@ def run_convert(args: argparse.Namespace) -> None:
         args.out,
         size=args.size,
         codec=args.codec,
+        text=args.text,
         allow_pickle=args.allow_pickle,
         heads=args.heads,
         entry=args.entry,
@@ -323,6 +326,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
     doom.set_defaults(run=run_data_doom)
     add_trajectories(kinds)
+    add_prompts(kinds)
     return p
 
 
@@ -335,7 +339,9 @@ def add_trajectories(kinds: Any) -> None:
     )
     p.add_argument("out", type=Path, help="folder to write")
     p.add_argument("--teacher", required=True, help="a bundled name or the path of a teacher")
-    p.add_argument("--data", type=Path, required=True, help="latents whose start pictures and actions are used")
+    p.add_argument(
+        "--data", type=Path, required=True, help="latents whose start pictures and actions are used; prompts"
+    )
     p.add_argument("--clips", type=count, default=1024, help="trajectories (default: 1024)")
     p.add_argument("--frames", type=count, help="latents a clip (default: what the teacher was trained on)")
     p.add_argument(
@@ -346,41 +352,44 @@ def add_trajectories(kinds: Any) -> None:
     )
     p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
     p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
+    p.add_argument("--size", type=sides, default=(480, 832), help="pixels, where the data are prompts (480x832)")
+    p.add_argument("--at-once", type=count, default=64, help="clips sampled together, a file each time (default: 64)")
+    p.add_argument("--half", action="store_true", help="compute in bf16")
     p.set_defaults(run=run_data_trajectories)
 
 
 def run_data_trajectories(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from vidistill import prepare
 
-    from vidistill import checkpoint, data
-    from vidistill.diffusion import NoiseSchedule
+    if not is_there(args.out):
+        print(prepare.trajectories(**kwargs_of(args)))
 
-    if is_there(args.out):
-        return
-    teacher = checkpoint.load(args.teacher, "teacher")
-    clips = data.Clips(args.data)
-    clips.need("latents")
-    takes, has = teacher.net.cfg.channels, clips.latent_size[0]
-    if takes != has:
-        raise ValueError(f"{args.teacher} takes latents of {takes} channels, {args.data} holds {has}")
-    noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
-    wanted = args.levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25))
-    steps, levels = data.sampler_levels(noise, args.steps, wanted)
-    guidance = teacher.record.get("guidance", 1.0) if args.guidance is None else args.guidance
-    meta: dict[str, Any] = {
-        **{k: clips.meta[k] for k in ("source", "split", "fps", "actions", "px_size", "codec") if k in clips.meta},
-        "teacher": args.teacher,
-        "clips": args.clips,
-        "frames": args.frames or teacher.record["shape"]["frames"],
-        "seed": args.seed,
-        "sigmas": list(noise.steps(steps)),
-        "levels": list(levels),
-        "guidance": guidance,
-    }
-    with tqdm(total=args.clips, desc="trajectories", disable=None) as bar:
-        data.write_trajectories(args.out, teacher.net, clips, meta, bar=bar)
-    shown = ",".join(f"{level:.4f}" for level in levels)
-    print(f"{args.out}: {args.clips} trajectories of {steps} steps, levels {shown}")
+
+def add_prompts(kinds: Any) -> None:
+    p = kinds.add_parser(
+        "prompts",
+        help="text alone, for students that learn without recorded video",
+        description="Encode a list of prompts once, so that training needs no text encoder. Resumes after a stop.",
+        epilog="example: vidistill data prompts data/wan/prompts --file prompts.txt --text Wan2.1-T2V-1.3B-Diffusers",
+    )
+    p.add_argument("out", type=Path, help="folder to write")
+    p.add_argument("--file", type=Path, required=True, help="text file, one prompt a line")
+    p.add_argument("--text", required=True, help="diffusers folder or hub id that has text_encoder and tokenizer")
+    p.add_argument("--negative", default="", help="what guidance is taken against (default: the empty prompt)")
+    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
+    p.set_defaults(run=run_data_prompts)
+
+
+def run_data_prompts(args: argparse.Namespace) -> None:
+    from vidistill import prepare
+
+    if not is_there(args.out):
+        print(prepare.prompts(**kwargs_of(args)))
+
+
+def kwargs_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a command of `data`, without those of the command line itself."""
+    return {k: v for k, v in vars(args).items() if k not in ("command", "kind", "run", "verbose")}
 
 
 def is_there(folder: Path) -> bool:

@@ -14,7 +14,8 @@ from vidistill.interop.formats import Published, read_student, write_student
 from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 
-PIXELS_PER_LATENT = 8
+PIXELS_PER_LATENT, FRAMES_PER_LATENT = 8, 4
+FPS = 16.0  # of every Wan 2.1 network
 
 
 def student_of(published: Published, height: int, width: int, frames: int = TRAINED_FRAMES) -> CausalStudent:
@@ -35,6 +36,8 @@ def convert(
     size: tuple[int, int] = (480, 832),
     frames: int = TRAINED_FRAMES,
     codec: str = "wan",
+    text: str | None = None,
+    text_tokens: int = 512,
     allow_pickle: bool = False,
     heads: int = 0,
     entry: str | None = None,
@@ -43,8 +46,9 @@ def convert(
 ) -> dict[str, Any]:
     """Write the published student at `path` as our checkpoint OUT.safetensors and OUT.json; returns its card.
 
-    `name` is its family, `size` the pixels (height, width) it will stream. Weights keep their precision. Raises
-    ValueError, as `read_student` does, before anything is written.
+    `name` is its family, `size` the pixels (height, width) it will stream, `codec` and `text` where the codec and the
+    text encoder (padded to `text_tokens`) of its world are found, both kept as paths or hub ids. Weights keep their
+    precision. Raises ValueError, as `read_student` does, before anything is written.
     """
     published = read_student(path, name, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora)
     if any(side % PIXELS_PER_LATENT for side in size):
@@ -55,6 +59,8 @@ def convert(
         "schedule": asdict(published.family.schedule(given_chunks)),
         "noise": asdict(NoiseSchedule(shift=published.family.shift)),
         "codec": codec,
+        "text": {"source": text, "length": text_tokens} if text else None,
+        "world": {"fps": FPS, "temporal": FRAMES_PER_LATENT},
         "card": card,
         "published": {"family": name, "entry": published.entry, "names": published.names},
     }

@@ -1,10 +1,12 @@
 """Recorded clips on disk and in batches: frame shards, latent shards, an order that needs no state to resume."""
 
+import bisect
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,30 +123,119 @@ def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Itera
             raise DataError(f"{path} is missing, damaged or lacks {names} ({error}); make the data again") from error
 
 
-class Clips:
-    """Episodes in memory, drawn as random windows; batch number `step` depends on (seed, step) alone."""
+def open_data(folder: str | Path, episodes: int = 0, prompts: bool = True) -> "Clips | Prompts":
+    """The data in a folder: recorded clips or, where `prompts` alone will do, those; else they are a DataError."""
+    if PROMPTS not in read_meta(folder):
+        return Clips(folder, episodes=episodes)
+    if not prompts:
+        raise DataError(f"{folder} holds prompts alone, clips are needed here: `vidistill data --help`")
+    return Prompts(folder, episodes)
 
-    def __init__(self, folder: str | Path, names: Iterable[str] | None = None, episodes: int = 0) -> None:
-        """`episodes`: how many to load, from the first (rounded up to whole shards); 0 loads all."""
-        self.folder = Path(folder)
-        self.meta = read_meta(folder)
-        parts, count = [], 0
-        for part in read_shards(folder, names):
-            parts.append(part)
-            count += len(next(iter(part.values())))
-            if episodes and count >= episodes:
-                break
-        self.tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+PROMPTS = "prompts"  # of meta: the prompts, and in NAMES the file of each under TOKENS
+NAMES, TOKENS = "names", "tokens"
+
+
+def write_prompts(
+    folder: str | Path, prompts: Sequence[str], negative: str, cache: Any, meta: Mapping, bar: Any = None
+) -> None:
+    """Write a folder of prompts whose embeddings `cache` (a `teachers.text.TextCache` on FOLDER/tokens) makes.
+
+    Stopped and started again it goes on after the last embedding. `negative`: what guidance is taken against.
+    """
+    if not prompts:
+        raise DataError(f"{folder} would hold no prompts; give at least one")
+    cache.encode([negative])
+    for prompt in prompts:
+        cache.encode([prompt])
+        if bar is not None:
+            bar.update()
+    names = [cache.path(prompt).name for prompt in (negative, *prompts)]
+    record = {**meta, PROMPTS: list(prompts), "negative": negative, NAMES: names[1:], "negative_name": names[0]}
+    record |= {"text": {"source": cache.source, "length": cache.length}, "episodes": len(prompts)}
+    partial = Path(folder) / f"{META}.tmp"
+    partial.write_text(json.dumps(record))
+    os.replace(partial, Path(folder) / META)
+
+
+class Prompts:
+    """Prompts with their embeddings on disk, for students that learn without recorded video."""
+
+    kind, given = PROMPTS, 0
+
+    def __init__(self, folder: str | Path, episodes: int = 0) -> None:
+        """`episodes`: how many prompts to use, from the first; 0 uses all."""
+        self.folder, self.meta = Path(folder), read_meta(folder)
+        self.names = self.meta[NAMES][: episodes or None]
 
     def __len__(self) -> int:
-        return next(iter(self.tensors.values())).shape[0]
+        return len(self.names)
+
+    def width_of(self, name: str) -> int:
+        """Numbers in a row of `tokens`; prompts come with nothing else."""
+        return self.tokens(self.names[0]).shape[-1] if name == "tokens" else 0
+
+    def tokens(self, name: str) -> Tensor:
+        """Embedding [L, D] of a file, zero after the prompt's end."""
+        path = self.folder / TOKENS / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                tokens = file.get_tensor("tokens").float()
+        except (SafetensorError, FileNotFoundError) as error:
+            raise DataError(f"{path} is missing or damaged ({error}); run `vidistill data prompts` again") from error
+        return torch.nn.functional.pad(tokens, (0, 0, 0, self.meta["text"]["length"] - len(tokens)))
+
+    def batch(self, batch: int, frames: int, size: tuple[int, int, int], seed: int, step: int) -> Batch:
+        """Clips [B, frames, *size] of zeros under random prompts; batch number `step` depends on (seed, step) alone."""
+        picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch)
+        tokens = torch.stack([self.tokens(self.names[k]) for k in picked])
+        negative = self.tokens(self.meta["negative_name"])[None].expand_as(tokens)
+        return Batch(torch.zeros(()).expand(batch, frames, *size), Condition(tokens, negative=negative))
+
+
+class Clips:
+    """Episodes on disk, drawn as random windows; batch number `step` depends on (seed, step) alone.
+
+    Shards are mapped, not read: only what is drawn comes into memory. Beside frames, latents or states an episode may
+    have `actions` (one a latent) and `tokens` [L, D] of its prompt.
+    """
+
+    def __init__(self, folder: str | Path, names: Iterable[str] | None = None, episodes: int = 0) -> None:
+        """`episodes`: how many to use, from the first (rounded up to whole shards); 0 uses all."""
+        self.folder = Path(folder)
+        self.meta = read_meta(folder)
+        self.parts: list[dict[str, Tensor]] = []
+        self.ends: list[int] = []  # episodes up to and with each part
+        for part in read_shards(folder, names):
+            self.parts.append(part)
+            self.ends.append(len(next(iter(part.values()))) + (self.ends[-1] if self.ends else 0))
+            if episodes and self.ends[-1] >= episodes:
+                break
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in memory, shards joined."""
+        return {name: torch.cat([p[name] for p in self.parts]) for name in self.parts[0]}
+
+    def episode(self, name: str, k: int) -> Tensor:
+        """Tensor `name` of episode `k`, mapped."""
+        i = bisect.bisect_right(self.ends, k)
+        return self.parts[i][name][k - (self.ends[i - 1] if i else 0)]
+
+    @property
+    def given(self) -> int:
+        """Latents at the start of a clip that are known: 1, the picture it starts from, unless the data says so."""
+        return self.meta.get("given", 1)
 
     @property
     def kind(self) -> str:
         """What an episode is: `frames` (pixels), `latents`, or `trajectories` of a teacher."""
-        if "states" in self.tensors:
+        if "states" in self.parts[0]:
             return "trajectories"
-        return "latents" if "latents" in self.tensors else "frames"
+        return "latents" if "latents" in self.parts[0] else "frames"
 
     def need(self, kind: str) -> None:
         """Raise DataError unless the episodes are of this kind."""
@@ -154,14 +245,30 @@ class Clips:
     @property
     def latent_size(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent frame."""
-        channels, height, width = self.tensors["states" if self.kind == "trajectories" else "latents"].shape[-3:]
+        if self.kind == "frames":
+            self.need("latents")
+        channels, height, width = self.parts[0]["states" if self.kind == "trajectories" else "latents"].shape[-3:]
         return channels, height, width
+
+    def width_of(self, name: str) -> int:
+        """Numbers in a row of `actions` or `tokens`; 0 if episodes have none."""
+        return self.parts[0][name].shape[-1] if name in self.parts[0] else 0
+
+    def condition(self, windows: Iterable[tuple[int, int]], length: int) -> Condition:
+        """What (episode, first latent) windows of `length` latents are told."""
+        picked, tokens, per_frame = list(windows), None, {}
+        if self.width_of("actions"):
+            rows = [self.episode("actions", e)[s : s + length] for e, s in picked]
+            per_frame[ACTION_SITE] = torch.stack(rows).float()
+        if self.width_of("tokens"):
+            tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
+        return Condition(tokens, per_frame)
 
     def windows(
         self, batch: int, length: int, seed: int, step: int, name: str, stride: int = 1
     ) -> list[tuple[int, int]]:
         """(episode, first frame) of `batch` windows of `length` entries of tensor `name`, starts on `stride`."""
-        total = self.tensors[name].shape[1]
+        total = self.parts[0][name].shape[1]
         if length > total:
             raise DataError(f"clips of {length} frames do not fit episodes of {total}; record longer ones")
         rng = np.random.default_rng((seed, step))
@@ -171,32 +278,37 @@ class Clips:
     def frames(self, batch: int, length: int, seed: int, step: int) -> Tensor:
         """Pixels [B, length, 3, H, W] in [0, 1] of random windows of a frame dataset."""
         self.need("frames")
-        frames = self.tensors["frames"]
-        picked = [frames[e, s : s + length] for e, s in self.windows(batch, length, seed, step, "frames")]
+        windows = self.windows(batch, length, seed, step, "frames")
+        picked = [self.episode("frames", e)[s : s + length] for e, s in windows]
         return torch.stack(picked).permute(0, 1, 4, 2, 3).float() / 255
 
     def latents(self, batch: int, length: int, seed: int, step: int) -> Batch:
-        """Windows of a latent dataset that start from a picture: latent 0 is the codec's latent of one frame."""
+        """Windows of a latent dataset that start from a picture: latent 0 is the codec's latent of one frame.
+
+        Where the data are trajectories the teacher's samples are the clips.
+        """
+        if self.kind == "trajectories":
+            whole = self.trajectories(batch, seed, step)
+            if whole.x.shape[2] != length:
+                raise DataError(f"{self.folder} holds clips of {whole.x.shape[2]} latents, not {length}")
+            return replace(whole, x=whole.x[:, -1])
         self.need("latents")
         return self.gather(self.windows(batch, length, seed, step, "latents"), length)
 
     def trajectories(self, batch: int, seed: int, step: int) -> Batch:
         """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at K levels, falling, then the sample."""
         self.need("trajectories")
-        picked = torch.from_numpy(np.random.default_rng((seed, step)).integers(0, len(self), size=batch))
-        cond = Condition(per_frame={ACTION_SITE: self.tensors["actions"][picked].float()})
-        return Batch(self.tensors["states"][picked].float(), cond, given=1)
+        picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch).tolist()
+        states = torch.stack([self.episode("states", k) for k in picked]).float()
+        return Batch(states, self.condition(((k, 0) for k in picked), states.shape[2]), self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
-        latents, cond = [], []
-        for e, s in windows:
-            clip = self.tensors["latents"][e, s : s + length]
-            latents.append(torch.cat((self.tensors["images"][e, s : s + 1].float(), clip[1:].float())))
-            cond.append(self.tensors["actions"][e, s : s + length])
-        return Batch(
-            torch.stack(latents), start_of_clip(Condition(per_frame={ACTION_SITE: torch.stack(cond)})), given=1
-        )
+        latents, picked = [], list(windows)
+        for e, s in picked:
+            clip = self.episode("latents", e)[s : s + length]
+            latents.append(torch.cat((self.episode("images", e)[s : s + 1].float(), clip[1:].float())))
+        return Batch(torch.stack(latents), start_of_clip(self.condition(picked, length)), self.given)
 
 
 def start_of_clip(cond: Condition) -> Condition:
@@ -256,19 +368,24 @@ def trajectory_states(
     net: Denoiser, batch: Batch, sigmas: Iterable[float], levels: Iterable[float], scale: float, rng: torch.Generator
 ) -> Tensor:
     """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
-    noise = torch.randn(batch.x.shape, generator=rng)
+    noise = torch.randn(batch.x.shape, generator=rng).to(batch.x.device)
     given, kept = batch.x[:, : batch.given], {*levels, 0.0}
     path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=[batch.cond.null()], scales=[scale])
-    return torch.stack([x.half() for sigma, x in path if sigma in kept], dim=1)
+    return torch.stack([x.half().cpu() for sigma, x in path if sigma in kept], dim=1)
 
 
 def write_trajectories(
-    folder: str | Path, net: Denoiser, clips: Clips, meta: Mapping[str, Any], per_shard: int = 64, bar: Any = None
+    folder: str | Path,
+    net: Denoiser,
+    batch_of: Callable[[int, int], Batch],
+    meta: Mapping[str, Any],
+    per_shard: int = 64,
+    bar: Any = None,
 ) -> None:
     """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
 
-    `meta` holds `frames`, `seed`, `sigmas`, `levels` and `guidance`. Clip i depends on (seed, i // per_shard) alone.
-    Source: CausVid 2412.07772, section 4.3.
+    `batch_of(size, i)` makes the clips of shard i, which are sampled together; their `given` must be `meta["given"]`.
+    `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
     """
     partial, total = partial_of(folder), meta["clips"]
     settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
@@ -280,10 +397,14 @@ def write_trajectories(
     for i in range(shards):
         size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
         if not path.is_file():
-            batch = clips.latents(size, meta["frames"], meta["seed"], i)
+            batch = batch_of(size, i)
             rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
             states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng)
-            write_shard(path, {"states": states, "actions": batch.cond.per_frame[ACTION_SITE].contiguous()})
+            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
+            kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}
+            if "tokens" in kept:
+                kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
+            write_shard(path, {"states": states, **kept})
         if bar is not None:
             bar.update(size)
     finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)

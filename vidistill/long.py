@@ -124,7 +124,7 @@ class LongRollout:
         picture = kept[:, :1] if self.repicture is None else self.repicture(self.tail[:, : new + 1])
         self.tail, self.told = torch.cat((kept, out.x0.detach()), dim=1), cond
         out.x0 = torch.cat((picture, kept[:, 1:], out.x0), dim=1)
-        out.batch = Batch(out.x0.detach(), start_of_clip(cond), given=1)
+        out.batch = Batch(out.x0.detach(), start_of_clip(cond), given=batch.given)
         out.skipped = self.length - frames
         return out
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.dit import DiTConfig
@@ -11,15 +13,18 @@ from vidistill.objectives import OBJECTIVES, LossConfig
 from vidistill.schedules import ScheduleConfig
 from vidistill.student import StudentConfig
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One stage. `init` names the checkpoint the student starts from, `teacher` what it learns from; both are optional.
 
-    A student without `init` starts from the teacher. For objectives that score the student's own rollouts (dmd, sid):
-    `on_policy` false takes its predictions from noised real latents instead (CausVid); `replay` runs the rollout again
-    chunk by chunk for its gradient, so that peak memory is one chunk's; `long_frames` continues one stream from step to
-    step up to so many latents. A stream restarts after every save: what a step sees depends on its number alone.
+    Either may also be a published network: a folder in diffusers' or Wan's own layout, or hf://ORG/NAME. A student
+    without `init` starts from the teacher. For objectives that score the student's own rollouts (dmd, sid): `on_policy`
+    false takes its predictions from noised real latents instead (CausVid); `replay` runs the rollout again chunk by
+    chunk for its gradient, so that peak memory is one chunk's; `long_frames` continues one stream from step to step up
+    to so many latents. A stream restarts after every save: what a step sees depends on its number alone.
     """
 
     name: str
@@ -35,6 +40,7 @@ class TrainConfig:
     init: str | None = None
     teacher: str | None = None
     codec: str | None = None  # name of the codec whose latents the data holds
+    latent_size: tuple[int, int] = (0, 0)  # height and width of latents, where the data are prompts alone
     codec_config: TinyCodecConfig = TinyCodecConfig()
     dit: DiTConfig = DiTConfig()
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -53,6 +59,7 @@ class TrainConfig:
     ema: float = 0.999
     ema_start: int = 0
     precision: str = "fp32"
+    teacher_precision: str = "fp32"  # of the frozen teacher's weights
     compile: bool = False  # torch.compile the blocks around their attention
     threads: int = 0  # 0: all
     out: str = "runs"
@@ -62,8 +69,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision {self.precision!r} is unknown; choose fp32 or bf16")
+        for name in ("precision", "teacher_precision"):
+            if getattr(self, name) not in PRECISIONS:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose fp32 or bf16")
+        if self.teacher_precision == "bf16" and self.precision != "bf16":
+            raise ValueError("a teacher in bf16 needs precision=bf16 around it")
         for name in ("steps", "batch", "accumulate", "frames", "critic_steps", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from vidistill import checkpoint, distributed
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning import ACTION_SITE
-from vidistill.data import LEVEL_TOLERANCE, Batch, Clips
+from vidistill.data import LEVEL_TOLERANCE, NAMES, PROMPTS, Batch, Clips, Prompts, open_data
 from vidistill.diffusion import NoiseSchedule
 from vidistill.dit import DiTConfig, VideoDiT, recomputing
 from vidistill.journal import Journal
@@ -25,7 +25,7 @@ from vidistill.lora import LoraConfig, add_lora, merge_lora
 from vidistill.objectives import OBJECTIVES, Loss, MotionHead, Roles, noised_sample
 from vidistill.sampling import sample as sample_teacher
 from vidistill.shapes import LatentShape
-from vidistill.stage import TrainConfig
+from vidistill.stage import PRECISIONS, TrainConfig
 from vidistill.student import CausalStudent
 
 log = logging.getLogger("vidistill")
@@ -49,7 +49,8 @@ class Trainer:
         self.journal = Journal(self.folder / METRICS)
         self.step_count = 0
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
-        self.clips = Clips(cfg.data, episodes=cfg.episodes)
+        rolls = self.objective.on_policy and cfg.on_policy
+        self.data = open_data(cfg.data, cfg.episodes, prompts=rolls)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
         self.teacher_noise = cfg.loss.noise
         torch.manual_seed(cfg.seed)
@@ -60,7 +61,6 @@ class Trainer:
         critic, motion = self.roles.critic, self.roles.motion
         self.critic = None if critic is None else Learner(critic, cfg.critic_optim, max(1, cfg.steps - updates))
         self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
-        rolls = self.objective.on_policy and cfg.on_policy
         self.samplers = [self.make_sampler() if rolls else None for _ in self.parts]  # one a micro-batch
         self.sampler = self.samplers[0]
 
@@ -91,15 +91,13 @@ class Trainer:
         if cfg.objective == "codec":
             codec = checkpoint.load(cfg.init, "codec").net if cfg.init else TinyCodec(cfg.codec_config)
             return Roles(codec.requires_grad_(True).train()), None
-        self.clips.need("trajectories" if cfg.objective == "regression" else "latents")
-        channels, height, width = self.clips.latent_size
         name = cfg.init or cfg.teacher
         net = self.load(name) if name else VideoDiT(cfg.dit)
-        if isinstance(net, TinyCodec):
-            raise checkpoint.CheckpointError(f"{name} is a codec, a teacher or student is needed here")
-        dit = net.net.cfg if isinstance(net, CausalStudent) else net.cfg
+        if not isinstance(core(net), VideoDiT):
+            raise checkpoint.CheckpointError(f"{name} is a {type(net).__name__}; one network is needed to start from")
+        dit = core(net).cfg
         self.check_network(name or "dit", dit)
-        shape = LatentShape(cfg.frames, channels, height, width, dit.patch)
+        shape = LatentShape(cfg.frames, *self.latent_size(dit.channels), dit.patch)
         if cfg.objective == "flow":
             return Roles(net.requires_grad_(True).train()), shape
         inner = net.net if isinstance(net, CausalStudent) else net
@@ -107,12 +105,16 @@ class Trainer:
         if not self.objective.critic:
             return Roles(student), shape
         assert cfg.teacher
-        teacher = checkpoint.load(cfg.teacher, "teacher")
-        critic = self.load(cfg.critic_init or cfg.teacher, "teacher").requires_grad_(True).train()
-        self.check_network(cfg.teacher, teacher.net.cfg)
-        self.check_network(cfg.critic_init or cfg.teacher, critic.cfg)
+        critic_name = cfg.critic_init or cfg.teacher
+        teacher = checkpoint.load(cfg.teacher, "teacher", PRECISIONS[cfg.teacher_precision])
+        critic = self.load(critic_name, "teacher").requires_grad_(True).train()
+        if not isinstance(critic, VideoDiT):
+            raise ValueError(f"{critic_name} is no single network: name one in critic_init for the critic")
+        if isinstance(teacher.net, VideoDiT):
+            self.check_network(cfg.teacher, teacher.net.cfg)
+        self.check_network(critic_name, critic.cfg)
         self.teacher_noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
-        head = MotionHead(channels) if cfg.loss.motion_head else None
+        head = MotionHead(shape.channels) if cfg.loss.motion_head else None
         return Roles(student, teacher.net, critic, head), shape
 
     def load(self, name: str, kind: str | None = None) -> Any:
@@ -120,17 +122,38 @@ class Trainer:
         net = checkpoint.load(name, kind).net
         return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
+    @property
+    def clips(self) -> Clips:
+        """The data of a stage that needs more than prompts."""
+        assert isinstance(self.data, Clips)
+        return self.data
+
+    def latent_size(self, channels: int) -> tuple[int, int, int]:
+        """Channels, height and width of a latent frame: those of the data, those of the stage where it has none."""
+        if not isinstance(self.data, Prompts):
+            return self.data.latent_size
+        if not all(self.cfg.latent_size):
+            raise ValueError(f"{self.cfg.data} holds prompts alone: set latent_size=[HEIGHT, WIDTH], in latents")
+        return (channels, *self.cfg.latent_size)
+
     def check_network(self, name: str, dit: DiTConfig) -> None:
-        """Raise ValueError unless a network takes the latents and actions of this stage's data."""
-        channels, height, width = self.clips.latent_size
+        """Raise ValueError unless a network takes the latents, actions and text of this stage's data."""
+        data, (channels, height, width) = self.cfg.data, self.latent_size(dit.channels)
         if dit.channels != channels or height % dit.patch[1] or width % dit.patch[2]:
             raise ValueError(
-                f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {self.cfg.data} holds "
+                f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {data} holds "
                 f"{channels} x {height} x {width}"
             )
-        dim = self.clips.tensors["actions"].shape[-1]
-        if ACTION_SITE in dit.sites and dit.sites[ACTION_SITE].dim != dim:
-            raise ValueError(f"{name} takes actions of {dit.sites[ACTION_SITE].dim} numbers, {self.cfg.data} has {dim}")
+        wanted = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
+        if wanted and wanted != self.data.width_of("actions"):
+            raise ValueError(f"{name} takes actions of {wanted} numbers, {data} has {self.data.width_of('actions')}")
+        if dit.text_dim and dit.text_dim != self.data.width_of("tokens"):
+            raise ValueError(
+                f"{name} listens to text, {dit.text_dim} numbers a token; {data} has {self.data.width_of('tokens')}: "
+                "make it with `vidistill data prompts`, or from such a folder"
+            )
+        if dit.extra_channels:
+            raise ValueError(f"{name} needs {dit.extra_channels} condition channels; {data} has none to give")
 
     def levels(self) -> tuple[float, ...]:
         """The exact noise levels of the stored trajectories; ValueError if they are not the configured ones."""
@@ -145,11 +168,11 @@ class Trainer:
     def make_sampler(self) -> LongRollout:
         """What makes the student's rollouts."""
         cfg, student = self.cfg, self.roles.student
-        given = whole_chunks(student, 1)  # a clip starts from one picture
+        given = whole_chunks(student, self.data.given)
         if cfg.schedule.given_chunks != given:
             raise ValueError(
-                f"schedule.given_chunks must be {given}: clips start from one given latent, and the first chunk has "
-                f"{student.first_frame(1)}"
+                f"schedule.given_chunks must be {given}: clips of {cfg.data} start from {self.data.given} given "
+                f"latents, and the first chunk has {student.first_frame(1)}"
             )
         student.num_chunks(cfg.frames)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
@@ -173,6 +196,9 @@ class Trainer:
             return Batch(self.clips.frames(cfg.batch, cfg.frames, cfg.seed, step))
         if cfg.objective == "regression":
             return self.clips.trajectories(cfg.batch, cfg.seed, step)
+        if isinstance(self.data, Prompts) and self.shape is not None:
+            size = (self.shape.channels, self.shape.height, self.shape.width)
+            return self.data.batch(cfg.batch, cfg.frames, size, cfg.seed, step)
         return self.clips.latents(cfg.batch, cfg.frames, cfg.seed, step)
 
     def sample(self, batch: Batch, rng: torch.Generator, grad: bool) -> Rollout:
@@ -364,7 +390,7 @@ class Trainer:
             "steps": cfg.steps,
             "seed": cfg.seed,
             "parents": [p for p in (cfg.init, cfg.teacher) if p],
-            "data": {k: v for k, v in self.clips.meta.items() if k not in ("described",)},
+            "data": {k: v for k, v in self.data.meta.items() if k not in ("described", PROMPTS, NAMES)},
             "hours": round((self.spent + time.time() - self.started) / 3600, 3),
             "commit": checkpoint.git_commit(),
             "train": asdict(cfg),
@@ -372,13 +398,15 @@ class Trainer:
         if cfg.objective == "codec":
             return {"card": card}
         assert self.shape is not None
-        world = {k: self.clips.meta[k] for k in ("fps", "actions", "px_size") if k in self.clips.meta}
+        meta = self.data.meta
+        world = {k: meta[k] for k in ("fps", "actions", "px_size", "temporal") if k in meta}
         return {
             "shape": asdict(self.shape),
             "noise": asdict(cfg.loss.noise),
             "guidance": cfg.loss.guidance if cfg.objective == "flow" else 1.0,  # what a sampler should use
             "schedule": asdict(cfg.schedule),
             "codec": cfg.codec,
+            "text": meta.get("text"),
             "world": world,
             "card": card,
         }

@@ -64,6 +64,19 @@ def load_codec(codec: str | Mapping[str, Any] | CodecConfig, weights: str | Path
     return load(cfg, weights)
 
 
+def open_codec(source: str | Path) -> Codec | None:
+    """A published codec: a diffusers folder or hub id (the autoencoder itself, or what has it as `vae`), or a
+    safetensors file named as its geometry, e.g. taew2_1.safetensors; None for a folder that holds none.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix == ".safetensors" and path.stem in GEOMETRIES:
+        return load_codec(path.stem, path)
+    if path.is_dir():
+        inside = next((f for f in (path / "vae", path) if (f / "config.json").is_file()), None)
+        return None if inside is None else WanCodec.from_pretrained(inside)
+    return WanCodec.from_pretrained(source, subfolder="vae")
+
+
 def codec_record(codec: Codec) -> dict[str, Any]:
     """The codec's family and config as plain values for JSON; `load_codec` accepts it."""
     return {"family": _family(codec.cfg), **asdict(codec.cfg)}

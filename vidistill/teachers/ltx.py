@@ -22,6 +22,15 @@ class LTX(nn.Module):
         super().__init__()
         self.net, self.scale = net, (TEMPORAL / fps, SPATIAL, SPATIAL)
 
+    @property
+    def blocks(self) -> Any:
+        return self.net.transformer_blocks
+
+    def compile_regions(self) -> None:
+        """Compile each block as a whole."""
+        for block in self.blocks:
+            block.compile()
+
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity [B, F, C, H, W]; condition tokens [B, L, D] that are all zero are padding."""
         if cond.tokens is None:

@@ -3,8 +3,9 @@
 import hashlib
 import html
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,35 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
+def cache_folder() -> Path:
+    """Where embeddings of streamed prompts stay: under the user's cache directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidistill" / "text"
+
+
+def prompt_tokens(record: Mapping[str, Any], prompt: str, folder: Path | None = None) -> Tensor:
+    """Tokens [L, D] of `prompt` for the network of a checkpoint `record`; ValueError if it takes no prompts."""
+    if not record["dit"]["text_dim"]:
+        raise ValueError("this student does not cross-attend: it takes no prompt")
+    if not record.get("text"):
+        raise ValueError(
+            "this student does not say which text encoder it listens to: convert it with --text, a diffusers folder or "
+            "hub id that has text_encoder and tokenizer"
+        )
+    cache = TextCache(record["text"]["source"], folder or cache_folder(), length=record["text"]["length"])
+    return cache.encode([prompt])[0]
+
+
+def padded(tokens: Tensor, length: int) -> Tensor:
+    """`tokens` [l, D] with zeros behind, [length, D]."""
+    return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))
+
+
 class TextCache:
     """Embeddings of prompts [B, L, D], zero after the prompt's end. The encoder is loaded for a new prompt only.
 
     `source`: a diffusers folder or hub id that has `text_encoder` and `tokenizer`. `folder`: where embeddings stay, one
-    safetensors file a prompt, named by a hash of source, length and prompt.
+    safetensors file a prompt that holds `tokens` [l <= L, D] up to the prompt's end, named by a hash of source, length
+    and prompt.
     """
 
     def __init__(
@@ -56,7 +81,7 @@ class TextCache:
         for prompt in dict.fromkeys(prompts):
             if not self.path(prompt).is_file():
                 self._store(prompt)
-        return torch.stack([load_file(self.path(prompt))["tokens"].float() for prompt in prompts])
+        return torch.stack([padded(load_file(self.path(p))["tokens"].float(), self.length) for p in prompts])
 
     def release(self) -> None:
         """Forget the encoder; embeddings on disk stay usable."""
@@ -74,7 +99,7 @@ class TextCache:
         ).to(self.device)
         with torch.no_grad():
             hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
-        hidden = torch.where(batch.attention_mask[0, :, None].bool(), hidden, torch.zeros_like(hidden))
+        hidden = hidden[: int(batch.attention_mask[0].sum())]
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.path(prompt).with_suffix(".tmp")
         save_file({"tokens": hidden.cpu().contiguous()}, partial)

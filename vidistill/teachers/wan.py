@@ -26,6 +26,7 @@ PAIRS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model
 BOUNDARY = {False: 0.875, True: 0.9}  # Wan2.2: the level where experts change, by whether an image is given
 VAE_FACTORS = {16: (8, "wan"), 48: (16, "wan2_2")}  # latent channels -> pixels a side of a latent, codec
 SHIFT = 5.0  # Wan's default; a scheduler config in the folder overrides it
+GUIDANCE = 5.0  # Wan's default
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class Experts(nn.Module):
     @property
     def cfg(self) -> DiTConfig:
         return self.high.cfg
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.high.blocks, *self.low.blocks]
+
+    def compile_regions(self) -> None:
+        self.high.compile_regions()
+        self.low.compile_regions()
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity [B, F, C, H, W]; each clip goes to the expert of its highest level."""
@@ -93,7 +102,7 @@ def load(source: str | Path, **options: Any) -> Teacher:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     shift = cfg.shift or scheduler.get("flow_shift") or SHIFT
     shape = LatentShape(cfg.frames, channels, cfg.height // side, cfg.width // side, patch=nets[0].cfg.patch)
-    return Teacher(net, NoiseSchedule(shift=shift), shape, codec, str(source))
+    return Teacher(net, NoiseSchedule(shift=shift), shape, codec, str(source), GUIDANCE)
 
 
 @dataclass(frozen=True)
