@@ -61,7 +61,9 @@ def add_train(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("config", help="YAML of the stage")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=1e-4")
-    p.add_argument("--dry-run", action="store_true", help="check the config and print it whole, train nothing")
+    p.add_argument(
+        "--dry-run", action="store_true", help="run the stage once on tiny random networks, say what it would take"
+    )
     p.set_defaults(run=run_train)
     return p
 
@@ -74,7 +76,10 @@ def run_train(args: argparse.Namespace) -> None:
 
     cfg = load_config(TrainConfig, args.config, args.overrides)
     if args.dry_run:
-        print(json.dumps(asdict(cfg), indent=1))
+        from vidistill import dryrun
+
+        row = dryrun.rehearse(cfg)
+        print(dryrun.report(row), json.dumps(row), sep="\n")
         return
     with distributed.group():
         path = train(cfg)

@@ -44,6 +44,13 @@ NETWORKS: dict[str, DiTConfig] = {
     "wan-5b": replace(WAN, channels=48, width=3072, layers=30, heads=24, ffn=14336),
     "wan-14b-i2v": replace(WAN, width=5120, layers=40, heads=40, ffn=13824, extra_channels=20, image_dim=1280),
 }
+FOLDERS = {  # what published folders and hub ids are called -> network
+    "wan2.1-t2v-1.3b": "wan-1.3b",
+    "wan2.1-t2v-14b": "wan-14b",
+    "wan2.1-i2v-14b": "wan-14b-i2v",
+    "wan2.2-ti2v-5b": "wan-5b",
+    "wan2.2-t2v-a14b": "wan-14b",
+}
 SIZES = {"wan-5b": (44, 80)}  # latent height and width where it is not 480x832 at 8 pixels a latent
 DEFAULT_SIZE = (60, 104)
 
@@ -71,6 +78,11 @@ PUBLISHED = (
     Published("LiveTalk", "wan-1.3b", "livetalk", "H100", 24.82, 0.33, "2512.23576", size=(64, 64)),
     Published("Krea realtime", "wan-14b", "self-forcing", "B200", 11.0, 1.0, "Krea blog"),
 )
+
+
+def network_called(source: str) -> str | None:
+    """The network of NETWORKS that a published folder or hub id holds, by its name."""
+    return next((network for name, network in FOLDERS.items() if name in source.lower()), None)
 
 
 def parameters(cfg: DiTConfig) -> int:

@@ -152,11 +152,15 @@ def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any]]
 
 def network(part: Part, cfg: LoadConfig, source: str) -> VideoDiT:
     """One network, frozen, at the wanted precision and place; tensors that already fit are not copied."""
-    said = part.config
-    heads = cfg.heads or said.get("num_attention_heads", 0) or said.get("num_heads", 0)
-    dit = replace(infer_config(part.state, heads=heads), eps=said.get("eps", 1e-6))
-    net = build(to_ours(part.state), dit, source).requires_grad_(False).eval()
+    net = build(to_ours(part.state), architecture(part, cfg.heads), source).requires_grad_(False).eval()
     return net.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
+
+
+def architecture(part: Part, heads: int = 0) -> DiTConfig:
+    """The architecture of a network, from its shapes and what its config says of heads."""
+    said = part.config
+    heads = heads or said.get("num_attention_heads", 0) or said.get("num_heads", 0)
+    return replace(infer_config(part.state, heads=heads), eps=said.get("eps", 1e-6))
 
 
 def image_channels(latents: Tensor, frames: int, temporal: int = 4) -> Tensor:
