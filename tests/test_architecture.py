@@ -64,6 +64,8 @@ ARROWS: dict[str, set[str]] = {
     # L4
     "tally": {"metrics", "probes", "video", "shapes"},
     "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
+    "dryrun": {"trainer", "stage", "stream", "checkpoint", "data", "distributed", "codecs", "conditioning", "config"}
+    | {"dit", "interop", "lora", "objectives", "schedules", "shapes", "student", "teachers"},
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
     | {"rollout", "schedules", "memory", "conditioning", "codecs"},

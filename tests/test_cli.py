@@ -50,9 +50,9 @@ def test_train_runs_a_stage_prints_where_it_is_and_resumes(stage, capsys, tmp_pa
     assert code == 0 and row["kind"] == "teacher" and row["card"]["steps"] == 3
 
 
-def test_a_dry_run_prints_the_whole_config_and_trains_nothing(stage, capsys, tmp_path):
+def test_a_dry_run_ends_with_the_whole_config_and_keeps_nothing(stage, capsys, tmp_path):
     code, out, _ = call(capsys, "train", stage, "optim.lr=3e-4", "--dry-run")
-    cfg = json.loads(out)
+    cfg = json.loads(out.splitlines()[-1])["config"]
     assert code == 0 and cfg["optim"]["lr"] == 3e-4 and cfg["dit"]["width"] == DIT.width
     assert not (tmp_path / "runs").exists()
 

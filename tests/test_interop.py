@@ -296,6 +296,46 @@ def test_a_converted_student_streams_the_recorded_latents(tmp_path, case, varian
     assert same(old, new)
 
 
+def test_generate_streams_the_recorded_latents_of_a_converted_student(tmp_path, monkeypatch):
+    """The command line from a published file to pictures; only the recorded noise is put in the place of its own."""
+    from vidistill import checkpoint, cli, rollout, stream
+    from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
+    from vidistill.teachers.text import TextCache
+
+    io = load_file(GOLDENS / "self_forcing_rollout" / "io.safetensors")
+    noise, text = io["in.global.noise"], io["in.prompt_embeds"][0]
+    source = publish(tmp_path / "published.pt", weights())
+    checkpoint.export(
+        tmp_path / "codec", TinyCodec(TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))), {}
+    )
+    shown = ["--size", "64x64", "--heads", "4", "--codec", str(tmp_path / "codec"), "--text", "some/umt5"]
+    command = ["convert", str(source), str(tmp_path / "sf"), "--family", "self-forcing", "--allow-pickle", *shown]
+    assert cli.main([*command, "--tokens", str(len(text))]) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = TextCache("some/umt5", tmp_path / "cache" / "vidistill" / "text", length=len(text))
+    cache.folder.mkdir(parents=True)
+    save_file({"tokens": text.clone()}, cache.path("a recorded prompt"))
+
+    draws = iter(io[f"in.global.renoise.{i}"] for i in range(9))
+    drawn = {"rollout.randn_like": lambda x, rng: next(draws).reshape(x.shape)}
+    monkeypatch.setattr(rollout, "randn_like", drawn["rollout.randn_like"])
+    monkeypatch.setattr("vidistill.diffusion.randn_like", drawn["rollout.randn_like"])
+    monkeypatch.setattr(stream, "chunk_noise", lambda *_: lambda c: noise[:, 3 * c : 3 * c + 3].clone())
+    decoded, decode = [], TinyCodec.decode_stream
+
+    def decode_and_keep(self, latents, state=None):
+        decoded.append(latents.clone())
+        return decode(self, latents, state)
+
+    monkeypatch.setattr(TinyCodec, "decode_stream", decode_and_keep)
+    real = stream.StreamConfig
+    monkeypatch.setattr(stream, "StreamConfig", lambda **kw: real(**kw, pipelined=False))  # no chunk ahead of the last
+    out = ["-o", str(tmp_path / "sf.mp4"), "--seconds", str(33 / 16), "--prompt", "a recorded prompt"]
+    assert cli.main(["generate", str(tmp_path / "sf"), *out]) == 0
+    assert (tmp_path / "sf.mp4").stat().st_size > 0
+    assert (torch.cat(decoded, dim=1) - io["out.global.latents"]).abs().max() < 1e-4
+
+
 def talking(io: dict[str, Tensor], variant: str, frames: int) -> tuple[Condition, Tensor]:
     image = io["in.image_latent"][:, None]
     mask = torch.ones(1, frames, 1, *image.shape[-2:])

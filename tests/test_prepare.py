@@ -214,3 +214,59 @@ def test_text_of_another_width_is_refused(wan, prompts, tmp_path):
         prepare.trajectories(tmp_path / "t", str(tmp_path), prompts, clips=1, frames=3, size=(32, 32))
     with pytest.raises(DataError, match="whole latents of 8 pixels"):
         prepare.trajectories(tmp_path / "t", str(wan), prompts, clips=1, frames=3, size=(30, 32))
+
+
+# --- one door for published networks ----------------------------------------------------------------------------------
+
+
+def test_a_folder_is_a_teacher_and_a_codec_of_the_same_door_as_our_own_checkpoints(wan, tmp_path):
+    bundle = checkpoint.load(wan, dtype=torch.bfloat16)
+    assert bundle.kind == "teacher" and bundle.noise.shift == 5.0 and bundle.record["guidance"] == 5.0
+    assert {p.dtype for p in bundle.net.parameters()} == {torch.bfloat16} and bundle.net.cfg.text_dim == TEXT
+    codec = checkpoint.load_codec_of(bundle)
+    assert codec.temporal_factor == 4 and codec.latent_channels == 16
+    assert not any(p.requires_grad for p in bundle.net.parameters())
+    with pytest.raises(checkpoint.CheckpointError, match="vidistill convert"):
+        checkpoint.load(wan, "student")
+    with pytest.raises(checkpoint.CheckpointError, match="neither safetensors files"):
+        checkpoint.load(tmp_path, "teacher")
+    with pytest.raises(checkpoint.CheckpointError, match="holds no codec"):
+        checkpoint.load(tmp_path, "codec")
+    with pytest.raises(checkpoint.CheckpointError, match="which is not bundled"):
+        checkpoint.load_codec_of(replace(bundle, record={"codec": "wan"}))
+
+
+def test_the_original_layout_trains_through_the_same_door(wan, prompts, tmp_path):
+    from safetensors.torch import save_file
+
+    from vidistill.interop.keys import infer_config, to_original, to_ours
+
+    state = load_file(wan / "transformer" / "diffusion_pytorch_model.safetensors")
+    original = to_original(to_ours(state), infer_config(state, heads=2))
+    save_file({k: v.contiguous() for k, v in original.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "eps": 1e-6}))
+    one, two = (Trainer(stage(folder, prompts, tmp_path / "runs", codec=None)) for folder in (wan, tmp_path))
+    assert one.step() == two.step()
+
+
+def test_a_teacher_of_two_experts_needs_one_network_for_the_critic_and_then_trains(wan, prompts, tmp_path):
+    from tiny_wan import transformer
+
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        transformer(seed).save_pretrained(tmp_path / name)
+    cfg = stage(tmp_path, prompts, tmp_path / "runs", init=str(wan), codec=None)
+    with pytest.raises(ValueError, match="name one in critic_init"):
+        Trainer(cfg)
+    logs = Trainer(replace(cfg, critic_init=str(wan))).step()
+    assert np.isfinite(logs["student/loss"]) and logs["student/grad_norm"] > 0
+
+
+def test_a_published_tiny_codec_is_opened_by_its_file_name(tmp_path):
+    from safetensors.torch import save_file
+
+    from vidistill.codecs import load_codec
+
+    codec = load_codec("taew2_1")
+    save_file({k: v for k, v in codec.state_dict().items() if "latent_" not in k}, tmp_path / "taew2_1.safetensors")
+    opened = checkpoint.load(tmp_path / "taew2_1.safetensors", "codec").net
+    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), codec.parameters(), strict=True))

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_wan import autoencoder, transformer, write_wan
 
 from vidistill.conditioning import Condition
 from vidistill.diffusion import NoiseSchedule
@@ -44,6 +45,12 @@ def module(seed=0, **config):
 
 def clip(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return write_wan(tmp_path_factory.mktemp("wan"))
 
 
 @pytest.fixture
@@ -151,6 +158,54 @@ def test_the_guided_sampler_equals_the_pipelines_loop_with_the_same_scheduler(te
     assert (ours - x.transpose(1, 2)).abs().max() < 2e-3 * x.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "dtype"),
+    [(32, 48, 9, "float32"), (48, 32, 5, "float32"), (16, 64, 1, "float32"), (32, 32, 5, "bfloat16")],
+)
+@torch.no_grad()
+def test_fifty_guided_steps_equal_the_real_pipeline(wan_folder, height, width, frames, dtype):
+    """`WanPipeline` itself, from prompts, with its own text encoder and scheduler, against `sample`."""
+    import transformers
+
+    kind, scale, length = getattr(torch, dtype), 4.0, 8
+    pipe = diffusers.WanPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(wan_folder, subfolder="tokenizer"),
+        text_encoder=transformers.UMT5EncoderModel.from_pretrained(wan_folder, subfolder="text_encoder"),
+        vae=autoencoder(),
+        transformer=transformer().to(kind),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    latent = (1, 1 + (frames - 1) // 4, 16, height // 8, width // 8)
+    noise = clip(*latent)
+    prompts = {"prompt": "a red fox runs", "negative_prompt": "blurred"}
+    want = pipe(
+        **prompts,
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=50,
+        guidance_scale=scale,
+        latents=noise.transpose(1, 2),
+        max_sequence_length=length,
+        output_type="latent",
+        return_dict=False,
+    )[0].transpose(1, 2)
+    text = [
+        pipe.encode_prompt(p, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+        for p in prompts.values()
+    ]
+    cond = Condition(tokens=text[0], negative=text[1])
+    net = load_teacher(wan_folder, dtype=dtype).net
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
+    assert len(sigmas) == 50
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        ours = sample(net, noise, sigmas, cond, nulls=[cond.null()], scales=[scale])
+    apart = (ours.float() - want.float()).abs().max() / want.float().abs().max()
+    assert apart < (2e-4 if dtype == "float32" else 0.05), float(apart)
+    assert (want.float() - noise).abs().max() > 0.1, "the sampler moved"
+
+
 def test_a_foreign_family_fits_the_same_door(tmp_path):
     torch.manual_seed(0)
     net = diffusers.LTXVideoTransformer3DModel(
@@ -163,7 +218,7 @@ def test_a_foreign_family_fits_the_same_door(tmp_path):
         caption_channels=10,
     ).eval()
     net.save_pretrained(tmp_path / "transformer")
-    teacher = load_teacher(tmp_path, "ltx", dtype="float32", height=64, width=96, frames=3)
+    teacher = load_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)  # its folder says the family
     assert teacher.shape == LatentShape(3, 8, 2, 3, patch=(1, 1, 1))
     x, text = clip(1, 3, 8, 2, 3), clip(1, 5, 10, seed=2)
     sigma = torch.full((1, 3), 0.6)

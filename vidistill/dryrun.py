@@ -4,7 +4,7 @@ Schedule, memory, objective, precision, adapters, recomputation and accumulation
 latents, clips a batch and sampler steps are not. Nothing is downloaded, read at full size, compiled or kept.
 """
 
-import logging
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,9 +30,7 @@ from vidistill.stage import TrainConfig
 from vidistill.stream import StreamConfig, StreamSession
 from vidistill.student import CausalStudent
 from vidistill.teachers.wan import architecture, local_parts
-from vidistill.trainer import Trainer, core
-
-log = logging.getLogger("vidistill")
+from vidistill.trainer import Trainer
 
 WIDTH, LAYERS, TEXT, TOKENS, CLIPS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 4, 2
 CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
@@ -81,7 +79,7 @@ def roles_of(cfg: TrainConfig) -> dict[str, Role]:
 
 
 def role(name: str | None, fallback: DiTConfig) -> Role:
-    """The network `name` as far as it is known without its weights; `fallback` if it is not here and has no known name."""
+    """What is known of network `name` without its weights; `fallback` if it is not here and its name says nothing."""
     if name is None:
         return Role("", "new", fallback)
     if checkpoint.is_published(name) and Path(name).is_dir():
@@ -247,6 +245,8 @@ def stream(bundle: checkpoint.Bundle) -> str:
     """Stream some chunks of what was exported."""
     codec, image = None, None
     if given := bundle.net.first_frame(bundle.schedule.given_chunks):
+        if not bundle.record["codec"]:
+            return "not streamed: it starts from a picture, and the stage names no codec"
         codec = checkpoint.load_codec_of(bundle)
         side = codec.spatial_factor
         size = (codec.px_frames(given), side * bundle.shape.height, side * bundle.shape.width, 3)
@@ -280,8 +280,6 @@ def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:
 
 def adapters(dit: DiTConfig, lora: LoraConfig) -> int:
     """Parameters of the low-rank adapters of a network."""
-    import re
-
     with torch.device("meta"):
         linears = {n: m for n, m in VideoDiT(dit).named_modules() if isinstance(m, nn.Linear)}
     adapted = [m for n, m in linears.items() if re.fullmatch(lora.targets, n)]
@@ -367,23 +365,26 @@ def activation_bytes(dit: DiTConfig, cfg: TrainConfig) -> float:
 
 def report(row: dict[str, Any]) -> str:
     """What people read of a rehearsal."""
-    lines = [f"{row['stage']}: {row['objective']}, rehearsed in miniature; nothing was kept", f"data      {row['data']}"]
+    lines = [
+        f"{row['stage']}: {row['objective']}, rehearsed in miniature; nothing was kept",
+        f"data      {row['data']}",
+    ]
     for name, net in row["networks"].items():
         lines.append(
             f"{name:9s} {net['source'] or 'new'} ({net['known']}): {net['parameters'] / 1e9:.3f} B parameters, "
-            f"{net['trained'] / 1e9:.3f} B trained; weights {gb(net['weight_bytes'])}, gradients, optimiser and average "
+            f"{net['trained'] / 1e9:.3f} B trained; weights {gb(net['weight_bytes'])}, gradients, optimiser, average "
             f"{gb(net['training_bytes'])}"
         )
     if true := row["true_size"]:
         note = "blocks recomputed" if true["recomputed_blocks"] else "all of them"
         lines.append(
             f"a pass    {true['tokens_per_pass']} tokens ({true['tokens_per_frame']} a latent frame), "
-            f"{true['flops_per_pass'] / 1e12:.2f} TFLOP, activations kept {gb(true['activation_bytes_per_pass'])} ({note})"
+            f"{true['flops_per_pass'] / 1e12:.2f} TFLOP, activations {gb(true['activation_bytes_per_pass'])} ({note})"
         )
         if "passes_per_rollout" in true:
             lines.append(
                 f"a rollout {true['passes_per_rollout']} passes, {true['passes_with_gradient_at_once']} of them with "
-                f"gradient at once (their history {gb(true['history_bytes'])}), memory {gb(true['memory_bytes'])} a clip"
+                f"gradient at once (history {gb(true['history_bytes'])}), memory {gb(true['memory_bytes'])} a clip"
             )
     return "\n".join([*lines, *(f"done      {step}" for step in row["done"])])
 
