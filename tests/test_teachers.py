@@ -82,19 +82,33 @@ def test_a_time_per_frame_equals_diffusers_time_per_token(text_to_video):
     assert (got - want).abs().max() < 1e-4
 
 
-def test_an_image_to_video_network_equals_diffusers(tmp_path):
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "dtype", "tolerance"),
+    [(3, 4, 8, "float32", 1e-4), (1, 6, 6, "float32", 1e-4), (5, 8, 4, "float32", 1e-4), (3, 4, 8, "bfloat16", 0.05)],
+)
+def test_an_image_to_video_network_equals_diffusers(tmp_path, frames, height, width, dtype, tolerance):
     net = module(**IMAGE)
     net.save_pretrained(tmp_path / "transformer")
-    teacher = load_teacher(tmp_path, **FLOAT)
-    x, first = clip(1, 3, 16, 4, 8), clip(1, 3, 16, 4, 8, seed=3)
+    teacher, kind = load_teacher(tmp_path, **{**FLOAT, "dtype": dtype}), getattr(torch, dtype)
+    x, first = clip(1, frames, 16, height, width), clip(1, frames, 16, height, width, seed=3)
     text, image = clip(1, 512, 20, seed=2), clip(1, 257, 12, seed=4)
-    channels = image_channels(first, 3)
+    channels = image_channels(first, frames)
     tokens = torch.cat((torch.nn.functional.pad(image, (0, 8)), text), dim=1)
     both = torch.cat((x, channels), dim=2).transpose(1, 2)
     want = net(both, torch.tensor([700.0]), text, image, return_dict=False)[0].transpose(1, 2)
-    got = teacher.net.velocity(x, torch.full((1, 3), 0.7), Condition(tokens=tokens, channels=channels))
-    assert (got - want).abs().max() < 1e-4
+    cond = Condition(tokens=tokens.to(kind), channels=channels.to(kind))
+    got = teacher.net.velocity(x.to(kind), torch.full((1, frames), 0.7), cond)
+    assert got.dtype == kind and (got.float() - want).abs().max() < tolerance * want.abs().max().clamp_min(1)
     assert channels[:, 0, :4].eq(1).all() and channels[:, 1:, :4].eq(0).all()
+
+
+def test_the_small_wan_2_2_has_its_own_latents(tmp_path):
+    module(**{**TINY, "in_channels": 48, "out_channels": 48}).save_pretrained(tmp_path / "transformer")
+    teacher = load_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)
+    assert teacher.shape == LatentShape(3, 48, 4, 6) and teacher.codec == "wan2_2"
+    module(**{**TINY, "in_channels": 20, "out_channels": 20}).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="20 latent channels"):
+        load_teacher(tmp_path, dtype="float32")
 
 
 def test_half_precision_loads_and_stays_close(text_to_video):

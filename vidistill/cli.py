@@ -475,12 +475,14 @@ def print_cost(row: dict[str, Any]) -> None:
     for name, size in row["kv_bytes"].items():
         print(f"memory {name:20s} {size / 1e9:7.2f} GB")
     for name, found in row["gpus"].items():
-        print(f"{name:20s} {found['fps']:7.1f} frames/s at most")
-    print(f"left out: {row['left_out']}")
+        gpu = f"{cost.GPUS[name].tflops:.0f} TFLOP/s, {cost.GPUS[name].gb_per_s:.0f} GB/s"
+        print(f"{name:10s} {found['fps']:7.1f} frames/s at most, first chunk {found['first_chunk_ms']:6.0f} ms ({gpu})")
+    print(row["left_out"])
     print("published speeds, measured / predicted:")
     for paper in cost.against_papers():
         said = f"{paper['published_fps']:6.1f} of {paper['predicted_fps']:6.1f} ({paper['ratio']:.2f})"
-        print(f"  {paper['system']:28s} {paper['gpu']:12s} {said}")
+        latency = f"  latency {paper['published_latency_s']:.2f} s" if paper["published_latency_s"] else ""
+        print(f"  {paper['system']:28s} {paper['gpu']:12s} {said}{latency}")
 
 
 if __name__ == "__main__":
