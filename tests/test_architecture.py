@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "video": set(),
     "ops": set(),
     "zoo": set(),
+    "text": set(),
     "diffusion": {"shapes"},
     "metrics": {"shapes"},
     "conditioning": {"shapes"},
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"student", "memory", "schedules", "conditioning", "diffusion", "shapes"},
     "sampling": {"diffusion", "conditioning", "shapes"},
     "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
-    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes"}
+    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
     "data": {"sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
     "learner": set(),
@@ -68,6 +69,7 @@ ARROWS: dict[str, set[str]] = {
     | {"rollout", "schedules", "memory", "conditioning", "codecs"},
     "serve": {"stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
+    "cli_data": ANYTHING,
     "__main__": {"cli"},
     "__init__": ANYTHING,
 }

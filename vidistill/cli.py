@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vidistill import __version__
+from vidistill.cli_data import add_data, amount, count
 
 log = logging.getLogger("vidistill")
 COMPUTING = ("train", "generate", "serve", "bench", "eval", "data")
@@ -82,27 +83,6 @@ def run_train(args: argparse.Namespace) -> None:
             print(path)
 
 
-def count(text: str) -> int:
-    """A number of things: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def amount(text: str) -> float:
-    """A positive, finite number."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
-    return tuple(float(part) for part in text.split(","))
-
-
 def add_generate(commands: Any) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "generate",
@@ -118,7 +98,14 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--action", default="", help="what to do, e.g. forward:20,turn_left+forward:16 (frames), repeated to the end"
     )
-    p.add_argument("--prompt", help="text, for students that listen to text")
+    p.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="[SECONDS [POLICY]:] TEXT",
+        help='text, for students that listen to it; repeat it with times: "6 recache: a red ring moves up"; '
+        "policies: keep, recache, cut",
+    )
     p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
     add_speed(p)
     p.set_defaults(run=run_generate)
@@ -127,19 +114,17 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
 
 def run_generate(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, video
-    from vidistill.conditioning import parse_script
+    from vidistill.conditioning import parse_cues, parse_script
     from vidistill.stream import StreamConfig, StreamSession
 
     bundle = load_fast(args)
     codec = checkpoint.load_codec_of(bundle)
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
-    image = video.read_image(picture, size) if picture and bundle.schedule.given_chunks else None
+    image = video.read_image(picture, size) if picture and bundle.given_frames else None
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
-        if args.prompt:
-            session.set(prompt=args.prompt)
         total = max(1, round(args.seconds * session.fps))
-        frames = session.record(total, parse_script(args.action))
+        frames = session.record(total, parse_script(args.action), parse_cues(args.prompt))
         video.write_video(args.out, frames, session.fps, scale=args.scale)
         sheet = args.out.with_suffix(".png")
         video.save_png(sheet, video.contact_sheet([frames], every=max(1, total // 12), scale=2))
@@ -308,115 +293,6 @@ def run_convert(args: argparse.Namespace) -> None:
         given_chunks=args.given,
     )
     print(json.dumps(card, indent=1))
-
-
-def add_data(commands: Any) -> argparse.ArgumentParser:
-    p = commands.add_parser("data", help="record and encode clips", description="Record clips, and encode them.")
-    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
-    doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
-    doom.add_argument("out", type=Path, help="folder to write")
-    doom.add_argument("--split", choices=("train", "held_out"), default="train")
-    doom.add_argument("--episodes", type=count, default=256)
-    doom.add_argument("--first", type=int, default=0, help="first episode of the split to record (default: 0)")
-    doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
-    doom.add_argument("--codec", help="write latents of this codec instead of pixels")
-    doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
-    doom.set_defaults(run=run_data_doom)
-    add_trajectories(kinds)
-    return p
-
-
-def add_trajectories(kinds: Any) -> None:
-    p = kinds.add_parser(
-        "trajectories",
-        help="noise-to-sample paths of a teacher, for objective regression",
-        description="Sample clips with a teacher and keep its states at a few noise levels. Resumes after a stop.",
-        epilog="example: vidistill data trajectories data/doom/paths --teacher doom-teacher --data data/doom/latents",
-    )
-    p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--teacher", required=True, help="a bundled name or the path of a teacher")
-    p.add_argument("--data", type=Path, required=True, help="latents whose start pictures and actions are used")
-    p.add_argument("--clips", type=count, default=1024, help="trajectories (default: 1024)")
-    p.add_argument("--frames", type=count, help="latents a clip (default: what the teacher was trained on)")
-    p.add_argument(
-        "--steps", type=count, default=48, help="sampler steps, at least; more if --levels ask (default: 48)"
-    )
-    p.add_argument(
-        "--levels", type=numbers, help="levels to keep, e.g. 1,0.9,0.75,0.5 (default: four even steps, warped)"
-    )
-    p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
-    p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
-    p.set_defaults(run=run_data_trajectories)
-
-
-def run_data_trajectories(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from vidistill import checkpoint, data
-    from vidistill.diffusion import NoiseSchedule
-
-    if is_there(args.out):
-        return
-    teacher = checkpoint.load(args.teacher, "teacher")
-    clips = data.Clips(args.data)
-    clips.need("latents")
-    takes, has = teacher.net.cfg.channels, clips.latent_size[0]
-    if takes != has:
-        raise ValueError(f"{args.teacher} takes latents of {takes} channels, {args.data} holds {has}")
-    noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
-    wanted = args.levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25))
-    steps, levels = data.sampler_levels(noise, args.steps, wanted)
-    guidance = teacher.record.get("guidance", 1.0) if args.guidance is None else args.guidance
-    meta: dict[str, Any] = {
-        **{k: clips.meta[k] for k in ("source", "split", "fps", "actions", "px_size", "codec") if k in clips.meta},
-        "teacher": args.teacher,
-        "clips": args.clips,
-        "frames": args.frames or teacher.record["shape"]["frames"],
-        "seed": args.seed,
-        "sigmas": list(noise.steps(steps)),
-        "levels": list(levels),
-        "guidance": guidance,
-    }
-    with tqdm(total=args.clips, desc="trajectories", disable=None) as bar:
-        data.write_trajectories(args.out, teacher.net, clips, meta, bar=bar)
-    shown = ",".join(f"{level:.4f}" for level in levels)
-    print(f"{args.out}: {args.clips} trajectories of {steps} steps, levels {shown}")
-
-
-def is_there(folder: Path) -> bool:
-    """Whether a data folder is complete already; says so."""
-    from vidistill import data
-
-    if not (folder / data.META).is_file():
-        return False
-    print(f"{folder} is there already ({data.read_meta(folder)['episodes']} episodes); remove it to make it anew")
-    return True
-
-
-def run_data_doom(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from vidistill import checkpoint, data
-    from vidistill.sources import doom
-
-    if is_there(args.out):
-        return
-    cfg = doom.DoomConfig(num_frames=args.frames)
-    seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]
-    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
-    meta = {
-        "source": "doom",
-        "split": args.split,
-        "config": asdict(cfg),
-        "fps": cfg.fps,
-        "actions": list(doom.ACTIONS),
-        "px_size": cfg.size,
-        "codec": args.codec,
-    }
-    episodes = tqdm(doom.record_many(cfg, seeds, args.workers), total=len(seeds), desc="episodes", disable=None)
-    shards = data.frame_shards(episodes)
-    data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
-    print(f"{args.out}: {len(seeds)} episodes of {args.frames} frames")
 
 
 def add_info(commands: Any) -> argparse.ArgumentParser:

@@ -1,9 +1,10 @@
 """Recorded clips on disk and in batches: frame shards, latent shards, an order that needs no state to resume."""
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.conditioning import ACTION_SITE, Condition, pack_actions
+from vidistill.conditioning import ACTION_SITE, Condition, Encode, pack_actions
 from vidistill.diffusion import Denoiser, NoiseSchedule
 from vidistill.sampling import trajectory
-from vidistill.sources import Episode
+from vidistill.sources import Captioned, Episode
 
 META = "meta.json"
 SETTINGS = "settings.json"
@@ -100,6 +101,15 @@ def stack_episodes(episodes: list[Episode]) -> tuple[dict[str, Tensor], list[dic
     return tensors, [{"seed": e.seed, "walls": e.walls} for e in episodes]
 
 
+def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int = 64) -> Iterator[Shard]:
+    """Shards of captioned clips of one length: frames uint8 [N, T, H, W, 3], tokens half [N, L, D]."""
+    clips = iter(clips)
+    while held := list(itertools.islice(clips, per_shard)):
+        frames = torch.from_numpy(np.stack([c.frames for c in held]))
+        tokens = encode([c.caption for c in held]).half()
+        yield {"frames": frames, "tokens": tokens}, [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held]
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / META
     if not path.is_file():
@@ -157,6 +167,11 @@ class Clips:
         channels, height, width = self.tensors["states" if self.kind == "trajectories" else "latents"].shape[-3:]
         return channels, height, width
 
+    @property
+    def given(self) -> int:
+        """Latents at the start of a clip that are known: a picture, or nothing where clips are made from text alone."""
+        return int(self.meta.get("given", 1))
+
     def windows(
         self, batch: int, length: int, seed: int, step: int, name: str, stride: int = 1
     ) -> list[tuple[int, int]]:
@@ -184,19 +199,26 @@ class Clips:
         """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at K levels, falling, then the sample."""
         self.need("trajectories")
         picked = torch.from_numpy(np.random.default_rng((seed, step)).integers(0, len(self), size=batch))
-        cond = Condition(per_frame={ACTION_SITE: self.tensors["actions"][picked].float()})
-        return Batch(self.tensors["states"][picked].float(), cond, given=1)
+        per_frame = {ACTION_SITE: self.tensors["actions"][picked].float()} if "actions" in self.tensors else {}
+        tokens = self.tensors["tokens"][picked].float() if "tokens" in self.tensors else None
+        return Batch(self.tensors["states"][picked].float(), Condition(tokens, per_frame), given=self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
-        latents, cond = [], []
+        latents, windows = [], list(windows)
         for e, s in windows:
             clip = self.tensors["latents"][e, s : s + length]
             latents.append(torch.cat((self.tensors["images"][e, s : s + 1].float(), clip[1:].float())))
-            cond.append(self.tensors["actions"][e, s : s + length])
-        return Batch(
-            torch.stack(latents), start_of_clip(Condition(per_frame={ACTION_SITE: torch.stack(cond)})), given=1
-        )
+        return Batch(torch.stack(latents), start_of_clip(self.told(windows, length)), given=self.given)
+
+    def told(self, windows: list[tuple[int, int]], length: int) -> Condition:
+        """The condition of (episode, first latent) windows: actions and captions, what there is of them."""
+        per_frame, tokens = {}, None
+        if "actions" in self.tensors:
+            per_frame[ACTION_SITE] = torch.stack([self.tensors["actions"][e, s : s + length] for e, s in windows])
+        if "tokens" in self.tensors:
+            tokens = torch.stack([self.tensors["tokens"][e] for e, _ in windows]).float()
+        return Condition(tokens, per_frame)
 
 
 def start_of_clip(cond: Condition) -> Condition:
@@ -209,7 +231,8 @@ def start_of_clip(cond: Condition) -> Condition:
 
 @torch.no_grad()
 def latent_shard(shard: Shard, codec: Any) -> Shard:
-    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3].
+    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3],
+    tokens [N, L, D], what there is of them.
 
     `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
     that picture alone, which is what a clip starts from.
@@ -221,12 +244,16 @@ def latent_shard(shard: Shard, codec: Any) -> Shard:
         px = frames.permute(0, 3, 1, 2).float() / 255
         latents.append(codec.encode(px[None])[0].half())
         images.append(codec.encode(px[::factor, None])[:, 0].half())
-    return {
-        "latents": torch.stack(latents),
-        "images": torch.stack(images),
-        "actions": pack_actions(tensors["actions"], factor),
-        "poses": tensors["poses"][:, ::factor].contiguous(),
-    }, described
+    out = {"latents": torch.stack(latents), "images": torch.stack(images)}
+    out |= {name: LATENT_RATE[name](x, factor) for name, x in tensors.items() if name in LATENT_RATE}
+    return out, described
+
+
+LATENT_RATE: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "actions": pack_actions,
+    "poses": lambda poses, factor: poses[:, ::factor].contiguous(),
+    "tokens": lambda tokens, factor: tokens,
+}
 
 
 LEVEL_TOLERANCE = 2e-3  # levels are written with few digits
@@ -283,7 +310,8 @@ def write_trajectories(
             batch = clips.latents(size, meta["frames"], meta["seed"], i)
             rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
             states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng)
-            write_shard(path, {"states": states, "actions": batch.cond.per_frame[ACTION_SITE].contiguous()})
+            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
+            write_shard(path, {"states": states, **{n: x.contiguous() for n, x in told.items() if x is not None}})
         if bar is not None:
             bar.update(size)
     finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)

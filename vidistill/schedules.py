@@ -31,10 +31,11 @@ class ScheduleConfig:
     `levels` is the full list of noise levels; `pattern` says how many of them each generated chunk walks, as digits or
     with dashes ("4322222", "4-3-2-2-2-2-2"; the last number repeats for ever; empty: all of them everywhere); `steps`
     spells the lists out instead. `rewarm`: so many chunks from a prompt or scene switch on walk the first lists again
-    (with "4322222" and 2: 4 and 3 steps, then 2). `context`: `clean` (an extra pass on the clean chunk, told `context_sigma`), `noised` (an extra pass on the
-    chunk at `context_sigma`), `last_step` (what the last denoising pass itself wrote, no extra pass). `exit` (training
-    only): stop at a random step, the same relative step for all chunks of a rollout (`shared`) or one each
-    (`per_chunk`); with `last_step` context the chunk is still denoised to its end for memory.
+    (with "4322222" and 2: 4 and 3 steps, then 2). `context`: `clean` (an extra pass on the clean chunk, told
+    `context_sigma`), `noised` (an extra pass on the chunk at `context_sigma`), `last_step` (what the last denoising
+    pass itself wrote, no extra pass). `exit` (training only): stop at a random step, the same relative step for all
+    chunks of a rollout (`shared`) or one each (`per_chunk`); with `last_step` context the chunk is still denoised to
+    its end for memory.
     """
 
     name: str = "chunkwise"

@@ -128,9 +128,11 @@ class Trainer:
                 f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {self.cfg.data} holds "
                 f"{channels} x {height} x {width}"
             )
-        dim = self.clips.tensors["actions"].shape[-1]
-        if ACTION_SITE in dit.sites and dit.sites[ACTION_SITE].dim != dim:
-            raise ValueError(f"{name} takes actions of {dit.sites[ACTION_SITE].dim} numbers, {self.cfg.data} has {dim}")
+        asked = {"actions": dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0, "tokens": dit.text_dim}
+        for what, dim in asked.items():
+            has = self.clips.tensors[what].shape[-1] if what in self.clips.tensors else 0
+            if dim and dim != has:
+                raise ValueError(f"{name} takes {what} of {dim} numbers, {self.cfg.data} has {has}")
 
     def levels(self) -> tuple[float, ...]:
         """The exact noise levels of the stored trajectories; ValueError if they are not the configured ones."""
@@ -145,11 +147,11 @@ class Trainer:
     def make_sampler(self) -> LongRollout:
         """What makes the student's rollouts."""
         cfg, student = self.cfg, self.roles.student
-        given = whole_chunks(student, 1)  # a clip starts from one picture
+        given = whole_chunks(student, self.clips.given)
         if cfg.schedule.given_chunks != given:
             raise ValueError(
-                f"schedule.given_chunks must be {given}: clips start from one given latent, and the first chunk has "
-                f"{student.first_frame(1)}"
+                f"schedule.given_chunks must be {given}: clips start from {self.clips.given} given latent(s), and the "
+                f"first chunk has {student.first_frame(1)}"
             )
         student.num_chunks(cfg.frames)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
@@ -372,12 +374,13 @@ class Trainer:
         if cfg.objective == "codec":
             return {"card": card}
         assert self.shape is not None
-        world = {k: self.clips.meta[k] for k in ("fps", "actions", "px_size") if k in self.clips.meta}
+        world = {k: self.clips.meta[k] for k in ("fps", "actions", "px_size", "text") if k in self.clips.meta}
         return {
             "shape": asdict(self.shape),
             "noise": asdict(cfg.loss.noise),
             "guidance": cfg.loss.guidance if cfg.objective == "flow" else 1.0,  # what a sampler should use
             "schedule": asdict(cfg.schedule),
+            "given_frames": self.clips.given,
             "codec": cfg.codec,
             "world": world,
             "card": card,
