@@ -67,6 +67,9 @@ ARROWS: dict[str, set[str]] = {
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
     | {"rollout", "schedules", "memory", "conditioning", "codecs"},
+    "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
+    | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
+    "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
     "serve": {"stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
     "cli_data": ANYTHING,

@@ -480,8 +480,7 @@ def test_a_large_picture_is_sent_as_jpeg():
 
 def test_words_reach_the_session_and_come_back_in_the_first_frame_that_heard_them():
     fake = FakeWorld(switches=("keep", "recache"))
-    with served(fake) as app, app.websocket_connect("/stream") as socket:
-        browser = Browser(socket)
+    with served(fake) as app, watching(app) as browser:
         assert browser.note("hello")["switches"] == ["keep", "recache"]
         browser.say(type="prompt", id=7, text="  a red   ring ", switch="recache")
         header, _ = browser.frame(lambda header: header["input_id"] == 7)
@@ -491,8 +490,7 @@ def test_words_reach_the_session_and_come_back_in_the_first_frame_that_heard_the
 
 
 def test_a_world_that_does_not_listen_refuses_words():
-    with served(FakeWorld()) as app, app.websocket_connect("/stream") as socket:
-        browser = Browser(socket)
+    with served(FakeWorld()) as app, watching(app) as browser:
         browser.note("hello")
         browser.say(type="prompt", id=1, text="anything", switch="keep")
         assert "takes no prompt" in browser.note("error")["message"]

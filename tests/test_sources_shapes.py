@@ -24,6 +24,8 @@ def test_training_never_meets_a_held_out_caption_and_sees_every_word():
     train = [shapes.describe(seed)[0] for seed in shapes.seeds("train", 400)]
     held = [shapes.describe(seed)[0] for seed in shapes.seeds("held_out", 100)]
     assert not {tuple(x.values()) for x in train} & {tuple(x.values()) for x in held}
+    judge = [shapes.describe(seed)[0] for seed in shapes.seeds("judge", 300)]
+    assert 0 < sum(map(shapes.is_held_out, judge)) < 300
     for name, words in ATTRIBUTES.items():
         assert {x[name] for x in train} == set(words)
 

@@ -277,6 +277,12 @@ def text_encoder(record: Mapping[str, Any]) -> Encode | None:
     return ENCODERS[kind](described)
 
 
+def listens(name: str | Path) -> bool:
+    """Whether a checkpoint is a student that reads prompts."""
+    record = read_record(locate(name))
+    return record["kind"] == "student" and text_encoder(record) is not None
+
+
 ENCODERS: dict[str, Callable[[Mapping[str, Any]], Encode]] = {
     "ngrams": lambda described: Ngrams(build(NgramConfig, described)).encode,
     "umt5": lambda described: TextCache(**described).encode,

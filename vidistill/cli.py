@@ -219,9 +219,10 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         help="judge a student beside its teacher and real video",
         description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
     )
-    p.add_argument("name", help="a bundled name or the path of a student or teacher")
+    p.add_argument("name", nargs="?", help="a bundled name or the path of a student or teacher")
+    p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
-    p.add_argument("--clips", type=count, default=256, help="held-out clips (default and protocol: 256)")
+    p.add_argument("--clips", type=count, help="held-out clips (default and protocol: 256; 96 captions for text)")
     p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
     p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -230,13 +231,26 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from vidistill import evaluate
+    from rich.console import Console
 
-    if args.glance:
-        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=args.clips))
+    from vidistill import adherence, checkpoint, evaluate, frontier
+
+    if not args.name and not args.frontier:
+        raise ValueError("name a checkpoint, or give --frontier")
+    if args.frontier:
+        result = frontier.frontier(args.frontier)
+        Console(stderr=True).print(frontier.table(result))
+    elif checkpoint.listens(args.name):
+        clips = args.clips or 96
+        if args.glance:
+            result = adherence.glance(args.name, adherence.AdherenceConfig(clips=clips))
+        else:
+            result = adherence.run(args.name, clips=clips, out=args.out, teacher=args.teacher)
+    elif args.glance:
+        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=args.clips or 256))
         print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
     else:
-        result = evaluate.run(args.name, clips=args.clips, out=args.out, teacher=args.teacher)
+        result = evaluate.run(args.name, clips=args.clips or 256, out=args.out, teacher=args.teacher)
     if args.json:
         print(json.dumps(result))
 

@@ -47,7 +47,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
 def add_shapes(kinds: Any) -> None:
     p = kinds.add_parser("shapes", help="captioned moving shapes, drawn here")
     p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--split", choices=("train", "held_out"), default="train")
+    p.add_argument("--split", choices=("train", "held_out", "judge"), default="train")
     p.add_argument("--episodes", type=count, default=1024)
     p.add_argument("--frames", type=count, default=129, help="pixel frames an episode (default: 129)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")

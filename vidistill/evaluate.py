@@ -412,9 +412,9 @@ def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]
     return finish(result, pictures, {"codec": bundle.name}, cfg, began)
 
 
-def glance(student: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
+def glance(student: str | Bundle, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
     """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training."""
-    pupil = checkpoint.load(student, "student")
+    pupil = student if isinstance(student, Bundle) else checkpoint.load(student, "student")
     codec = checkpoint.load_codec_of(pupil)
     result, _ = judge({"student": student_row(pupil, codec, cfg)}, codec, cfg)
     return report.plain(result["student"])

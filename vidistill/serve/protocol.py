@@ -1,9 +1,9 @@
 """What browser and server say to each other: every message is checked here, before anything acts on it.
 
-To the server: JSON text, {"type": "keys" | "prompt" | "seen" | "reset" | "pause" | "record", ...} with the fields of FIELDS; or
-bytes whose first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or
-bytes, HEADER and a payload. There is room for more kinds of bytes (sound, maps): the server refuses unknown ones, the
-page skips them.
+To the server: JSON text with a "type", one of FIELDS ("keys", "prompt", "seen", ...), and its fields; or bytes whose
+first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or bytes,
+HEADER and a payload. There is room for more kinds of bytes (sound, maps): the server refuses unknown ones, the page
+skips them.
 """
 
 import io

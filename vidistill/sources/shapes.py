@@ -33,7 +33,11 @@ CAPTIONS = (
     "{ground} background, a {colour} {shape} going {motion}",
 )
 HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
+JUDGE_SEED = 2_000_000  # seeds from here on are for the judge: all combinations, else it learns which ones never occur
 HELD_OUT_EVERY = 8  # one combination of attributes in so many is never trained on
+
+
+SPLITS = {"train": 0, "held_out": HELD_OUT_SEED, "judge": JUDGE_SEED}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class ShapesConfig:
     size: int = 32
     fps: float = 12.0
     num_frames: int = 129
-    speed: tuple[float, float] = (0.7, 1.1)
+    speed: tuple[float, float] = (1.0, 1.6)
     radius: tuple[float, float] = (5.5, 7.5)
 
     def __post_init__(self) -> None:
@@ -57,12 +61,15 @@ class ShapesConfig:
 
 
 def seeds(split: str, num: int) -> range:
-    """The first seeds of a split, "train" or "held_out"; the two never meet, nor do their captions."""
-    if split not in ("train", "held_out"):
-        raise ValueError(f"split is {split!r}; allowed are 'train' and 'held_out'")
+    """The first seeds of a split: "train", "held_out" or "judge" (what a probe is trained on).
+
+    They never meet, nor do the captions of the first two.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
     if not 0 <= num <= HELD_OUT_SEED:
         raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
-    first = HELD_OUT_SEED if split == "held_out" else 0
+    first = SPLITS[split]
     return range(first, first + num)
 
 
@@ -72,11 +79,11 @@ def is_held_out(labels: dict[str, str]) -> bool:
 
 
 def describe(seed: int) -> tuple[dict[str, str], str]:
-    """The attributes of a seed and their caption; held-out seeds have held-out combinations, others never do."""
+    """The attributes of a seed and their caption; held-out seeds have held-out combinations, training seeds never do."""
     rng = np.random.default_rng([seed, 0])
     while True:
         labels = {name: words[rng.integers(len(words))] for name, words in ATTRIBUTES.items()}
-        if is_held_out(labels) == (seed >= HELD_OUT_SEED):
+        if seed >= JUDGE_SEED or is_held_out(labels) == (seed >= HELD_OUT_SEED):
             return labels, caption(labels, int(rng.integers(len(CAPTIONS))))
 
 
