@@ -11,7 +11,7 @@ stage() { # name config: train unless finished, then bundle
   cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
 }
 
-frames() { vidistill data shapes data/shapes/frames --episodes 512; vidistill data shapes data/shapes-heldout/frames --split held_out --episodes 64; vidistill data shapes data/shapes-judge/frames --split judge --episodes 512; }
+frames() { vidistill data shapes data/shapes/frames --episodes 512; vidistill data shapes data/shapes-heldout/frames --split held_out --episodes 64; vidistill data shapes data/shapes-judge/frames --split judge --episodes 8192 --frames 8; }
 codec() { stage shapes-codec configs/shapes/codec.yaml; }
 probe() { # the judge of vidistill eval
   [ -f vidistill/zoo/probes/shapes-probe.json ] || python -c 'from vidistill.probes import SHAPES_PROBE, make_probe; print(make_probe("data/shapes-judge/frames", "data/shapes-heldout/frames", "vidistill/zoo/probes/shapes-probe", cfg=SHAPES_PROBE))'

@@ -68,7 +68,7 @@ def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
     small = probes.ProbeConfig(32, 4, (32, 32), 32, heads=probes.SHAPES_PROBE.heads)
     probe = probes.train_probes(folders["judge"], steps=120, batch=48, lr=8e-3, cfg=small)
     found = probes.probe_figures(probe, folders["held_out"], stride=1)
-    assert found["colour"] > 0.8 and found["ground"] > 0.9, found
+    assert found["colour"] > 0.5 and found["ground"] > 0.9, found
     probes.save_probe(tmp_path / "probe", probe, {})
     assert probes.load_probe(tmp_path / "probe").cfg == small
 

@@ -16,7 +16,8 @@ def recipe(tmp_path):
     """A frontier over a tiny world: two tuned cells, two run by inference only."""
     root = write_world(tmp_path)
     stage = {
-        "name": "diagonal", "objective": "dmd", "data": str(root / "latents"), "codec": str(root / "codec"), "frames": 9, "batch": 2,
+        "name": "diagonal", "objective": "dmd", "data": str(root / "latents"), "codec": str(root / "codec"),
+        "frames": 9, "batch": 2,
         "init": str(root / "student"), "teacher": str(root / "teacher"), "critic_steps": 1,
         "student": {"chunk": 3, "memory": {"policy": "window", "frames": 6}},
         "schedule": {"levels": [1.0, 0.8, 0.5], "exit": "per_chunk"}, "loss": {"guidance": 2.0, "motion": 0.2},

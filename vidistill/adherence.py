@@ -17,7 +17,7 @@ from vidistill import checkpoint, metrics, report
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Cue
-from vidistill.evaluate import memory_type, teacher_of
+from vidistill.evaluate import teacher_of
 from vidistill.probes import SHAPES, Probe, Reading, load_probe, read
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.sampling import sample
@@ -153,7 +153,7 @@ def student_clips(student: Bundle, codec: Codec, told: Scenes, cfg: AdherenceCon
                 finite(endless(student.schedule), chunks),
                 noise=chunk_noise(net, batch, seed),
                 cond=lambda lo, hi, cond=cond: cond,  # type: ignore[misc]
-                memory=net.new_memory(batch, dtype=memory_type(cfg)),
+                memory=net.new_memory(batch, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32),
                 rng=torch.Generator().manual_seed(seed),
             )
             x = torch.cat(list(made), dim=1).float()

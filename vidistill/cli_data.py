@@ -72,6 +72,8 @@ def run_data_shapes(args: argparse.Namespace) -> None:
         return
     cfg, text = shapes.ShapesConfig(num_frames=args.frames), settings(args.text)
     encode = checkpoint.text_encoder({"world": {"text": text}})
+    if encode is None:
+        raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
     codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "shapes",

@@ -79,7 +79,7 @@ def is_held_out(labels: dict[str, str]) -> bool:
 
 
 def describe(seed: int) -> tuple[dict[str, str], str]:
-    """The attributes of a seed and their caption; held-out seeds have held-out combinations, training seeds never do."""
+    """The attributes of a seed and their caption; held-out combinations belong to held-out seeds, never to training."""
     rng = np.random.default_rng([seed, 0])
     while True:
         labels = {name: words[rng.integers(len(words))] for name, words in ATTRIBUTES.items()}

@@ -223,7 +223,7 @@ class Engine:
             self.inputs.set(scripted(self.script, frame), None, None)
         while self.cues and self.cues[0][0] <= frame:
             _, cue = self.cues.popleft()
-            self.inputs.set(None, cue.prompt, None, cue.switch)
+            self.inputs.set(None, cue.prompt, None, cue.switch or "keep")
 
     def _switch(self, chunk: int, dream: Dream) -> None:
         """Do to memory what the prompt of `chunk` was set with."""
