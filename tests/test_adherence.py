@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,10 +66,10 @@ def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
         folders[split] = tmp_path / split
         shards = captioned_shards(shapes.record_many(cfg, shapes.seeds(split, num)), Ngrams().encode)
         write_shards(folders[split], shards, {"source": "shapes", "fps": 12.0})
-    small = probes.ProbeConfig(32, 4, (32, 32), 32, heads=probes.SHAPES_PROBE.heads)
-    probe = probes.train_probes(folders["judge"], steps=120, batch=48, lr=8e-3, cfg=small)
+    small = replace(probes.SHAPES_PROBE, unshuffle=2, widths=(32, 32))
+    probe = probes.train_probes(folders["judge"], steps=150, batch=48, lr=8e-3, cfg=small)
     found = probes.probe_figures(probe, folders["held_out"], stride=1)
-    assert found["colour"] > 0.5 and found["ground"] > 0.9, found
+    assert found["colour"] > 0.6 and found["ground"] > 0.7 and found["motion"] > 0.4, found
     probes.save_probe(tmp_path / "probe", probe, {})
     assert probes.load_probe(tmp_path / "probe").cfg == small
 

@@ -233,11 +233,13 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 def run_eval(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from vidistill import adherence, checkpoint, evaluate, frontier
+    from vidistill import adherence, checkpoint, evaluate
 
     if not args.name and not args.frontier:
         raise ValueError("name a checkpoint, or give --frontier")
     if args.frontier:
+        from vidistill import frontier
+
         result = frontier.frontier(args.frontier)
         Console(stderr=True).print(frontier.table(result))
     elif checkpoint.listens(args.name):

@@ -25,6 +25,7 @@ WALKS = ("backward", "none", "forward")
 IGNORED = -100  # a label that no picture shows
 BEFORE, AFTER = 2, 1  # frames of a stack before and after the one its labels belong to
 STACK = BEFORE + 1 + AFTER
+PLACES = ("told", "same")
 DAMAGES = ("blur", "saturation", "contrast", "noise")
 BUNDLED = "probes/doom-probe"  # in the zoo, but no network that `checkpoint.load` rebuilds
 SHAPES = "probes/shapes-probe"
@@ -35,6 +36,7 @@ class ProbeConfig:
     """Size of the probe; `features` is the width of the layer that all its answers are read from.
 
     `heads`: what it answers, and in how many classes (1: a number); empty: what there is to read in Doom.
+    `places`: whether the features are `told` where in the picture something is seen, or are the `same` everywhere.
     """
 
     size: int = 64
@@ -43,6 +45,11 @@ class ProbeConfig:
     features: int = 64
     textures: int = 33
     heads: Mapping[str, int] = field(default_factory=dict)
+    places: str = "told"
+
+    def __post_init__(self) -> None:
+        if self.places not in PLACES:
+            raise ValueError(f"probe.places {self.places!r} is unknown; choose one of {', '.join(PLACES)}")
 
     @property
     def answers(self) -> dict[str, int]:
@@ -72,7 +79,9 @@ class Probe(nn.Module):
             conv = nn.Conv2d(width_in, width_out, 3, stride=1 if i == 0 else 2, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(width_out), nn.SiLU()]
         side = cfg.size // cfg.unshuffle // 2 ** (len(cfg.widths) - 1)
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, cfg.features))
+        places = side**2 if cfg.places == "told" else 1
+        pool = [] if cfg.places == "told" else [nn.AdaptiveMaxPool2d(1)]
+        self.trunk = nn.Sequential(*layers, *pool, nn.Flatten(), nn.Linear(widths[-1] * places, cfg.features))
         self.heads = nn.ModuleDict(
             {name: nn.Linear(cfg.features, num) for name, num in {**cfg.answers, "damage": len(DAMAGES)}.items()}
         )
@@ -108,7 +117,7 @@ def stack_frames(px: Tensor, times: Tensor) -> Tensor:
     return px[:, index]
 
 
-SHAPES_PROBE = ProbeConfig(32, widths=(24, 32, 48), features=48, heads={n: len(w) for n, w in ATTRIBUTES.items()})
+SHAPES_PROBE = ProbeConfig(32, 1, (24, 48, 64), 48, places="same", heads={n: len(w) for n, w in ATTRIBUTES.items()})
 
 
 @torch.no_grad()
