@@ -36,13 +36,14 @@ class FakeSession:
 
     def __init__(self, seed=0, image=None, *, fps=FPS, chunk_s=0.0, limit=None):
         self.fps, self.chunk_s, self.limit = fps, chunk_s, limit
-        self.closed, self.made, self.inputs = False, 0, 0
+        self.closed, self.made, self.inputs, self.said = False, 0, 0, []
         self.action = dict.fromkeys(ACTIONS, 0.0)
         self.picture = np.zeros((SIZE, SIZE, 3), np.uint8)
         self.reset(seed=seed, image=image)
 
-    def set(self, *, action):
-        self.action, self.inputs = dict(action), self.inputs + 1
+    def set(self, *, action=None, prompt=None, switch=None):
+        self.action, self.inputs = self.action if action is None else dict(action), self.inputs + 1
+        self.said.append((prompt, switch))
         return self.inputs
 
     def reset(self, *, seed, image):
@@ -73,10 +74,10 @@ class FakeSession:
 class FakeWorld:
     """Opens fake sessions and remembers them."""
 
-    def __init__(self, pictures=True, **options):
+    def __init__(self, pictures=True, switches=(), **options):
         self.sessions, self.options = [], options
         self.starts = {"blocks": blocks(np.random.default_rng(9), 8), "red": picture(200, 30, 30)} if pictures else None
-        self.world = World("fake", ACTIONS, (SIZE, SIZE), self.open, self.starts)
+        self.world = World("fake", ACTIONS, (SIZE, SIZE), self.open, self.starts, switches=switches)
 
     def open(self, seed, image):
         self.sessions.append(FakeSession(seed, image, **self.options))

@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "video": set(),
     "ops": set(),
     "zoo": set(),
+    "text": set(),
     "diffusion": {"shapes"},
     "metrics": {"shapes"},
     "conditioning": {"shapes"},
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "rollout": {"student", "memory", "schedules", "conditioning", "diffusion", "shapes"},
     "sampling": {"diffusion", "conditioning", "shapes"},
     "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
-    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes"}
+    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
     "data": {"sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
     "learner": set(),
@@ -69,8 +70,12 @@ ARROWS: dict[str, set[str]] = {
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
     | {"rollout", "schedules", "memory", "conditioning", "codecs"},
+    "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
+    | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
+    "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
     "serve": {"stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
+    "cli_data": ANYTHING,
     "__main__": {"cli"},
     "__init__": ANYTHING,
 }

@@ -200,6 +200,16 @@ def test_a_summary_counts_without_loading_weights(path):
     assert row["bytes"] == checkpoint.beside(path, ".safetensors").stat().st_size and row["card"] == {"steps": 3}
 
 
+def test_a_summary_counts_half_the_evaluations_for_a_diagonal_schedule(path):
+    four = {"levels": [1.0, 0.9, 0.75, 0.5], "given_chunks": 1}
+    edit(path, schedule=four)
+    before = checkpoint.summary(path)
+    edit(path, schedule={**four, "pattern": "4-3-2-2-2-2-2", "context": "last_step"})
+    after = checkpoint.summary(path)
+    assert (before["nfe_7_chunks"], after["nfe_7_chunks"]) == (35, 17)
+    assert after["nfe_per_chunk"] == [4, 3, 2, 2, 2, 2, 2]
+
+
 def test_loading_keeps_the_precision_a_module_has():
     module = nn.Linear(2, 2).half()
     checkpoint.load_into(module, {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}, "here")

@@ -162,7 +162,10 @@ def test_a_student_learns_from_prompts_alone_and_streams_what_it_is_told(wan, pr
     assert next(trainer.roles.student.parameters()).dtype == torch.float32
     path = train(cfg)
     record = json.loads(path.with_suffix(".json").read_text())
-    assert record["text"] == {"source": str(wan), "length": LENGTH} and record["world"] == {"fps": 16.0, "temporal": 4}
+    assert record["text"] == {"kind": "umt5", "source": str(wan), "length": LENGTH} and record["world"] == {
+        "fps": 16.0,
+        "temporal": 4,
+    }
     assert "names" not in record["card"]["data"] and record["codec"] == str(wan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     films = []

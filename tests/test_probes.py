@@ -55,7 +55,9 @@ def test_reading_a_clip_gives_every_stride_th_frame_whatever_the_batch(trained):
     whole = probes.read(trained[0], px, stride=2)
     parts = probes.read(trained[0], px, stride=2, batch=1)
     assert whole.times.tolist() == [2, 4, 6, 8, 10] and whole.features.shape == (3, 5, 16)
-    assert torch.allclose(whole.features, parts.features, atol=1e-4) and torch.equal(whole.turn, parts.turn)
+    assert torch.allclose(whole.features, parts.features, atol=1e-4) and torch.equal(
+        whole.labels["turn"], parts.labels["turn"]
+    )
 
 
 def test_a_stack_holds_two_frames_before_and_one_after():

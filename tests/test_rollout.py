@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -116,17 +117,27 @@ def test_only_passes_that_promise_gradient_carry_it():
         assert x0.requires_grad == p.grad
 
 
-def test_training_with_last_step_context_leaves_the_memory_of_streaming():
-    schedule = SCHEDULES["last step"]
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_training_leaves_the_memory_of_streaming(name):
+    """`last_step` whatever the exit, the other contexts where training does not stop early."""
+    schedule = replace(SCHEDULES[name], exit="per_chunk" if name == "last step" else "none")
     memories = []
-    for passes in (finite(endless(schedule), 3), training(schedule, 3, Random(5))):
+    for passes, grad in (
+        (finite(endless(schedule), 3), False),
+        (training(schedule, 3, Random(5)), False),
+        (training(schedule, 3, Random(5)), True),
+    ):
         student = tiny_student(WINDOW)
-        memory = student.new_memory(1)
-        list(run(student, passes, memory=memory))
-        memories.append(memory)
-    for a, b in zip(memories[0].entries(1)[:2], memories[1].entries(1)[:2], strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
-    assert memories[0].frames == memories[1].frames
+        memories.append(student.new_memory(1))
+        with torch.set_grad_enabled(grad):
+            list(run(student, passes, memory=memories[-1]))
+    streamed, trained, differentiated = ([m.entries(layer)[:2] for layer in (0, 1)] for m in memories)
+    for a, b, c in zip(
+        itertools.chain(*streamed), itertools.chain(*trained), itertools.chain(*differentiated), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, c, atol=1e-5)  # other kernels while autograd records
+    assert memories[0].frames == memories[1].frames == memories[2].frames
 
 
 def test_the_noise_of_a_chunk_does_not_depend_on_the_others():

@@ -1,10 +1,11 @@
 import itertools
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from vidistill.schedules import Pass, ScheduleConfig, endless, evaluations, finite, training
+from vidistill.schedules import Pass, ScheduleConfig, context_level, endless, evaluations, finite, training
 
 SELF_FORCING = ScheduleConfig(levels=(1.0, 0.8, 0.5))
 DIAGONAL = ScheduleConfig(levels=(1.0, 0.9, 0.7, 0.4), pattern="4322222", context="last_step")
@@ -41,6 +42,40 @@ def test_evaluations_of_seven_chunks_are_those_of_the_papers():
     four = ScheduleConfig()
     assert sum(evaluations(four, 7)) == 35
     assert evaluations(DIAGONAL, 7) == [4, 3, 2, 2, 2, 2, 2] and sum(evaluations(DIAGONAL, 7)) == 17
+
+
+def test_a_pattern_may_be_written_with_dashes_and_its_last_number_never_ends():
+    dashed = ScheduleConfig(levels=(1.0, 0.9, 0.8, 0.7, 0.4), pattern="5-4-3-2-2-2-2")
+    assert [len(steps) for steps in dashed.lists] == [5, 4, 3, 2, 2, 2, 2]
+    assert dashed.lists == ScheduleConfig(levels=dashed.levels, pattern="5432222").lists
+    many = ScheduleConfig(levels=tuple(1 - k / 12 for k in range(12)), pattern="12-2")
+    assert evaluations(many, 5) == [13, 3, 3, 3, 3]
+
+
+def test_the_chunks_after_a_switch_walk_the_first_lists_again():
+    assert evaluations(replace(DIAGONAL, rewarm=2), 9, switches=(4,)) == [4, 3, 2, 2, 4, 3, 2, 2, 2]
+    assert evaluations(replace(DIAGONAL, rewarm=1), 9, switches=(4, 7)) == [4, 3, 2, 2, 4, 2, 2, 4, 2]
+    assert evaluations(DIAGONAL, 6, switches=(4,)) == [4, 3, 2, 2, 2, 2]
+    given = replace(DIAGONAL, rewarm=3, given_chunks=1)
+    assert evaluations(given, 6, switches=(2,)) == [4, 4, 3, 2, 2, 2]
+    passes = finite(endless(replace(DIAGONAL, rewarm=2), 5, (5,)), 7)
+    assert [p.sigma[0] for p in passes] == [1.0, 0.9, 0.7, 0.4, 1.0, 0.9, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "level"),
+    [
+        (SELF_FORCING, (0.0, 0.0)),
+        (replace(SELF_FORCING, context_sigma=0.1), (0.0, 0.1)),
+        (replace(SELF_FORCING, context_sigma=0.1, context="noised"), (0.1, 0.1)),
+        (DIAGONAL, (0.4, 0.4)),
+        (ScheduleConfig(steps=((1.0, 0.7),), told=((1.0, 0.71),), context="last_step"), (0.7, 0.71)),
+    ],
+)
+def test_the_context_level_is_that_of_the_pass_that_commits(cfg, level):
+    assert context_level(cfg) == level
+    last = [p for p in finite(endless(cfg), 4) if p.commit][-1]
+    assert (last.sigma[0], (last.told or last.sigma)[0]) == level
 
 
 def test_rolling_fills_its_window_then_finishes_one_chunk_a_pass():
@@ -117,6 +152,10 @@ def test_training_stops_at_the_exit_step_and_last_step_context_runs_on():
         ({"levels": (0.9, 0.5)}, "starts from pure noise"),
         ({"levels": (1.0, 0.5, 0.5)}, "falls strictly"),
         ({"pattern": "5"}, "asks for 5 steps"),
+        ({"pattern": "4,3,2"}, "schedule.pattern"),
+        ({"pattern": "4-"}, "schedule.pattern"),
+        ({"rewarm": -1}, "schedule.rewarm"),
+        ({"rewarm": 1, "name": "rolling"}, "schedule.rewarm"),
         ({"context_sigma": 1.0}, "context_sigma"),
         ({"given_chunks": -1}, "given_chunks"),
         ({"steps": ((1.0, 0.5),), "told": ((1.0,),)}, "schedule.told"),

@@ -476,3 +476,29 @@ def test_a_large_picture_is_sent_as_jpeg():
     header = protocol.HEADER.unpack_from(data)
     assert header == (1, protocol.FRAME, protocol.JPEG, protocol.FIRST | protocol.RECORDING, 1, 2, 0, 3)
     assert Image.open(io.BytesIO(data[protocol.HEADER.size :])).size == (256, 256)
+
+
+def test_words_reach_the_session_and_come_back_in_the_first_frame_that_heard_them():
+    fake = FakeWorld(switches=("keep", "recache"))
+    with served(fake) as app, watching(app) as browser:
+        assert browser.note("hello")["switches"] == ["keep", "recache"]
+        browser.say(type="prompt", id=7, text="  a red   ring ", switch="recache")
+        header, _ = browser.frame(lambda header: header["input_id"] == 7)
+        assert header["index"] > 0 and fake.sessions[0].said == [("a red ring", "recache")]
+        browser.say(type="prompt", id=8, text="a cut", switch="cut")
+        assert "switch cut" in browser.note("error")["message"]
+
+
+def test_a_world_that_does_not_listen_refuses_words():
+    with served(FakeWorld()) as app, watching(app) as browser:
+        browser.note("hello")
+        browser.say(type="prompt", id=1, text="anything", switch="keep")
+        assert "takes no prompt" in browser.note("error")["message"]
+
+
+@pytest.mark.parametrize("change", [{"text": " "}, {"text": "x" * 401}, {"text": 3}, {"switch": "burn"}, {"id": 0}])
+def test_words_are_bounded_and_their_switch_is_known(change):
+    said = {"type": "prompt", "id": 1, "text": "a ring", "switch": "keep"}
+    assert protocol.parse_text(json.dumps(said), (), ()) == protocol.Prompt(1, "a ring", "keep")
+    with pytest.raises(protocol.MessageError, match=f"prompt.{next(iter(change))}"):
+        protocol.parse_text(json.dumps({**said, **change}), (), ())

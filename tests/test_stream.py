@@ -449,7 +449,7 @@ def test_the_consumer_sets_the_pace(session, monkeypatch):
     begun = []
     stream = session(StreamConfig(queue_frames=24))
     take_inputs = stream._engine._take_inputs
-    monkeypatch.setattr(stream._engine, "_take_inputs", lambda p: (begun.append(p.chunk), take_inputs(p)))
+    monkeypatch.setattr(stream._engine, "_take_inputs", lambda p: begun.append(p.chunk) or take_inputs(p))
     source = stream.frames()
     frames = take(source, 1 + 12)
     assert frames[-1].chunk == 1

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vidistill.codecs import GEOMETRIES, Codec, codec_record, load_codec, open_codec
 from vidistill.codecs.tiny import TinyCodec
+from vidistill.conditioning import Encode
 from vidistill.config import build
 from vidistill.diffusion import NoiseSchedule
 from vidistill.dit import DiTConfig, VideoDiT
@@ -24,6 +25,8 @@ from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 from vidistill.teachers import load_teacher
+from vidistill.teachers.text import TextCache, cache_folder
+from vidistill.text import NgramConfig, Ngrams
 
 FORMAT = 1
 KINDS = ("codec", "teacher", "student")
@@ -125,6 +128,12 @@ class Bundle:
     @property
     def schedule(self) -> ScheduleConfig:
         return build(ScheduleConfig, self.record["schedule"])
+
+    @property
+    def given_frames(self) -> int:
+        """Latent frames a student is given at the start: whole chunks, or pinned ones inside its first chunk."""
+        given: int = self.record.get("given_frames", self.net.first_frame(self.schedule.given_chunks))
+        return given
 
 
 def export(path: str | Path, net: nn.Module, record: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
@@ -309,6 +318,29 @@ def load_codec_of(bundle: Bundle) -> Codec:
     near = bundle.folder / name
     codec: Codec = load(near if beside(near, ".json").is_file() else name, "codec").net
     return codec
+
+
+def text_encoder(record: Mapping[str, Any]) -> Encode | None:
+    """What reads prompts for the network of a record, None if it names no text encoder; nothing is loaded yet."""
+    described = dict(record.get("text") or {})
+    if not described:
+        return None
+    kind = described.pop("kind", None)
+    if kind not in ENCODERS:
+        raise CheckpointError(f"text encoder {kind!r} is unknown; known: {', '.join(ENCODERS)}")
+    return ENCODERS[kind](described)
+
+
+def listens(name: str | Path) -> bool:
+    """Whether a checkpoint is a student that reads prompts."""
+    record = read_record(locate(name))
+    return record["kind"] == "student" and text_encoder(record) is not None
+
+
+ENCODERS: dict[str, Callable[[Mapping[str, Any]], Encode]] = {
+    "ngrams": lambda described: Ngrams(build(NgramConfig, described)).encode,
+    "umt5": lambda described: TextCache(**{"folder": cache_folder(), **described}).encode,
+}
 
 
 def load_student(name: str | Path) -> Bundle:

@@ -5,11 +5,11 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vidistill import __version__
+from vidistill.cli_data import add_data, amount, count, sides
 
 log = logging.getLogger("vidistill")
 COMPUTING = ("train", "generate", "serve", "bench", "eval", "data")
@@ -87,27 +87,6 @@ def run_train(args: argparse.Namespace) -> None:
             print(path)
 
 
-def count(text: str) -> int:
-    """A number of things: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def amount(text: str) -> float:
-    """A positive, finite number."""
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
-    return tuple(float(part) for part in text.split(","))
-
-
 def add_generate(commands: Any) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "generate",
@@ -123,7 +102,14 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--action", default="", help="what to do, e.g. forward:20,turn_left+forward:16 (frames), repeated to the end"
     )
-    p.add_argument("--prompt", help="text, for students that listen to text")
+    p.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="[SECONDS [POLICY]:] TEXT",
+        help='text, for students that listen to it; repeat it with times: "6 recache: a red ring moves up"; '
+        "policies: keep, recache, cut",
+    )
     p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
     add_speed(p)
     p.set_defaults(run=run_generate)
@@ -132,20 +118,17 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
 
 def run_generate(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, video
-    from vidistill.conditioning import parse_script
+    from vidistill.conditioning import parse_cues, parse_script
     from vidistill.stream import StreamConfig, StreamSession
-    from vidistill.teachers.text import prompt_tokens
 
     bundle = load_fast(args)
     codec = checkpoint.load_codec_of(bundle)
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
-    image = video.read_image(picture, size) if picture and bundle.schedule.given_chunks else None
+    image = video.read_image(picture, size) if picture and bundle.given_frames else None
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
-        if args.prompt:
-            session.set(tokens=prompt_tokens(bundle.record, args.prompt))
         total = max(1, round(args.seconds * session.fps))
-        frames = session.record(total, parse_script(args.action))
+        frames = session.record(total, parse_script(args.action), parse_cues(args.prompt))
         video.write_video(args.out, frames, session.fps, scale=args.scale)
         sheet = args.out.with_suffix(".png")
         video.save_png(sheet, video.contact_sheet([frames], every=max(1, total // 12), scale=2))
@@ -240,9 +223,10 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         help="judge a student beside its teacher and real video",
         description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
     )
-    p.add_argument("name", help="a bundled name or the path of a student or teacher")
+    p.add_argument("name", nargs="?", help="a bundled name or the path of a student or teacher")
+    p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
-    p.add_argument("--clips", type=count, default=256, help="held-out clips (default and protocol: 256)")
+    p.add_argument("--clips", type=count, help="held-out clips (default and protocol: 256; 96 captions for text)")
     p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
     p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -251,13 +235,28 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from vidistill import evaluate
+    from rich.console import Console
 
-    if args.glance:
-        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=args.clips))
+    from vidistill import adherence, checkpoint, evaluate
+
+    if not args.name and not args.frontier:
+        raise ValueError("name a checkpoint, or give --frontier")
+    if args.frontier:
+        from vidistill import frontier
+
+        result = frontier.frontier(args.frontier)
+        Console(stderr=True).print(frontier.table(result))
+    elif checkpoint.listens(args.name):
+        clips = args.clips or 96
+        if args.glance:
+            result = adherence.glance(args.name, adherence.AdherenceConfig(clips=clips))
+        else:
+            result = adherence.run(args.name, clips=clips, out=args.out, teacher=args.teacher)
+    elif args.glance:
+        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=args.clips or 256))
         print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
     else:
-        result = evaluate.run(args.name, clips=args.clips, out=args.out, teacher=args.teacher)
+        result = evaluate.run(args.name, clips=args.clips or 256, out=args.out, teacher=args.teacher)
     if args.json:
         print(json.dumps(result))
 
@@ -286,13 +285,6 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     return p
 
 
-def sides(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
-    return int(height), int(width)
-
-
 def run_convert(args: argparse.Namespace) -> None:
     from vidistill.convert import convert, revert
     from vidistill.interop.families import FAMILIES
@@ -318,121 +310,6 @@ def run_convert(args: argparse.Namespace) -> None:
         given_chunks=args.given,
     )
     print(json.dumps(card, indent=1))
-
-
-def add_data(commands: Any) -> argparse.ArgumentParser:
-    p = commands.add_parser("data", help="record and encode clips", description="Record clips, and encode them.")
-    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
-    doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
-    doom.add_argument("out", type=Path, help="folder to write")
-    doom.add_argument("--split", choices=("train", "held_out"), default="train")
-    doom.add_argument("--episodes", type=count, default=256)
-    doom.add_argument("--first", type=int, default=0, help="first episode of the split to record (default: 0)")
-    doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
-    doom.add_argument("--codec", help="write latents of this codec instead of pixels")
-    doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
-    doom.set_defaults(run=run_data_doom)
-    add_trajectories(kinds)
-    add_prompts(kinds)
-    return p
-
-
-def add_trajectories(kinds: Any) -> None:
-    p = kinds.add_parser(
-        "trajectories",
-        help="noise-to-sample paths of a teacher, for objective regression",
-        description="Sample clips with a teacher and keep its states at a few noise levels. Resumes after a stop.",
-        epilog="example: vidistill data trajectories data/doom/paths --teacher doom-teacher --data data/doom/latents",
-    )
-    p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--teacher", required=True, help="a bundled name or the path of a teacher")
-    p.add_argument(
-        "--data", type=Path, required=True, help="latents whose start pictures and actions are used; prompts"
-    )
-    p.add_argument("--clips", type=count, default=1024, help="trajectories (default: 1024)")
-    p.add_argument("--frames", type=count, help="latents a clip (default: what the teacher was trained on)")
-    p.add_argument(
-        "--steps", type=count, default=48, help="sampler steps, at least; more if --levels ask (default: 48)"
-    )
-    p.add_argument(
-        "--levels", type=numbers, help="levels to keep, e.g. 1,0.9,0.75,0.5 (default: four even steps, warped)"
-    )
-    p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
-    p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
-    p.add_argument("--size", type=sides, default=(480, 832), help="pixels, where the data are prompts (480x832)")
-    p.add_argument("--at-once", type=count, default=64, help="clips sampled together, a file each time (default: 64)")
-    p.add_argument("--half", action="store_true", help="compute in bf16")
-    p.set_defaults(run=run_data_trajectories)
-
-
-def run_data_trajectories(args: argparse.Namespace) -> None:
-    from vidistill import prepare
-
-    if not is_there(args.out):
-        print(prepare.trajectories(**kwargs_of(args)))
-
-
-def add_prompts(kinds: Any) -> None:
-    p = kinds.add_parser(
-        "prompts",
-        help="text alone, for students that learn without recorded video",
-        description="Encode a list of prompts once, so that training needs no text encoder. Resumes after a stop.",
-        epilog="example: vidistill data prompts data/wan/prompts --file prompts.txt --text Wan2.1-T2V-1.3B-Diffusers",
-    )
-    p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--file", type=Path, required=True, help="text file, one prompt a line")
-    p.add_argument("--text", required=True, help="diffusers folder or hub id that has text_encoder and tokenizer")
-    p.add_argument("--negative", default="", help="what guidance is taken against (default: the empty prompt)")
-    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
-    p.set_defaults(run=run_data_prompts)
-
-
-def run_data_prompts(args: argparse.Namespace) -> None:
-    from vidistill import prepare
-
-    if not is_there(args.out):
-        print(prepare.prompts(**kwargs_of(args)))
-
-
-def kwargs_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a command of `data`, without those of the command line itself."""
-    return {k: v for k, v in vars(args).items() if k not in ("command", "kind", "run", "verbose")}
-
-
-def is_there(folder: Path) -> bool:
-    """Whether a data folder is complete already; says so."""
-    from vidistill import data
-
-    if not (folder / data.META).is_file():
-        return False
-    print(f"{folder} is there already ({data.read_meta(folder)['episodes']} episodes); remove it to make it anew")
-    return True
-
-
-def run_data_doom(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from vidistill import checkpoint, data
-    from vidistill.sources import doom
-
-    if is_there(args.out):
-        return
-    cfg = doom.DoomConfig(num_frames=args.frames)
-    seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]
-    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
-    meta = {
-        "source": "doom",
-        "split": args.split,
-        "config": asdict(cfg),
-        "fps": cfg.fps,
-        "actions": list(doom.ACTIONS),
-        "px_size": cfg.size,
-        "codec": args.codec,
-    }
-    episodes = tqdm(doom.record_many(cfg, seeds, args.workers), total=len(seeds), desc="episodes", disable=None)
-    shards = data.frame_shards(episodes)
-    data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
-    print(f"{args.out}: {len(seeds)} episodes of {args.frames} frames")
 
 
 def add_info(commands: Any) -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Conditions as the network sees them, and the encoders that make them from actions, text, images and audio."""
 
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+Encode = Callable[[Sequence[str]], Tensor]  # prompts -> tokens [B, L, D]
 
 SITES = ("modulation", "hidden", "qk")
 ACTION_SITE = "modulation"
@@ -139,18 +142,26 @@ class Wish:
     id: int
     action: tuple[float, ...]
     tokens: Tensor | None  # [1, L, D]
+    switch: str = "keep"  # what a stream does to its memory when it meets these tokens
 
 
 class Inputs:
     """The conditions a network takes, from what the user asks for: `wish` is the latest, replaced as a whole.
 
-    `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent. Nothing asked for yet: actions
-    are zero (standing still), everything else is null.
+    `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent; `encode` reads prompts.
+    Nothing asked for yet: actions are zero (standing still), everything else is null.
     """
 
     def __init__(
-        self, sites: Mapping[str, int], text_dim: int, actions: Sequence[str], factor: int, device: torch.device | str
+        self,
+        sites: Mapping[str, int],
+        text_dim: int,
+        actions: Sequence[str],
+        factor: int,
+        device: torch.device | str,
+        encode: Encode | None = None,
     ) -> None:
+        self.encode = encode if text_dim else None
         self.sites, self.text_dim, self.factor, self.device = sites, text_dim, factor, device
         self.actions = tuple(actions) if ACTION_SITE in sites else ()
         needed = factor * len(self.actions) + 1
@@ -164,27 +175,35 @@ class Inputs:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], factor: int, device: torch.device | str) -> "Inputs":
+    def of(
+        cls, record: Mapping[str, Any], factor: int, device: torch.device | str, encode: Encode | None = None
+    ) -> "Inputs":
         """Inputs of the network a checkpoint's `record` describes; ValueError if it needs what cannot be held."""
         dit = record["dit"]
         if dit["extra_channels"]:
             raise ValueError("this network needs condition channels; inputs have none to give")
         sites = {name: site["dim"] for name, site in dit["sites"].items()}
-        return cls(sites, dit["text_dim"], record["world"].get("actions", ()), factor, device)
+        return cls(sites, dit["text_dim"], record["world"].get("actions", ()), factor, device, encode)
 
     def set(
-        self, action: Mapping[str, float] | Sequence[float] | None, prompt: str | None, tokens: Tensor | None
+        self,
+        action: Mapping[str, float] | Sequence[float] | None,
+        prompt: str | None,
+        tokens: Tensor | None,
+        switch: str = "keep",
     ) -> int:
-        """Replace what is given, keep the rest; returns the number of this wish."""
+        """Replace what is given, keep the rest; returns the number of this wish. `switch` goes with a prompt."""
         if action is None and prompt is None and tokens is None:
             raise ValueError("set() needs an action, a prompt or tokens")
-        if prompt is not None:
-            raise ValueError("this student has no text encoder: it takes no prompt; pass `tokens` if it cross-attends")
+        if prompt is not None and tokens is not None:
+            raise ValueError("set() takes a prompt or the tokens it is read as, not both")
         changed: dict[str, Any] = {}
+        if prompt is not None:
+            tokens = self.read_prompts([prompt])[0]
         if action is not None:
             changed["action"] = self.read_action(action)
         if tokens is not None:
-            changed["tokens"] = self.read_tokens(tokens)
+            changed |= {"tokens": self.read_tokens(tokens), "switch": switch}
         with self._lock:
             self.wish = replace(self.wish, id=self.wish.id + 1, **changed)
             return self.wish.id
@@ -205,6 +224,12 @@ class Inputs:
             if not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
                 raise ValueError(f"action {name!r} must be a number from 0 to 1, got {value!r}")
         return tuple(float(v) for v in values)
+
+    def read_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens [B, L, D] of prompts; ValueError if nothing reads them here."""
+        if prompts and self.encode is None:
+            raise ValueError("this student has no text encoder: it takes no prompt; pass `tokens` if it cross-attends")
+        return torch.zeros(0, 1, self.text_dim) if self.encode is None else self.encode(prompts)
 
     def read_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens [L, D] as [1, L, D] on the network's device."""
@@ -249,3 +274,26 @@ def scripted(script: Script, frame: int) -> Mapping[str, float]:
         if left < 0:
             return action
     raise AssertionError("a script is as long as its parts")
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A prompt of a story: when it is said, and what it does to memory (None: the stream's own policy)."""
+
+    seconds: float
+    prompt: str
+    switch: str | None = None
+
+
+CUE = re.compile(r"(?:(?P<seconds>\d+(?:\.\d+)?)s?(?:\s+(?P<switch>[a-z]+))?\s*:)?\s*(?P<prompt>.*\S)\s*")
+
+
+def parse_cues(lines: Sequence[str]) -> list[Cue]:
+    """The cues that lines like "a red ball", "5: a blue ball" and "9.5 cut: a green ball" spell, in order of time."""
+    cues = []
+    for line in lines:
+        found = CUE.fullmatch(line)
+        if found is None:
+            raise ValueError(f"{line!r} says nothing; a cue is a prompt, or SECONDS: prompt, or SECONDS POLICY: prompt")
+        cues.append(Cue(float(found["seconds"] or 0), found["prompt"], found["switch"]))
+    return sorted(cues, key=lambda cue: cue.seconds)

@@ -40,6 +40,16 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     return build(cls, {str(key): value for key, value in values.items()})
 
 
+def settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values that `key=value` words spell, typed as YAML would type them."""
+    bad = [o for o in overrides if "=" not in o]
+    if bad:
+        raise ConfigError(f"settings are written key=value, got {bad[0]!r}")
+    values = OmegaConf.to_container(parse(OmegaConf.from_dotlist, list(overrides)))
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 def parse(read: Any, source: Any) -> Any:
     """`read(source)`, with any complaint of the YAML parser as a ConfigError."""
     try:

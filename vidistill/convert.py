@@ -59,7 +59,7 @@ def convert(
         "schedule": asdict(published.family.schedule(given_chunks)),
         "noise": asdict(NoiseSchedule(shift=published.family.shift)),
         "codec": codec,
-        "text": {"source": text, "length": text_tokens} if text else None,
+        "text": {"kind": "umt5", "source": text, "length": text_tokens} if text else None,
         "world": {"fps": FPS, "temporal": FRAMES_PER_LATENT},
         "card": card,
         "published": {"family": name, "entry": published.entry, "names": published.names},

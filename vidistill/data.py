@@ -1,6 +1,7 @@
 """Recorded clips on disk and in batches: frame shards, latent shards, an order that needs no state to resume."""
 
 import bisect
+import itertools
 import json
 import os
 import shutil
@@ -16,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.conditioning import ACTION_SITE, Condition, pack_actions
+from vidistill.conditioning import ACTION_SITE, Condition, Encode, pack_actions
 from vidistill.diffusion import Denoiser, NoiseSchedule
 from vidistill.sampling import trajectory
-from vidistill.sources import Episode
+from vidistill.sources import Captioned, Episode
 
 META = "meta.json"
 SETTINGS = "settings.json"
@@ -102,6 +103,15 @@ def stack_episodes(episodes: list[Episode]) -> tuple[dict[str, Tensor], list[dic
     return tensors, [{"seed": e.seed, "walls": e.walls} for e in episodes]
 
 
+def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int = 64) -> Iterator[Shard]:
+    """Shards of captioned clips of one length: frames uint8 [N, T, H, W, 3], tokens half [N, L, D]."""
+    clips = iter(clips)
+    while held := list(itertools.islice(clips, per_shard)):
+        frames = torch.from_numpy(np.stack([c.frames for c in held]))
+        tokens = encode([c.caption for c in held]).half()
+        yield {"frames": frames, "tokens": tokens}, [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held]
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / META
     if not path.is_file():
@@ -152,7 +162,7 @@ def write_prompts(
             bar.update()
     names = [cache.path(prompt).name for prompt in (negative, *prompts)]
     record = {**meta, PROMPTS: list(prompts), "negative": negative, NAMES: names[1:], "negative_name": names[0]}
-    record |= {"text": {"source": cache.source, "length": cache.length}, "episodes": len(prompts)}
+    record |= {"text": {"kind": "umt5", "source": cache.source, "length": cache.length}, "episodes": len(prompts)}
     partial = Path(folder) / f"{META}.tmp"
     partial.write_text(json.dumps(record))
     os.replace(partial, Path(folder) / META)
@@ -321,7 +331,8 @@ def start_of_clip(cond: Condition) -> Condition:
 
 @torch.no_grad()
 def latent_shard(shard: Shard, codec: Any) -> Shard:
-    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3].
+    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3],
+    tokens [N, L, D], what there is of them.
 
     `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
     that picture alone, which is what a clip starts from.
@@ -333,12 +344,16 @@ def latent_shard(shard: Shard, codec: Any) -> Shard:
         px = frames.permute(0, 3, 1, 2).float() / 255
         latents.append(codec.encode(px[None])[0].half())
         images.append(codec.encode(px[::factor, None])[:, 0].half())
-    return {
-        "latents": torch.stack(latents),
-        "images": torch.stack(images),
-        "actions": pack_actions(tensors["actions"], factor),
-        "poses": tensors["poses"][:, ::factor].contiguous(),
-    }, described
+    out = {"latents": torch.stack(latents), "images": torch.stack(images)}
+    out |= {name: LATENT_RATE[name](x, factor) for name, x in tensors.items() if name in LATENT_RATE}
+    return out, described
+
+
+LATENT_RATE: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "actions": pack_actions,
+    "poses": lambda poses, factor: poses[:, ::factor].contiguous(),
+    "tokens": lambda tokens, factor: tokens,
+}
 
 
 LEVEL_TOLERANCE = 2e-3  # levels are written with few digits

@@ -18,13 +18,12 @@ from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
 from vidistill.conditioning import ACTION_SITE, Condition, pack_actions
 from vidistill.data import Clips, frame_shards, write_shards
-from vidistill.memory import KVMemory
+from vidistill.memory import KVMemory, stream_memory
 from vidistill.probes import Probe, action_labels, load_probe, visible_walks
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.sampling import sample
 from vidistill.schedules import endless, finite
 from vidistill.sources.doom import DoomConfig, record_many, seeds
-from vidistill.stream import stream_memory
 from vidistill.tally import CURVES, ClipBatch, StreamTally, Tally, drifts, figures
 from vidistill.video import to_float
 
@@ -413,9 +412,9 @@ def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]
     return finish(result, pictures, {"codec": bundle.name}, cfg, began)
 
 
-def glance(student: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
+def glance(student: str | Bundle, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
     """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training."""
-    pupil = checkpoint.load(student, "student")
+    pupil = student if isinstance(student, Bundle) else checkpoint.load(student, "student")
     codec = checkpoint.load_codec_of(pupil)
     result, _ = judge({"student": student_row(pupil, codec, cfg)}, codec, cfg)
     return report.plain(result["student"])

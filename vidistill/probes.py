@@ -1,9 +1,9 @@
-"""A small network trained on real Doom video that reads back what a clip shows: which action, which wall, how far."""
+"""A small network trained on real video of a world that reads back what a clip shows: actions and walls, or shapes."""
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,49 @@ from vidistill.config import build
 from vidistill.data import Clips, read_meta
 from vidistill.metrics import balanced_accuracy
 from vidistill.sources.doom import centre_texture
+from vidistill.sources.shapes import ATTRIBUTES
 
 TURNS = ("left", "none", "right")
 WALKS = ("backward", "none", "forward")
 IGNORED = -100  # a label that no picture shows
 BEFORE, AFTER = 2, 1  # frames of a stack before and after the one its labels belong to
 STACK = BEFORE + 1 + AFTER
+PLACES = ("told", "same")
 DAMAGES = ("blur", "saturation", "contrast", "noise")
 BUNDLED = "probes/doom-probe"  # in the zoo, but no network that `checkpoint.load` rebuilds
+SHAPES = "probes/shapes-probe"
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Size of the probe; `features` is the width of the layer that all its answers are read from."""
+    """Size of the probe; `features` is the width of the layer that all its answers are read from.
+
+    `heads`: what it answers, and in how many classes (1: a number); empty: what there is to read in Doom.
+    `places`: whether the features are `told` where in the picture something is seen, or are the `same` everywhere.
+    """
 
     size: int = 64
     unshuffle: int = 2
     widths: tuple[int, ...] = (32, 48, 96, 128)
     features: int = 64
     textures: int = 33
+    heads: Mapping[str, int] = field(default_factory=dict)
+    places: str = "told"
+
+    def __post_init__(self) -> None:
+        if self.places not in PLACES:
+            raise ValueError(f"probe.places {self.places!r} is unknown; choose one of {', '.join(PLACES)}")
+
+    @property
+    def answers(self) -> dict[str, int]:
+        """Outputs of every head but `damage`, by name."""
+        doom = {"turn": len(TURNS), "walk": len(WALKS), "texture": self.textures, "distance": 1}
+        return dict(self.heads) or doom
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of classes of the heads that choose one."""
+        return {name: num for name, num in self.answers.items() if num > 1}
 
 
 class Probe(nn.Module):
@@ -55,18 +79,11 @@ class Probe(nn.Module):
             conv = nn.Conv2d(width_in, width_out, 3, stride=1 if i == 0 else 2, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(width_out), nn.SiLU()]
         side = cfg.size // cfg.unshuffle // 2 ** (len(cfg.widths) - 1)
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * side**2, cfg.features))
+        places = side**2 if cfg.places == "told" else 1
+        pool = [] if cfg.places == "told" else [nn.AdaptiveMaxPool2d(1)]
+        self.trunk = nn.Sequential(*layers, *pool, nn.Flatten(), nn.Linear(widths[-1] * places, cfg.features))
         self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(cfg.features, num)
-                for name, num in (
-                    ("turn", len(TURNS)),
-                    ("walk", len(WALKS)),
-                    ("texture", cfg.textures),
-                    ("distance", 1),
-                    ("damage", len(DAMAGES)),
-                )
-            }
+            {name: nn.Linear(cfg.features, num) for name, num in {**cfg.answers, "damage": len(DAMAGES)}.items()}
         )
         self.register_buffer("mean", torch.zeros(cfg.features))
         self.register_buffer("std", torch.ones(cfg.features))
@@ -76,7 +93,7 @@ class Probe(nn.Module):
         return self.trunk((stacks - 0.5).flatten(1, 2).contiguous(memory_format=torch.channels_last)).float()
 
     def answers(self, raw: Tensor) -> dict[str, Tensor]:
-        """Class scores of `turn`, `walk`, `texture`; log(1 + `distance`); `damage` in units of its largest value."""
+        """Class scores, numbers (Doom: log(1 + `distance`)), and `damage` in units of its largest value."""
         hidden = F.silu(raw)
         return {name: head(hidden) for name, head in self.heads.items()}
 
@@ -87,12 +104,10 @@ class Probe(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a probe saw: features [B, n, D], and turn, walk, texture (class indices) [B, n] at frames `times` [n]."""
+    """What a probe saw at frames `times` [n]: features [B, n, D], and class indices [B, n] by the name of the head."""
 
     features: Tensor
-    turn: Tensor
-    walk: Tensor
-    texture: Tensor
+    labels: Mapping[str, Tensor]
     times: Tensor
 
 
@@ -100,6 +115,9 @@ def stack_frames(px: Tensor, times: Tensor) -> Tensor:
     """Stacks [B, n, 4, 3, H, W] of clips px [B, T, 3, H, W] around frames `times`."""
     index = times[:, None] + torch.arange(-BEFORE, AFTER + 1)
     return px[:, index]
+
+
+SHAPES_PROBE = ProbeConfig(32, 1, (24, 48, 64), 48, places="same", heads={n: len(w) for n, w in ATTRIBUTES.items()})
 
 
 @torch.no_grad()
@@ -112,10 +130,8 @@ def read(probe: Probe, px: Tensor, stride: int = 1, batch: int = 256) -> Reading
     few = max(1, batch // len(times))
     parts = [probe(stack_frames(part, times).flatten(0, 1)) for part in px.split(few)]
     shape = (px.shape[0], len(times))
-    labels = {
-        name: torch.cat([a[name].argmax(-1) for _, a in parts]).view(shape) for name in ("turn", "walk", "texture")
-    }
-    return Reading(torch.cat([f for f, _ in parts]).view(*shape, -1), times=times, **labels)
+    labels = {name: torch.cat([a[name].argmax(-1) for _, a in parts]).view(shape) for name in probe.cfg.classes}
+    return Reading(torch.cat([f for f, _ in parts]).view(*shape, -1), labels, times)
 
 
 def action_labels(actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +151,23 @@ def visible_walks(walk: Tensor, poses: Tensor, speed: float) -> Tensor:
 
 
 def labels_of(clips: Clips) -> dict[str, Tensor]:
-    """Labels [N, T] of every recorded frame: turn, walk, texture (of the wall in the centre of view), distance."""
+    """Labels [N, T] of every recorded frame, as the world of the clips has them."""
+    return LABELS[clips.meta.get("source", "doom")](clips)
+
+
+def shape_labels(clips: Clips) -> dict[str, Tensor]:
+    """Colour, shape, motion and ground of every frame: the words of its caption as class indices."""
+    frames = clips.tensors["frames"].shape[1]
+    return {
+        name: torch.tensor([words.index(d[name]) for d in clips.meta["described"]])[: len(clips), None].expand(
+            -1, frames
+        )
+        for name, words in ATTRIBUTES.items()
+    }
+
+
+def doom_labels(clips: Clips) -> dict[str, Tensor]:
+    """Turn, walk, texture (of the wall in the centre of view) and distance of every frame."""
     poses = clips.tensors["poses"]
     turn, walk = action_labels(clips.tensors["actions"])
     seen = np.array(
@@ -150,6 +182,11 @@ def labels_of(clips: Clips) -> dict[str, Tensor]:
     return {"turn": turn, "walk": walk, "texture": texture.masked_fill(texture < 0, IGNORED), "distance": distance}
 
 
+LABELS: Mapping[str, Callable[[Clips], dict[str, Tensor]]] = {"doom": doom_labels, "shapes": shape_labels}
+MIRRORED = {"turn": (2, 1, 0), "motion": (1, 0, 2, 3, 4)}  # class of a mirrored picture
+BALANCED = ("turn", "walk")  # heads whose rare classes count as much as common ones
+
+
 def draw(
     clips: Clips, labels: dict[str, Tensor], batch: int, rng: np.random.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,7 +199,8 @@ def draw(
     own = {name: values[episode, time] for name, values in labels.items()}
     mirror = torch.from_numpy(rng.random(batch) < 0.5)
     px = torch.where(mirror[:, None, None, None, None], px.flip(-1), px)
-    own["turn"] = torch.where(mirror, 2 - own["turn"], own["turn"])
+    for name in MIRRORED.keys() & own.keys():
+        own[name] = torch.where(mirror, torch.tensor(MIRRORED[name])[own[name]], own[name])
     return px, own
 
 
@@ -211,8 +249,10 @@ def train_probes(
     probe = Probe(cfg).train().to(memory_format=torch.channels_last)
     optim = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=0.02)
     plan = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
-    weights = {"turn": class_weights(labels["turn"], len(TURNS)), "walk": class_weights(labels["walk"], len(WALKS))}
-    weights["texture"] = torch.ones(cfg.textures)
+    weights = {
+        name: class_weights(labels[name], num) if name in BALANCED else torch.ones(num)
+        for name, num in cfg.classes.items()
+    }
     draws, rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     for step in range(steps):
         px, own = draw(clips, labels, batch, draws)
@@ -233,11 +273,9 @@ def train_probes(
 
 def probe_losses(answers: dict[str, Tensor], own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """One loss for each head."""
-    losses = {
-        name: F.cross_entropy(answers[name], own[name], weights[name], ignore_index=IGNORED)
-        for name in ("turn", "walk", "texture")
-    }
-    losses["distance"] = F.smooth_l1_loss(answers["distance"][:, 0], own["distance"])
+    losses = {name: F.cross_entropy(answers[name], own[name], weights[name], ignore_index=IGNORED) for name in weights}
+    for name in own.keys() - weights.keys() - {"damage"}:
+        losses[name] = F.smooth_l1_loss(answers[name][:, 0], own[name])
     losses["damage"] = F.mse_loss(answers["damage"], own["damage"])
     return losses
 
@@ -252,14 +290,16 @@ def standardise(probe: Probe, batches: Iterator[Tensor]) -> None:
 
 @torch.no_grad()
 def probe_figures(probe: Probe, frames: str | Path, stride: int = 4, near: float = 6.0) -> dict[str, float]:
-    """Balanced accuracy of turn and walk, accuracy of the texture (all, and of walls within `near`) on real frames."""
+    """Accuracy of every head on real frames; Doom: balanced for turn and walk, texture also of walls within `near`."""
     clips = Clips(frames)
     labels = labels_of(clips)
     parts = []
     for episode in clips.tensors["frames"].split(8):
         parts.append(read(probe, episode.permute(0, 1, 4, 2, 3).float() / 255, stride))
-    got = {name: torch.cat([vars(p)[name] for p in parts]) for name in ("turn", "walk", "texture")}
+    got = {name: torch.cat([p.labels[name] for p in parts]) for name in probe.cfg.classes}
     own = {name: values[:, parts[0].times] for name, values in labels.items()}
+    if "turn" not in got:
+        return {name: float((got[name] == own[name]).double().mean()) for name in got}
     right = (got["texture"] == own["texture"]).double()
     close = own["distance"] < np.log1p(near)
     figures = {
@@ -282,7 +322,14 @@ def save_probe(path: str | Path, probe: Probe, card: dict[str, Any]) -> None:
 
 
 def make_probe(
-    frames: str | Path, held_out: str | Path, out: str | Path, *, seed: int = 0, steps: int = 1500, batch: int = 64
+    frames: str | Path,
+    held_out: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = 1500,
+    batch: int = 64,
+    cfg: ProbeConfig = ProbeConfig(),
 ) -> dict[str, float]:
     """Train a probe on `frames`, measure it on `held_out`, save it as `out` with its card; returns the figures."""
     with tqdm(total=steps, unit="step") as bar:
@@ -291,7 +338,7 @@ def make_probe(
             bar.update()
             bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
 
-        probe = train_probes(frames, seed=seed, steps=steps, batch=batch, progress=progress)
+        probe = train_probes(frames, seed=seed, steps=steps, batch=batch, cfg=cfg, progress=progress)
     figures = probe_figures(probe, held_out)
     trained, judged = (read_meta(folder) for folder in (frames, held_out))
     card = {
@@ -306,9 +353,9 @@ def make_probe(
     return figures
 
 
-def load_probe(path: str | Path | None = None) -> Probe:
-    """The bundled probe, or the one at `path`."""
-    path = checkpoint.zoo_folder() / BUNDLED if path is None else Path(path)
+def load_probe(path: str | Path | None = None, bundled: str = BUNDLED) -> Probe:
+    """The bundled probe of a world, or the one at `path`."""
+    path = checkpoint.zoo_folder() / bundled if path is None else Path(path)
     tensors, record = checkpoint.read_tensors(path.with_suffix(".safetensors"))
     if record.get("kind") != "probe":
         raise checkpoint.CheckpointError(f"{path} holds a {record.get('kind')}, a probe is needed here")

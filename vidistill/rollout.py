@@ -111,17 +111,23 @@ def reencode(
     start: int,
     told: float = 0.0,
     keep_sinks: bool = True,
+    sigma: float = 0.0,
+    rng: torch.Generator | None = None,
 ) -> None:
     """Write the newest finished frames `x` [B, F, C, H, W] (from frame `start` on) to memory again, under `cond`.
 
     What a prompt switch does to what is remembered. One pass: the frames see each other in both directions, and the
     sinks, which stay unless they are rewritten themselves (`start` 0); without `keep_sinks` the first of the frames
-    become the new sinks. Source: LongLive 2509.22622, KV-recache.
+    become the new sinks. The frames are noised to `sigma` (drawn from `rng`), the network is told `told`.
+    Source: LongLive 2509.22622, KV-recache.
     """
     if keep_sinks and start > 0:
         memory.rewind(start, keep_sinks=True)
     else:
         memory.reset(start)
+    if sigma:
+        assert rng is not None
+        x = add_noise(x, randn_like(x, rng), sigma)
     level = torch.full(x.shape[:2], told, dtype=torch.float64, device=x.device)
     student.velocity(x, level, cond, start=start, memory=memory)
     memory.commit()

@@ -1,12 +1,14 @@
 """Distillation schedules as data: which forward passes a student makes, in which order. No tensors, no networks."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 CONTEXTS = ("clean", "noised", "last_step")
 EXITS = ("none", "shared", "per_chunk")
+PATTERN = r"\d*|\d+(-\d+)+"
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Pass:
 class ScheduleConfig:
     """Steps per chunk and what a finished chunk shows to its successors.
 
-    `levels` is the full list of noise levels; `pattern` holds a digit per generated chunk, how many of the levels it
-    walks ("4322222", the last digit repeats for ever; empty: all of them everywhere); `steps` spells the lists out
-    instead. `context`: `clean` (an extra pass on the clean chunk, told `context_sigma`), `noised` (an extra pass on the
-    chunk at `context_sigma`), `last_step` (what the last denoising pass itself wrote, no extra pass). `exit` (training
-    only): stop at a random step, the same relative step for all chunks of a rollout (`shared`) or one each
-    (`per_chunk`); with `last_step` context the chunk is still denoised to its end for memory.
+    `levels` is the full list of noise levels; `pattern` says how many of them each generated chunk walks, as digits or
+    with dashes ("4322222", "4-3-2-2-2-2-2"; the last number repeats for ever; empty: all of them everywhere); `steps`
+    spells the lists out instead. `rewarm`: so many chunks from a prompt or scene switch on walk the first lists again
+    (with "4322222" and 2: 4 and 3 steps, then 2). `context`: `clean` (an extra pass on the clean chunk, told
+    `context_sigma`), `noised` (an extra pass on the chunk at `context_sigma`), `last_step` (what the last denoising
+    pass itself wrote, no extra pass). `exit` (training only): stop at a random step, the same relative step for all
+    chunks of a rollout (`shared`) or one each (`per_chunk`); with `last_step` context the chunk is still denoised to
+    its end for memory.
     """
 
     name: str = "chunkwise"
@@ -42,27 +46,36 @@ class ScheduleConfig:
     context: str = "clean"
     context_sigma: float = 0.0
     exit: str = "shared"
+    rewarm: int = 0
     given_chunks: int = 0  # chunks at the start that are given (a start image, a video to continue), not generated
 
     def __post_init__(self) -> None:
         for name, choices in (("name", tuple(SCHEDULES)), ("context", CONTEXTS), ("exit", EXITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"schedule.{name} {getattr(self, name)!r} is unknown; choose one of {choices}")
+        if not re.fullmatch(PATTERN, self.pattern):
+            raise ValueError(f"schedule.pattern {self.pattern!r} is neither digits nor numbers with dashes: '4322222'")
         for sigmas in self.lists:
             check_sigmas(sigmas)
         if self.told and tuple(map(len, self.told)) != tuple(map(len, self.steps)):
             raise ValueError(f"schedule.told must match schedule.steps list by list, got {self.told} and {self.steps}")
         if not 0 <= self.context_sigma < 1:
             raise ValueError(f"schedule.context_sigma must lie in [0, 1), got {self.context_sigma}")
-        if self.given_chunks < 0:
-            raise ValueError(f"schedule.given_chunks must not be negative, got {self.given_chunks}")
+        for name in ("given_chunks", "rewarm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule.{name} must not be negative, got {getattr(self, name)}")
+        if self.rewarm and self.name == "rolling":
+            raise ValueError(
+                "schedule.rewarm needs chunks that are made one after the other; a rolling window has none"
+            )
 
     @property
     def lists(self) -> tuple[tuple[float, ...], ...]:
         """Noise levels of generated chunk 0, 1, ...; the last list repeats for ever."""
         if self.steps:
             return self.steps
-        return tuple(pick(self.levels, int(d)) for d in self.pattern if d.isdigit()) or (self.levels,)
+        counts = self.pattern.split("-") if "-" in self.pattern else self.pattern
+        return tuple(pick(self.levels, int(n)) for n in counts) or (self.levels,)
 
 
 def pick(levels: tuple[float, ...], n: int) -> tuple[float, ...]:
@@ -107,17 +120,26 @@ def context_pass(chunk: int, cfg: ScheduleConfig) -> Pass:
     return Pass(chunk, (0.0,), None, (level,), commit=True, emit=given)
 
 
-def step_list(cfg: ScheduleConfig, generated: int) -> tuple[float, ...]:
-    """Noise levels of the generated chunk number `generated` (counted from 0 after the given ones)."""
-    return cfg.lists[min(generated, len(cfg.lists) - 1)]
+def context_level(cfg: ScheduleConfig) -> tuple[float, float]:
+    """(noise of a remembered chunk, level told with it) once the schedule repeats itself.
+
+    The state in which finished chunks stand in memory, whoever writes them there: a context pass, the last denoising
+    step, or a later pass that writes them again.
+    """
+    if cfg.context == "last_step":
+        last = len(cfg.lists) - 1
+        return cfg.lists[last][-1], (cfg.told[last] if cfg.told else cfg.lists[last])[-1]
+    return (cfg.context_sigma if cfg.context == "noised" else 0.0), cfg.context_sigma
 
 
-def told_list(cfg: ScheduleConfig, generated: int) -> tuple[float, ...] | None:
-    """Levels told to the network in that chunk, where they differ from the noise."""
-    return cfg.told[min(generated, len(cfg.told) - 1)] if cfg.told else None
+def list_of(cfg: ScheduleConfig, chunk: int, switches: Sequence[int] = ()) -> int:
+    """Which step list `chunk` walks; `switches` are the chunks from which on a stream was told something else."""
+    generated = min(chunk - cfg.given_chunks, len(cfg.lists) - 1)
+    since = chunk - max((s for s in switches if s <= chunk), default=chunk - cfg.rewarm)
+    return min(generated, since) if since < cfg.rewarm else generated
 
 
-def chunkwise(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
+def chunkwise(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ()) -> Iterator[Pass]:
     """Endless passes, one chunk after the other; `start` > 0 goes on after `start` finished chunks.
 
     Both Self Forcing (one step list) and Diagonal Distillation (many steps early, few later) are this schedule.
@@ -127,14 +149,15 @@ def chunkwise(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
         if chunk < cfg.given_chunks:
             yield context_pass(chunk, cfg)
         else:
-            generated = chunk - cfg.given_chunks
-            yield from chunk_passes(chunk, step_list(cfg, generated), cfg, told_list(cfg, generated))
+            index = list_of(cfg, chunk, switches)
+            yield from chunk_passes(chunk, cfg.lists[index], cfg, cfg.told[index] if cfg.told else None)
 
 
-def rolling(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
+def rolling(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ()) -> Iterator[Pass]:
     """Endless passes over a window of chunks at rising noise: each pass denoises all of them by one level.
 
-    The window holds one chunk per level; every pass finishes its first chunk and lets in a new one.
+    The window holds one chunk per level; every pass finishes its first chunk and lets in a new one. Switches change
+    nothing: the chunks in flight walk on.
     Source: Rolling Forcing 2509.25161, section 3.
     """
     levels = cfg.lists[0]
@@ -155,9 +178,9 @@ def rolling(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
 SCHEDULES = {"chunkwise": chunkwise, "rolling": rolling}
 
 
-def endless(cfg: ScheduleConfig, start: int = 0) -> Iterator[Pass]:
-    """The passes of a stream that never ends."""
-    return SCHEDULES[cfg.name](cfg, start)
+def endless(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ()) -> Iterator[Pass]:
+    """The passes of a stream that never ends, told something else from each of the chunks `switches` on."""
+    return SCHEDULES[cfg.name](cfg, start, switches)
 
 
 def finite(passes: Iterable[Pass], chunks: int) -> Iterator[Pass]:
@@ -208,11 +231,11 @@ def exit_at(passes: Sequence[Pass], step: int, *, complete: bool) -> Iterator[Pa
             yield replace(p, emit=False)
 
 
-def evaluations(cfg: ScheduleConfig, chunks: int) -> list[int]:
+def evaluations(cfg: ScheduleConfig, chunks: int, switches: Sequence[int] = ()) -> list[int]:
     """Evaluations of each of the first `chunks` generated chunks (a pass over n chunks counts once for each)."""
     total = chunks + cfg.given_chunks
     counts = [0] * total
-    for p in finite(endless(cfg), total):
+    for p in finite(endless(cfg, switches=switches), total):
         for chunk in range(p.chunk, min(total, p.chunk + len(p.sigma))):
             counts[chunk] += 1
     return counts[cfg.given_chunks :]

@@ -42,7 +42,11 @@ class Tally:
         got = {name: measure(seen[:, 1:]) for name, measure in PICTURE_CURVES.items()}
         got |= {"motion": metrics.motion(seen), "flicker": metrics.flicker(seen)}
         got["error"] = metrics.mse(px, batch.px)
-        got |= {"features": reading.features, "turn": reading.turn, "walk": reading.walk, "episodes": batch.episodes}
+        got |= {
+            "features": reading.features,
+            **{n: reading.labels[n] for n in ("turn", "walk")},
+            "episodes": batch.episodes,
+        }
         times = reading.times
         got |= {"told_turn": batch.turn[:, times], "told_walk": batch.walk[:, times]}
         got["flow"] = metrics.horizontal_flow(px[:, times - 1], px[:, times]).float()
@@ -133,6 +137,17 @@ class StreamTally:
         return torch.cat(self.curves[name], dim=1)
 
 
+def curve_drifts(row: StreamTally, real: StreamTally) -> dict[str, Any]:
+    """Each curve's last window against its first, and (`late`) against that of real streams."""
+    n = row.window
+    out: dict[str, Any] = {f"{name}_drift": metrics.drift(row.curve(name), n) for name in CURVES}
+    out["late"] = {
+        f"{name}_ratio": metrics.ratio(float(row.curve(name)[:, -n:].mean()), float(real.curve(name)[:, -n:].mean()))
+        for name in CURVES
+    }
+    return out
+
+
 def drifts(
     row: StreamTally, real: StreamTally, turn: Tensor, walk: Tensor, probe: Probe, stride: int
 ) -> dict[str, Any]:
@@ -140,17 +155,12 @@ def drifts(
 
     turn, walk: the classes [S, T] of the actions along the streams.
     """
-    n = row.window
-    out: dict[str, Any] = {f"{name}_drift": metrics.drift(row.curve(name), n) for name in CURVES}
-    late = {
-        f"{name}_ratio": metrics.ratio(float(row.curve(name)[:, -n:].mean()), float(real.curve(name)[:, -n:].mean()))
-        for name in CURVES
-    }
+    out = curve_drifts(row, real)
     assert row.tail is not None
     reading = read(probe, row.tail, stride)
     times = reading.times + row.seen - row.tail.shape[1]
     scores = [
         metrics.balanced_accuracy(got, told[:, times], len(classes))
-        for got, told, classes in ((reading.turn, turn, TURNS), (reading.walk, walk, WALKS))
+        for got, told, classes in ((reading.labels["turn"], turn, TURNS), (reading.labels["walk"], walk, WALKS))
     ]
-    return {**out, "late": {**late, "action_following": sum(scores) / 2}}
+    return {**out, "late": {**out["late"], "action_following": sum(scores) / 2}}

@@ -405,6 +405,7 @@ class Trainer:
             "noise": asdict(cfg.loss.noise),
             "guidance": cfg.loss.guidance if cfg.objective == "flow" else 1.0,  # what a sampler should use
             "schedule": asdict(cfg.schedule),
+            "given_frames": self.data.given,
             "codec": cfg.codec,
             "text": meta.get("text"),
             "world": world,

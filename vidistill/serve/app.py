@@ -230,13 +230,13 @@ def load_world(name: str, starts: str | Path | None = None) -> World:
 
     `starts`: a folder of PNG files to begin from; by default what `checkpoint.start_pictures` finds.
     """
-    from vidistill.checkpoint import load_codec_of, load_student, start_pictures
+    from vidistill.checkpoint import load_codec_of, load_student, start_pictures, text_encoder
     from vidistill.stream import StreamConfig, StreamSession
 
     bundle = load_student(name)
     codec = load_codec_of(bundle)
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
-    given = bundle.net.first_frame(bundle.schedule.given_chunks)  # latent frames a dream begins with
+    given = bundle.given_frames  # latent frames a dream begins with
 
     def open_session(seed: int, image: np.ndarray | None) -> Any:
         # one queued frame: a chunk begins as late as possible and hears the latest keys
@@ -248,7 +248,10 @@ def load_world(name: str, starts: str | Path | None = None) -> World:
     elif given:
         images = {path.stem: read_image(path, size) for path in start_pictures(name)}
     actions = tuple(bundle.record["world"].get("actions", ()))
-    return World(Path(name).stem, actions, size, open_session, images, codec.px_frames(given) if given else 1)
+    listens = bundle.record["dit"]["text_dim"] and text_encoder(bundle.record) is not None
+    switches = tuple(s for s in protocol.SWITCHES if not (given and s == "cut")) if listens else ()
+    px_given = codec.px_frames(given) if given else 1
+    return World(Path(name).stem, actions, size, open_session, images, px_given, switches)
 
 
 def serve(

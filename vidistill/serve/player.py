@@ -40,7 +40,9 @@ class Session(Protocol):
     def memory_bytes(self) -> int: ...
     @property
     def frames_per_chunk(self) -> int: ...
-    def set(self, *, action: Mapping[str, float]) -> int: ...
+    def set(
+        self, *, action: Mapping[str, float] | None = None, prompt: str | None = None, switch: str | None = None
+    ) -> int: ...
     def reset(self, *, seed: int, image: np.ndarray | None) -> Any: ...
     def frames(self) -> Iterator[Any]: ...
     def close(self) -> None: ...
@@ -82,9 +84,18 @@ class Player:
         """Hold these keys from the next chunk on."""
         assert self.session is not None
         with self._lock:
-            self._ids[self.session.set(action=action)] = browser_id
-            while len(self._ids) > HISTORY:
-                del self._ids[next(iter(self._ids))]
+            self._know(self.session.set(action=action), browser_id)
+
+    def say(self, browser_id: int, prompt: str, switch: str) -> None:
+        """Follow these words from the next chunk on; ValueError if the student does not listen."""
+        assert self.session is not None
+        with self._lock:
+            self._know(self.session.set(prompt=prompt, switch=switch), browser_id)
+
+    def _know(self, input_id: int, browser_id: int) -> None:
+        self._ids[input_id] = browser_id
+        while len(self._ids) > HISTORY:
+            del self._ids[next(iter(self._ids))]
 
     def reset(self, seed: int, image: np.ndarray | None) -> None:
         """Begin again, with the keys still held; frames that wait to be shown are dropped."""

@@ -1,9 +1,9 @@
 """What browser and server say to each other: every message is checked here, before anything acts on it.
 
-To the server: JSON text, {"type": "keys" | "seen" | "reset" | "pause" | "record", ...} with the fields of FIELDS; or
-bytes whose first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or
-bytes, HEADER and a payload. There is room for more kinds of bytes (sound, maps): the server refuses unknown ones, the
-page skips them.
+To the server: JSON text with a "type", one of FIELDS ("keys", "prompt", "seen", ...), and its fields; or bytes whose
+first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or bytes,
+HEADER and a payload. There is room for more kinds of bytes (sound, maps): the server refuses unknown ones, the page
+skips them.
 """
 
 import io
@@ -29,6 +29,8 @@ JPEG_QUALITY = 88
 
 MAX_TEXT = 4096  # characters in a text message
 MAX_PICTURE = 4 * 1024 * 1024  # bytes in a picture message
+MAX_PROMPT = 400  # characters in a prompt
+SWITCHES = ("keep", "recache", "cut")  # what a prompt may do to what is remembered
 MAX_SEED = 2**31 - 1
 MAX_ID = 2**32 - 1
 
@@ -43,6 +45,15 @@ class Keys:
 
     id: int
     action: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words to follow from now on, and what they do to what is remembered. `id` counts up with those of the keys."""
+
+    id: int
+    text: str
+    switch: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class Picture:
     px: np.ndarray
 
 
-Message = Keys | Seen | Reset | Pause | Record | Picture
+Message = Keys | Prompt | Seen | Reset | Pause | Record | Picture
 
 
 def pack_frame(
@@ -115,6 +126,8 @@ def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Mess
         raise MessageError(f"{kind} needs the field {missing[0]}")
     if kind == "keys":
         return Keys(_whole(said["id"], "keys.id", 1, MAX_ID), _action(said["action"], actions))
+    if kind == "prompt":
+        return Prompt(_whole(said["id"], "prompt.id", 1, MAX_ID), _words(said["text"]), _switch(said["switch"]))
     if kind == "seen":
         return Seen(_whole(said["sequence"], "seen.sequence", 0, MAX_ID))
     if kind == "reset":
@@ -126,6 +139,7 @@ def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Mess
 
 FIELDS = {
     "keys": ("id", "action"),
+    "prompt": ("id", "text", "switch"),
     "seen": ("sequence",),
     "reset": ("seed", "start"),
     "pause": ("on",),
@@ -154,6 +168,18 @@ def _action(given: Any, actions: Sequence[str]) -> dict[str, float]:
         if not number or not 0 <= value <= 1:  # NaN is neither
             raise MessageError(f"keys.action.{name} is {_short(value)}; allowed are numbers 0 to 1")
     return {name: float(given.get(name, 0.0)) for name in actions}
+
+
+def _words(text: Any) -> str:
+    if not isinstance(text, str) or not text.strip() or len(text) > MAX_PROMPT:
+        raise MessageError(f"prompt.text is {_short(text)}; needed is a text of 1 to {MAX_PROMPT} characters")
+    return " ".join(text.split())
+
+
+def _switch(name: Any) -> str:
+    if name not in SWITCHES:
+        raise MessageError(f"prompt.switch is {_short(name)}; choose one of {', '.join(SWITCHES)}")
+    return str(name)
 
 
 def _start(name: Any, starts: Sequence[str]) -> str:

@@ -30,7 +30,8 @@ class World:
     """What is served: its name, its keys, its picture size (height, width), and how a session opens.
 
     `starts`: pictures a dream can begin from, uint8 [H, W, 3], the first one by default; the user may bring another.
-    None: it begins from noise, and takes no picture. `given`: px frames it begins with; more than one: a still clip.
+    None: it begins from noise, and takes no picture. `switches`: what its prompts may do to what is remembered, the
+    default first; none: it takes no prompt. `given`: px frames it begins with; more than one: a still clip.
     """
 
     name: str
@@ -39,6 +40,7 @@ class World:
     open: Callable[[int, np.ndarray | None], Session]  # seed, start image
     starts: Mapping[str, np.ndarray] | None = None
     given: int = 1
+    switches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.starts is not None and not self.starts:
@@ -181,6 +183,8 @@ class Viewer:
             protocol=protocol.VERSION,
             name=self.world.name,
             actions=self.world.actions,
+            switches=self.world.switches,
+            max_prompt=protocol.MAX_PROMPT,
             starts=None if self.world.starts is None else list(self.world.starts),
             width=width,
             height=height,
@@ -235,6 +239,10 @@ class Viewer:
             raise protocol.MessageError("the stream has not begun yet; wait for hello")
         if isinstance(message, protocol.Keys):
             self.player.act(message.id, message.action)
+        elif isinstance(message, protocol.Prompt):
+            if message.switch not in self.world.switches:
+                raise protocol.MessageError(f"this world takes no prompt with the switch {message.switch}")
+            self.player.say(message.id, message.text, message.switch)
         elif isinstance(message, protocol.Pause):
             self.player.pause(message.on)
             self._news.set()

@@ -1,4 +1,4 @@
-"""Where clips come from: each source returns `Episode`s or plain clips, real pictures with what was done in them."""
+"""Where clips come from: each source returns `Episode`s, captioned or plain clips."""
 
 from dataclasses import dataclass
 
@@ -19,3 +19,13 @@ class Episode:
     poses: np.ndarray
     seed: int
     walls: dict
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A clip with what it shows in words: frames uint8 [T, H, W, 3], and the words the caption is made of by name."""
+
+    frames: np.ndarray
+    caption: str
+    labels: dict[str, str]
+    seed: int

@@ -5,7 +5,7 @@ import html
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,6 @@ def clean(prompt: str) -> str:
 def cache_folder() -> Path:
     """Where embeddings of streamed prompts stay: under the user's cache directory."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidistill" / "text"
-
-
-def prompt_tokens(record: Mapping[str, Any], prompt: str, folder: Path | None = None) -> Tensor:
-    """Tokens [L, D] of `prompt` for the network of a checkpoint `record`; ValueError if it takes no prompts."""
-    if not record["dit"]["text_dim"]:
-        raise ValueError("this student does not cross-attend: it takes no prompt")
-    if not record.get("text"):
-        raise ValueError(
-            "this student does not say which text encoder it listens to: convert it with --text, a diffusers folder or "
-            "hub id that has text_encoder and tokenizer"
-        )
-    cache = TextCache(record["text"]["source"], folder or cache_folder(), length=record["text"]["length"])
-    return cache.encode([prompt])[0]
 
 
 def padded(tokens: Tensor, length: int) -> Tensor:

@@ -74,6 +74,7 @@ const HEARD = {
     $("seed").value = 0;
     picture = null;
     buildPad();
+    buildPrompt();
     buildStarts();
     updatePause();
   },
@@ -218,10 +219,27 @@ function buildPad() {
   });
 }
 
+// --- words ---
+
+function buildPrompt() {
+  $("saying").hidden = !world.switches.length;
+  $("walking").hidden = !world.actions.length;
+  $("prompt").maxLength = world.max_prompt;
+  $("switch").replaceChildren(...world.switches.map((name) => new Option(name)));
+}
+
+$("sayform").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = $("prompt").value.trim();
+  if (!text || !world || pausedAtServer) return;
+  pending.set(++inputId, performance.now());
+  say({ type: "prompt", id: inputId, text, switch: $("switch").value });
+});
+
 const COMMANDS = { KeyR: restart, KeyN: newDream, KeyV: toggleRecord, KeyP: togglePause };
 
 window.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
   if (actions.has(event.code)) {
     event.preventDefault();
     if (!event.repeat) hold(event.code, actions.get(event.code), true);

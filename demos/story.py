@@ -1,0 +1,40 @@
+"""Turns timed prompts into a video: python demos/story.py [STORY] [--name shapes] [-o story.mp4]
+
+A line of STORY is `SECONDS [POLICY]: prompt`; POLICY is keep, recache or cut. `#` begins a comment.
+"""
+
+import argparse
+from pathlib import Path
+
+from vidistill.checkpoint import load_codec_of, load_student
+from vidistill.conditioning import parse_cues
+from vidistill.stream import StreamConfig, StreamSession
+from vidistill.video import contact_sheet, save_png, write_video
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("story", nargs="?", type=Path, default=Path(__file__).with_name("story.txt"))
+    parser.add_argument("--name", default="shapes", help="a bundled student that listens to text, or the path of one")
+    parser.add_argument("-o", "--out", type=Path, default=Path("story.mp4"))
+    parser.add_argument("--last", type=float, default=5.0, help="seconds after the last prompt")
+    parser.add_argument("--switch", default="recache", help="what a prompt does to memory where the story does not say")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=int, default=8, help="enlarge pixels by this factor")
+    args = parser.parse_args()
+
+    lines = [line.split("#")[0].strip() for line in args.story.read_text().splitlines()]
+    cues = parse_cues([line for line in lines if line])
+    if not cues:
+        parser.error(f"{args.story} holds no prompts")
+    student = load_student(args.name)
+    cfg = StreamConfig(seed=args.seed, switch=args.switch)
+    with StreamSession(student, load_codec_of(student), cfg) as session:
+        frames = session.record(round((cues[-1].seconds + args.last) * session.fps), cues=cues)
+        write_video(args.out, frames, session.fps, scale=args.scale)
+        save_png(args.out.with_suffix(".png"), contact_sheet([frames], every=round(session.fps), scale=args.scale // 2))
+    print(f"{args.out}: {len(frames)} frames, {len(cues)} prompts")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the bundled shapes checkpoints from nothing: draw, codec, probe, encode, teacher, causal init, Self Forcing, diagonal.
+# Every stage resumes where it stopped when the script runs again; finished stages are skipped.
+# Usage: scripts/reproduce_shapes.sh [STAGE ...]   (default: all stages in order)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+command -v vidistill >/dev/null || { echo "activate an environment with vidistill first: pip install -e '.[eval]'" >&2; exit 1; }
+
+stage() { # name config: train unless finished, then bundle
+  [ -f "runs/$1/$1.json" ] || vidistill train "$2"
+  cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
+}
+
+frames() { vidistill data shapes data/shapes/frames --episodes 512; vidistill data shapes data/shapes-heldout/frames --split held_out --episodes 64; vidistill data shapes data/shapes-judge/frames --split judge --episodes 8192 --frames 8; }
+codec() { stage shapes-codec configs/shapes/codec.yaml; }
+probe() { # the judge of vidistill eval
+  [ -f vidistill/zoo/probes/shapes-probe.json ] || python -c 'from vidistill.probes import SHAPES_PROBE, make_probe; print(make_probe("data/shapes-judge/frames", "data/shapes-heldout/frames", "vidistill/zoo/probes/shapes-probe", cfg=SHAPES_PROBE))'
+}
+latents() { vidistill data shapes data/shapes/latents --episodes 2048 --codec shapes-codec; }
+teacher() { stage shapes-teacher configs/shapes/teacher.yaml; }
+tf() { stage shapes-tf configs/shapes/tf.yaml; }
+selfforcing() { stage shapes-selfforcing configs/shapes/selfforcing.yaml; }
+diagonal() { stage shapes-diagonal configs/shapes/diagonal.yaml; }
+
+stages="frames codec probe latents teacher tf selfforcing diagonal"
+for name in "${@:-}"; do
+  case " $stages  " in
+    *" $name "*) for s in ${name:-$stages}; do echo "== $s"; $s; done ;;
+    *) echo "unknown stage $name; stages: $stages" >&2; exit 2 ;;
+  esac
+done

@@ -1,0 +1,97 @@
+import json
+from dataclasses import asdict
+
+import pytest
+import yaml
+from tiny_text import write_world
+
+from vidistill import checkpoint, cli, frontier, trainer
+from vidistill.config import load_config
+from vidistill.frontier import FrontierConfig
+from vidistill.stage import TrainConfig
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A frontier over a tiny world: two tuned cells, two run by inference only."""
+    root = write_world(tmp_path)
+    stage = {
+        "name": "diagonal", "objective": "dmd", "data": str(root / "latents"), "codec": str(root / "codec"),
+        "frames": 9, "batch": 2,
+        "init": str(root / "student"), "teacher": str(root / "teacher"), "critic_steps": 1,
+        "student": {"chunk": 3, "memory": {"policy": "window", "frames": 6}},
+        "schedule": {"levels": [1.0, 0.8, 0.5], "exit": "per_chunk"}, "loss": {"guidance": 2.0, "motion": 0.2},
+    }  # fmt: skip
+    (root / "stage.yaml").write_text(yaml.safe_dump(stage))
+    text = {"clips": 2, "batch": 2, "probe": str(root / "probe"), "stride": 4, "out": ""}
+    cells = {
+        "321": {"pattern": "321"},
+        "321-still": {"pattern": "321", "settings": ["loss.motion=0"]},
+        "333-clean": {"pattern": "333", "context": "clean", "weights": "321"},
+        "start": {"pattern": "222", "weights": "shared"},
+    }
+    whole = {"stage": str(root / "stage.yaml"), "steps": 2, "out": str(root / "out"), "cells": cells, "text": text}
+    (root / "frontier.yaml").write_text(yaml.safe_dump(whole))
+    return root
+
+
+def test_cells_are_tuned_equally_from_one_checkpoint_and_the_rest_is_labelled(recipe, monkeypatch, capsys):
+    assert cli.main(["eval", "--frontier", str(recipe / "frontier.yaml"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {row["cell"]: row for row in result["cells"]}
+    assert {name: row["nfe_7_chunks"] for name, row in rows.items()} == {
+        "321": 3 + 2 + 5, "321-still": 10, "333-clean": 28, "start": 14,
+    }  # fmt: skip
+    assert [row["trained"] for row in rows.values()] == [True, True, False, False]
+    assert all(row["frechet"] > 0 and 0 <= row["asked"] <= 1 for row in rows.values())
+    cards = [checkpoint.read_record(recipe / "out" / name / name)["card"] for name in ("321", "321-still")]
+    assert [card["train"]["loss"]["motion"] for card in cards] == [0.2, 0]
+    assert all(card["steps"] == 2 and card["train"]["init"].endswith("student") for card in cards)
+    made = {p.name for p in (recipe / "out").iterdir()}
+    assert {"frontier.json", "frontier.md", "frontier.png", "321", "321-still"} == made
+    table = (recipe / "out" / "frontier.md").read_text()
+    assert "inference only, weights of 321 |" in table and "inference only, weights of shared" in table
+
+    def again(cfg):
+        raise AssertionError(f"{cfg.name} was trained twice")
+
+    monkeypatch.setattr(frontier, "train", again)
+    assert frontier.frontier(recipe / "frontier.yaml")["cells"] == result["cells"]
+
+
+def test_cells_of_unknown_weights_and_recipes_without_training_are_refused():
+    with pytest.raises(ValueError, match="weights of 'x'"):
+        FrontierConfig("base.yaml", 1, {"a": frontier.Cell(), "b": frontier.Cell(weights="x")})
+    with pytest.raises(ValueError, match="a cell that is trained"):
+        FrontierConfig("base.yaml", 1, {"a": frontier.Cell(weights="shared")})
+
+
+@pytest.mark.parametrize("family", ["doom", "shapes"])
+def test_the_recipes_name_five_trained_cells_and_stages_that_can_be_built(family):
+    cfg = load_config(FrontierConfig, f"configs/{family}/frontier.yaml")
+    trained = [name for name, cell in cfg.cells.items() if not cell.weights]
+    stages = [asdict(frontier.stage_of(cfg, name)) for name in trained]
+    assert len(trained) == 5 and len({s["steps"] for s in stages} | {s["init"] for s in stages}) == 2
+    assert stages[-1]["loss"]["motion"] == 0 and stages[0]["loss"]["motion"] > 0
+
+
+def test_all_stages_of_text_and_diagonal_can_be_built():
+    for name in ("codec", "teacher", "tf", "selfforcing", "diagonal"):
+        assert load_config(TrainConfig, f"configs/shapes/{name}.yaml").name == f"shapes-{name}"
+    for name in ("", "-clean", "-no-motion", "-shared-exit", "-full"):
+        assert load_config(TrainConfig, f"configs/doom/diagonal{name}.yaml").init == "doom-selfforcing"
+    assert load_config(TrainConfig, "configs/wan/diagonal.yaml").schedule.pattern == "4322222"
+
+
+def test_every_stage_trains_on_captions(recipe):
+    base = {"data": str(recipe / "latents"), "frames": 9, "batch": 2, "steps": 2, "out": str(recipe / "runs")}
+    student = {"chunk": 3, "memory": {"policy": "window", "frames": 6}}
+    for objective in ("flow", "teacher_forcing"):
+        stage = {**base, "name": objective, "objective": objective, "init": str(recipe / "teacher"), "student": student}
+        (recipe / "stage.yaml").write_text(yaml.safe_dump(stage))
+        path = trainer.train(load_config(TrainConfig, recipe / "stage.yaml"))
+        record = checkpoint.read_record(path.with_suffix(""))
+        assert record["text"]["kind"] == "ngrams" and record["given_frames"] == 0
+    (recipe / "stage.yaml").write_text(yaml.safe_dump({**stage, "init": None, "dit": {"channels": 4, "text_dim": 9}}))
+    with pytest.raises(ValueError, match="takes tokens of 9 numbers"):
+        trainer.train(load_config(TrainConfig, recipe / "stage.yaml"))

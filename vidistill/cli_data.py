@@ -1,0 +1,197 @@
+"""`vidistill data`: record, draw and encode clips, sample a teacher's trajectories."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def count(text: str) -> int:
+    """A number of things: an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def amount(text: str) -> float:
+    """A positive, finite number."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(float(part) for part in text.split(","))
+
+
+def sides(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
+    return int(height), int(width)
+
+
+def add_data(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser("data", help="record and encode clips", description="Record clips, and encode them.")
+    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
+    doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
+    doom.add_argument("out", type=Path, help="folder to write")
+    doom.add_argument("--split", choices=("train", "held_out"), default="train")
+    doom.add_argument("--episodes", type=count, default=256)
+    doom.add_argument("--first", type=int, default=0, help="first episode of the split to record (default: 0)")
+    doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
+    doom.add_argument("--codec", help="write latents of this codec instead of pixels")
+    doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
+    doom.set_defaults(run=run_data_doom)
+    add_shapes(kinds)
+    add_trajectories(kinds)
+    add_prompts(kinds)
+    return p
+
+
+def add_shapes(kinds: Any) -> None:
+    p = kinds.add_parser("shapes", help="captioned moving shapes, drawn here")
+    p.add_argument("out", type=Path, help="folder to write")
+    p.add_argument("--split", choices=("train", "held_out", "judge"), default="train")
+    p.add_argument("--episodes", type=count, default=1024)
+    p.add_argument("--frames", type=count, default=129, help="pixel frames an episode (default: 129)")
+    p.add_argument("--codec", help="write latents of this codec instead of pixels")
+    p.add_argument(
+        "--text",
+        nargs="+",
+        default=["kind=ngrams"],
+        metavar="key=value",
+        help="text encoder: kind=ngrams dim=32 length=16 (default), or kind=umt5 source=FOLDER folder=CACHE",
+    )
+    p.set_defaults(run=run_data_shapes)
+
+
+def run_data_shapes(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from vidistill import checkpoint, data
+    from vidistill.config import settings
+    from vidistill.sources import shapes
+
+    if is_there(args.out):
+        return
+    cfg, text = shapes.ShapesConfig(num_frames=args.frames), settings(args.text)
+    encode = checkpoint.text_encoder({"text": text})
+    if encode is None:
+        raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
+    meta = {
+        "source": "shapes",
+        "split": args.split,
+        "config": asdict(cfg),
+        "fps": cfg.fps,
+        "px_size": cfg.size,
+        "codec": args.codec,
+        "given": 0,
+        "text": text,
+    }
+    clips = tqdm(shapes.record_many(cfg, shapes.seeds(args.split, args.episodes)), total=args.episodes, disable=None)
+    shards = data.captioned_shards(clips, encode)
+    data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
+    print(f"{args.out}: {args.episodes} clips of {args.frames} frames")
+
+
+def add_trajectories(kinds: Any) -> None:
+    p = kinds.add_parser(
+        "trajectories",
+        help="noise-to-sample paths of a teacher, for objective regression",
+        description="Sample clips with a teacher and keep its states at a few noise levels. Resumes after a stop.",
+        epilog="example: vidistill data trajectories data/doom/paths --teacher doom-teacher --data data/doom/latents",
+    )
+    p.add_argument("out", type=Path, help="folder to write")
+    p.add_argument("--teacher", required=True, help="a bundled name or the path of a teacher")
+    p.add_argument(
+        "--data", type=Path, required=True, help="latents whose start pictures and actions are used; prompts"
+    )
+    p.add_argument("--clips", type=count, default=1024, help="trajectories (default: 1024)")
+    p.add_argument("--frames", type=count, help="latents a clip (default: what the teacher was trained on)")
+    p.add_argument(
+        "--steps", type=count, default=48, help="sampler steps, at least; more if --levels ask (default: 48)"
+    )
+    p.add_argument(
+        "--levels", type=numbers, help="levels to keep, e.g. 1,0.9,0.75,0.5 (default: four even steps, warped)"
+    )
+    p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
+    p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
+    p.add_argument("--size", type=sides, default=(480, 832), help="pixels, where the data are prompts (480x832)")
+    p.add_argument("--at-once", type=count, default=64, help="clips sampled together, a file each time (default: 64)")
+    p.add_argument("--half", action="store_true", help="compute in bf16")
+    p.set_defaults(run=run_data_trajectories)
+
+
+def run_data_trajectories(args: argparse.Namespace) -> None:
+    from vidistill import prepare
+
+    if not is_there(args.out):
+        print(prepare.trajectories(**kwargs_of(args)))
+
+
+def add_prompts(kinds: Any) -> None:
+    p = kinds.add_parser(
+        "prompts",
+        help="text alone, for students that learn without recorded video",
+        description="Encode a list of prompts once, so that training needs no text encoder. Resumes after a stop.",
+        epilog="example: vidistill data prompts data/wan/prompts --file prompts.txt --text Wan2.1-T2V-1.3B-Diffusers",
+    )
+    p.add_argument("out", type=Path, help="folder to write")
+    p.add_argument("--file", type=Path, required=True, help="text file, one prompt a line")
+    p.add_argument("--text", required=True, help="diffusers folder or hub id that has text_encoder and tokenizer")
+    p.add_argument("--negative", default="", help="what guidance is taken against (default: the empty prompt)")
+    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
+    p.set_defaults(run=run_data_prompts)
+
+
+def run_data_prompts(args: argparse.Namespace) -> None:
+    from vidistill import prepare
+
+    if not is_there(args.out):
+        print(prepare.prompts(**kwargs_of(args)))
+
+
+def kwargs_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a command of `data`, without those of the command line itself."""
+    return {k: v for k, v in vars(args).items() if k not in ("command", "kind", "run", "verbose")}
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a data folder is complete already; says so."""
+    from vidistill import data
+
+    if not (folder / data.META).is_file():
+        return False
+    print(f"{folder} is there already ({data.read_meta(folder)['episodes']} episodes); remove it to make it anew")
+    return True
+
+
+def run_data_doom(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from vidistill import checkpoint, data
+    from vidistill.sources import doom
+
+    if is_there(args.out):
+        return
+    cfg = doom.DoomConfig(num_frames=args.frames)
+    seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
+    meta = {
+        "source": "doom",
+        "split": args.split,
+        "config": asdict(cfg),
+        "fps": cfg.fps,
+        "actions": list(doom.ACTIONS),
+        "px_size": cfg.size,
+        "codec": args.codec,
+    }
+    episodes = tqdm(doom.record_many(cfg, seeds, args.workers), total=len(seeds), desc="episodes", disable=None)
+    shards = data.frame_shards(episodes)
+    data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
+    print(f"{args.out}: {len(seeds)} episodes of {args.frames} frames")

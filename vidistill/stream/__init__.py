@@ -1,0 +1,234 @@
+"""StreamSession: a student that runs for ever, its inputs switchable at chunk boundaries. No training imports."""
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidistill.checkpoint import Bundle
+from vidistill.codecs import Codec
+from vidistill.conditioning import Cue, Script
+from vidistill.memory import MemoryConfig
+from vidistill.rollout import chunk_noise, rollout
+from vidistill.schedules import endless, finite
+from vidistill.stream.engine import Chunk, Dream, Engine, Frame
+from vidistill.stream.pipeline import Pipeline, inline
+from vidistill.stream.switch import SWITCHES
+
+__all__ = ["SWITCHES", "Chunk", "Frame", "StreamConfig", "StreamSession"]
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a session runs.
+
+    `pipelined`: denoise and decode in two worker threads, so that the next chunk is denoised while this one is decoded;
+    otherwise everything happens in the thread that asks for frames. `queue_frames`: frames that may wait for the
+    consumer (0: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits, so
+    1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
+    `decode_threads` (0: as the caller's) are intra-op threads of the two workers. `switch`: what a change of the prompt
+    does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own.
+    """
+
+    seed: int = 0
+    pipelined: bool = True
+    queue_frames: int = 0
+    memory: MemoryConfig | None = None
+    threads: int = 0
+    decode_threads: int = 0
+    switch: str = "keep"
+    rewarm: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("queue_frames", "threads", "decode_threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stream.{name} must not be negative, got {getattr(self, name)}")
+        if self.switch not in SWITCHES:
+            raise ValueError(f"stream.switch {self.switch!r} is unknown; choose one of {', '.join(SWITCHES)}")
+        if not self.pipelined and (self.threads or self.decode_threads):
+            raise ValueError(
+                "stream.threads and decode_threads set the workers of a pipelined stream; without workers call "
+                "torch.set_num_threads"
+            )
+
+
+class StreamSession:
+    """A student that runs for ever: pictures from `frames`, inputs through `set`, a new start through `reset`.
+
+    One consumer; `set`, `reset` and `close` may be called from any thread. Memory is constant for any length.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        codec: Codec | None,
+        cfg: StreamConfig | None = None,
+        *,
+        image: np.ndarray | None = None,
+    ) -> None:
+        """A session of a loaded student; ValueError if codec, image or memory do not fit it.
+
+        image: uint8 [H, W, 3], the picture to start from; a clip [T, H, W, 3] where the student is given more. Without
+        a codec there are latents but no frames.
+        """
+        world = bundle.record.get("world", {})
+        if "fps" not in world:
+            raise ValueError(f"{bundle.name} does not say how many frames a second its world has (world.fps)")
+        self.fps: float = world["fps"]
+        self.cfg = cfg = cfg or StreamConfig()
+        self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm)
+        engine.begin(Dream(0, cfg.seed, engine.encode(image)))
+        self._pipeline: Pipeline | None = None
+        if cfg.pipelined:
+            threads = cfg.threads or torch.get_num_threads()
+            capacity = cfg.queue_frames or 2 * self.frames_per_chunk
+            self._pipeline = Pipeline(engine, capacity, threads, cfg.decode_threads or threads)
+        self._source = self._pipeline.frames() if self._pipeline else inline(engine)
+        self._use = ""  # "frames" or "latents", once one was asked for
+        weakref.finalize(self, (self._pipeline or engine).close)
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """Names of the actions that `set` takes; empty for a student without."""
+        return self._engine.inputs.actions
+
+    @property
+    def listens(self) -> bool:
+        """Whether `set` takes a prompt: the student cross-attends, and its text encoder is known."""
+        return self._engine.inputs.encode is not None
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Px frames of every chunk but the first."""
+        return self._engine.px_frames(1)
+
+    @property
+    def nfe_per_chunk(self) -> int:
+        """Network evaluations of a chunk once the schedule repeats itself, context passes included."""
+        schedule = self._engine.schedule
+        last = schedule.given_chunks + len(schedule.lists)
+        return sum(len(p.sigma) for p in finite(endless(schedule), last + 1) if p.chunk == last)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all buffers of the KV memory."""
+        return self._engine.memory.memory_bytes
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """The memory in use: the student's, made endless."""
+        return self._engine.memory_config
+
+    def set(
+        self,
+        *,
+        action: Mapping[str, float] | Sequence[float] | None = None,
+        prompt: str | None = None,
+        tokens: Tensor | None = None,
+        switch: str | None = None,
+    ) -> int:
+        """Use these inputs from the next chunk on, until replaced; returns the number frames made with them carry.
+
+        action: values in [0, 1] by name (those left out are 0) or one per action. prompt: text for a student that
+        listens to it; tokens: [L, D], what it is read as, for any that cross-attends. switch: what a prompt that comes
+        in the middle of a dream does to memory, one of SWITCHES (default: the config's). ValueError for what the
+        student does not know; then nothing changes.
+        """
+        return self._engine.inputs.set(action, prompt, tokens, self._policy(switch))
+
+    def _policy(self, switch: str | None) -> str:
+        switch = switch or self.cfg.switch
+        if switch not in SWITCHES:
+            raise ValueError(f"switch {switch!r} is unknown; choose one of {', '.join(SWITCHES)}")
+        if switch == "cut" and self._engine.given_frames:
+            raise ValueError("this student starts from a picture and cannot cut to a new scene; reset() with one")
+        if switch != "keep" and self._engine.schedule.name != "chunkwise":
+            raise ValueError(f"a {self._engine.schedule.name} schedule has chunks in flight: its only switch is keep")
+        return switch
+
+    def reset(self, *, seed: int | None = None, image: np.ndarray | None = None) -> None:
+        """Start a new dream before the next pass, by default from the same seed and picture.
+
+        Frames not yet taken are dropped. Inputs stay: call `set` first if the new dream is to begin with others.
+        """
+        old = self._engine.dream
+        given = old.given if image is None else self._engine.encode(image)
+        (self._pipeline or self._engine).begin(Dream(old.number + 1, old.seed if seed is None else seed, given))
+
+    def frames(self) -> Iterator[Frame]:
+        """Frames in order, for ever; ends when the session is closed. Asked again, it goes on where it was left.
+
+        An exception of a worker is raised here.
+        """
+        if self._engine.codec is None:
+            raise ValueError("a session without a codec has no frames; ask for latents()")
+        self._claim("frames")
+        while frame := next(self._source, None):
+            yield frame
+        if not self._engine.closed:
+            raise RuntimeError("this stream failed before; open another session")
+
+    def record(self, count: int, script: Script = (), cues: Sequence[Cue] = ()) -> np.ndarray:
+        """The next `count` frames, uint8 [T, H, W, 3], of a dream that has not begun yet.
+
+        Each chunk takes the actions of `script` at its first frame, and the cues that are due there.
+        """
+        for action, _ in script:
+            self._engine.inputs.read_action(action)
+        engine = self._engine
+        timed = [(round(c.seconds * self.fps), replace(c, switch=self._policy(c.switch))) for c in cues]
+        engine.inputs.read_prompts([cue.prompt for cue in cues])
+        engine.script, engine.cues = script, deque(sorted(timed, key=lambda item: item[0]))
+        try:
+            return np.stack([frame.px for frame in itertools.islice(self.frames(), count)])
+        finally:
+            engine.script = ()
+            engine.cues.clear()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Finished chunks from the start of a new dream, for ever, not decoded, in the thread that asks for them."""
+        self._claim("latents")
+        self.reset()
+        yield from self._engine.chunks(self._engine.dream)
+
+    def latents(self) -> Iterator[Tensor]:
+        """The latents [1, f, C, H, W] of `chunks`."""
+        return (chunk.latents for chunk in self.chunks())
+
+    @torch.no_grad()
+    def reference(self, chunks: int) -> Tensor:
+        """Latents [1, F, C, H, W] of a plain finite rollout under the present inputs: what the stream must equal."""
+        engine = self._engine
+        finished = rollout(
+            engine.student,
+            finite(endless(engine.schedule), chunks),
+            noise=chunk_noise(engine.student, 1, engine.dream.seed, engine.dream.given),
+            cond=partial(engine.inputs.condition, engine.inputs.wish),
+            memory=engine.student.new_memory(1, cfg=engine.memory_config),
+            rng=torch.Generator().manual_seed(engine.dream.seed),
+            pinned=engine.dream.given,
+        )
+        return torch.cat(list(finished), dim=1)
+
+    def close(self) -> None:
+        """Stop the workers and wait for them; safe to call twice, and when the consumer stopped in the middle."""
+        (self._pipeline or self._engine).close()
+
+    def __enter__(self) -> "StreamSession":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _claim(self, use: str) -> None:
+        if self._engine.closed:
+            raise ValueError("this session is closed; open another one")
+        if self._use not in ("", use):
+            raise ValueError(f"this session already gives {self._use}; open another one for {use}")
+        self._use = use

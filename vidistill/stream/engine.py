@@ -1,0 +1,260 @@
+"""Denoiser and decoder of a stream, without threads of their own: chunks of a dream, and the pictures of a chunk."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidistill import checkpoint
+from vidistill.checkpoint import Bundle
+from vidistill.codecs import Codec
+from vidistill.conditioning import Condition, Cue, Inputs, Script, Wish, concat, scripted
+from vidistill.memory import MemoryConfig, stream_memory
+from vidistill.rollout import chunk_noise, rollout
+from vidistill.schedules import Pass, endless
+from vidistill.stream.switch import SWITCHES, Past
+from vidistill.student import CausalStudent
+from vidistill.video import to_float, to_uint8
+
+Admit = Callable[[int], bool]  # px frames of the next chunk -> may it start?
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a stream.
+
+    px: uint8 [H, W, 3]. index: pictures before it since the last reset. input_id: number of the last `set` that had a
+    say in it, 0: none. dream: resets before it. made_at: `time.perf_counter()` when it was on the host. stats: what its
+    chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms, host_ms.
+    """
+
+    px: np.ndarray
+    index: int
+    chunk: int
+    input_id: int
+    dream: int
+    made_at: float
+    stats: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: latents [1, f, C, H, W]; the rest as in `Frame`, stats before decoding.
+
+    `fresh`: a scene begins with it, so that it is decoded as the start of a clip, to `px_frames` pictures.
+    """
+
+    latents: Tensor
+    index: int
+    fresh: bool
+    px_frames: int
+    input_id: int
+    dream: int
+    stats: Mapping[str, float]
+
+
+@dataclass(eq=False)
+class Dream:
+    """One run from a start to the next reset; `over` stops it before its next pass."""
+
+    number: int
+    seed: int
+    given: Tensor | None  # latents [1, F, C, H, W] it starts from
+    over: bool = False
+
+
+class Stopwatch:
+    """Milliseconds spent on each kind of pass; waiting between `stop` and `start` is not counted."""
+
+    def __init__(self) -> None:
+        self._spent = {"denoise_ms": 0.0, "context_ms": 0.0}
+        self._part, self._began = "", 0.0
+
+    def start(self, part: str) -> None:
+        self._part, self._began = part, time.perf_counter()
+
+    def stop(self) -> None:
+        if self._part:
+            self._spent[self._part] += 1000 * (time.perf_counter() - self._began)
+        self._part = ""
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last call."""
+        self.stop()
+        spent, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
+        return {**spent, "chunk_ms": sum(spent.values())}
+
+
+class Engine:
+    """Denoiser and decoder of a session, without threads of its own."""
+
+    def __init__(
+        self, bundle: Bundle, codec: Codec | None, seed: int, memory: MemoryConfig | None, rewarm: int | None
+    ) -> None:
+        if bundle.kind != "student":
+            raise ValueError(f"{bundle.name} is a {bundle.kind}; only a student streams")
+        self.student: CausalStudent = bundle.net
+        self.codec, self.schedule = codec, bundle.schedule
+        if rewarm is not None:
+            self.schedule = replace(self.schedule, rewarm=rewarm)
+        self.given_frames = bundle.given_frames
+        self.device = self.student.net.head.head.weight.device
+        self.factor = codec.temporal_factor if codec else bundle.record["world"].get("temporal", 1)
+        if codec is not None and codec.latent_channels != self.student.shape.channels:
+            raise ValueError(f"{bundle.name} has {self.student.shape.channels} channels, not {codec.latent_channels}")
+        self.memory_config = stream_memory(memory or self.student.cfg.memory, self.student.cfg.chunk)
+        self.memory = self.student.new_memory(1, cfg=self.memory_config)
+        self.inputs = Inputs.of(bundle.record, self.factor, self.device, checkpoint.text_encoder(bundle.record))
+        self.script: Script = ()  # asked for at every chunk, in place of `set`
+        self.cues: deque[tuple[int, Cue]] = deque()  # (px frame, what is set there), in order
+        self.closed = False
+        self.dream = Dream(0, seed, None)
+        self._taken: dict[int, tuple[Wish, Condition]] = {}  # first latent frame of a chunk -> what it is made with
+        self._newest: Tensor | None = None  # finished latents [1, F, C, H, W] that memory may hold
+        self._scenes = [0]  # chunks that a scene began with
+        self._watch = Stopwatch()
+        self._codec_state, self._next_index = None, 0
+
+    def begin(self, dream: Dream) -> None:
+        """Go on with another dream; the present one ends before its next pass."""
+        self.dream.over = True
+        self.dream = dream
+
+    def close(self) -> None:
+        self.closed = self.dream.over = True
+
+    def px_frames(self, chunk: int, fresh: bool = False) -> int:
+        """Px frames that `chunk` decodes to; one that begins a scene (`fresh`, and the first) to fewer."""
+        first, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
+        return self.factor * (stop - first) - (self.factor - 1 if fresh or chunk == 0 else 0)
+
+    @torch.no_grad()
+    def encode(self, image: np.ndarray | None) -> Tensor | None:
+        """Latents [1, F, C, H, W] of the given frames from uint8 `image` [H, W, 3], or a clip [T, H, W, 3]."""
+        given = self.given_frames
+        if image is None:
+            if given:
+                raise ValueError("this student starts from a picture: pass `image`, uint8 [H, W, 3]")
+            return None
+        if not given:
+            raise ValueError("this student starts from noise and takes no `image`")
+        if self.codec is None:
+            raise ValueError("a session without a codec cannot start from an `image`")
+        shape, scale = self.student.shape, self.codec.spatial_factor
+        clip = image[None] if image.ndim == 3 else image
+        needed = (self.codec.px_frames(given), shape.height * scale, shape.width * scale, 3)
+        if clip.dtype != np.uint8 or clip.shape != needed:
+            raise ValueError(f"image is {image.dtype} {list(image.shape)}; needed is uint8 {list(needed)}")
+        return self.codec.encode(to_float(clip)[None].to(self.device))
+
+    @torch.no_grad()
+    def chunks(self, dream: Dream, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
+        """Finished chunks of `dream`, until it is over or `admit`, asked with the px frames of the next, says no."""
+        self.memory.reset()
+        self._taken.clear()
+        self._newest, self._scenes = None, [0]
+        self._watch.take()
+        finished = rollout(
+            self.student,
+            self._passes(dream, admit),
+            noise=chunk_noise(self.student, 1, dream.seed, dream.given),
+            cond=self._condition,
+            memory=self.memory,
+            rng=torch.Generator().manual_seed(dream.seed),
+            pinned=dream.given,
+        )
+        for index, latents in enumerate(finished):
+            wish = self._taken[self.student.first_frame(index)][0]
+            fresh = index == self._scenes[-1]
+            self._remember(latents, fresh)
+            px_frames = self.px_frames(index, fresh)
+            yield Chunk(latents, index, fresh, px_frames, wish.id, dream.number, self._watch.take())
+
+    def _remember(self, latents: Tensor, fresh: bool) -> None:
+        """Keep the newest finished latents, as many as memory holds, for a switch that writes them again."""
+        if self.inputs.text_dim:
+            whole = latents if fresh or self._newest is None else torch.cat((self._newest, latents), dim=1)
+            self._newest = whole[:, -self.memory_config.frames :]
+
+    def _passes(self, dream: Dream, admit: Admit) -> Iterator[Pass]:
+        """The endless schedule, timed; a chunk takes the inputs of the moment it is admitted."""
+        passes, current = endless(self.schedule), -1
+        while True:
+            p = next(passes)
+            if p.chunk != current:
+                current = p.chunk
+                if not admit(self.px_frames(current)):
+                    return
+            if dream.over:
+                return
+            if self._take_inputs(p):
+                self._switch(p.chunk, dream)
+                passes = endless(self.schedule, p.chunk, (p.chunk,))
+                p = next(passes)
+            self._watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
+            yield p
+            self._watch.stop()
+
+    def _take_inputs(self, p: Pass) -> bool:
+        """Take the inputs of the chunks of a pass that have none yet; whether a chunk meets a switch of its prompt."""
+        first = self.student.first_frame(p.chunk)
+        before = max((start for start in self._taken if start < first), default=None)
+        told = None if before is None else self._taken[before][0].tokens
+        fresh = first not in self._taken
+        self._taken = {start: v for start, v in self._taken.items() if start >= first}
+        for chunk in range(p.chunk, p.chunk + len(p.sigma)):
+            start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
+            if start not in self._taken:
+                self._follow_script(start)
+                wish = self.inputs.wish
+                self._taken[start] = (wish, self.inputs.condition(wish, start, stop))
+        switched = fresh and told is not None and self._taken[first][0].tokens is not told
+        return switched and p.chunk > self.schedule.given_chunks and self.schedule.name == "chunkwise"
+
+    def _follow_script(self, start: int) -> None:
+        """Set what script and cues hold for the chunk that begins with latent `start`."""
+        lost = (self.factor - 1) * (len(self._scenes) - 1)  # px frames that scenes began without
+        frame = max(0, self.factor * (start - 1) + 1 - lost)
+        if self.script:
+            self.inputs.set(scripted(self.script, frame), None, None)
+        while self.cues and self.cues[0][0] <= frame:
+            _, cue = self.cues.popleft()
+            self.inputs.set(None, cue.prompt, None, cue.switch or "keep")
+
+    def _switch(self, chunk: int, dream: Dream) -> None:
+        """Do to memory what the prompt of `chunk` was set with."""
+        assert self._newest is not None
+        start, count = self.student.first_frame(chunk), self._newest.shape[1]
+        wish = self._taken[start][0]
+        past = Past(self.student, self.schedule, self.memory, self._newest, start, dream.seed * 1_000_003 + chunk)
+        self._watch.start("context_ms")
+        if SWITCHES[wish.switch](past, self.inputs.condition(wish, start - count, start)):
+            self._scenes.append(chunk)
+        self._watch.stop()
+
+    def _condition(self, start: int, stop: int) -> Condition:
+        """What the chunks of latent frames start..stop-1 are made with; the tokens are those of the first chunk."""
+        parts = [cond for first, (_, cond) in self._taken.items() if start <= first < stop]
+        return parts[0] if len(parts) == 1 else concat(parts, dim=1)
+
+    @torch.no_grad()
+    def decode(self, chunk: Chunk) -> list[Frame]:
+        """The pictures of a chunk; the chunks of a dream must come in order."""
+        assert self.codec is not None
+        if chunk.fresh:
+            self._codec_state = None
+        if chunk.index == 0:
+            self._next_index = 0
+        began = time.perf_counter()
+        px, self._codec_state = self.codec.decode_stream(chunk.latents, self._codec_state)
+        decoded = time.perf_counter()
+        images = to_uint8(px[0])
+        made_at = time.perf_counter()
+        stats = {**chunk.stats, "decode_ms": 1000 * (decoded - began), "host_ms": 1000 * (made_at - decoded)}
+        numbered = list(enumerate(images, self._next_index))
+        self._next_index += len(images)
+        return [Frame(px, i, chunk.index, chunk.input_id, chunk.dream, made_at, stats) for i, px in numbered]
