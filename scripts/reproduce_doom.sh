@@ -26,11 +26,19 @@ teacher() {
 }
 tf() { stage doom-tf configs/doom/tf.yaml; }
 selfforcing() { stage doom-selfforcing configs/doom/selfforcing.yaml; }
+loops() { vidistill data doom data/doom/loops --episodes 768 --palindromes 0.5 --codec doom-codec; }
+relic() { # a student that remembers: its teacher, causal init, and the same training with three memories
+  loops
+  stage doom-relic-teacher configs/doom/relic-teacher.yaml
+  stage doom-relic-hybrid configs/doom/relic-hybrid.yaml
+  for memory in relic relic-window relic-full; do stage "doom-$memory" "configs/doom/$memory.yaml"; done
+  vidistill eval doom-relic --suite memory --json
+}
 
 for name in "${@:-}"; do
   case "$name" in
     "") for s in frames codec probe latents teacher tf selfforcing; do echo "== $s"; $s; done ;;
-    frames | codec | probe | latents | teacher | tf | selfforcing) echo "== $name"; $name ;;
-    *) echo "unknown stage $name; stages: frames codec probe latents teacher tf selfforcing" >&2; exit 2 ;;
+    frames | codec | probe | latents | teacher | tf | selfforcing | loops | relic) echo "== $name"; $name ;;
+    *) echo "unknown stage $name; stages: frames codec probe latents teacher tf selfforcing loops relic" >&2; exit 2 ;;
   esac
 done

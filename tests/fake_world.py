@@ -37,6 +37,7 @@ class FakeSession:
     def __init__(self, seed=0, image=None, *, fps=FPS, chunk_s=0.0, limit=None):
         self.fps, self.chunk_s, self.limit = fps, chunk_s, limit
         self.closed, self.made, self.inputs, self.said = False, 0, 0, []
+        self.roamer = None
         self.action = dict.fromkeys(ACTIONS, 0.0)
         self.picture = np.zeros((SIZE, SIZE, 3), np.uint8)
         self.reset(seed=seed, image=image)

@@ -32,12 +32,13 @@ ARROWS: dict[str, set[str]] = {
     "text": set(),
     "diffusion": {"shapes"},
     "metrics": {"shapes"},
-    "conditioning": {"shapes"},
-    "memory": {"shapes"},
+    "poses": set(),
+    "conditioning": {"poses", "shapes"},
+    "memory": {"ops", "shapes"},
     "codecs": {"shapes"},
     # L1
     "dit": {"memory", "ops", "conditioning", "diffusion", "shapes"},
-    "student": {"dit", "memory", "diffusion", "conditioning", "shapes"},
+    "student": {"dit", "memory", "ops", "diffusion", "conditioning", "shapes"},
     "interop": {"dit", "memory", "schedules", "diffusion", "conditioning", "shapes"},
     "teachers": {"dit", "diffusion", "conditioning", "shapes"},
     "teachers/wan": {"dit", "diffusion", "conditioning", "shapes", "interop"},
@@ -47,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
     "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
-    "data": {"sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
+    "data": {"poses", "sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
     "learner": set(),
     "sources": {"conditioning", "shapes", "video"},
     # L3
@@ -55,11 +56,23 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
     | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
     | {"journal", "lora", "stage"},
-    "stage": {"objectives", "schedules", "student", "dit", "codecs", "learner", "distributed", "lora"},
+    "stage": {"poses", "objectives", "schedules", "student", "dit", "codecs", "learner", "distributed", "lora"},
     "prepare": {"checkpoint", "data", "diffusion", "teachers"},
     "journal": {"checkpoint"},
     "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
-    "stream": {"rollout", "schedules", "student", "memory", "codecs", "checkpoint", "conditioning", "video", "shapes"},
+    "roaming": {"conditioning", "memory", "poses"},
+    "stream": {
+        "roaming",
+        "rollout",
+        "schedules",
+        "student",
+        "memory",
+        "codecs",
+        "checkpoint",
+        "conditioning",
+        "video",
+        "shapes",
+    },
     "probes": {"checkpoint", "config", "data", "metrics", "sources", "video", "shapes"},
     "report": {"video"},
     # L4
@@ -73,6 +86,8 @@ ARROWS: dict[str, set[str]] = {
     "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
     | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
+    "revisit": {"evaluate", "report", "probes", "sources", "data", "video", "checkpoint", "metrics"}
+    | {"memory", "conditioning", "poses", "codecs"},
     "serve": {"stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
     "cli_data": ANYTHING,

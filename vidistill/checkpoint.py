@@ -363,6 +363,8 @@ def summary(name: str | Path) -> dict[str, Any]:
     if record["kind"] == "student":
         schedule = build(ScheduleConfig, record["schedule"])
         row["schedule"] = record["schedule"]
+        cfg, dit = net.cfg.memory, net.net.cfg
+        row["memory"] = cfg.account(net.shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads)
         row["nfe_per_chunk"] = evaluations(schedule, 7)
         row["nfe_7_chunks"] = sum(row["nfe_per_chunk"])
     return row

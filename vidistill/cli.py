@@ -226,7 +226,14 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", help="a bundled name or the path of a student or teacher")
     p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
-    p.add_argument("--clips", type=count, help="held-out clips (default and protocol: 256; 96 captions for text)")
+    p.add_argument("--suite", choices=("quality", "memory"), default="quality", help="what to judge (default: quality)")
+    p.add_argument(
+        "--clips",
+        type=count,
+        help="held-out clips (default and protocol: 256; 96 captions for text), or paths for each time away (24)",
+    )
+    p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
+    p.add_argument("--full", help="suite memory: the baseline that keeps everything (default: NAME-full)")
     p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
     p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -246,6 +253,8 @@ def run_eval(args: argparse.Namespace) -> None:
 
         result = frontier.frontier(args.frontier)
         Console(stderr=True).print(frontier.table(result))
+    elif args.suite == "memory":
+        result = run_memory_suite(args)
     elif checkpoint.listens(args.name):
         clips = args.clips or 96
         if args.glance:
@@ -259,6 +268,17 @@ def run_eval(args: argparse.Namespace) -> None:
         result = evaluate.run(args.name, clips=args.clips or 256, out=args.out, teacher=args.teacher)
     if args.json:
         print(json.dumps(result))
+
+
+def run_memory_suite(args: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+
+    from vidistill import revisit
+
+    cfg = revisit.RevisitConfig(paths=args.clips or 24, out=str(args.out))
+    result = revisit.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
+    Console(stderr=True).print(revisit.table(result))
+    return result
 
 
 def add_convert(commands: Any) -> argparse.ArgumentParser:
@@ -337,6 +357,12 @@ def run_info(args: argparse.Namespace) -> None:
     for name, row in rows.items():
         nfe = f"  evaluations a chunk {row['nfe_per_chunk']}" if "nfe_per_chunk" in row else ""
         print(f"{name:20s} {row['kind']:8s} {row['parameters'] / 1e6:6.2f}M  {row['bytes'] / 1e6:6.2f} MB{nfe}")
+        if args.name and (memory := row.get("memory")):
+            print(
+                f"memory {memory['policy']}: {memory['frames']} frames in {memory['tokens']} tokens, "
+                f"{memory['bytes'] / 1e6:.2f} MB; "
+                f"{memory['token_share']:.0%} of {memory['uncompressed_tokens']} plain tokens"
+            )
     if args.json:
         print(json.dumps(rows[args.name] if args.name else rows))
 

@@ -44,6 +44,9 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom.add_argument("--first", type=int, default=0, help="first episode of the split to record (default: 0)")
     doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
+    doom.add_argument(
+        "--palindromes", type=float, default=0.0, help="share of walks that go there and back (default: 0)"
+    )
     doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
     doom.set_defaults(run=run_data_doom)
     add_shapes(kinds)
@@ -190,8 +193,9 @@ def run_data_doom(args: argparse.Namespace) -> None:
         "actions": list(doom.ACTIONS),
         "px_size": cfg.size,
         "codec": args.codec,
+        "palindromes": args.palindromes,
     }
     episodes = tqdm(doom.record_many(cfg, seeds, args.workers), total=len(seeds), desc="episodes", disable=None)
-    shards = data.frame_shards(episodes)
+    shards = data.frame_shards(doom.with_palindromes(cfg, episodes, args.palindromes))
     data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
     print(f"{args.out}: {len(seeds)} episodes of {args.frames} frames")

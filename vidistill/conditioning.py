@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidistill.poses import CameraConfig, Pose, integrate, latent_rate, moves, numbers, planar, relative, wanted
+
 Encode = Callable[[Sequence[str]], Tensor]  # prompts -> tokens [B, L, D]
 
 SITES = ("modulation", "hidden", "qk")
 ACTION_SITE = "modulation"
+MOVE_SITE, POSE_SITE = "hidden", "qk"  # relative and absolute camera motion. Source: RELIC 2512.04040
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,17 @@ def pack_audio(features: Tensor, factor: int) -> Tensor:
     return torch.cat((features[:, :1].expand(-1, factor - 1, -1), features), dim=1).reshape(b, -1, factor * d)
 
 
+def pack_camera(moved: Tensor, pose: Pose, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:
+    """What a network is told of a camera [B, F] at its two sites, from moves and poses at latent rate."""
+    return {MOVE_SITE: relative(moved, cfg, factor), POSE_SITE: numbers(pose, cfg)}
+
+
+def walked(poses: Tensor, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:
+    """The same from a walker's recorded poses [B, F, 3] at latent rate, seen from the first of them."""
+    moved = moves(planar(poses))
+    return pack_camera(moved, integrate(moved), cfg, factor)
+
+
 def hold_action(action: Tensor, start: int, stop: int, factor: int) -> Tensor:
     """Packed actions [1, stop - start, factor * A + 1] of latents start..stop-1 while `action` [A] is held.
 
@@ -133,6 +147,9 @@ def hold_action(action: Tensor, start: int, stop: int, factor: int) -> Tensor:
     if start == 0:
         packed[:, 0, :-1] = 0.0
     return packed
+
+
+KEPT_POSES = 64  # latent frames whose pose a stream can go on from
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,8 @@ class Inputs:
 
     `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent; `encode` reads prompts.
     Nothing asked for yet: actions are zero (standing still), everything else is null.
+    With a `camera` the network is also told where it goes: what the held actions ask for, `gain` times as far, is
+    integrated from the start of the stream.
     """
 
     def __init__(
@@ -160,8 +179,11 @@ class Inputs:
         factor: int,
         device: torch.device | str,
         encode: Encode | None = None,
+        camera: CameraConfig | None = None,
     ) -> None:
         self.encode = encode if text_dim else None
+        self.camera, self.gain = camera, 1.0
+        self._path: dict[int, Pose] = {}  # latent frame -> pose [1, 1] after it, of the newest frames
         self.sites, self.text_dim, self.factor, self.device = sites, text_dim, factor, device
         self.actions = tuple(actions) if ACTION_SITE in sites else ()
         needed = factor * len(self.actions) + 1
@@ -183,7 +205,9 @@ class Inputs:
         if dit["extra_channels"]:
             raise ValueError("this network needs condition channels; inputs have none to give")
         sites = {name: site["dim"] for name, site in dit["sites"].items()}
-        return cls(sites, dit["text_dim"], record["world"].get("actions", ()), factor, device, encode)
+        world = record["world"]
+        camera = CameraConfig.of(world["camera"]) if world.get("camera") else None
+        return cls(sites, dit["text_dim"], world.get("actions", ()), factor, device, encode, camera)
 
     def set(
         self,
@@ -249,7 +273,29 @@ class Inputs:
         if self.actions:
             action = torch.tensor(wish.action, device=self.device)
             per_frame[ACTION_SITE] = hold_action(action, start, stop, self.factor)
+        if self.camera is not None:
+            per_frame |= {k: v.to(self.device) for k, v in self.go_on(wish, start, stop).items() if k in self.sites}
         return Condition(wish.tokens, per_frame)
+
+    @property
+    def pose(self) -> Pose | None:
+        """Where the camera is after the newest latent; None before the first."""
+        return self._path[max(self._path)] if self._path else None
+
+    def go_on(self, wish: Wish, start: int, stop: int) -> dict[str, Tensor]:
+        """Move the camera as `wish` says through latent frames start..stop-1; asked again, it starts there again."""
+        assert self.camera is not None
+        if start and start - 1 not in self._path:
+            raise ValueError(f"the camera has not been where latent frame {start} starts; ask for chunks in order")
+        action = torch.tensor(wish.action, dtype=torch.float64).expand(1, self.factor * (stop - start), -1).clone()
+        if start == 0:
+            action[:, : self.factor] = 0.0
+        asked = wanted(action, self.actions, self.camera, self.gain)
+        moved, pose = latent_rate(asked, self.factor, self._path[start - 1] if start else None)
+        for i in range(stop - start):
+            self._path[start + i] = Pose(pose.position[:, i : i + 1], pose.rotation[:, i : i + 1])
+        self._path = {f: p for f, p in self._path.items() if start - KEPT_POSES <= f < stop}
+        return pack_camera(moved, pose, self.camera, self.factor)
 
 
 Script = Sequence[tuple[Mapping[str, float], int]]  # actions and for how many px frames they are held

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.conditioning import ACTION_SITE, Condition, Encode, pack_actions
+from vidistill.conditioning import ACTION_SITE, Condition, Encode, pack_actions, walked
 from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.poses import CameraConfig
 from vidistill.sampling import trajectory
 from vidistill.sources import Captioned, Episode
 
@@ -133,10 +134,17 @@ def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Itera
             raise DataError(f"{path} is missing, damaged or lacks {names} ({error}); make the data again") from error
 
 
-def open_data(folder: str | Path, episodes: int = 0, prompts: bool = True) -> "Clips | Prompts":
-    """The data in a folder: recorded clips or, where `prompts` alone will do, those; else they are a DataError."""
+def open_data(
+    folder: str | Path, episodes: int = 0, prompts: bool = True, camera: CameraConfig | None = None
+) -> "Clips | Prompts":
+    """The data in a folder: recorded clips or, where `prompts` alone will do, those; else they are a DataError.
+
+    `camera`: clips come with what it did.
+    """
     if PROMPTS not in read_meta(folder):
-        return Clips(folder, episodes=episodes)
+        return Clips(folder, episodes=episodes, camera=camera)
+    if camera is not None:
+        raise DataError(f"{folder} holds prompts alone, a camera needs recorded poses")
     if not prompts:
         raise DataError(f"{folder} holds prompts alone, clips are needed here: `vidistill data --help`")
     return Prompts(folder, episodes)
@@ -210,8 +218,18 @@ class Clips:
     have `actions` (one a latent) and `tokens` [L, D] of its prompt.
     """
 
-    def __init__(self, folder: str | Path, names: Iterable[str] | None = None, episodes: int = 0) -> None:
-        """`episodes`: how many to use, from the first (rounded up to whole shards); 0 uses all."""
+    def __init__(
+        self,
+        folder: str | Path,
+        names: Iterable[str] | None = None,
+        episodes: int = 0,
+        camera: CameraConfig | None = None,
+    ) -> None:
+        """`episodes`: how many to use, from the first (rounded up to whole shards); 0 uses all.
+
+        `camera`: latents also come with what this camera did, from the recorded poses.
+        """
+        self.camera = camera
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         self.parts: list[dict[str, Tensor]] = []
@@ -270,6 +288,9 @@ class Clips:
         if self.width_of("actions"):
             rows = [self.episode("actions", e)[s : s + length] for e, s in picked]
             per_frame[ACTION_SITE] = torch.stack(rows).float()
+        if self.camera is not None:
+            poses = torch.stack([self.episode("poses", e)[s : s + length] for e, s in picked])
+            per_frame |= walked(poses, self.camera, (self.width_of("actions") - 1) // len(self.meta["actions"]))
         if self.width_of("tokens"):
             tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
         return Condition(tokens, per_frame)

@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from vidistill.conditioning import SITES, Condition
 from vidistill.diffusion import v_from_x0
-from vidistill.memory import KVMemory, Recall, frame_positions
+from vidistill.memory import KVMemory, Recall, Rotate, Sketch, frame_positions
+from vidistill.memory.pooling import average
 from vidistill.ops.attention import attention
 from vidistill.ops.masks import FrameMask
-from vidistill.ops.rope import rope_table, rotate
+from vidistill.ops.rope import Yarn, rope_table, rotate
 
 PLACES = ("before", "after_attention")
 ACTIVATIONS = {"silu": lambda width: nn.SiLU(), "norm": nn.LayerNorm}
@@ -66,6 +67,8 @@ class DiTConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     rope_theta: float = 10_000.0
+    yarn: Yarn = Yarn()
+    pool_factors: tuple[int, ...] = ()  # factors of a compressed memory for which pooling weights are learned
     sites: Mapping[str, SiteConfig] = field(default_factory=dict)
     predicts: str = "velocity"  # what the head says: `velocity`, or `x0` where a patch is as wide as the network
     grid: tuple[int, int] = NO_GRID  # learned position of every token of a frame of this grid; (0, 0): none
@@ -155,7 +158,7 @@ Entries = list[tuple[Tensor, Tensor]]  # keys and values [B, L, h, d] of conditi
 class SelfAttention(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
-        self.heads = cfg.heads
+        self.heads, self.sharpness = cfg.heads, cfg.yarn.sharpness
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.width, cfg.width) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.width, cfg.eps), RMSNorm(cfg.width, cfg.eps)
 
@@ -167,6 +170,8 @@ class SelfAttention(nn.Module):
         q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
         if key is not None:
             q, k = q + key, k + key
+        if self.sharpness != 1.0:
+            q = q * self.sharpness
         q, k, v = (y.flatten(1, 2).unflatten(-1, (self.heads, -1)) for y in (q, k, v))
         return rotate(q, table), k, rotate(k, table), v
 
@@ -250,7 +255,7 @@ class Block(nn.Module):
         table: Tensor,
         prompt: Entries | None,
         mask: FrameMask | None,
-        memory: KVMemory | Recall | None,
+        memory: KVMemory | Recall | Sketch | None,
         layer: int,
         inside: Tensor | None,
         key: Tensor | None,
@@ -308,6 +313,9 @@ class VideoDiT(nn.Module):
             )
         if cfg.image_dim:
             self.img_emb = ImageEmbedding(cfg.image_dim, width)
+        self.pool_weights = nn.ParameterDict(
+            {str(s): nn.Parameter(torch.zeros(cfg.layers, cfg.heads, s, s)) for s in cfg.pool_factors}
+        )
         if cfg.grid != NO_GRID:
             self.position = nn.Parameter(0.02 * torch.randn(cfg.grid[0] * cfg.grid[1], width))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
@@ -345,25 +353,22 @@ class VideoDiT(nn.Module):
         cond: Condition,
         *,
         start: int | Tensor = 0,
-        memory: KVMemory | None = None,
-        causal: Tensor | None = None,
+        memory: KVMemory | Sketch | None = None,
+        causal: Tensor | FrameMask | None = None,
+        factor: int = 1,
     ) -> Tensor:
         """Velocity [B, F, C, H, W] of `x` [B, F, C, H, W] at noise `sigma` [B, F].
 
         `start` is the time of the first frame, or the time [F] of each; with a `memory` frames also attend to what it
-        holds, and their entries are staged there. `causal` [F, F] is True where a frame may look at another.
+        holds, and their entries are staged there. `causal` [F, F] is True where a frame may look at another, or a mask
+        of all keys. `factor`: `x` are latents pooled by it a side, whose tokens lie where those they stand for lay.
         """
         grid = x.shape[3] // self.cfg.patch[1], x.shape[4] // self.cfg.patch[2]
-        frames = x.shape[1]
-        if memory is not None:
-            times = memory.begin(int(start), frames)
-        else:
-            times = start if isinstance(start, Tensor) else torch.arange(start, start + frames)
-        table = rope_table(frame_positions(times.to(x.device), grid), self.cfg.head_dim, self.cfg.rope_theta)
-        n = grid[0] * grid[1]
-        mask = None if causal is None else FrameMask(causal, n)
+        times = self.times(start, x.shape[1], cond, memory)
+        table = self.rope(frame_positions(times.to(x.device), (grid[0] * factor, grid[1] * factor), factor))
+        mask = FrameMask(causal, grid[0] * grid[1]) if isinstance(causal, Tensor) else causal
         e, e6 = self.embed_time(sigma, cond)
-        h = self.embed_patches(x, cond)
+        h = self.embed_patches(x, cond, factor)
         prompt = self.read_prompt(cond, memory)
         recompute = self.cfg.checkpoint and torch.is_grad_enabled()
         history = memory.recall() if memory is not None and recompute else memory
@@ -375,6 +380,13 @@ class VideoDiT(nn.Module):
         out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
         return v_from_x0(x, out, sigma, SIGMA_FLOOR) if self.cfg.predicts == "x0" else out
 
+    def times(self, start: int | Tensor, frames: int, cond: Condition, memory: KVMemory | Sketch | None) -> Tensor:
+        """Time of each frame [F]; a memory makes room for them, and keeps their poses."""
+        if memory is not None:
+            poses = cond.per_frame["qk"] if "qk" in self.sites else None
+            return memory.begin(int(start) if isinstance(start, int) else 0, frames, poses)
+        return start if isinstance(start, Tensor) else torch.arange(start, start + frames)
+
     def embed_time(self, sigma: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """Time embedding [B, F, D] and block modulation [B, F, 6, D]."""
         t = timestep_embedding(sigma.double() * 1000, self.cfg.freq_dim)
@@ -383,7 +395,7 @@ class VideoDiT(nn.Module):
             e = e + self.sites["modulation"](cond.per_frame["modulation"])[:, :, 0]
         return e, self.time_projection(e).unflatten(-1, (6, -1))
 
-    def embed_patches(self, x: Tensor, cond: Condition) -> Tensor:
+    def embed_patches(self, x: Tensor, cond: Condition, factor: int = 1) -> Tensor:
         """Latents (and condition channels) -> tokens [B, F, n, D]."""
         if self.cfg.extra_channels:
             if cond.channels is None:
@@ -391,7 +403,9 @@ class VideoDiT(nn.Module):
             x = torch.cat((x, cond.channels.to(x.dtype)), dim=2)
         _, p, q = self.cfg.patch
         h = self.patch_embedding(rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q))
-        return h + self.position if self.cfg.grid != NO_GRID else h
+        if self.cfg.grid == NO_GRID:
+            return h
+        return h + average(self.position[None, :, None], self.cfg.grid, factor)[0, :, 0]
 
     def embed_tokens(self, cond: Condition) -> Tensor | None:
         """Condition tokens at the network's width; image tokens come first, zero-padded to the text tokens' width."""
@@ -405,7 +419,7 @@ class VideoDiT(nn.Module):
         text = cond.tokens[:, self.cfg.image_tokens :, : self.cfg.text_dim]
         return torch.cat((self.img_emb(image), self.text_embedding(text)), dim=1)
 
-    def read_prompt(self, cond: Condition, memory: KVMemory | None) -> list[Entries] | None:
+    def read_prompt(self, cond: Condition, memory: KVMemory | Sketch | None) -> list[Entries] | None:
         """Keys and values of the condition tokens, one item a layer; with a memory computed once for each prompt."""
         if not self.cfg.text_dim:
             return None
@@ -430,10 +444,27 @@ class VideoDiT(nn.Module):
         _, p, q = self.cfg.patch
         return rearrange(patches, "b f (h w) (p q c) -> b f c (h p) (w q)", h=grid[0], p=p, q=q)
 
-    def new_rotation(self, keys: Tensor, positions: Tensor, inverse: bool) -> Tensor:
-        """Keys turned to `positions` [S, 3]: what a memory needs to move its sinks."""
-        table = rope_table(positions.to(keys.device), self.cfg.head_dim, self.cfg.rope_theta)
-        return rotate(keys, table, inverse).to(keys.dtype)
+    def rope(self, positions: Tensor) -> Tensor:
+        """Cosines and sines [2, S, 1, head_dim / 2] of tokens at `positions` [S, 3]."""
+        return rope_table(positions, self.cfg.head_dim, self.cfg.rope_theta, yarn=self.cfg.yarn)
+
+    def new_rotation(self) -> Rotate:
+        """What turns keys to positions, or back, for a memory; layers and passes of a chunk share one table."""
+        last: tuple[Tensor, Tensor] | None = None
+
+        def turn(keys: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+            nonlocal last
+            if last is None or last[0] is not positions:
+                last = positions, self.rope(positions.to(keys.device))
+            return rotate(keys, last[1], inverse).to(keys.dtype)
+
+        return turn
+
+    def pool_scores(self, layer: int, factor: int) -> Tensor:
+        """Learned scores [h, factor, factor] of the tokens of a cell."""
+        if str(factor) not in self.pool_weights:
+            raise ValueError(f"memory.pool 'learned' needs factor {factor} in dit.pool_factors {self.cfg.pool_factors}")
+        return self.pool_weights[str(factor)][layer]
 
 
 def recomputing(net: VideoDiT) -> VideoDiT:
@@ -441,4 +472,22 @@ def recomputing(net: VideoDiT) -> VideoDiT:
     with torch.device("meta"):
         other = VideoDiT(replace(net.cfg, checkpoint=True))
     other.load_state_dict(net.state_dict(), assign=True)
+    return other.train(net.training)
+
+
+def grown(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
+    """`net` with the sites, pooling weights and rotary extension of `cfg` that it lacks.
+
+    New sites must be `zero_init`, so that it computes what it did but for the extension; ValueError otherwise.
+    """
+    sites = {**cfg.sites, **net.cfg.sites}
+    new = sorted(set(sites) - set(net.cfg.sites))
+    if loud := [name for name in new if not sites[name].zero_init]:
+        raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")
+    yarn = cfg.yarn if cfg.yarn.ratio != 1.0 else net.cfg.yarn
+    wanted = replace(net.cfg, sites=sites, yarn=yarn, pool_factors=cfg.pool_factors or net.cfg.pool_factors)
+    if wanted == net.cfg:
+        return net
+    other = VideoDiT(wanted)
+    other.load_state_dict({**other.state_dict(), **net.state_dict()})
     return other.train(net.training)

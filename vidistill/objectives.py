@@ -53,6 +53,7 @@ class LossConfig:
     square: float = 0.0  # codec: weight of the squared error beside L1
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # regression: the student's noise levels
     context_noise: float = 0.0  # teacher forcing: noise on the clean history
+    noisy_chunks: int = 0  # teacher and diffusion forcing: only so many chunks at the end are noisy; 0: all
     dmd: float = 1.0  # weight of distribution matching itself
     motion: float = 0.0  # weight of distribution matching on differences of neighbouring frames
     motion_growth: float = 1.2  # later transitions weigh more, by this factor each ...
@@ -67,6 +68,8 @@ class LossConfig:
             raise ValueError(f"loss.drop must lie in [0, 1), got {self.drop}")
         if not 0 < self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"loss needs 0 < sigma_min < sigma_max <= 1, got {self.sigma_min}, {self.sigma_max}")
+        if self.noisy_chunks < 0:
+            raise ValueError(f"loss.noisy_chunks must not be negative, got {self.noisy_chunks}")
         if self.distance not in DISTANCES:
             raise ValueError(f"loss.distance {self.distance!r} is unknown; choose one of {sorted(DISTANCES)}")
         if min(self.dmd, self.motion, self.motion_head, self.regression) < 0 or not 0 <= self.motion_dynamic <= 1:
@@ -128,23 +131,37 @@ def flow_matching(
 
 
 def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """Flow matching of every chunk given the true, clean history, in one masked forward. Source: 2412.07772."""
+    """Flow matching of every chunk given the true, clean history, in one masked forward. Source: 2412.07772.
+
+    With `noisy_chunks` the chunks before the last so many are only history, compressed as the memory says.
+    """
     student: CausalStudent = roles.student
     b, f = x0.shape[:2]
+    first = clean_frames(student, f, cfg)
     sigma = hold(chunk_levels(student, cfg.noise, b, f, rng).to(x0.device), batch.given)
     eps = randn_like(x0, rng)
-    v = forced(student, x0, add_noise(x0, eps, sigma), sigma, batch.cond, cfg.context_noise, rng)
-    return Loss(masked_mse(v, v_from(x0, eps), batch.given))
+    v = forced(student, x0, add_noise(x0, eps, sigma), sigma, batch.cond, cfg.context_noise, rng, first)
+    return Loss(masked_mse(v, v_from(x0, eps), max(batch.given, first)))
 
 
 def diffusion_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """Flow matching under the block-causal mask with an independent level per chunk. Source: 2407.01392."""
+    """Flow matching under the block-causal mask with an independent level per chunk. Source: 2407.01392.
+
+    With `noisy_chunks` the chunks before the last so many are clean, and compressed as the memory says: what RELIC
+    2512.04040 calls hybrid forcing.
+    """
     student: CausalStudent = roles.student
     b, f = x0.shape[:2]
-    sigma = hold(chunk_levels(student, cfg.noise, b, f, rng).to(x0.device), batch.given)
+    clean = max(batch.given, clean_frames(student, f, cfg))
+    sigma = hold(chunk_levels(student, cfg.noise, b, f, rng).to(x0.device), clean)
     eps = randn_like(x0, rng)
-    v = student.net(add_noise(x0, eps, sigma), sigma, batch.cond, causal=student.causal_mask(f).to(x0.device))
-    return Loss(masked_mse(v, v_from(x0, eps), batch.given))
+    v = student.block_causal(add_noise(x0, eps, sigma), sigma, batch.cond)
+    return Loss(masked_mse(v, v_from(x0, eps), clean))
+
+
+def clean_frames(student: CausalStudent, frames: int, cfg: LossConfig) -> int:
+    """Frames before the noisy chunks of a clip."""
+    return student.first_frame(max(0, student.num_chunks(frames) - cfg.noisy_chunks)) if cfg.noisy_chunks else 0
 
 
 def chunk_levels(student: CausalStudent, noise: NoiseSchedule, b: int, f: int, rng: torch.Generator) -> Tensor:
@@ -154,14 +171,24 @@ def chunk_levels(student: CausalStudent, noise: NoiseSchedule, b: int, f: int, r
 
 
 def forced(
-    student: CausalStudent, clean: Tensor, noisy: Tensor, sigma: Tensor, cond: Condition, context: float, rng: Any
+    student: CausalStudent,
+    clean: Tensor,
+    noisy: Tensor,
+    sigma: Tensor,
+    cond: Condition,
+    context: float,
+    rng: Any,
+    first: int = 0,
 ) -> Tensor:
-    """Velocity [B, F, C, H, W] of noisy chunks, each given the chunks before it at level `context` (0 at level 0)."""
+    """Velocity [B, F, C, H, W] of noisy chunks, each given the chunks before it at level `context` (0 at level 0).
+
+    Frames before `first` are only history; their velocity is zero.
+    """
     history = torch.zeros_like(sigma)
     if context:
         history = torch.where(sigma > 0, torch.full_like(sigma, context), history)
         clean = add_noise(clean, randn_like(clean, rng), history)
-    return student.teacher_forced(noisy, sigma, cond, clean, history)
+    return student.teacher_forced(noisy, sigma, cond, clean, history, first)
 
 
 def regression(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
@@ -192,7 +219,7 @@ def noised_sample(student: CausalStudent, batch: Any, levels: tuple[float, ...],
     index = torch.randint(len(levels), (b, int(chunk[-1]) + 1), generator=rng)[:, chunk]
     sigma = hold(torch.tensor(levels)[index].to(batch.x.device), batch.given)
     noisy = add_noise(batch.x, randn_like(batch.x, rng), sigma)
-    v = student.net(noisy, sigma, batch.cond, causal=student.causal_mask(f).to(batch.x.device))
+    v = student.block_causal(noisy, sigma, batch.cond)
     return x0_from_v(noisy, v, sigma)
 
 

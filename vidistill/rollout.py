@@ -50,11 +50,13 @@ def run_pass(
     sigma = per_frame(p.sigma, student, p.chunk, x.shape[0]).to(x.device)
     told = sigma if p.told is None else per_frame(p.told, student, p.chunk, x.shape[0]).to(x.device)
     start = student.first_frame(p.chunk)
+    shown = cond(start, start + x.shape[1])
     with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-        v = student.velocity(x, told, cond(start, start + x.shape[1]), start=start, memory=memory)
+        v = student.velocity(x, told, shown, start=start, memory=memory)
         x0 = pin(x0_from_v(x, v, sigma), pinned, start)
     if p.commit:
         memory.commit()
+        student.remember(x if p.next_sigma is None else x0.detach(), shown, memory, start=start)
     return v, x0, sigma
 
 

@@ -10,6 +10,7 @@ from vidistill.dit import DiTConfig
 from vidistill.learner import OptimConfig
 from vidistill.lora import LoraConfig
 from vidistill.objectives import OBJECTIVES, LossConfig
+from vidistill.poses import CameraConfig
 from vidistill.schedules import ScheduleConfig
 from vidistill.student import StudentConfig
 
@@ -36,11 +37,13 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches an update
     parallel: str = "replicate"  # under torchrun: every process has whole networks, or its `shard` of them (FSDP2)
     frames: int = 22  # latent frames of a clip (pixel frames for a codec)
+    curriculum: tuple[tuple[int, int], ...] = ()  # (step, frames): clips of so many latents from this step on
     seed: int = 0
     init: str | None = None
     teacher: str | None = None
     codec: str | None = None  # name of the codec whose latents the data holds
     latent_size: tuple[int, int] = (0, 0)  # height and width of latents, where the data are prompts alone
+    camera: CameraConfig | None = None  # tell the networks camera moves (site `hidden`) and poses (site `qk`)
     codec_config: TinyCodecConfig = TinyCodecConfig()
     dit: DiTConfig = DiTConfig()
     student: StudentConfig = field(default_factory=StudentConfig)
@@ -89,6 +92,23 @@ class TrainConfig:
         if self.objective == "codec" and (self.lora.rank or self.compile):
             raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
         self.check_policy()
+        self.check_curriculum()
+
+    def frames_at(self, step: int) -> int:
+        """Latent frames of the clips of a step."""
+        return next((frames for first, frames in reversed(self.curriculum) if step >= first), self.frames)
+
+    def check_curriculum(self) -> None:
+        """Raise ValueError unless the curriculum rises in steps and ends with clips of `frames`."""
+        steps = [step for step, _ in self.curriculum]
+        lengths = [frames for _, frames in self.curriculum]
+        if self.curriculum and (steps[0] != 0 or steps != sorted(set(steps)) or min(lengths) < 2):
+            raise ValueError(f"curriculum lists (step, frames), from step 0 on, rising; got {list(self.curriculum)}")
+        if self.curriculum and (lengths[-1] != self.frames or max(lengths) > self.frames or self.long_frames):
+            raise ValueError(
+                f"curriculum must end with the longest clips, of `frames` {self.frames} latents, and goes without "
+                f"long_frames; got {list(self.curriculum)}"
+            )
 
     def check_policy(self) -> None:
         """Raise ValueError where settings of student rollouts cannot work together."""

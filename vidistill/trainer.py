@@ -14,10 +14,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vidistill import checkpoint, distributed
 from vidistill.codecs.tiny import TinyCodec
-from vidistill.conditioning import ACTION_SITE
+from vidistill.conditioning import ACTION_SITE, MOVE_SITE, POSE_SITE
 from vidistill.data import LEVEL_TOLERANCE, NAMES, PROMPTS, Batch, Clips, Prompts, open_data
 from vidistill.diffusion import NoiseSchedule
-from vidistill.dit import DiTConfig, VideoDiT, recomputing
+from vidistill.dit import DiTConfig, VideoDiT, grown, recomputing
 from vidistill.journal import Journal
 from vidistill.learner import Learner
 from vidistill.long import LongRollout, Rollout, last_picture, replayed_backward, whole_chunks
@@ -50,7 +50,7 @@ class Trainer:
         self.step_count = 0
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         rolls = self.objective.on_policy and cfg.on_policy
-        self.data = open_data(cfg.data, cfg.episodes, prompts=rolls)
+        self.data = open_data(cfg.data, cfg.episodes, prompts=rolls, camera=cfg.camera)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
         self.teacher_noise = cfg.loss.noise
         torch.manual_seed(cfg.seed)
@@ -93,6 +93,8 @@ class Trainer:
             return Roles(codec.requires_grad_(True).train()), None
         name = cfg.init or cfg.teacher
         net = self.load(name) if name else VideoDiT(cfg.dit)
+        if isinstance(net, VideoDiT):
+            net = grown(net, cfg.dit)
         if not isinstance(core(net), VideoDiT):
             raise checkpoint.CheckpointError(f"{name} is a {type(net).__name__}; one network is needed to start from")
         dit = core(net).cfg
@@ -154,6 +156,11 @@ class Trainer:
             )
         if dit.extra_channels:
             raise ValueError(f"{name} needs {dit.extra_channels} condition channels; {data} has none to give")
+        camera = self.cfg.camera
+        told = {} if camera is None else {MOVE_SITE: camera.action_dim, POSE_SITE: camera.pose_dim}
+        for site, dim in told.items():
+            if site not in dit.sites or dit.sites[site].dim != dim:
+                raise ValueError(f"{name} needs dit.sites.{site} with dim {dim} for the camera of this stage")
 
     def levels(self) -> tuple[float, ...]:
         """The exact noise levels of the stored trajectories; ValueError if they are not the configured ones."""
@@ -198,8 +205,8 @@ class Trainer:
             return self.clips.trajectories(cfg.batch, cfg.seed, step)
         if isinstance(self.data, Prompts) and self.shape is not None:
             size = (self.shape.channels, self.shape.height, self.shape.width)
-            return self.data.batch(cfg.batch, cfg.frames, size, cfg.seed, step)
-        return self.clips.latents(cfg.batch, cfg.frames, cfg.seed, step)
+            return self.data.batch(cfg.batch, cfg.frames_at(step), size, cfg.seed, step)
+        return self.clips.latents(cfg.batch, cfg.frames_at(step), cfg.seed, step)
 
     def sample(self, batch: Batch, rng: torch.Generator, grad: bool) -> Rollout:
         """The student's own rollout for the condition and given frames of `batch`, with `grad` or to be replayed."""
@@ -399,7 +406,9 @@ class Trainer:
             return {"card": card}
         assert self.shape is not None
         meta = self.data.meta
-        world = {k: meta[k] for k in ("fps", "actions", "px_size", "temporal") if k in meta}
+        world: dict[str, Any] = {k: meta[k] for k in ("fps", "actions", "px_size", "temporal") if k in meta}
+        if cfg.camera is not None:
+            world["camera"] = asdict(cfg.camera)
         return {
             "shape": asdict(self.shape),
             "noise": asdict(cfg.loss.noise),

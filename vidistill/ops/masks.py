@@ -55,7 +55,7 @@ class FrameMask:
 
     @property
     def runs(self) -> tuple[list[int], list[int], list[list[int]]]:
-        """Tokens of each run of alike query frames and alike key frames, and which of these each of those sees."""
+        """Tokens of each run of alike query frames and of alike key frames, and which runs each of the former sees."""
         return self._form("runs", self._runs)
 
     def _runs(self) -> tuple[list[int], list[int], list[list[int]]]:

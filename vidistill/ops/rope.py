@@ -1,5 +1,8 @@
 """3-D rotary position embedding: interleaved pairs, head width split over time, rows and columns."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,18 +13,59 @@ def axis_split(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rope_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Tensor:
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary embedding for clips `ratio` times as long as the `frames` latents a network was trained on; 1: as it was.
+
+    Time frequencies that turned fewer than `slow` times in those frames are slowed down by the ratio, those above
+    `fast` kept, between them the blend moves evenly; queries are multiplied by `sharpness`. Source: YaRN 2309.00071,
+    eq. 22 and 23; `fast` is 32 there, for texts of thousands of tokens.
+    """
+
+    ratio: float = 1.0
+    frames: int = 22
+    slow: float = 1.0
+    fast: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.ratio < 1 or self.frames < 1 or not 0 < self.slow < self.fast:
+            raise ValueError(f"yarn needs ratio >= 1, frames >= 1 and 0 < slow < fast, got {self}")
+
+    @property
+    def sharpness(self) -> float:
+        return (0.1 * math.log(self.ratio) + 1.0) ** 2
+
+    def slowed(self, frequencies: Tensor) -> Tensor:
+        """Time frequencies (radians a frame) of the longer clips."""
+        turns = self.frames * frequencies / (2 * math.pi)
+        keep = ((turns - self.slow) / (self.fast - self.slow)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / self.ratio)
+
+
+PLAIN = Yarn()
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0, yarn: Yarn = PLAIN) -> Tensor:
     """Angles [S, head_dim / 2] of float64 `positions` [S, 3] (time, row, column); fractions are allowed."""
     parts = []
     for axis, width in enumerate(axis_split(head_dim)):
         exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-        parts.append(positions[:, axis : axis + 1].double() * theta**-exponent)
+        frequencies = theta**-exponent
+        if axis == 0 and yarn.ratio != 1.0:
+            frequencies = yarn.slowed(frequencies)
+        parts.append(positions[:, axis : axis + 1].double() * frequencies)
     return torch.cat(parts, dim=1)
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float = 10_000.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def rope_table(
+    positions: Tensor,
+    head_dim: int,
+    theta: float = 10_000.0,
+    dtype: torch.dtype = torch.float32,
+    yarn: Yarn = PLAIN,
+) -> Tensor:
     """Cosines and sines [2, S, 1, head_dim / 2] for `rotate`, computed in float64 so that late frames stay exact."""
-    angles = rope_angles(positions, head_dim, theta)
+    angles = rope_angles(positions, head_dim, theta, yarn)
     return torch.stack((angles.cos(), angles.sin()))[:, :, None].to(dtype)
 
 

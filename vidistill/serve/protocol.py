@@ -2,8 +2,8 @@
 
 To the server: JSON text with a "type", one of FIELDS ("keys", "prompt", "seen", ...), and its fields; or bytes whose
 first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or bytes,
-HEADER and a payload. There is room for more kinds of bytes (sound, maps): the server refuses unknown ones, the page
-skips them.
+HEADER and a payload. There is room for more kinds of bytes (sound): the server refuses unknown ones, the page skips
+them.
 """
 
 import io
@@ -82,13 +82,25 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Home:
+    """Go back to where the dream began, by undoing what was done."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Look at the compressed history, or at the newest frames alone."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture to start from, uint8 [H, W, 3], at the size of the world."""
 
     px: np.ndarray
 
 
-Message = Keys | Prompt | Seen | Reset | Pause | Record | Picture
+Message = Keys | Prompt | Seen | Reset | Pause | Record | Home | History | Picture
 
 
 def pack_frame(
@@ -132,9 +144,16 @@ def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Mess
         return Seen(_whole(said["sequence"], "seen.sequence", 0, MAX_ID))
     if kind == "reset":
         return Reset(_whole(said["seed"], "reset.seed", 0, MAX_SEED), _start(said["start"], starts))
+    if kind == "home":
+        return Home()
     if not isinstance(said["on"], bool):
         raise MessageError(f"{kind}.on is {_short(said['on'])}; allowed are true and false")
-    return Pause(said["on"]) if kind == "pause" else Record(said["on"])
+    switches: dict[str, type[Pause] | type[Record] | type[History]] = {
+        "pause": Pause,
+        "record": Record,
+        "history": History,
+    }
+    return switches[kind](said["on"])
 
 
 FIELDS = {
@@ -144,6 +163,8 @@ FIELDS = {
     "reset": ("seed", "start"),
     "pause": ("on",),
     "record": ("on",),
+    "home": (),
+    "history": ("on",),
 }
 
 

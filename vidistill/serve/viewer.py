@@ -121,6 +121,7 @@ class Viewer:
         self._notes: deque[dict[str, Any]] = deque()
         self._slot: Shown | None = None
         self._sent = self._seen = self._shown = self._dropped = 0
+        self._mapped = -1  # chunk of the map sent last
         self._first = self._gap = False  # flags owed to the next frame sent
         self._active_at = self._loop.time()
         self._picture: np.ndarray | None = None
@@ -192,6 +193,8 @@ class Viewer:
             nfe_per_chunk=session.nfe_per_chunk,
             frames_per_chunk=session.frames_per_chunk,
             memory_bytes=session.memory_bytes,
+            places=session.roamer is not None and bool(session.roamer.map),
+            remembers=session.roamer is not None and session.roamer.remembers,
             record_s=self.cfg.record_s,
             max_picture=protocol.MAX_PICTURE,
             max_seed=protocol.MAX_SEED,
@@ -248,11 +251,23 @@ class Viewer:
             self._news.set()
         elif isinstance(message, protocol.Record):
             self._record(message.on)
+        elif isinstance(message, protocol.Home | protocol.History):
+            self._roam(message)
         elif isinstance(message, protocol.Picture):
             self._picture = message.px
             self._tell("picture", width=message.px.shape[1], height=message.px.shape[0])
         else:
             self.player.reset(message.seed, self._image(message.start))
+
+    def _roam(self, message: protocol.Home | protocol.History) -> None:
+        assert self.player.session is not None
+        roamer = self.player.session.roamer
+        if roamer is None:
+            raise protocol.MessageError("this world knows no places")
+        if isinstance(message, protocol.Home):
+            roamer.go_home()
+        else:
+            roamer.show_history(message.on)
 
     def _image(self, start: str) -> np.ndarray | None:
         if start != "upload":
@@ -287,6 +302,10 @@ class Viewer:
             self._film(shown.frame.px)
         if self._slot is not None:  # the sender waits for the browser: this newer frame takes its place
             self._dropped, self._gap = self._dropped + 1, True
+        roamer = None if self.player.session is None else self.player.session.roamer
+        if roamer is not None and roamer.map and not self._notes and shown.frame.chunk != self._mapped:
+            self._mapped = shown.frame.chunk
+            self._tell("map", **roamer.map)
         self._shown, self._first = self._shown + 1, self._first or shown.first
         self._slot = shown
         self._wake.set()

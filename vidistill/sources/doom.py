@@ -327,6 +327,31 @@ def replay(cfg: DoomConfig, seed: int, actions: np.ndarray, num_frames: int | No
         return _play(engine, 0, world, seed, num, lambda t, pose: actions[t])
 
 
+def palindrome(cfg: DoomConfig, episode: Episode, pivot: int) -> Episode:
+    """Returns the walk up to frame `pivot` and back the same way, as long as before.
+
+    Pictures and poses are mirrored in time; an action on the way back undoes what the one before it really did, so a
+    step into a wall is undone by standing still. Source: RELIC 2512.04040, palindrome augmentation.
+    """
+    total = len(episode.frames)
+    if not (total - 1) / 2 <= pivot < total:
+        raise ValueError(f"pivot is {pivot}; allowed are {total // 2} to {total - 1} for {total} frames")
+    back = np.arange(pivot - 1, 2 * pivot - total, -1)
+    order = np.concatenate([np.arange(pivot + 1), back])
+    undone = episode.actions[back + 1][:, [1, 0, 3, 2]]
+    gone = np.linalg.norm(episode.poses[back + 1, :2] - episode.poses[back, :2], axis=1) * UNITS_PER_POSE
+    undone[gone < cfg.speed / 2, 2:] = 0
+    actions = np.concatenate([episode.actions[: pivot + 1], undone])
+    return Episode(episode.frames[order], actions, episode.poses[order], episode.seed, episode.walls)
+
+
+def with_palindromes(cfg: DoomConfig, episodes: Iterable[Episode], share: float) -> Iterator[Episode]:
+    """Yields the episodes, about `share` of them turned into palindromes whose pivot lies in the second half."""
+    for episode in episodes:
+        rng, total = np.random.default_rng([episode.seed, 2]), len(episode.frames)
+        yield palindrome(cfg, episode, int(rng.integers(total // 2, total))) if rng.random() < share else episode
+
+
 def record_many(
     cfg: DoomConfig, seeds: Iterable[int], workers: int = 1, num_frames: int | None = None
 ) -> Iterator[Episode]:

@@ -15,6 +15,7 @@ from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import Cue, Script
 from vidistill.memory import MemoryConfig
+from vidistill.roaming import Roamer
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import endless, finite
 from vidistill.stream.engine import Chunk, Dream, Engine, Frame
@@ -92,6 +93,11 @@ class StreamSession:
         self._source = self._pipeline.frames() if self._pipeline else inline(engine)
         self._use = ""  # "frames" or "latents", once one was asked for
         weakref.finalize(self, (self._pipeline or engine).close)
+
+    @property
+    def roamer(self) -> Roamer:
+        """Map of the way, the way home, and the switch of what the memory holds beside its window."""
+        return self._engine.roamer
 
     @property
     def actions(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Cue, Inputs, Script, Wish, concat, scripted
 from vidistill.memory import MemoryConfig, stream_memory
+from vidistill.roaming import Roamer
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import Pass, endless
 from vidistill.stream.switch import SWITCHES, Past
@@ -109,6 +110,7 @@ class Engine:
         self.memory_config = stream_memory(memory or self.student.cfg.memory, self.student.cfg.chunk)
         self.memory = self.student.new_memory(1, cfg=self.memory_config)
         self.inputs = Inputs.of(bundle.record, self.factor, self.device, checkpoint.text_encoder(bundle.record))
+        self.roamer = Roamer(self.memory, self.inputs)
         self.script: Script = ()  # asked for at every chunk, in place of `set`
         self.cues: deque[tuple[int, Cue]] = deque()  # (px frame, what is set there), in order
         self.closed = False
@@ -154,7 +156,7 @@ class Engine:
     @torch.no_grad()
     def chunks(self, dream: Dream, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
         """Finished chunks of `dream`, until it is over or `admit`, asked with the px frames of the next, says no."""
-        self.memory.reset()
+        self.roamer.begin()
         self._taken.clear()
         self._newest, self._scenes = None, [0]
         self._watch.take()
@@ -168,6 +170,7 @@ class Engine:
             pinned=dream.given,
         )
         for index, latents in enumerate(finished):
+            self.roamer.update()
             wish = self._taken[self.student.first_frame(index)][0]
             fresh = index == self._scenes[-1]
             self._remember(latents, fresh)
@@ -210,7 +213,7 @@ class Engine:
             start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
             if start not in self._taken:
                 self._follow_script(start)
-                wish = self.inputs.wish
+                wish = self.roamer.wish(start)
                 self._taken[start] = (wish, self.inputs.condition(wish, start, stop))
         switched = fresh and told is not None and self._taken[first][0].tokens is not told
         return switched and p.chunk > self.schedule.given_chunks and self.schedule.name == "chunkwise"

@@ -73,12 +73,15 @@ const HEARD = {
     start = said.starts?.[0] ?? "";
     $("seed").value = 0;
     picture = null;
+    $("places").hidden = !said.places;
+    $("history").hidden = !said.remembers;
     buildPad();
     buildPrompt();
     buildStarts();
     updatePause();
   },
   stats: showStats,
+  map: drawMap,
   error: ({ message }) => toast(message),
   bye({ reason, message }) {
     ended = true;
@@ -236,7 +239,7 @@ $("sayform").addEventListener("submit", (event) => {
   say({ type: "prompt", id: inputId, text, switch: $("switch").value });
 });
 
-const COMMANDS = { KeyR: restart, KeyN: newDream, KeyV: toggleRecord, KeyP: togglePause };
+const COMMANDS = { KeyR: restart, KeyN: newDream, KeyV: toggleRecord, KeyP: togglePause, KeyH: goHome, KeyM: toggleHistory };
 
 window.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
@@ -321,6 +324,51 @@ window.addEventListener("drop", (event) => {
   if (event.dataTransfer.files[0] && world?.starts) upload(event.dataTransfer.files[0]);
 });
 
+// --- where the dream is, and what it remembers ---
+
+let recalling = true;
+
+function drawMap({ here, stored, history, home }) {
+  const sheet = $("map"), pen = sheet.getContext("2d");
+  const places = [here, [0, 0, 0], ...stored];
+  const [left, right] = [Math.min(...places.map((p) => p[0])) - 2, Math.max(...places.map((p) => p[0])) + 2];
+  const [low, high] = [Math.min(...places.map((p) => p[1])) - 2, Math.max(...places.map((p) => p[1])) + 2];
+  const scale = Math.min(sheet.width / (right - left), sheet.height / (high - low));
+  const at = ([x, y]) => [(x - (left + right) / 2) * scale + sheet.width / 2, ((low + high) / 2 - y) * scale + sheet.height / 2];
+  pen.clearRect(0, 0, sheet.width, sheet.height);
+  const mark = (place, size, alpha) => { // a dot and where it looks
+    const [x, y] = at(place);
+    pen.globalAlpha = alpha;
+    pen.beginPath();
+    pen.arc(x, y, size, 0, 7);
+    pen.fill();
+    pen.beginPath();
+    pen.moveTo(x, y);
+    pen.lineTo(x + 3 * size * Math.cos(place[2]), y - 3 * size * Math.sin(place[2]));
+    pen.stroke();
+  };
+  pen.lineWidth = 2;
+  pen.fillStyle = pen.strokeStyle = "#ffb454";
+  for (const place of stored) mark(place, 5, (history ? 1 : 0.3) * ({ 1: 1, 2: 0.6 }[place[3]] ?? 0.3));
+  pen.fillStyle = pen.strokeStyle = "#98a1b0";
+  mark([0, 0, 0], 4, 1);
+  pen.fillStyle = pen.strokeStyle = "#e8eaee";
+  mark(here, 8, 1);
+  pen.globalAlpha = 1;
+  recalling = history;
+  $("history").setAttribute("aria-pressed", history);
+  $("historylabel").textContent = history ? "Remembers all" : "Remembers the newest";
+  $("home").setAttribute("aria-pressed", home);
+}
+
+function goHome() {
+  if (world?.places) say({ type: "home" });
+}
+
+function toggleHistory() {
+  if (world?.remembers) say({ type: "history", on: !recalling });
+}
+
 // --- pausing, recording, telling ---
 
 function updatePause() {
@@ -384,6 +432,8 @@ $("restart").addEventListener("click", restart);
 $("dice").addEventListener("click", newDream);
 $("record").addEventListener("click", toggleRecord);
 $("pause").addEventListener("click", togglePause);
+$("home").addEventListener("click", goHome);
+$("history").addEventListener("click", toggleHistory);
 $("seed").addEventListener("keydown", (event) => {
   if (event.key === "Enter") { event.target.blur(); restart(); }
 });

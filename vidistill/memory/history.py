@@ -1,0 +1,260 @@
+"""Compressed history: what is kept of frames that have left the window, at which resolution, and what goes first."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidistill.memory.pooling import Pooling, frame_positions, num_cells
+from vidistill.ops import quant
+
+Rotate = Callable[[Tensor, Tensor, bool], Tensor]  # keys [B, S, h, d], positions [S, 3], inverse -> keys
+Frames = dict[int, tuple[Tensor, Tensor]]  # layer -> un-rotated keys and values [B, m, h, d]
+
+RELIC_PATTERN = (1, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4)
+ENTRIES = {"dense": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A remembered frame: its number, how many tokens a side became one, and how many tokens it has left."""
+
+    frame: int
+    factor: int
+    tokens: int
+
+
+class Store:
+    """A buffer [B, S, h, d] of keys or values, dense or in 8 bits; tokens are written and read from the front."""
+
+    def __init__(self, shape: tuple[int, ...], entries: str, device: torch.device | str, dtype: torch.dtype) -> None:
+        kind = ENTRIES[entries]
+        self.data: Tensor | quant.Quantised = (
+            torch.zeros(shape, device=device, dtype=dtype) if kind is None else quant.empty(shape, kind, device)
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.data.data, self.data.scale] if isinstance(self.data, quant.Quantised) else [self.data]
+
+    def put(self, start: int, x: Tensor) -> None:
+        if isinstance(self.data, quant.Quantised):
+            quant.append(self.data, x, torch.arange(start, start + x.shape[1], device=x.device))
+        else:
+            self.data[:, start : start + x.shape[1]] = x
+
+    def get(self, used: int, dtype: torch.dtype) -> Tensor:
+        """The first `used` tokens, dense."""
+        if isinstance(self.data, quant.Quantised):
+            return quant.Quantised(self.data.data[:, :used], self.data.scale[:, :used]).dequantise(dtype)
+        return self.data[:, :used]
+
+    def keep(self, index: Tensor) -> None:
+        """Move the tokens `index` to the front."""
+        for x in self.tensors:
+            bits = x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x  # index_select knows no fp8
+            bits[:, : len(index)] = bits.index_select(1, index)
+
+    def clone(self) -> "Store":
+        twin = object.__new__(Store)
+        if isinstance(self.data, quant.Quantised):
+            twin.data = quant.Quantised(self.data.data.clone(), self.data.scale.clone())
+        else:
+            twin.data = self.data.clone()
+        return twin
+
+
+class History:
+    """Un-rotated keys and values of frames that have left the window, in the order they left.
+
+    Keys are turned when they are read: to the frame's own time, or (`relative`) so that the history ends where the
+    window begins, which are the same as long as no frame was dropped. `poses` travel with the entries.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        pattern: Sequence[int],
+        entries: str,
+        *,
+        relative: bool,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        grid: tuple[int, int],
+        rotate: Rotate,
+        pooling: Pooling,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.capacity, self.pattern, self.relative = tokens, tuple(pattern), relative
+        self.clear()
+        self._grid, self._rotate, self._pooling, self._dtype = grid, rotate, pooling, dtype
+        shape = (batch, tokens, heads, head_dim)
+        self._keys, self._values = ([Store(shape, entries, device, dtype) for _ in range(layers)] for _ in range(2))
+        self._positions = torch.zeros(0, 3, dtype=torch.float64)
+        self._device = device
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for s in (*self._keys, *self._values) for t in s.tensors)
+
+    @property
+    def used(self) -> int:
+        return sum(s.tokens for s in self.stored)
+
+    def factor(self, frame: int) -> int:
+        """The factor a side of a frame once it is here."""
+        return self.pattern[(frame - self._origin) % len(self.pattern)]
+
+    def clear(self, origin: int = 0) -> None:
+        """Forget everything; frame numbers count from `origin`."""
+        self.stored: list[Stored] = []
+        self.poses: dict[int, Tensor] = {}
+        self._origin = origin
+
+    def forget(self, frame: int) -> None:
+        """Drop `frame` and all after it."""
+        self._drop([s for s in self.stored if s.frame >= frame])
+
+    def admit(self, frames: Sequence[int], poses: dict[int, Tensor]) -> set[int]:
+        """Which of the `frames` about to come are worth a place; drops others until those fit.
+
+        Of the two frames whose poses are nearest to each other the newer goes: the older one is closer to what was
+        there first. Poses of a batch count by their mean distance, frames without by their time.
+        """
+        incoming = [Stored(f, s, num_cells(self._grid, s)) for f in frames for s in (self.factor(f),)]
+        left, known = [*self.stored, *incoming], {**poses, **self.poses}
+        used = sum(s.tokens for s in left)
+        while used > self.capacity:
+            used -= left.pop(self._least(left, known)).tokens
+        self._drop([s for s in self.stored if s not in left])
+        return {s.frame for s in incoming if s in left}
+
+    @staticmethod
+    def _least(stored: list[Stored], known: dict[int, Tensor]) -> int:
+        if len(stored) == 1:
+            return 0
+        if all(s.frame in known for s in stored):
+            poses = torch.stack([known[s.frame].float() for s in stored], dim=1)  # [B, m, D]
+            distance = torch.cdist(poses, poses, compute_mode="donot_use_mm_for_euclid_dist").mean(0)
+        else:
+            times = torch.tensor([float(s.frame) for s in stored])
+            distance = (times[:, None] - times[None]).abs()
+        distance.fill_diagonal_(float("inf"))
+        return max(divmod(int(distance.argmin()), len(stored)))
+
+    def _drop(self, gone: list[Stored]) -> None:
+        if not gone:
+            return
+        kept, index, at = [], [], 0
+        for s in self.stored:
+            if s in gone:
+                self.poses.pop(s.frame, None)
+            else:
+                kept.append(s)
+                index.append(torch.arange(at, at + s.tokens))
+            at += s.tokens
+        self.stored = kept
+        if index:
+            where = torch.cat(index).to(self._device)
+            for store in (*self._keys, *self._values):
+                store.keep(where)
+
+    def add(self, frame: int, entries: Frames, pose: Tensor | None, *, pooled: bool) -> None:
+        """Keep a frame's un-rotated entries of every layer, compressed here unless they are `pooled` already."""
+        at, factor = self.used, self.factor(frame)
+        tokens = num_cells(self._grid, factor)
+        for layer, (keys, values) in entries.items():
+            if not pooled:
+                keys, values = self._pooling(layer, keys, values, factor)
+            self._keys[layer].put(at, keys.detach())
+            self._values[layer].put(at, values.detach())
+        self.stored.append(Stored(frame, factor, tokens))
+        if pose is not None:
+            self.poses[frame] = pose.detach().float()
+
+    def place(self, window_start: int) -> None:
+        """Decide the times that keys are turned to, given the oldest frame of the window."""
+        first = window_start - len(self.stored)
+        times = [first + i if self.relative else s.frame for i, s in enumerate(self.stored)]
+        parts = [
+            frame_positions(torch.tensor([float(t)]), self._grid, s.factor)
+            for t, s in zip(times, self.stored, strict=True)
+        ]
+        self._positions = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 3, dtype=torch.float64)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Turned keys, and values [B, S, h, d]."""
+        keys, values = (s[layer].get(self.used, self._dtype) for s in (self._keys, self._values))
+        return self._rotate(keys, self._positions, False), values
+
+    def fork(self) -> "History":
+        twin = object.__new__(History)
+        twin.__dict__.update(self.__dict__)
+        twin.stored, twin.poses = list(self.stored), dict(self.poses)
+        twin._keys, twin._values = ([s.clone() for s in stores] for stores in (self._keys, self._values))
+        return twin
+
+
+class Sketch:
+    """Takes down what a network makes of a few frames alone: a memory that remembers nothing before them."""
+
+    def __init__(self) -> None:
+        self.entries: Frames = {}
+
+    def begin(self, start: int, frames: int, poses: Tensor | None = None) -> Tensor:
+        return torch.arange(start, start + frames, dtype=torch.float64)
+
+    def recall(self) -> "Sketch":
+        return self
+
+    def read_once(self, prompt: object, read: Callable[[], Any]) -> Any:
+        return read()
+
+    def stage(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.entries[layer] = raw, values
+        return keys, values
+
+
+class ClipHistory(Sketch):
+    """The memory of a clip that is seen in one masked forward: behind the keys of its frames, those of its first
+    `frames` frames again in compressed form, with gradient. `times` [F] are those of all frames of the forward.
+
+    Source: RELIC 2512.04040, hybrid forcing.
+    """
+
+    def __init__(self, times: Tensor, frames: int, factors: Sequence[int], pooling: Pooling, rotate: Rotate) -> None:
+        self._times, self._pooling, self._rotate = times, pooling, rotate
+        self._tokens = pooling.grid[0] * pooling.grid[1]
+        by_factor: dict[int, list[int]] = {}
+        for f in range(frames):
+            by_factor.setdefault(factors[f % len(factors)], []).append(f)
+        self.groups = sorted(by_factor.items())
+        self._positions = {s: frame_positions(times[fs], pooling.grid, s) for s, fs in self.groups}
+
+    def begin(self, start: int, frames: int, poses: Tensor | None = None) -> Tensor:
+        return self._times
+
+    def recall(self) -> "ClipHistory":
+        return self
+
+    def columns(self, seen: Tensor) -> Tensor:
+        """Token mask [F, S] of the compressed keys, for `seen` [F, frames]: who may look at which old frame."""
+        parts = [seen[:, fs].repeat_interleave(num_cells(self._pooling.grid, s), 1) for s, fs in self.groups]
+        return torch.cat(parts, dim=1) if parts else seen[:, :0]
+
+    def stage(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The clip's own keys and values [B, S, h, d] and the compressed ones behind them."""
+        frames, n = raw.unflatten(1, (-1, self._tokens)), self._tokens
+        shown, batch = values.unflatten(1, (-1, n)), raw.shape[0]
+        for factor, index in self.groups:
+            k, v = (x[:, index].flatten(0, 1) for x in (frames, shown))
+            k, v = self._pooling(layer, k, v, factor)
+            k, v = (x.unflatten(0, (batch, -1)).flatten(1, 2) for x in (k, v))
+            keys = torch.cat((keys, self._rotate(k, self._positions[factor], False)), dim=1)
+            values = torch.cat((values, v), dim=1)
+        return keys, values

@@ -1,0 +1,84 @@
+"""Where a stream goes and what it remembers of the way: a map, a way home, a history that can be switched off."""
+
+from collections import deque
+from typing import Any
+
+from vidistill.conditioning import Inputs, Wish
+from vidistill.memory import KVMemory
+from vidistill.poses import opposite, place_of, walk_of
+
+LONGEST_WAY = 4096  # chunks that can be walked back
+
+
+class Roamer:
+    """Follows one stream. `map` is replaced as a whole after every chunk and may be read from any thread."""
+
+    def __init__(self, memory: KVMemory, inputs: Inputs) -> None:
+        self._memory, self._inputs = memory, inputs
+        self._way: deque[tuple[float, ...]] = deque(maxlen=LONGEST_WAY)  # actions of the chunks so far
+        self._home: list[tuple[float, ...]] | None = None  # actions still to come on the way home, last one first
+        self._home_id = 0  # number of the wish that was set last on the way home
+        self._noted = -1
+        self.map: dict[str, Any] = {}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a history that can be switched off."""
+        return self._memory.cfg.remembers
+
+    def begin(self) -> None:
+        """A new dream: nothing was walked yet, nothing is remembered."""
+        self._memory.reset()
+        self._way.clear()
+        self._home, self._noted = None, -1
+        self.update()
+
+    def show_history(self, on: bool) -> None:
+        """Let the next passes look at the compressed history, or at the window alone."""
+        if not self.remembers:
+            raise ValueError("this student's memory has no history to switch off")
+        self._memory.show_history(on)
+
+    def go_home(self) -> None:
+        """From the next chunk on undo what was done, last things first, until the start; keys pressed meanwhile win."""
+        if self._inputs.camera is None:
+            raise ValueError("this student is not told where it goes, so it cannot be led back")
+        names = self._inputs.actions
+        self._home = [opposite(names, action) for action in self._way]
+        self._home_id = self._inputs.wish.id
+
+    def wish(self, start: int) -> Wish:
+        """What the chunk from latent `start` on is made with: the user's wish, or the next step on the way home."""
+        if start > self._noted:
+            self._noted = start
+            if self._home is not None:
+                self._step_home()
+            elif start:  # the first chunk is given, nothing was done
+                self._way.append(self._inputs.wish.action)
+        return self._inputs.wish
+
+    def _step_home(self) -> None:
+        if self._inputs.wish.id != self._home_id:  # somebody pressed a key
+            self._home = None
+            self._way.append(self._inputs.wish.action)
+        elif self._home:
+            self._home_id = self._inputs.set(self._home.pop(), None, None)
+            self._way.pop()
+        else:
+            self._home = None
+            self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
+
+    def update(self) -> None:
+        """Draw the map anew: here, and every remembered frame with what is left of it, as [x, y, heading, factor]."""
+        camera = self._inputs.camera
+        if camera is None:
+            return
+        poses = self._memory.poses
+        stored = [[*place_of(poses[s.frame][0], camera), s.factor] for s in self._memory.stored if s.frame in poses]
+        here = self._inputs.pose
+        self.map = {
+            "here": [0.0, 0.0, 0.0] if here is None else [round(float(v), 3) for v in walk_of(here)[0, -1]],
+            "stored": stored,
+            "history": self._memory.history_shown,
+            "home": self._home is not None,
+        }
