@@ -218,7 +218,7 @@ def test_about_the_share_asked_for_become_palindromes():
 
 
 def inputs():
-    return Inputs({"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}, 0, ACTIONS, 4, "cpu", CAMERA)
+    return Inputs({"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
 
 
 def test_a_stream_integrates_the_keys_it_is_given_chunk_by_chunk():

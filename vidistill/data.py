@@ -259,6 +259,11 @@ class Clips:
         return self.meta.get("given", 1)
 
     @property
+    def factor(self) -> int:
+        """Px frames of a latent: what the data says, or what its packed actions show."""
+        return self.meta.get("temporal") or (self.width_of("actions") - 1) // len(self.meta["actions"])
+
+    @property
     def kind(self) -> str:
         """What an episode is: `frames` (pixels), `latents`, or `trajectories` of a teacher."""
         if "states" in self.parts[0]:
@@ -290,7 +295,7 @@ class Clips:
             per_frame[ACTION_SITE] = torch.stack(rows).float()
         if self.camera is not None:
             poses = torch.stack([self.episode("poses", e)[s : s + length] for e, s in picked])
-            per_frame |= walked(poses, self.camera, (self.width_of("actions") - 1) // len(self.meta["actions"]))
+            per_frame |= walked(poses, self.camera, self.factor)
         if self.width_of("tokens"):
             tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
         return Condition(tokens, per_frame)

@@ -169,7 +169,7 @@ def kind_of(cfg: TrainConfig, dit: DiTConfig) -> str:
         return data.open_data(cfg.data).kind
     if cfg.objective == "regression":
         return "trajectories"
-    rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy
+    rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy and cfg.camera is None
     return data.PROMPTS if rolls and dit.text_dim and ACTION_SITE not in dit.sites else "latents"
 
 
@@ -199,11 +199,13 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     if kind == data.PROMPTS:
         data.write_prompts(folder, ("one", "two"), "", RandomText(folder / data.TOKENS, dit.text_dim), meta)
         return
-    meta["given"] = 1 if ACTION_SITE in dit.sites or not dit.text_dim else 0
+    meta["given"] = 1 if ACTION_SITE in dit.sites or cfg.camera is not None or not dit.text_dim else 0
     clip = (CLIPS, cfg.frames, dit.channels, *size)
     tensors: dict[str, Tensor] = {}
     if actions:
         tensors["actions"] = torch.rand(CLIPS, cfg.frames, actions)
+    if cfg.camera is not None:
+        tensors["poses"] = torch.rand(CLIPS, cfg.frames, 3)
     if dit.text_dim:
         tensors["tokens"] = torch.randn(CLIPS, TOKENS, dit.text_dim)
     if kind == "trajectories" or dit.text_dim:
@@ -309,12 +311,12 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
     rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy
     causal = cfg.objective not in ("flow",)
     frames = cfg.student.chunk if rolls else cfg.frames * (2 if cfg.objective in DOUBLED else 1)
-    seen = min(memory.frames, cfg.frames) if rolls else cfg.frames
+    seen = min(memory.tokens(shape.grid), cfg.frames * n) if rolls else cfg.frames * n
     row: dict[str, Any] = {
         "latents": [cfg.frames, dit.channels, *size],
         "tokens_per_frame": n,
         "tokens_per_pass": frames * n,
-        "flops_per_pass": sum(cost.pass_flops(dit, frames * n, seen * n).values()),
+        "flops_per_pass": sum(cost.pass_flops(dit, frames * n, seen).values()),
         "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg),
         "recomputed_blocks": cfg.dit.checkpoint,
     }
@@ -326,7 +328,9 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
         copied = max(pasts, default=0) if cfg.replay else sum(pasts)
         row["history_bytes"] = 2 * copied * dit.layers * dit.width * n * item  # autograd reads memory as a copy
     if causal:
-        row["memory_bytes"] = memory.bytes(layers=dit.layers, width=dit.width, tokens_per_frame=n, itemsize=item)
+        row["memory_bytes"] = memory.account(
+            shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads, itemsize=item
+        )["bytes"]
     return row
 
 
