@@ -208,7 +208,7 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
         tensors["poses"] = torch.rand(CLIPS, cfg.frames, 3)
     if dit.text_dim:
         tensors["tokens"] = torch.randn(CLIPS, TOKENS, dit.text_dim)
-    if kind == "trajectories" or dit.text_dim:
+    if kind == "trajectories" or (dit.text_dim and cfg.camera is None):
         tensors["states"] = torch.randn(CLIPS, len(cfg.loss.levels) + 1, *clip[1:])
     else:
         tensors |= {"latents": torch.randn(clip), "images": torch.randn(clip)}
