@@ -82,7 +82,7 @@ ARROWS: dict[str, set[str]] = {
     | {"dit", "interop", "lora", "objectives", "schedules", "shapes", "student", "teachers"},
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
-    | {"rollout", "schedules", "memory", "conditioning", "codecs"},
+    | {"rollout", "schedules", "memory", "conditioning", "codecs", "poses"},
     "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
     | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},

@@ -1,7 +1,7 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from tiny_walks import walk, write_walks
 
 from vidistill import checkpoint, evaluate, probes, report
+from vidistill.conditioning import walked
 from vidistill.data import Clips
 from vidistill.evaluate import EvalConfig, HeldOut
+from vidistill.poses import CameraConfig
 from vidistill.tally import StreamTally, Tally, drifts, figures
 
 FRAMES = 7  # latents of a clip: 25 px frames, chunks of 1, 3 and 3
@@ -176,9 +178,21 @@ def test_teacher_and_student_see_start_image_and_actions(
         assert torch.equal(plain, row(replace(batch, actions=later))), name
 
 
+def test_a_student_with_a_camera_hears_where_the_walk_really_went(tiny_student_path):
+    bundle, camera = checkpoint.load(tiny_student_path), CameraConfig(step=0.15, turn=0.1)
+    actions, poses = torch.ones(1, 13, 4), torch.rand(1, 13, 3)
+    plain = evaluate.told(bundle, actions, poses, 4)
+    assert set(plain.per_frame) == {"modulation"} and not plain.per_frame["modulation"][:, 0, :-1].any()
+    bundle.record["world"]["camera"] = asdict(camera)
+    heard = evaluate.told(bundle, actions, poses, 4).per_frame
+    for site, wanted in walked(poses[:, ::4], camera, 4).items():
+        assert torch.equal(heard[site], wanted), site
+    assert torch.equal(heard["modulation"], plain.per_frame["modulation"])
+
+
 def test_half_precision_of_the_rollout_does_not_leak_to_whoever_takes_the_chunks(cfg, tiny_student_path):
     student = checkpoint.load(tiny_student_path)
-    cond = evaluate.action_condition(torch.zeros(1, 13, 4), 4)
+    cond = evaluate.told(student, torch.zeros(1, 13, 4), torch.zeros(1, 13, 3), 4)
     memory = student.net.new_memory(1, dtype=torch.bfloat16)
     given = torch.zeros(1, 1, 4, 4, 4)
     for chunk in evaluate.student_chunks(student, given, cond, 2, replace(cfg, precision="bf16"), 0, memory):

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from vidistill import checkpoint, metrics, report
 from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
-from vidistill.conditioning import ACTION_SITE, Condition, pack_actions
+from vidistill.conditioning import ACTION_SITE, Condition, pack_actions, walked
 from vidistill.data import Clips, frame_shards, write_shards
 from vidistill.memory import KVMemory, stream_memory
+from vidistill.poses import CameraConfig
 from vidistill.probes import Probe, action_labels, load_probe, visible_walks
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.sampling import sample
@@ -98,10 +99,10 @@ class HeldOut:
 
     def __init__(self, clips: Clips, cfg: EvalConfig, px_frames: int) -> None:
         self.cfg, self.px_frames = cfg, px_frames
-        self.frames, self.actions = clips.tensors["frames"], clips.tensors["actions"]
+        self.frames, self.actions, self.poses = (clips.tensors[n] for n in ("frames", "actions", "poses"))
         self.fps: float = clips.meta["fps"]
         self.turn, walk = action_labels(self.actions)
-        self.walk = visible_walks(walk, clips.tensors["poses"], clips.meta["config"]["speed"])
+        self.walk = visible_walks(walk, self.poses, clips.meta["config"]["speed"])
         self.windows = windows(min(len(clips), cfg.episodes), self.frames.shape[1], px_frames, cfg.clips)
 
     def __len__(self) -> int:
@@ -119,7 +120,7 @@ class HeldOut:
 
         px = to_float(cut(self.frames).numpy())
         episodes = torch.tensor([e for e, _ in picked])
-        return ClipBatch(index, px, cut(self.actions), cut(self.turn), cut(self.walk), episodes)
+        return ClipBatch(index, px, *map(cut, (self.actions, self.poses, self.turn, self.walk)), episodes)
 
 
 def windows(episodes: int, total: int, length: int, num: int) -> list[tuple[int, int]]:
@@ -132,11 +133,17 @@ def windows(episodes: int, total: int, length: int, num: int) -> list[tuple[int,
     return [(e, s) for s in starts for e in range(episodes)][:num]
 
 
-def action_condition(actions: Tensor, factor: int) -> Condition:
-    """What a network is told of a clip's actions [B, T, A]; the first frame is given, nothing led to it."""
+def told(bundle: Bundle, actions: Tensor, poses: Tensor, factor: int) -> Condition:
+    """What a network hears of walks: actions [B, T, A] and, where it takes them, the real motion of poses [B, T, 3].
+
+    The first frame is given, nothing led to it.
+    """
     actions = actions.clone()
     actions[:, 0] = 0.0
-    return Condition(per_frame={ACTION_SITE: pack_actions(actions, factor)})
+    per_frame, camera = {ACTION_SITE: pack_actions(actions, factor)}, bundle.record["world"].get("camera")
+    if camera is not None:
+        per_frame |= walked(poses[:, ::factor], CameraConfig.of(camera), factor)
+    return Condition(per_frame=per_frame)
 
 
 # --- what fills the rows ----------------------------------------------------------------------------------------------
@@ -165,7 +172,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
 
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
-        cond = action_condition(batch.actions, codec.temporal_factor)
+        cond = told(teacher, batch.actions, batch.poses, codec.temporal_factor)
         rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + batch.index)
         noise = torch.randn(given.shape[0], cfg.frames, *given.shape[2:], generator=rng)
         nulls, scales = ([], []) if scale == 1.0 else ([cond.null()], [scale])
@@ -230,7 +237,7 @@ def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
 
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
-        cond = action_condition(batch.actions, codec.temporal_factor)
+        cond = told(student, batch.actions, batch.poses, codec.temporal_factor)
         memory = net.new_memory(given.shape[0], dtype=memory_type(cfg))
         seed = cfg.seed * 1_000_003 + batch.index
         return codec.decode(torch.cat(list(student_chunks(student, given, cond, chunks, cfg, seed, memory)), 1))
@@ -265,10 +272,11 @@ def measure(rows: Mapping[str, Source], data: HeldOut, probe: Probe, cfg: EvalCo
 
 @dataclass(frozen=True)
 class LongWalks:
-    """Real streams of one length: frames uint8 [S, T, H, W, 3] and actions [S, T', A], T' >= T."""
+    """Real streams of one length: frames uint8 [S, T, H, W, 3], actions [S, T', A] and poses [S, T', 3], T' >= T."""
 
     frames: Tensor
     actions: Tensor
+    poses: Tensor
     turn: Tensor
     walk: Tensor
     length: int
@@ -281,10 +289,10 @@ class LongWalks:
 def long_walks(cfg: EvalConfig, fps: float) -> LongWalks:
     length = math.ceil(cfg.long_seconds * fps) + 1
     clips = episodes_at(Path(cfg.data) / "long", (cfg.streams, length), (cfg.streams, length), LONG_EPISODES_FROM)
-    frames, actions = (clips.tensors[name][: cfg.streams] for name in ("frames", "actions"))
+    frames, actions, poses = (clips.tensors[name][: cfg.streams] for name in ("frames", "actions", "poses"))
     turn, walk = action_labels(actions)
-    walk = visible_walks(walk, clips.tensors["poses"][: cfg.streams], clips.meta["config"]["speed"])
-    return LongWalks(frames, actions, turn, walk, length, fps)
+    walk = visible_walks(walk, poses, clips.meta["config"]["speed"])
+    return LongWalks(frames, actions, poses, turn, walk, length, fps)
 
 
 @torch.inference_mode()
@@ -294,13 +302,15 @@ def stream_student(student: Bundle, codec: Codec, walks: LongWalks, cfg: EvalCon
     chunks = 1
     while codec.px_frames(net.first_frame(chunks)) < walks.length:
         chunks += 1
-    actions = walks.actions[:, : codec.px_frames(net.first_frame(chunks))]
-    short = codec.px_frames(net.first_frame(chunks)) - actions.shape[1]
+    total = codec.px_frames(net.first_frame(chunks))
+    actions, poses = walks.actions[:, :total], walks.poses[:, :total]
+    short = total - actions.shape[1]  # of the last chunk, which ends standing still
     actions = torch.cat((actions, actions.new_zeros(actions.shape[0], short, actions.shape[2])), dim=1)
+    poses = torch.cat((poses, poses[:, -1:].expand(-1, short, -1)), dim=1)
     given = codec.encode(to_float(walks.frames[:, :1].numpy()))
     endless_memory = stream_memory(net.cfg.memory, net.cfg.chunk)
     memory = net.new_memory(given.shape[0], dtype=memory_type(cfg), cfg=endless_memory)
-    cond, state = action_condition(actions, codec.temporal_factor), None
+    cond, state = told(student, actions, poses, codec.temporal_factor), None
     made = student_chunks(student, given, cond, chunks, cfg, cfg.seed * 1_000_003 + 999_983, memory)
     for chunk in tqdm(made, f"{cfg.long_seconds:g} s streams", total=chunks, unit="chunk"):
         px, state = codec.decode_stream(chunk, state)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from vidistill import checkpoint, metrics, report
 from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
-from vidistill.conditioning import ACTION_SITE, Condition, walked
+from vidistill.conditioning import ACTION_SITE
 from vidistill.data import Clips
-from vidistill.evaluate import EvalConfig, action_condition, episodes_at, memory_type, student_chunks
+from vidistill.evaluate import EvalConfig, episodes_at, memory_type, student_chunks, told
 from vidistill.memory import stream_memory
-from vidistill.poses import CameraConfig, moves, planar
+from vidistill.poses import moves, planar
 from vidistill.probes import Probe, load_probe, read
 from vidistill.sources import Episode
 from vidistill.sources.doom import ACTIONS, DoomConfig, centre_texture, replay, seeds
@@ -197,24 +197,15 @@ def paths_of(cfg: RevisitConfig, doom: DoomConfig, seconds: float, chunked: int)
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def told(bundle: Bundle, walks: Sequence[Episode], factor: int) -> Condition:
-    """What a student hears of the walks: the actions, and where it takes them the camera's real motion."""
-    actions = torch.from_numpy(np.stack([w.actions for w in walks]))
-    cond = action_condition(actions, factor)
-    record = bundle.record["world"].get("camera")
-    if record is None:
-        return cond
-    poses = torch.from_numpy(np.stack([w.poses[::factor] for w in walks]))
-    return Condition(per_frame={**cond.per_frame, **walked(poses, CameraConfig.of(record), factor)})
-
-
 @torch.inference_mode()
 def dream(bundle: Bundle, codec: Codec, paths: Sequence[Revisit], cfg: RevisitConfig) -> Tensor:
     """The student's pictures [B, T, 3, H, W] along some paths of one length."""
     net, quality = bundle.net, EvalConfig(precision=cfg.precision)
     px = to_float(np.stack([p.walk.frames[:1] for p in paths]))
     given, total = codec.encode(px), len(paths[0].walk.frames)
-    cond = told(bundle, [p.walk for p in paths], codec.temporal_factor)
+    actions = torch.from_numpy(np.stack([p.walk.actions for p in paths]))
+    poses = torch.from_numpy(np.stack([p.walk.poses for p in paths]))
+    cond = told(bundle, actions, poses, codec.temporal_factor)
     frames = cond.per_frame[ACTION_SITE].shape[1]
     memory = net.new_memory(len(paths), dtype=memory_type(quality), cfg=stream_memory(net.cfg.memory, net.cfg.chunk))
     state, parts = None, []

@@ -18,11 +18,12 @@ SHOWN = 4  # clips and streams kept to look at
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Real clips px [B, T, 3, H, W] with their actions [B, T, A], turn and walk classes [B, T] and episodes [B]."""
+    """Real clips px [B, T, 3, H, W], their actions [B, T, A], poses [B, T, 3], classes `turn` and `walk` [B, T]."""
 
     index: int
     px: Tensor
     actions: Tensor
+    poses: Tensor
     turn: Tensor
     walk: Tensor
     episodes: Tensor
