@@ -3,7 +3,17 @@ import itertools
 import pytest
 import torch
 
-from vidistill.diffusion import NoiseSchedule, add_noise, eps_from_v, euler, randn_like, renoise, v_from, v_from_x0
+from vidistill.diffusion import (
+    NoiseSchedule,
+    add_noise,
+    eps_from_v,
+    euler,
+    randn_like,
+    renoise,
+    v_from,
+    v_from_blend,
+    v_from_x0,
+)
 from vidistill.diffusion import x0_from_v as to_x0
 
 
@@ -28,6 +38,25 @@ def test_nothing_is_divided_by_zero():
     x0, _ = pair()
     assert torch.isfinite(v_from_x0(x0, x0, 0.0)).all()
     assert torch.equal(add_noise(x0, torch.full_like(x0, 1e9), 0.0), x0)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.2, 0.5, 0.98])
+def test_a_blended_prediction_is_the_mean_of_both_estimates_weighed_by_their_errors(sigma):
+    x0, eps = pair()
+    x, error = add_noise(x0, eps, sigma), 0.03
+    guess = x0 + error**0.5 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(5))
+    other = (sigma / (1 - sigma)) ** 2
+    mean = (error * x / (1 - sigma) + other * guess) / (error + other)
+    blended = to_x0(x, v_from_blend(x, guess, sigma, error), sigma)
+    assert torch.allclose(blended, mean, atol=1e-5)
+    wrong = [float((y - x0).square().mean()) for y in (blended, guess, x / (1 - sigma))]
+    assert wrong[0] < 1.1 * min(wrong[1:])
+
+
+def test_a_blended_prediction_believes_the_head_alone_at_pure_noise_and_is_finite_without_noise():
+    x0, eps = pair()
+    assert torch.allclose(v_from_blend(eps, x0, 1.0, 0.03), eps - x0, atol=1e-6)
+    assert torch.isfinite(v_from_blend(x0, eps, 0.0, 0.03)).all()
 
 
 def test_a_prediction_in_half_precision_is_computed_in_double():

@@ -101,6 +101,17 @@ def v_from_x0(x: Tensor, x0: Tensor, sigma: Tensor | Sequence[float] | float, fl
     return (x - x0) / expand(sigma, x).clamp_min(floor)
 
 
+def v_from_blend(x: Tensor, x0: Tensor, sigma: Tensor | Sequence[float] | float, error: float) -> Tensor:
+    """Velocity towards the mean of two estimates of the clip, weighed by their variances; finite at every sigma.
+
+    One is `x0`, as good as `error`, the other `x` itself, x / (1 - sigma), as good as (sigma / (1 - sigma))^2: near the
+    end of a path a network need not say again what it was shown. Source: preconditioning of EDM 2206.00364, eq. 7,
+    whose skip it is with `error` in place of the data's variance.
+    """
+    s = expand(sigma, x)
+    return ((s - error * (1 - s)) * x - s * x0) / (error * (1 - s) ** 2 + s**2)
+
+
 def euler(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: torch.Generator | None) -> Tensor:
     """Deterministic step along the flow from `sigma` to `next_sigma` (both [B, F])."""
     return x + (expand(next_sigma, x) - expand(sigma, x)) * v

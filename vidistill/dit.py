@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidistill.conditioning import SITES, Condition
-from vidistill.diffusion import v_from_x0
+from vidistill.diffusion import v_from_blend
 from vidistill.memory import KVMemory, Recall, Rotate, Sketch, frame_positions
 from vidistill.memory.pooling import average
 from vidistill.ops.attention import attention
@@ -25,7 +25,7 @@ ACTIVATIONS = {"silu": lambda width: nn.SiLU(), "norm": nn.LayerNorm}
 
 PREDICTS = ("velocity", "x0")
 NO_GRID = (0, 0)
-SIGMA_FLOOR = 0.05  # below it a predicted x0 is not divided further
+X0_ERROR = 0.03  # variance up to which a head that predicts x0 is believed; below, the noisy latents are
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ class VideoDiT(nn.Module):
             args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, key)
             h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
-        return v_from_x0(x, out, sigma, SIGMA_FLOOR) if self.cfg.predicts == "x0" else out
+        return v_from_blend(x, out, sigma, X0_ERROR) if self.cfg.predicts == "x0" else out
 
     def times(self, start: int | Tensor, frames: int, cond: Condition, memory: KVMemory | Sketch | None) -> Tensor:
         """Time of each frame [F]; a memory makes room for them, and keeps their poses."""
