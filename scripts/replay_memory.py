@@ -1,6 +1,6 @@
 """Peak memory of a student update on rollouts of several lengths: replayed chunk by chunk, and through the whole graph.
 
-    python scripts/replay_memory.py configs/doom/relic.yaml --frames 22 40 79
+    python scripts/replay_memory.py configs/doom/relic.yaml --frames 22 40 79 --set dit.checkpoint=true
 
 Every row runs in a process of its own: random weights of the stage's size, random data, one rollout and its backward
 pass for a random gradient on all frames (the scores are left out). Prints the peak resident memory beside that of the
@@ -62,15 +62,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--frames", type=int, nargs="+", default=[22, 40, 79], help="latents of the rollouts")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings to replace")
+    parser.add_argument("--ways", nargs="+", default=["replayed", "whole"], choices=("replayed", "whole"))
     parser.add_argument("--one", choices=("replayed", "whole"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(load_config(TrainConfig, args.config), args.frames[0], args.one == "replayed")))
+        cfg = load_config(TrainConfig, args.config, args.set)
+        print(json.dumps(measure(cfg, args.frames[0], args.one == "replayed")))
         return
     result: dict[str, dict[int, dict[str, int]]] = {}
-    for way in ("replayed", "whole"):
+    for way in args.ways:
         for frames in args.frames:
-            command = [sys.executable, __file__, args.config, "--frames", str(frames), "--one", way]
+            command = [sys.executable, __file__, args.config, "--frames", str(frames), "--one", way, "--set", *args.set]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             row = result.setdefault(way, {})[frames] = json.loads(out.splitlines()[-1])
             first = result[way][args.frames[0]]["peak_bytes"]
