@@ -26,8 +26,7 @@ LEAK = "gradient of later chunks leaks into earlier ones through the cache; our 
 
 
 def training_rollout(golden: Golden) -> None:
-    for name, variant in golden.config["variants"].items():
-        train(golden, name, variant)
+    golden.each_variant(train)
 
 
 def exit_passes(run: Run, chunks: int, given_chunks: int, exits: list[int], total: int) -> Iterator[Pass]:
@@ -60,12 +59,13 @@ def start_training(
     cfg = golden.config
     net = network(golden.weights, arch, prefix)
     table = TableSchedule(shift=cfg.get("timestep_shift", cfg.get("generator_scheduler_shift")))
+    given = golden.io.get(f"in.{name}.initial_latent")
     hw = golden.given(f"{name}.noise").shape[-3:] if f"in.{name}.noise" in golden.io else variant["chw"]
     student = CausalStudent(
         net,
         StudentConfig(
             chunk=variant["num_frame_per_block"],
-            first_chunk=1 if variant["independent_first_frame"] else 0,
+            first_chunk=1 if variant["independent_first_frame"] or given is not None else 0,  # one frame is given there
             memory=variant_memory({**variant, "sink_size": 0}, frames, infinite=False),
         ),
         LatentShape(frames, *hw, patch=net.cfg.patch),
@@ -88,6 +88,8 @@ def train(golden: Golden, name: str, variant: dict[str, Any]) -> None:
     student = run.student
     given_chunks = 0 if given is None else student.num_chunks(given.shape[1])
     chunks, exits = student.num_chunks(total), variant["exit_flags"]
+    if variant.get("same_step_across_blocks", True):
+        exits = exits[:1] * (chunks - given_chunks)
     passes = live(run, exit_passes(run, chunks, given_chunks, exits, total), given_chunks)
     latents = torch.cat(
         list(
@@ -198,9 +200,8 @@ def prompts(golden: Golden, arch: dict[str, Any], batch: int) -> Condition:
 
 
 def distribution_matching(golden: Golden) -> None:
-    for name, variant in golden.config["variants"].items():
-        match_student(golden, name, variant)
-        match_critic(golden, name, variant)
+    golden.each_variant(match_student)
+    golden.each_variant(match_critic)
 
 
 def rolled_out(golden: Golden, name: str, variant: dict[str, Any], turn: str, draws: Draws) -> tuple[Tensor, Any]:
@@ -304,11 +305,14 @@ def match_critic(golden: Golden, name: str, variant: dict[str, Any]) -> None:
 
 def losses(golden: Golden) -> None:
     for tag, alpha in golden.config["sid_alpha"].items():
-        score_identity(golden, tag, alpha)
-    regress(golden)
+        with golden.guarded(f"{tag}."):
+            score_identity(golden, tag, alpha)
+    with golden.guarded("ode."):
+        regress(golden)
     for tag in ("diffusion_forcing", "teacher_forcing", *golden.config.get("noise_augmentation_max_timestep", {})):
-        if golden.wanted(f"{tag}."):
-            force(golden, tag)
+        with golden.guarded(f"{tag}."):
+            if golden.wanted(f"{tag}."):
+                force(golden, tag)
 
 
 def order_of(golden: Golden, net: str) -> list[str]:
