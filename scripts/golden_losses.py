@@ -146,6 +146,14 @@ class Scores:
     timesteps: Tensor
     seen: dict[str, list[tuple[Tensor, Tensor]]]  # network -> (input, velocity) of each branch, in call order
 
+    @torch.no_grad()
+    def ask_unguided(self, cond: Condition) -> None:
+        """The original asks the real score without a prompt even where guidance gives that no weight; ours does not."""
+        if len(self.seen["real"]) == 1:
+            x = self.seen["real"][0][0]
+            told = self.timesteps[:, None].expand(x.shape[:2]) / GRID
+            self.real.velocity(x, told, replace(cond, tokens=cond.negative, negative=None))
+
     def compare(self, prefix: str, shape: torch.Size) -> None:
         """The networks' inputs and outputs; 0 fake cond, 1 fake uncond, 2 real cond, 3 real uncond."""
         golden, names = self.golden, ("fake_cond", "fake_uncond", "real_cond", "real_uncond")
@@ -265,6 +273,7 @@ def match_student(golden: Golden, name: str, variant: dict[str, Any]) -> None:
         loss, logged = result.value, result.logs["dmd_grad"]
     loss.backward()
     prefix = f"{name}.gen"
+    parts.ask_unguided(batch.cond)
     parts.compare(prefix, x.shape)
     golden.compare(f"{prefix}.loss", loss)
     golden.compare(f"{prefix}.dmdtrain_gradient_norm", logged)
@@ -322,13 +331,14 @@ def order_of(golden: Golden, net: str) -> list[str]:
 
 def score_identity(golden: Golden, tag: str, alpha: float) -> None:
     cfg = golden.config
-    raw = cfg["raw_integer_timesteps"]
+    raws = cfg["raw_integer_timesteps"]
+    raw = raws.get(tag, raws.get("sid"))  # one for all samples, or one each
     archs = {"real_score": cfg["transformer"], "fake_score": cfg["transformer"]}
     x = golden.given("latents").clone().requires_grad_()
     parts = scores(
         golden,
         archs,
-        [raw.get(tag, raw["sid"])] * x.shape[0],
+        raw if isinstance(raw, list) else [raw] * x.shape[0],
         cfg["loss_timestep_shift"],
         guidance=1 + cfg["guidance_scale"],
         sid_alpha=alpha,
@@ -339,6 +349,7 @@ def score_identity(golden: Golden, tag: str, alpha: float) -> None:
     golden.compare(f"{tag}.loss", loss)
     golden.compare(f"{tag}.grad_latents", x.grad)
     golden.compare(f"{tag}.fake_grad_norms", grad_norms(parts.fake, order_of(golden, "fake_score")))
+    parts.ask_unguided(batch.cond)
     parts.compare(tag, x.shape)
 
 
