@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from vidistill.conditioning import Condition, pack_audio
 from vidistill.convert import convert, revert, student_of
+from vidistill.dit import VideoDiT
 from vidistill.interop.cost import NETWORKS, against_papers, named_cost, parameters
-from vidistill.interop.families import FAMILIES, family
+from vidistill.interop.families import FAMILIES, NON_COMMERCIAL, family
 from vidistill.interop.formats import merge_lora, read_student, write_student
 from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
 from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table, warp_timestep
@@ -127,6 +129,47 @@ def test_a_published_file_is_read_and_written_back_bit_for_bit(tmp_path, name, s
     assert same(back, {"model." + key: x for key, x in state.items()})
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.", "generator.model._fsdp_wrapped_module."])
+@pytest.mark.parametrize("name", ["self-forcing", "rolling-forcing"])
+def test_conversion_there_and_back_keeps_every_name_and_precision(tmp_path, prefix, name):
+    """Published files mix precisions (float32 norms, bf16 products), and carry what their framework wrote."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    state = {key: x.to(kinds[i % 3]) for i, (key, x) in enumerate(weights().items())}
+    wrapped = {
+        key.replace(".ffn.", "._checkpoint_wrapped_module.ffn.") if prefix else key: x for key, x in state.items()
+    }
+    source = publish(tmp_path / "in.pt", wrapped, "generator", prefix)
+    convert(source, name, tmp_path / "ours", size=(64, 64), allow_pickle=True, heads=4)
+    revert(tmp_path / "ours", tmp_path / "out.pt")
+    old, new = (torch.load(p, weights_only=True)["generator"] for p in (source, tmp_path / "out.pt"))
+    assert same(old, new)
+
+
+def test_a_merged_lora_is_written_back_as_the_whole_network_it_became(tmp_path):
+    base = publish(tmp_path / "base.pt", weights(), "generator")
+    layer = "blocks.0.ffn.2"
+    halves = {"A": torch.randn(2, 160), "B": torch.randn(64, 2)}
+    lora = {f"base_model.model.model.{layer}.lora_{half}.weight": x for half, x in halves.items()}
+    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
+    kw = {"size": (64, 64), "allow_pickle": True, "heads": 4}
+    convert(base, "longlive", tmp_path / "ours", lora=tmp_path / "lora.pt", **kw)
+    revert(tmp_path / "ours", tmp_path / "merged.pt")
+    back = torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]
+    moved = [key for key, x in back.items() if not torch.equal(x, weights()[key.removeprefix("model.")])]
+    assert moved == [f"model.{layer}.weight"]
+    want = read_student(base, "longlive", allow_pickle=True, heads=4, lora=tmp_path / "lora.pt").state
+    assert same(read_student(tmp_path / "merged.pt", "longlive", allow_pickle=True, heads=4).state, dict(want))
+
+
+def test_a_file_that_lost_its_last_blocks_is_told_from_a_smaller_network():
+    with torch.device("meta"):
+        whole = VideoDiT(replace(NETWORKS["wan-1.3b"], layers=28)).state_dict()
+    state = to_original(whole, NETWORKS["wan-1.3b"])
+    assert infer_config(state).layers == 30
+    with pytest.raises(ValueError, match=r"54 missing \(blocks\.28\.modulation"):
+        build(to_ours(state), infer_config(state), "first_shards.safetensors")
+
+
 def test_averaged_weights_are_read_first_and_any_entry_by_name(tmp_path):
     live, average = weights(), {key: x + 1 for key, x in weights().items()}
     torch.save({"generator": live, "generator_ema": average, "critic": live}, tmp_path / "both.pt")
@@ -135,6 +178,8 @@ def test_averaged_weights_are_read_first_and_any_entry_by_name(tmp_path):
         for e in (None, "generator")
     }
     key = "head.head.bias"
+    chunkwise = read_student(tmp_path / "both.pt", "causal-forcing", allow_pickle=True, heads=4)
+    assert torch.equal(chunkwise.state[key], live[key])  # its published command reads the live ones
     assert torch.equal(read[None].state[key], average[key]) and torch.equal(read["generator"].state[key], live[key])
     with pytest.raises(ValueError, match=r"no entry 'ema'; it has \['generator', 'generator_ema', 'critic'\]"):
         read_student(tmp_path / "both.pt", "self-forcing", allow_pickle=True, heads=4, entry="ema")
@@ -250,8 +295,17 @@ def test_score_timesteps_are_shifted_after_drawing_and_clamped():
 def test_a_non_commercial_licence_is_recorded_and_warned_about(tmp_path, caplog):
     student = read_student(publish(tmp_path / "c.safetensors", weights()), "causvid", heads=4)
     with caplog.at_level(logging.WARNING):
-        assert "NC" in student.card()["licence"]
-    assert "NC" in caplog.text
+        card = student.card()
+    assert "NC" in card["licence"] and card["ancestry"] == ["Wan-AI/Wan2.1-T2V-1.3B: Apache-2.0"]
+    assert "CausVid" in caplog.text and "NC" in caplog.text
+    caplog.clear()
+    heir = replace(student, family=replace(family("diagonal"), ancestry=(f"somebody/base: {NON_COMMERCIAL}",)))
+    with caplog.at_level(logging.WARNING):
+        heir.card()
+    assert "somebody/base" in caplog.text
+    caplog.clear()
+    replace(student, family=family("self-forcing")).card()
+    assert not caplog.text
 
 
 # --- streaming what was converted -------------------------------------------------------------------------------------
@@ -320,7 +374,7 @@ def test_generate_streams_the_recorded_latents_of_a_converted_student(tmp_path, 
     drawn = {"rollout.randn_like": lambda x, rng: next(draws).reshape(x.shape)}
     monkeypatch.setattr(rollout, "randn_like", drawn["rollout.randn_like"])
     monkeypatch.setattr("vidistill.diffusion.randn_like", drawn["rollout.randn_like"])
-    monkeypatch.setattr(stream, "chunk_noise", lambda *_: lambda c: noise[:, 3 * c : 3 * c + 3].clone())
+    monkeypatch.setattr("vidistill.stream.engine.chunk_noise", lambda *_: lambda c: noise[:, 3 * c : 3 * c + 3].clone())
     decoded, decode = [], TinyCodec.decode_stream
 
     def decode_and_keep(self, latents, state=None):

@@ -15,6 +15,7 @@ State = Mapping[str, Tensor]
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 PREFIXES = ("model.", "module.", "generator.", "base_model.model.", "diffusion_model.", "dit.", "pipe.dit.")
 HEAD_DIM = 128  # of every Wan network
+LAYERS = {1536: 30, 3072: 30, 5120: 40}  # width of a published network -> blocks; tells a partial file from a small one
 
 # Original name -> diffusers: outside the blocks, then inside a block, where `norm3` and `norm2` change places.
 OUTSIDE = {
@@ -150,7 +151,7 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
         extra_channels=inputs - channels,
         patch=(patch[0], patch[1], patch[2]),
         width=width,
-        layers=layers,
+        layers=max(layers, LAYERS.get(width, 0)),
         heads=heads or width // HEAD_DIM,
         ffn=named["blocks.0.ffn.0.weight"][0],
         freq_dim=named["time_embedding.0.weight"][1],
@@ -196,7 +197,9 @@ def check_state(state: State, net: VideoDiT, source: str) -> None:
         for what, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shaped))
         if found
     ]
-    raise ValueError(f"{source} does not fit the network: {', '.join(parts)}; {looks_like(state)}")
+    raise ValueError(
+        f"{source} does not fit the network: {', '.join(parts)}; {looks_like(original_key(key) for key in state)}"
+    )
 
 
 def build(state: State, cfg: DiTConfig, source: str = "state dict") -> VideoDiT:
