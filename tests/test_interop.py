@@ -13,11 +13,12 @@ from torch import Tensor
 from vidistill.conditioning import Condition, pack_audio
 from vidistill.convert import convert, revert, student_of
 from vidistill.dit import VideoDiT
-from vidistill.interop.cost import NETWORKS, against_papers, named_cost, parameters
+from vidistill.interop.cost import NETWORKS, against_papers, named_cost, parameters, policies
 from vidistill.interop.families import FAMILIES, NON_COMMERCIAL, family
 from vidistill.interop.formats import merge_lora, read_student, write_student
 from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
 from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table, warp_timestep
+from vidistill.memory import POLICIES
 from vidistill.rollout import rollout
 from vidistill.schedules import Pass, endless, finite
 
@@ -429,6 +430,28 @@ def test_the_cost_of_true_size_follows_the_papers_arithmetic():
         named_cost("wan-7b")
 
 
+def test_every_memory_policy_and_layout_has_its_bytes():
+    memories = policies(family("self-forcing").memory())
+    assert {m.policy for m in memories.values()} == set(POLICIES)
+    row = named_cost("wan-14b")["kv_bytes"]
+    frame = 2 * 40 * 5120 * 2 * 1560  # keys and values of a latent frame in half precision
+    assert row["full, 21 frames"] == 21 * frame and row["window 15, anchors 9"] == (15 + 9 / 2) * frame
+    assert 9 * frame < row["compressed, 8 bit"] < row["compressed, 9 + 72"] < 30 * frame
+    assert row["endless, 9 + 72"] == row["compressed, 9 + 72"]
+
+
+def test_flops_of_a_pass_are_those_counted_by_hand():
+    row = named_cost("wan-1.3b")
+    d, f, layers, tokens, seen = 1536, 8960, 30, 3 * 1560, 21 * 1560
+    linear = layers * tokens * 2 * (4 * d * d + 2 * d * d + 2 * d * f)  # q k v o, then q o of the prompt, then ffn
+    attention = layers * 4 * tokens * d * (seen + 512)
+    assert row["flops_per_pass"] == pytest.approx(linear + attention, rel=0.01)
+    assert row["flops_per_chunk"] == 5 * row["flops_per_pass"]
+    alone = layers * 4 * tokens * d * (tokens + 512)
+    assert row["gpus"]["H100"]["first_chunk_ms"] == pytest.approx(4000 * (linear + alone) / 989e12, rel=0.01)
+
+
 def test_no_paper_is_faster_than_the_roofline():
     rows = against_papers()
     assert len(rows) >= 5 and all(0.05 < row["ratio"] < 1 for row in rows), rows
+    assert all(row["latency_ratio"] > 1 for row in rows if row["published_latency_s"]), rows

@@ -384,7 +384,8 @@ def print_cost(row: dict[str, Any]) -> None:
     print("published speeds, measured / predicted:")
     for paper in cost.against_papers():
         said = f"{paper['published_fps']:6.1f} of {paper['predicted_fps']:6.1f} ({paper['ratio']:.2f})"
-        latency = f"  latency {paper['published_latency_s']:.2f} s" if paper["published_latency_s"] else ""
+        latency = f", first chunk {paper['published_latency_s']:.2f} s of {paper['predicted_latency_s']:.3f} s"
+        latency = f"{latency} ({paper['latency_ratio']:.1f})" if paper["published_latency_s"] else ""
         print(f"  {paper['system']:28s} {paper['gpu']:12s} {said}{latency}")
 
 
