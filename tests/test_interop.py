@@ -246,6 +246,21 @@ def test_a_file_of_another_kind_says_what_it_looks_like(tmp_path, name):
         read_student(publish(tmp_path / "short.safetensors", short), name, heads=2)
 
 
+def test_a_converted_student_finds_its_codec_and_text_from_any_folder(tmp_path, monkeypatch):
+    from vidistill.convert import kept
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wan" / "vae").mkdir(parents=True)
+    (tmp_path / "codec.json").write_text("{}")
+    assert kept("wan", "sf") == str(tmp_path / "wan") and kept("hf://Wan-AI/Wan", "sf") == "hf://Wan-AI/Wan"
+    assert kept("codec", "sf") == "codec" and kept("codec", "deep/sf") == str(tmp_path / "codec")
+
+
+def test_a_width_that_does_not_say_its_heads_asks_for_them(tmp_path):
+    with pytest.raises(ValueError, match=r"width 64 is not made of heads of 128.*--heads"):
+        read_student(publish(tmp_path / "x.safetensors", weights()), "self-forcing")
+
+
 def test_unknown_families_and_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="known: self-forcing"):
         family("sora")

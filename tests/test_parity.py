@@ -134,7 +134,7 @@ def test_sinks_larger_than_a_chunk_are_declined_for_longlive_alone(tmp_path, sin
     wrong["variants"]["v"]["use_diagonal_denoising"] = False
     (tmp_path / "diagonal" / "config.json").write_text(json.dumps(wrong))
     assert not parity.summary(parity.check(tmp_path / "diagonal"))["ok"], "what a cache cannot change is not declined"
-    config["case"] = "rollout"
+    config |= {"case": "rollout", "variants": {"v": variant(2, 7, sinks, (1000, 100))}}
     result = parity.summary(parity.check(write_folder(tmp_path / "self_forcing", config, {"v": 8})))
     assert result["ok"] and result["declined"] == []
 

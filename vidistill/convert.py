@@ -46,8 +46,8 @@ def convert(
     """Write the published student at `path` as our checkpoint OUT.safetensors and OUT.json; returns its card.
 
     `name` is its family, `size` the pixels (height, width) it will stream, `codec` and `text` where the codec and the
-    text encoder (padded to `text_tokens`) of its world are found, both kept as paths or hub ids. Every weight keeps its
-    precision. Raises ValueError, as `read_student` does, before anything is written.
+    text encoder (padded to `text_tokens`) of its world are found, both kept as full paths or hub ids. Every weight
+    keeps its precision. Raises ValueError, as `read_student` does, before anything is written.
     """
     published = read_student(path, name, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora)
     if any(side % PIXELS_PER_LATENT for side in size):
@@ -57,14 +57,23 @@ def convert(
     record = {
         "schedule": asdict(published.family.schedule(given_chunks)),
         "noise": asdict(NoiseSchedule(shift=published.family.shift)),
-        "codec": codec,
-        "text": {"kind": "umt5", "source": text, "length": text_tokens} if text else None,
+        "codec": kept(codec, out),
+        "text": {"kind": "umt5", "source": kept(text, out), "length": text_tokens} if text else None,
         "world": {"fps": FPS, "temporal": FRAMES_PER_LATENT},
         "card": card,
         "published": {"family": name, "entry": published.entry, "names": published.names},
     }
     export(out, student, record, dtype=None)
     return card
+
+
+def kept(source: str, out: str | Path) -> str:
+    """`source` as the record of `out` keeps it: the name of what lies beside it, else a full path; hub ids stay."""
+    path = Path(source)
+    ours = beside(path, ".json").is_file()
+    if ours and path.resolve().parent == Path(out).resolve().parent:
+        return path.name
+    return str(path.resolve()) if ours or path.exists() else source
 
 
 def revert(name: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -198,6 +198,7 @@ def write_student(path: str | Path, state: State, published: Published) -> None:
     """Write `state` (our names) as a file of the family's own format: same names, entry, shapes and dtypes."""
     path = Path(path)
     original = to_original(state, published.config)
+    path.parent.mkdir(parents=True, exist_ok=True)
     names = {original_key(key): name for key, name in published.names.items()}
     if style_is_diffusers(published):
         original = to_original(state, published.config, "diffusers")

@@ -139,9 +139,7 @@ def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any],
         index = DiffusionPipeline.load_config(source, local_files_only=cfg.offline)
         scheduler: Any = {}
         if index.get("scheduler"):
-            scheduler = UniPCMultistepScheduler.load_config(
-                source, subfolder="scheduler", local_files_only=cfg.offline
-            )
+            scheduler = UniPCMultistepScheduler.load_config(source, subfolder="scheduler", local_files_only=cfg.offline)
         names = [name for name in PAIRS[0] if (index.get(name) or [None])[0]]
         parts = []
         for name in names:
