@@ -26,8 +26,7 @@ LEAK = "gradient of later chunks leaks into earlier ones through the cache; our 
 
 
 def training_rollout(golden: Golden) -> None:
-    for name, variant in golden.config["variants"].items():
-        train(golden, name, variant)
+    golden.each_variant(train)
 
 
 def exit_passes(run: Run, chunks: int, given_chunks: int, exits: list[int], total: int) -> Iterator[Pass]:
@@ -60,12 +59,13 @@ def start_training(
     cfg = golden.config
     net = network(golden.weights, arch, prefix)
     table = TableSchedule(shift=cfg.get("timestep_shift", cfg.get("generator_scheduler_shift")))
+    given = golden.io.get(f"in.{name}.initial_latent")
     hw = golden.given(f"{name}.noise").shape[-3:] if f"in.{name}.noise" in golden.io else variant["chw"]
     student = CausalStudent(
         net,
         StudentConfig(
             chunk=variant["num_frame_per_block"],
-            first_chunk=1 if variant["independent_first_frame"] else 0,
+            first_chunk=1 if variant["independent_first_frame"] or given is not None else 0,  # one frame is given there
             memory=variant_memory({**variant, "sink_size": 0}, frames, infinite=False),
         ),
         LatentShape(frames, *hw, patch=net.cfg.patch),
@@ -88,6 +88,8 @@ def train(golden: Golden, name: str, variant: dict[str, Any]) -> None:
     student = run.student
     given_chunks = 0 if given is None else student.num_chunks(given.shape[1])
     chunks, exits = student.num_chunks(total), variant["exit_flags"]
+    if variant.get("same_step_across_blocks", True):
+        exits = exits[:1] * (chunks - given_chunks)
     passes = live(run, exit_passes(run, chunks, given_chunks, exits, total), given_chunks)
     latents = torch.cat(
         list(
@@ -144,6 +146,14 @@ class Scores:
     timesteps: Tensor
     seen: dict[str, list[tuple[Tensor, Tensor]]]  # network -> (input, velocity) of each branch, in call order
 
+    @torch.no_grad()
+    def ask_unguided(self, cond: Condition) -> None:
+        """The original asks the real score without a prompt even where guidance gives that no weight; ours does not."""
+        if len(self.seen["real"]) == 1:
+            x = self.seen["real"][0][0]
+            told = self.timesteps[:, None].expand(x.shape[:2]) / GRID
+            self.real.velocity(x, told, replace(cond, tokens=cond.negative, negative=None))
+
     def compare(self, prefix: str, shape: torch.Size) -> None:
         """The networks' inputs and outputs; 0 fake cond, 1 fake uncond, 2 real cond, 3 real uncond."""
         golden, names = self.golden, ("fake_cond", "fake_uncond", "real_cond", "real_uncond")
@@ -198,9 +208,8 @@ def prompts(golden: Golden, arch: dict[str, Any], batch: int) -> Condition:
 
 
 def distribution_matching(golden: Golden) -> None:
-    for name, variant in golden.config["variants"].items():
-        match_student(golden, name, variant)
-        match_critic(golden, name, variant)
+    golden.each_variant(match_student)
+    golden.each_variant(match_critic)
 
 
 def rolled_out(golden: Golden, name: str, variant: dict[str, Any], turn: str, draws: Draws) -> tuple[Tensor, Any]:
@@ -264,6 +273,7 @@ def match_student(golden: Golden, name: str, variant: dict[str, Any]) -> None:
         loss, logged = result.value, result.logs["dmd_grad"]
     loss.backward()
     prefix = f"{name}.gen"
+    parts.ask_unguided(batch.cond)
     parts.compare(prefix, x.shape)
     golden.compare(f"{prefix}.loss", loss)
     golden.compare(f"{prefix}.dmdtrain_gradient_norm", logged)
@@ -304,11 +314,14 @@ def match_critic(golden: Golden, name: str, variant: dict[str, Any]) -> None:
 
 def losses(golden: Golden) -> None:
     for tag, alpha in golden.config["sid_alpha"].items():
-        score_identity(golden, tag, alpha)
-    regress(golden)
+        with golden.guarded(f"{tag}."):
+            score_identity(golden, tag, alpha)
+    with golden.guarded("ode."):
+        regress(golden)
     for tag in ("diffusion_forcing", "teacher_forcing", *golden.config.get("noise_augmentation_max_timestep", {})):
-        if golden.wanted(f"{tag}."):
-            force(golden, tag)
+        with golden.guarded(f"{tag}."):
+            if golden.wanted(f"{tag}."):
+                force(golden, tag)
 
 
 def order_of(golden: Golden, net: str) -> list[str]:
@@ -318,13 +331,14 @@ def order_of(golden: Golden, net: str) -> list[str]:
 
 def score_identity(golden: Golden, tag: str, alpha: float) -> None:
     cfg = golden.config
-    raw = cfg["raw_integer_timesteps"]
+    raws = cfg["raw_integer_timesteps"]
+    raw = raws.get(tag, raws.get("sid"))  # one for all samples, or one each
     archs = {"real_score": cfg["transformer"], "fake_score": cfg["transformer"]}
     x = golden.given("latents").clone().requires_grad_()
     parts = scores(
         golden,
         archs,
-        [raw.get(tag, raw["sid"])] * x.shape[0],
+        raw if isinstance(raw, list) else [raw] * x.shape[0],
         cfg["loss_timestep_shift"],
         guidance=1 + cfg["guidance_scale"],
         sid_alpha=alpha,
@@ -335,6 +349,7 @@ def score_identity(golden: Golden, tag: str, alpha: float) -> None:
     golden.compare(f"{tag}.loss", loss)
     golden.compare(f"{tag}.grad_latents", x.grad)
     golden.compare(f"{tag}.fake_grad_norms", grad_norms(parts.fake, order_of(golden, "fake_score")))
+    parts.ask_unguided(batch.cond)
     parts.compare(tag, x.shape)
 
 

@@ -96,8 +96,7 @@ def activations(golden: Golden, prefix: str, seen: dict[str, Tensor]) -> None:
 def train_mask(golden: Golden) -> None:
     cfg = golden.config
     net, table = network(golden.weights, cfg["transformer"]), TableSchedule(shift=cfg["timestep_shift"])
-    for name, variant in cfg["variants"].items():
-        masked_forward(golden, name, variant, net, table)
+    golden.each_variant(lambda golden, name, variant: masked_forward(golden, name, variant, net, table))
 
 
 def masked_forward(golden: Golden, name: str, variant: dict[str, Any], net: VideoDiT, table: TableSchedule) -> None:

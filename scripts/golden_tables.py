@@ -12,10 +12,20 @@ from vidistill.interop.tables import GRID, TableSchedule, warp_timestep
 def scheduler(golden: Golden) -> None:
     cfg = golden.config
     for shift in cfg["shifts"]:
-        tables(golden, float(shift), f"shift{shift}")
+        name = recorded(golden, "shift", shift)
+        with golden.guarded(f"{name}."):
+            tables(golden, float(shift), name)
     for solver in cfg["solvers"]:
         for kind in solver["kinds"]:
-            solve(golden, kind, solver["steps"], solver["shift"])
+            name = recorded(golden, f"{kind}.n{solver['steps']}.shift", solver["shift"])
+            with golden.guarded(f"{name}."):
+                solve(golden, name, kind, solver["steps"], solver["shift"])
+
+
+def recorded(golden: Golden, prefix: str, number: float) -> str:
+    """`prefix` and `number` in the spelling that outputs were recorded under: 5, 5.0 and 2.5 all occur."""
+    spellings = [f"{prefix}{said}" for said in (number, f"{number:g}", float(number))]
+    return next((name for name in spellings if golden.wanted(f"{name}.")), spellings[0])
 
 
 def tables(golden: Golden, shift: float, name: str) -> None:
@@ -49,13 +59,10 @@ def tables(golden: Golden, shift: float, name: str) -> None:
         golden.compare(f"{name}.default_sigma_min_strength0.8_n{n}", default.sigmas)
 
 
-def solve(golden: Golden, kind: str, steps: int, shift: float) -> None:
+def solve(golden: Golden, name: str, kind: str, steps: int, shift: float) -> None:
     """A solver's whole trajectory on an analytic field; multistep solvers are diffusers', at the edge."""
     from vidistill.teachers.solvers import solver
 
-    name = f"{kind}.n{steps}.shift{shift:g}"
-    if golden.want(f"{name}.trajectory") is None:
-        name = f"{kind}.n{steps}.shift{int(shift)}"
     anchor, x = golden.given("x0")[0], golden.given("noise")[0]
     run = solver(kind, steps, shift)
     golden.compare(f"{name}.sigmas", run.sigmas)
@@ -90,14 +97,14 @@ def wan_vae(golden: Golden) -> None:
     mean, std = codec.latent_mean[:, None, None], codec.latent_std[:, None, None]
     golden.compare("decode.raw", raw_decode(codec, latents * std + mean))
     for chunks in cfg["stream_chunks"]:
-        stream(golden, codec, latents, chunks)
+        with golden.guarded(f"stream.{'_'.join(map(str, chunks))}."):
+            stream(golden, codec, latents, chunks)
     for frames in cfg["encode_num_frames"]:
-        px = golden.given("pixels").transpose(1, 2)[
-            :, : 1 + (frames - 1) // 4 * 4
-        ]  # the rest is dropped silently there
-        z = codec.encode((px[:, :frames] + 1) / 2)
-        golden.compare(f"encode{frames}.latents", z)
-        golden.compare(f"encode{frames}.mu", z * std + mean)
+        with golden.guarded(f"encode{frames}."):
+            px = golden.given("pixels").transpose(1, 2)[:, : 1 + (frames - 1) // 4 * 4]  # the rest is dropped there
+            z = codec.encode((px + 1) / 2)
+            golden.compare(f"encode{frames}.latents", z)
+            golden.compare(f"encode{frames}.mu", z * std + mean)
 
 
 def raw_decode(codec: WanCodec, z: Tensor) -> Tensor:

@@ -8,13 +8,16 @@ Exits with 1 if anything differs, 2 if a folder cannot be read.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -61,7 +64,7 @@ class Golden:
             return
         got = torch.as_tensor(ours)
         if got.shape != want.shape:
-            self.results[name] = ("differs", float("inf"), f"shape {list(got.shape)} != {list(want.shape)}")
+            self.results[name] = ("differs", math.inf, f"shape {list(got.shape)} != {list(want.shape)}")
             return
         worst = float((got.detach().double() - want.double()).abs().max()) if got.numel() else 0.0
         good = worst <= self.tolerance  # False for nan
@@ -71,10 +74,25 @@ class Golden:
         if self.want(name) is not None and name not in self.results:
             self.results[name] = ("declined", 0.0, reason)
 
+    @contextlib.contextmanager
+    def guarded(self, prefix: str) -> Iterator[None]:
+        """An error in here is a difference of those outputs `prefix*` that nothing was compared with yet."""
+        try:
+            yield
+        except Exception as error:
+            for name in self.wanted(prefix):
+                self.results.setdefault(name, ("differs", math.inf, f"{type(error).__name__}: {error}"))
+
+    def each_variant(self, run: Callable[["Golden", str, dict[str, Any]], None]) -> None:
+        """Run every variant; one that fails does not hide the others."""
+        for name, variant in self.config["variants"].items():
+            with self.guarded(f"{name}."):
+                run(self, name, variant)
+
     def finish(self) -> None:
         """Every recorded output that nothing was compared with counts as different."""
         for name in self.wanted():
-            self.results.setdefault(name, ("differs", float("inf"), "not computed"))
+            self.results.setdefault(name, ("differs", math.inf, "not computed"))
 
 
 class Draws:
@@ -110,23 +128,27 @@ def cases() -> dict[str, Callable[[Golden], None]]:
 
 
 def check(folder: Path, tolerance: float | None = None) -> Golden:
-    """Run the case of `folder`; raises ValueError for a case nobody knows."""
+    """Run the case of `folder`; raises ValueError for a case nobody knows or a folder that records nothing."""
     golden = Golden(folder, tolerance)
     known = cases()
     case = golden.config["case"]
     if case not in known:
         raise ValueError(f"{folder}: config.json says case {case!r}; known cases are {sorted(known)}")
-    known[case](golden)
+    if not golden.wanted():
+        raise ValueError(f"{folder}: io.safetensors records no output (`out.*`), so there is nothing to compare")
+    with golden.guarded(""):
+        known[case](golden)
     golden.finish()
     return golden
 
 
 def summary(golden: Golden) -> dict[str, Any]:
+    """The last line; `max_abs` is null where an output has another shape, is not a number or could not be computed."""
     outcomes = golden.results
     compared = [worst for outcome, worst, _ in outcomes.values() if outcome != "declined"]
     return {
         "case": golden.folder.resolve().name,
-        "max_abs": max(compared, default=0.0),
+        "max_abs": max(compared, default=0.0) if all(map(math.isfinite, compared)) else None,
         "ok": all(outcome != "differs" for outcome, _, _ in outcomes.values()),
         "declined": sorted(name for name, (outcome, _, _) in outcomes.items() if outcome == "declined"),
     }
@@ -142,9 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     for folder in args.folders:
         try:
             golden = check(folder, args.tolerance)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             print(f"cannot check {folder}: {type(error).__name__}: {error}", file=sys.stderr)
-            print(json.dumps({"case": folder.name, "max_abs": None, "ok": False, "declined": [], "error": str(error)}))
+            print(
+                json.dumps(
+                    {"case": folder.resolve().name, "max_abs": None, "ok": False, "declined": [], "error": str(error)}
+                )
+            )
             code = max(code, 2)
             continue
         for name, (outcome, worst, reason) in sorted(golden.results.items()):

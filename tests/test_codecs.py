@@ -449,6 +449,23 @@ def test_tiny_runs_in_bfloat16_between_float32_pixels():
 
 
 @pytest.mark.parametrize("cfg", [WAN, WAN_RESIDUAL], ids=["2.1", "2.2"])
+@pytest.mark.parametrize("split", [(1, 1, 1), (2, 1), (1, 2)])
+@torch.no_grad()
+def test_a_half_precision_stream_equals_diffusers_whole_clip(cfg, split):
+    torch.manual_seed(0)
+    codec = WanCodec(cfg)
+    codec.vae.to(torch.bfloat16)
+    latents = torch.randn(1, 3, cfg.latent_channels, 2, 3)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (cfg.latent_mean, cfg.latent_std))
+    state, parts = None, []
+    for part in latents.split(split, dim=1):
+        px, state = codec.decode_stream(part, state)
+        parts.append(px)
+    want = codec.vae.decode((latents * std + mean).transpose(1, 2).bfloat16()).sample.transpose(1, 2)
+    torch.testing.assert_close(torch.cat(parts, 1) * 2 - 1, want.float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [WAN, WAN_RESIDUAL], ids=["2.1", "2.2"])
 @pytest.mark.parametrize("size", [(1, 1, 2, 2), (2, 3, 1, 2), (1, 5, 3, 1)])
 def test_wan_equals_diffusers_on_whole_clips(cfg, size):
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from vidistill.conditioning import Condition, pack_audio
 from vidistill.convert import convert, revert, student_of
-from vidistill.interop.cost import NETWORKS, against_papers, named_cost, parameters
-from vidistill.interop.families import FAMILIES, family
+from vidistill.dit import VideoDiT
+from vidistill.interop.cost import NETWORKS, against_papers, named_cost, parameters, policies
+from vidistill.interop.families import FAMILIES, NON_COMMERCIAL, family
 from vidistill.interop.formats import merge_lora, read_student, write_student
 from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
 from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table, warp_timestep
+from vidistill.memory import POLICIES
 from vidistill.rollout import rollout
 from vidistill.schedules import Pass, endless, finite
 
@@ -127,6 +130,47 @@ def test_a_published_file_is_read_and_written_back_bit_for_bit(tmp_path, name, s
     assert same(back, {"model." + key: x for key, x in state.items()})
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.", "generator.model._fsdp_wrapped_module."])
+@pytest.mark.parametrize("name", ["self-forcing", "rolling-forcing"])
+def test_conversion_there_and_back_keeps_every_name_and_precision(tmp_path, prefix, name):
+    """Published files mix precisions (float32 norms, bf16 products), and carry what their framework wrote."""
+    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    state = {key: x.to(kinds[i % 3]) for i, (key, x) in enumerate(weights().items())}
+    wrapped = {
+        key.replace(".ffn.", "._checkpoint_wrapped_module.ffn.") if prefix else key: x for key, x in state.items()
+    }
+    source = publish(tmp_path / "in.pt", wrapped, "generator", prefix)
+    convert(source, name, tmp_path / "ours", size=(64, 64), allow_pickle=True, heads=4)
+    revert(tmp_path / "ours", tmp_path / "out.pt")
+    old, new = (torch.load(p, weights_only=True)["generator"] for p in (source, tmp_path / "out.pt"))
+    assert same(old, new)
+
+
+def test_a_merged_lora_is_written_back_as_the_whole_network_it_became(tmp_path):
+    base = publish(tmp_path / "base.pt", weights(), "generator")
+    layer = "blocks.0.ffn.2"
+    halves = {"A": torch.randn(2, 160), "B": torch.randn(64, 2)}
+    lora = {f"base_model.model.model.{layer}.lora_{half}.weight": x for half, x in halves.items()}
+    torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
+    kw = {"size": (64, 64), "allow_pickle": True, "heads": 4}
+    convert(base, "longlive", tmp_path / "ours", lora=tmp_path / "lora.pt", **kw)
+    revert(tmp_path / "ours", tmp_path / "merged.pt")
+    back = torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]
+    moved = [key for key, x in back.items() if not torch.equal(x, weights()[key.removeprefix("model.")])]
+    assert moved == [f"model.{layer}.weight"]
+    want = read_student(base, "longlive", allow_pickle=True, heads=4, lora=tmp_path / "lora.pt").state
+    assert same(read_student(tmp_path / "merged.pt", "longlive", allow_pickle=True, heads=4).state, dict(want))
+
+
+def test_a_file_that_lost_its_last_blocks_is_told_from_a_smaller_network():
+    with torch.device("meta"):
+        whole = VideoDiT(replace(NETWORKS["wan-1.3b"], layers=28)).state_dict()
+    state = to_original(whole, NETWORKS["wan-1.3b"])
+    assert infer_config(state).layers == 30
+    with pytest.raises(ValueError, match=r"54 missing \(blocks\.28\.modulation"):
+        build(to_ours(state), infer_config(state), "first_shards.safetensors")
+
+
 def test_averaged_weights_are_read_first_and_any_entry_by_name(tmp_path):
     live, average = weights(), {key: x + 1 for key, x in weights().items()}
     torch.save({"generator": live, "generator_ema": average, "critic": live}, tmp_path / "both.pt")
@@ -135,6 +179,8 @@ def test_averaged_weights_are_read_first_and_any_entry_by_name(tmp_path):
         for e in (None, "generator")
     }
     key = "head.head.bias"
+    chunkwise = read_student(tmp_path / "both.pt", "causal-forcing", allow_pickle=True, heads=4)
+    assert torch.equal(chunkwise.state[key], live[key])  # its published command reads the live ones
     assert torch.equal(read[None].state[key], average[key]) and torch.equal(read["generator"].state[key], live[key])
     with pytest.raises(ValueError, match=r"no entry 'ema'; it has \['generator', 'generator_ema', 'critic'\]"):
         read_student(tmp_path / "both.pt", "self-forcing", allow_pickle=True, heads=4, entry="ema")
@@ -200,6 +246,21 @@ def test_a_file_of_another_kind_says_what_it_looks_like(tmp_path, name):
         read_student(publish(tmp_path / "short.safetensors", short), name, heads=2)
 
 
+def test_a_converted_student_finds_its_codec_and_text_from_any_folder(tmp_path, monkeypatch):
+    from vidistill.convert import kept
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wan" / "vae").mkdir(parents=True)
+    (tmp_path / "codec.json").write_text("{}")
+    assert kept("wan", "sf") == str(tmp_path / "wan") and kept("hf://Wan-AI/Wan", "sf") == "hf://Wan-AI/Wan"
+    assert kept("codec", "sf") == "codec" and kept("codec", "deep/sf") == str(tmp_path / "codec")
+
+
+def test_a_width_that_does_not_say_its_heads_asks_for_them(tmp_path):
+    with pytest.raises(ValueError, match=r"width 64 is not made of heads of 128.*--heads"):
+        read_student(publish(tmp_path / "x.safetensors", weights()), "self-forcing")
+
+
 def test_unknown_families_and_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="known: self-forcing"):
         family("sora")
@@ -250,8 +311,17 @@ def test_score_timesteps_are_shifted_after_drawing_and_clamped():
 def test_a_non_commercial_licence_is_recorded_and_warned_about(tmp_path, caplog):
     student = read_student(publish(tmp_path / "c.safetensors", weights()), "causvid", heads=4)
     with caplog.at_level(logging.WARNING):
-        assert "NC" in student.card()["licence"]
-    assert "NC" in caplog.text
+        card = student.card()
+    assert "NC" in card["licence"] and card["ancestry"] == ["Wan-AI/Wan2.1-T2V-1.3B: Apache-2.0"]
+    assert "CausVid" in caplog.text and "NC" in caplog.text
+    caplog.clear()
+    heir = replace(student, family=replace(family("diagonal"), ancestry=(f"somebody/base: {NON_COMMERCIAL}",)))
+    with caplog.at_level(logging.WARNING):
+        heir.card()
+    assert "somebody/base" in caplog.text
+    caplog.clear()
+    replace(student, family=family("self-forcing")).card()
+    assert not caplog.text
 
 
 # --- streaming what was converted -------------------------------------------------------------------------------------
@@ -320,7 +390,7 @@ def test_generate_streams_the_recorded_latents_of_a_converted_student(tmp_path, 
     drawn = {"rollout.randn_like": lambda x, rng: next(draws).reshape(x.shape)}
     monkeypatch.setattr(rollout, "randn_like", drawn["rollout.randn_like"])
     monkeypatch.setattr("vidistill.diffusion.randn_like", drawn["rollout.randn_like"])
-    monkeypatch.setattr(stream, "chunk_noise", lambda *_: lambda c: noise[:, 3 * c : 3 * c + 3].clone())
+    monkeypatch.setattr("vidistill.stream.engine.chunk_noise", lambda *_: lambda c: noise[:, 3 * c : 3 * c + 3].clone())
     decoded, decode = [], TinyCodec.decode_stream
 
     def decode_and_keep(self, latents, state=None):
@@ -375,6 +445,28 @@ def test_the_cost_of_true_size_follows_the_papers_arithmetic():
         named_cost("wan-7b")
 
 
+def test_every_memory_policy_and_layout_has_its_bytes():
+    memories = policies(family("self-forcing").memory())
+    assert {m.policy for m in memories.values()} == set(POLICIES)
+    row = named_cost("wan-14b")["kv_bytes"]
+    frame = 2 * 40 * 5120 * 2 * 1560  # keys and values of a latent frame in half precision
+    assert row["full, 21 frames"] == 21 * frame and row["window 15, anchors 9"] == (15 + 9 / 2) * frame
+    assert 9 * frame < row["compressed, 8 bit"] < row["compressed, 9 + 72"] < 30 * frame
+    assert row["endless, 9 + 72"] == row["compressed, 9 + 72"]
+
+
+def test_flops_of_a_pass_are_those_counted_by_hand():
+    row = named_cost("wan-1.3b")
+    d, f, layers, tokens, seen = 1536, 8960, 30, 3 * 1560, 21 * 1560
+    linear = layers * tokens * 2 * (4 * d * d + 2 * d * d + 2 * d * f)  # q k v o, then q o of the prompt, then ffn
+    attention = layers * 4 * tokens * d * (seen + 512)
+    assert row["flops_per_pass"] == pytest.approx(linear + attention, rel=0.01)
+    assert row["flops_per_chunk"] == 5 * row["flops_per_pass"]
+    alone = layers * 4 * tokens * d * (tokens + 512)
+    assert row["gpus"]["H100"]["first_chunk_ms"] == pytest.approx(4000 * (linear + alone) / 989e12, rel=0.01)
+
+
 def test_no_paper_is_faster_than_the_roofline():
     rows = against_papers()
     assert len(rows) >= 5 and all(0.05 < row["ratio"] < 1 for row in rows), rows
+    assert all(row["latency_ratio"] > 1 for row in rows if row["published_latency_s"]), rows

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_wan import autoencoder, transformer, write_wan
 
+from vidistill.codecs.wan import WanCodec
 from vidistill.conditioning import Condition
 from vidistill.diffusion import NoiseSchedule
 from vidistill.interop.keys import infer_config, to_original, to_ours
@@ -151,6 +152,32 @@ def test_two_experts_share_the_levels(tmp_path):
     )
 
 
+def test_a_hub_id_is_read_from_the_local_cache_without_the_network(tmp_path, monkeypatch):
+    """Through diffusers' own loading: two experts, their boundary and the scheduler's shift, as from a folder."""
+    from huggingface_hub import constants
+
+    commit = "0" * 40
+    cached = tmp_path / "models--tiny--wan"
+    snapshot = cached / "snapshots" / commit
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        module(seed, **TINY).save_pretrained(snapshot / name, max_shard_size="20KB")
+    assert len(list((snapshot / "transformer").glob("*.safetensors"))) > 1, "sharded"
+    (snapshot / "scheduler").mkdir()
+    (snapshot / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 3.0}))
+    index = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    index |= {"scheduler": ["diffusers", "UniPCMultistepScheduler"], "boundary_ratio": 0.8}
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hub, folder = (load_teacher(source, **FLOAT, offline=True) for source in ("tiny/wan", snapshot))
+    assert isinstance(hub.net, Experts) and hub.net.boundary == 0.8 and hub.noise.shift == folder.noise.shift == 3.0
+    weights = hub.net.state_dict()
+    assert all(torch.equal(x, weights[name]) for name, x in folder.net.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="offline"):
+        load_teacher("tiny/other", **FLOAT, offline=True)
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4)])
 @torch.no_grad()
 def test_the_guided_sampler_equals_the_pipelines_loop_with_the_same_scheduler(text_to_video, shape):
@@ -218,6 +245,78 @@ def test_fifty_guided_steps_equal_the_real_pipeline(wan_folder, height, width, f
     apart = (ours.float() - want.float()).abs().max() / want.float().abs().max()
     assert apart < (2e-4 if dtype == "float32" else 0.05), float(apart)
     assert (want.float() - noise).abs().max() > 0.1, "the sampler moved"
+
+
+@pytest.mark.parametrize("kind", ["two experts", "time per token", "image, time per token"])
+@torch.no_grad()
+def test_fifty_guided_steps_equal_the_pipelines_of_wan_2_2(tmp_path, kind):
+    """A14B: experts that change at a level; TI2V-5B: 48 channels, a time per token, the image's tokens at time 0."""
+    channels = 16 if kind == "two experts" else 48
+    sizes = {**TINY, "in_channels": channels, "out_channels": channels}
+    nets = [module(seed, **sizes) for seed in range(2 if kind == "two experts" else 1)]
+    for net, name in zip(nets, ("transformer", "transformer_2"), strict=False):
+        net.save_pretrained(tmp_path / name)
+    (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.875}))
+    noise, text = clip(1, 3, channels, 4, 6), [clip(1, 7, 20, seed=seed) for seed in (2, 3)]
+    parts = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "vae": autoencoder() if channels == 16 else small_autoencoder(),
+        "transformer": nets[0],
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "transformer_2": nets[-1] if len(nets) == 2 else None,
+        "boundary_ratio": 0.875 if len(nets) == 2 else None,
+        "expand_timesteps": channels == 48,
+    }
+    call = {
+        "prompt_embeds": text[0],
+        "negative_prompt_embeds": text[1],
+        "height": 4 * (8 if channels == 16 else 16),
+        "width": 6 * (8 if channels == 16 else 16),
+        "num_frames": 9,
+        "num_inference_steps": 50,
+        "guidance_scale": 4.0,
+        "latents": noise.transpose(1, 2),
+        "output_type": "latent",
+        "return_dict": False,
+    }
+    given = None
+    if kind.startswith("image"):
+        parts["vae"].save_pretrained(tmp_path / "vae")
+        image = torch.rand(1, 3, call["height"], call["width"], generator=torch.Generator().manual_seed(5))
+        given = WanCodec.from_pretrained(tmp_path / "vae").encode(image[:, None])
+        pipe = diffusers.WanImageToVideoPipeline(**parts)
+        call |= {"image": image}
+    else:
+        pipe = diffusers.WanPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    want = pipe(**call)[0].transpose(1, 2)
+    teacher = load_teacher(tmp_path, dtype="float32")
+    cond = Condition(tokens=text[0], negative=text[1])
+    sigmas = pipe.scheduler.sigmas[:-1].tolist()
+    ours = sample(teacher.net, noise, sigmas, cond, nulls=[cond.null()], scales=[4.0], given=given)
+    held = 0 if given is None else 1
+    apart = (ours - want)[:, held:].abs().max() / want.abs().max()
+    assert isinstance(teacher.net, Experts) == (len(nets) == 2) and apart < 2e-4, float(apart)
+
+
+def small_autoencoder():
+    """A Wan 2.2 autoencoder in miniature: 48 channels, 16 px a side."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return diffusers.AutoencoderKLWan(
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=48,
+            num_res_blocks=1,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            latents_mean=[0.1] * 48,
+            latents_std=[0.9] * 48,
+            scale_factor_spatial=16,
+        ).eval()
 
 
 def test_a_foreign_family_fits_the_same_door(tmp_path):

@@ -136,13 +136,18 @@ class Bundle:
         return given
 
 
-def export(path: str | Path, net: nn.Module, record: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Write `net` as PATH.safetensors (weights in `dtype`) and PATH.json (record: architecture, provenance, card)."""
+def export(
+    path: str | Path, net: nn.Module, record: Mapping[str, Any], dtype: torch.dtype | None = torch.float16
+) -> None:
+    """Write `net` as PATH.safetensors and PATH.json (record: architecture, provenance, card).
+
+    Weights are stored in `dtype`; None: each in the precision it has.
+    """
     path = Path(path)
-    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in net.state_dict().items()}
+    tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in net.state_dict().items()}
     bad = [n for n, t in tensors.items() if not t.isfinite().all()]
     if bad:
-        raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype}")
+        raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype or 'the source'}")
     full = {"format": FORMAT, **describe(net), **record}
     save_tensors(beside(path, ".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
     write_atomic(beside(path, ".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))

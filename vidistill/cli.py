@@ -286,18 +286,19 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
         "convert",
         help="read or write a published student",
         description="Turn a published student into a checkpoint that streams, or one of those back (--back).",
-        epilog="example: vidistill convert self_forcing_dmd.pt sf --family self-forcing --allow-pickle",
+        epilog="example: vidistill convert self_forcing_dmd.pt sf --family self-forcing --allow-pickle --codec "
+        "hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers --text Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     )
     p.add_argument("source", type=Path, help="published file (or folder of shards); with --back: our checkpoint")
     p.add_argument("out", type=Path, help="where to write")
-    p.add_argument("--family", help="format of the source, e.g. self-forcing, causvid, longlive, diagonal, livetalk")
+    p.add_argument("--family", help="whose format it is: self-forcing, causvid, longlive, diagonal, livetalk, ...")
     p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
     p.add_argument("--size", type=sides, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)")
     p.add_argument("--codec", default="wan", help="its codec: a diffusers folder with `vae`, hf://ORG/NAME, or a file")
     p.add_argument("--text", help="its text encoder: a diffusers folder or hub id with text_encoder and tokenizer")
     p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
     p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
-    p.add_argument("--lora", type=Path, help="adapter file to merge")
+    p.add_argument("--lora", type=Path, help="adapter file, merged into the weights for good")
     p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
     p.add_argument("--given", type=int, default=0, help="chunks given at the start (image or video to continue)")
     p.add_argument("--allow-pickle", action="store_true", help="read .pt files (weights only)")
@@ -314,7 +315,8 @@ def run_convert(args: argparse.Namespace) -> None:
         print(args.out)
         return
     if args.family not in FAMILIES:
-        raise ValueError(f"--family {args.family!r} is unknown; known: {', '.join(FAMILIES)}")
+        wrong = "is needed: whose format is it?" if args.family is None else f"{args.family!r} is unknown;"
+        raise ValueError(f"--family {wrong} Known: {', '.join(FAMILIES)}")
     card = convert(
         args.source,
         args.family,
@@ -384,7 +386,8 @@ def print_cost(row: dict[str, Any]) -> None:
     print("published speeds, measured / predicted:")
     for paper in cost.against_papers():
         said = f"{paper['published_fps']:6.1f} of {paper['predicted_fps']:6.1f} ({paper['ratio']:.2f})"
-        latency = f"  latency {paper['published_latency_s']:.2f} s" if paper["published_latency_s"] else ""
+        latency = f", first chunk {paper['published_latency_s']:.2f} s of {paper['predicted_latency_s']:.3f} s"
+        latency = f"{latency} ({paper['latency_ratio']:.1f})" if paper["published_latency_s"] else ""
         print(f"  {paper['system']:28s} {paper['gpu']:12s} {said}{latency}")
 
 

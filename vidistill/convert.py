@@ -1,13 +1,12 @@
 """Published students -> our checkpoints, and back."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidistill.checkpoint import CheckpointError, export, load, locate
+from vidistill.checkpoint import CheckpointError, beside, export, locate, read_record, read_tensors, rebuild
 from vidistill.diffusion import NoiseSchedule
 from vidistill.interop.families import TRAINED_FRAMES, family
 from vidistill.interop.formats import Published, read_student, write_student
@@ -47,8 +46,8 @@ def convert(
     """Write the published student at `path` as our checkpoint OUT.safetensors and OUT.json; returns its card.
 
     `name` is its family, `size` the pixels (height, width) it will stream, `codec` and `text` where the codec and the
-    text encoder (padded to `text_tokens`) of its world are found, both kept as paths or hub ids. Weights keep their
-    precision. Raises ValueError, as `read_student` does, before anything is written.
+    text encoder (padded to `text_tokens`) of its world are found, both kept as full paths or hub ids. Every weight
+    keeps its precision. Raises ValueError, as `read_student` does, before anything is written.
     """
     published = read_student(path, name, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora)
     if any(side % PIXELS_PER_LATENT for side in size):
@@ -58,33 +57,35 @@ def convert(
     record = {
         "schedule": asdict(published.family.schedule(given_chunks)),
         "noise": asdict(NoiseSchedule(shift=published.family.shift)),
-        "codec": codec,
-        "text": {"kind": "umt5", "source": text, "length": text_tokens} if text else None,
+        "codec": kept(codec, out),
+        "text": {"kind": "umt5", "source": kept(text, out), "length": text_tokens} if text else None,
         "world": {"fps": FPS, "temporal": FRAMES_PER_LATENT},
         "card": card,
         "published": {"family": name, "entry": published.entry, "names": published.names},
     }
-    export(out, student, record, dtype=student.net.head.head.weight.dtype)
+    export(out, student, record, dtype=None)
     return card
+
+
+def kept(source: str, out: str | Path) -> str:
+    """`source` as the record of `out` keeps it: the name of what lies beside it, else a full path; hub ids stay."""
+    path = Path(source)
+    ours = beside(path, ".json").is_file()
+    if ours and path.resolve().parent == Path(out).resolve().parent:
+        return path.name
+    return str(path.resolve()) if ours or path.exists() else source
 
 
 def revert(name: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write one of our checkpoints in the format of the family it was converted from; `dtype` None: as stored."""
-    bundle = load(name, "student")
-    if "published" not in bundle.record:
-        raise CheckpointError(f"{name} was not converted from a published student: there is no format to go back to")
-    origin = bundle.record["published"]
-    stored = dtype or stored_dtype(name)
-    state = {key.removeprefix("net."): x.to(stored) for key, x in bundle.net.state_dict().items()}
-    cfg = bundle.net.dit_config
-    published = Published(family(origin["family"]), cfg, state, origin["names"], origin["entry"], str(name))
-    write_student(out, state, published)
-
-
-def stored_dtype(name: str | Path) -> torch.dtype:
-    """Precision of the weights of one of our files, read from its header."""
     path = locate(name)
-    with path.with_name(path.name + ".safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-    return kinds[next(value["dtype"] for key, value in header.items() if key != "__metadata__")]
+    record = read_record(path)
+    if "published" not in record:
+        raise CheckpointError(f"{name} was not converted from a published student: there is no format to go back to")
+    with torch.device("meta"):
+        config = rebuild(record, str(name)).dit_config
+    tensors, _ = read_tensors(beside(path, ".safetensors"))
+    state = {key.removeprefix("net."): x.to(dtype or x.dtype) for key, x in tensors.items()}
+    origin = record["published"]
+    published = Published(family(origin["family"]), config, state, origin["names"], origin["entry"], str(name))
+    write_student(out, state, published)

@@ -1,7 +1,9 @@
 """What a network of true size costs, without its weights: parameters, FLOPs, memory, and a roofline on named GPUs.
 
-Left out: text encoder, codec, host, kernel launches, normalisation and rotary arithmetic, and any inefficiency. A ratio
-of measured to predicted speed near 0.5 is a well-tuned implementation; what falls far below has something to gain.
+Speeds are those of a stream whose memory is full; a first chunk has none yet, and its context pass comes after it is
+seen. Left out: text encoder, codec, host, kernel launches, normalisation and rotary arithmetic, and any inefficiency.
+A ratio of measured to predicted speed near 0.5 is a well-tuned implementation; what falls far below has something to
+gain.
 """
 
 from collections.abc import Mapping
@@ -114,12 +116,19 @@ def pass_flops(cfg: DiTConfig, tokens: int, context: int, text: int = TEXT_TOKEN
 
 
 def policies(memory: MemoryConfig) -> dict[str, MemoryConfig]:
-    """The memory in question, and the ones it is usually compared with."""
+    """The memory in question, and every policy in the size that a published system runs it in.
+
+    Full: Self Forcing's clip; sinks: LongLive; anchors (identity sinks): LiveTalk; compressed: RELIC's 20 seconds.
+    """
+    compressed = MemoryConfig("compressed", frames=9, history=72)
     return {
         "this": memory,
         "full, 21 frames": MemoryConfig("full", frames=21),
         "window 12, sinks 3": MemoryConfig("window", frames=12, sinks=3),
-        "window 15, sinks 9": MemoryConfig("window", frames=15, sinks=9),
+        "window 15, anchors 9": MemoryConfig("window", frames=15, sinks=9),
+        "compressed, 9 + 72": compressed,
+        "compressed, 8 bit": replace(compressed, entries="int8"),
+        "endless, 9 + 72": replace(compressed, policy="endless"),
     }
 
 
@@ -140,23 +149,25 @@ def cost(
 ) -> dict[str, Any]:
     """Everything `vidistill info` prints about a student of true size; plain numbers, ready for JSON."""
     n, count = shape.tokens_per_frame, parameters(cfg)
-    tokens, context = chunk * n, min(memory.frames, chunk * STEADY_CHUNKS) * n
+    tokens, context = chunk * n, memory.tokens(shape.grid)
     parts = pass_flops(cfg, tokens, context)
     flops = sum(parts.values())
     kv = {
-        name: m.bytes(layers=cfg.layers, width=cfg.width, tokens_per_frame=n, itemsize=itemsize)
+        name: m.bytes(
+            layers=cfg.layers, width=cfg.width, tokens_per_frame=n, itemsize=itemsize, grid=shape.grid, heads=cfg.heads
+        )
         for name, m in policies(memory).items()
     }
     moved = count * itemsize + 2.0 * context * cfg.layers * cfg.width * itemsize
     nfe = evaluations(schedule, STEADY_CHUNKS)
-    first = sum(pass_flops(cfg, tokens, tokens).values())
+    first, unseen = sum(pass_flops(cfg, tokens, tokens).values()), schedule.context != "last_step"
     rows = {}
     for name, gpu in gpus.items():
         per_pass = roofline_s(flops, moved, gpu)
         rows[name] = {
             "pass_ms": 1000 * per_pass,
             "fps": TEMPORAL * chunk / (nfe[-1] * per_pass),
-            "first_chunk_ms": 1000 * nfe[0] * roofline_s(first, count * itemsize, gpu),
+            "first_chunk_ms": 1000 * (nfe[0] - unseen) * roofline_s(first, count * itemsize, gpu),
         }
     return {
         "parameters": count,
@@ -188,13 +199,14 @@ def named_cost(network: str, student: str = "self-forcing") -> dict[str, Any]:
 
 
 def against_papers() -> list[dict[str, Any]]:
-    """Predicted beside published speed of every system we know, with measured / predicted."""
+    """Predicted beside published speed of every system we know, with measured / predicted; latency 0: not published."""
     rows = []
     for paper in PUBLISHED:
         cfg, kind = NETWORKS[paper.network], family(paper.family)
         shape = LatentShape(21, cfg.channels, *paper.size, patch=cfg.patch)
         found = cost(cfg, shape, kind.memory(), kind.schedule(), chunk=kind.chunk, gpus={paper.gpu: GPUS[paper.gpu]})
         predicted = found["gpus"][paper.gpu]["fps"] * paper.gpus
+        latency = found["gpus"][paper.gpu]["first_chunk_ms"] / 1000 / paper.gpus
         rows.append(
             {
                 "system": paper.system,
@@ -202,7 +214,9 @@ def against_papers() -> list[dict[str, Any]]:
                 "predicted_fps": predicted,
                 "published_fps": paper.fps,
                 "ratio": paper.fps / predicted,
+                "predicted_latency_s": latency,
                 "published_latency_s": paper.latency_s,
+                "latency_ratio": paper.latency_s / latency,
                 "source": paper.source,
             }
         )

@@ -8,11 +8,20 @@ from vidistill.memory import MemoryConfig
 from vidistill.schedules import ScheduleConfig
 
 TRAINED_FRAMES = 21  # latent frames of an 81-frame clip, what most of them were trained on
+NON_COMMERCIAL = "CC BY-NC-SA 4.0 (non-commercial, share alike)"
+WAN = "Wan-AI/Wan2.1-T2V-1.3B: Apache-2.0"
+SELF_FORCING = "guandeh17/Self-Forcing: Apache-2.0"
+EMA_FIRST = ("generator_ema", "generator", "model", "state_dict")
+LIVE_FIRST = ("generator", "generator_ema", "model", "state_dict")  # where the published command reads those
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a published student is run. `entry`: names of the weights in its files, the first that exists is read."""
+    """How a published student is run.
+
+    `ancestry`: what its weights were made from, nearest first, each with its licence. `entry`: names of the weights in
+    its files, the first that exists is read.
+    """
 
     name: str
     source: str
@@ -27,7 +36,8 @@ class Family:
     phase: str = "absolute"
     diagonal: bool = False
     rolling: bool = False
-    entry: tuple[str, ...] = ("generator_ema", "generator", "model", "state_dict")
+    entry: tuple[str, ...] = EMA_FIRST
+    ancestry: tuple[str, ...] = (WAN,)
     pinned_first_frame: bool = False  # the reference image replaces latent frame 0 in every pass
     notes: str = ""
 
@@ -66,7 +76,6 @@ def close(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:
     return all(abs(x - y) < 1e-6 for u, v in zip(a, b, strict=True) for x, y in zip(u, v, strict=True))
 
 
-NON_COMMERCIAL = "CC BY-NC-SA 4.0 (non-commercial, share alike)"
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -78,7 +87,8 @@ FAMILIES: dict[str, Family] = {
             "Apache-2.0 code; see the model card for the weights",
             window=12,
             sinks=3,
-            notes="publishes a base (`generator`) and a LoRA (`generator_lora`)",
+            ancestry=(SELF_FORCING, WAN),
+            notes="publishes a base (`generator`) and a LoRA (`generator_lora`), which is merged into it",
         ),
         Family(
             "longlive-infinity",
@@ -87,6 +97,7 @@ FAMILIES: dict[str, Family] = {
             window=12,
             sinks=3,
             phase="relative",
+            ancestry=(SELF_FORCING, WAN),
         ),
         Family(
             "diagonal",
@@ -96,6 +107,7 @@ FAMILIES: dict[str, Family] = {
             window=12,
             sinks=3,
             diagonal=True,
+            ancestry=("NVlabs/LongLive (1.0): see the model card", SELF_FORCING, WAN),
         ),
         Family(
             "livetalk",
@@ -104,9 +116,10 @@ FAMILIES: dict[str, Family] = {
             window=15,
             sinks=9,
             pinned_first_frame=True,
+            ancestry=("OmniAvatar-1.3B: see the model card", WAN),
             notes="33 input channels (latents, reference image, mask); audio enters before blocks 2 .. layers / 2",
         ),
-        Family("causal-forcing", "thu-ml/Causal-Forcing", "Apache-2.0"),
+        Family("causal-forcing", "thu-ml/Causal-Forcing", "Apache-2.0", entry=LIVE_FIRST),
         Family(
             "causal-forcing-frame",
             "thu-ml/Causal-Forcing (frame-wise)",

@@ -35,7 +35,7 @@ INDEX = ".index.json"
 
 @dataclass(frozen=True)
 class Published:
-    """A published student: weights under our names, and what is needed to write the file again.
+    """A published student: weights under our names, and what is needed to write the file again (this entry of it).
 
     `names`: our parameter -> its full name in the file; `entry`: the dictionary in the file that held it ("": none).
     """
@@ -53,11 +53,14 @@ class Published:
 
     def card(self) -> dict[str, Any]:
         """Where the weights come from and under which licence; warns if it is not a free one."""
-        if self.family.licence == NON_COMMERCIAL:
-            log.warning("%s is published under %s; what you derive is too", self.family.source, NON_COMMERCIAL)
+        bound = [self.family.source] if self.family.licence == NON_COMMERCIAL else []
+        bound += [parent for parent in self.family.ancestry if NON_COMMERCIAL in parent]
+        if bound:
+            log.warning("%s: %s; what you derive from it is bound too", ", ".join(bound), NON_COMMERCIAL)
         return {
             "source": self.family.source,
             "licence": self.family.licence,
+            "ancestry": list(self.family.ancestry),
             "file": Path(self.source).name,
             "entry": self.entry,
             "notes": self.family.notes,
@@ -99,8 +102,8 @@ def check_family(published: Published) -> None:
     audio, wants = "hidden" in published.config.sites, published.family.pinned_first_frame
     if audio != wants:
         raise ValueError(
-            f"{published.source} has {'' if audio else 'no '}audio layers and {published.config.extra_channels} "
-            f"extra input channels: that is not family {published.family.name!r}; {looks_like(published.names)}"
+            f"{published.source} has {'' if audio else 'no '}audio layers and {published.config.extra_channels} extra "
+            f"input channels: that is not family {published.family.name!r}; {looks_like(published.names.values())}"
         )
 
 
@@ -195,6 +198,7 @@ def write_student(path: str | Path, state: State, published: Published) -> None:
     """Write `state` (our names) as a file of the family's own format: same names, entry, shapes and dtypes."""
     path = Path(path)
     original = to_original(state, published.config)
+    path.parent.mkdir(parents=True, exist_ok=True)
     names = {original_key(key): name for key, name in published.names.items()}
     if style_is_diffusers(published):
         original = to_original(state, published.config, "diffusers")

@@ -15,6 +15,7 @@ State = Mapping[str, Tensor]
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 PREFIXES = ("model.", "module.", "generator.", "base_model.model.", "diffusion_model.", "dit.", "pipe.dit.")
 HEAD_DIM = 128  # of every Wan network
+LAYERS = {1536: 30, 3072: 30, 5120: 40}  # width of a published network -> blocks; tells a partial file from a small one
 
 # Original name -> diffusers: outside the blocks, then inside a block, where `norm3` and `norm2` change places.
 OUTSIDE = {
@@ -138,6 +139,8 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
     if absent := [name for name in needed if name not in named]:
         raise ValueError(f"these are not the parameters of a Wan network: {absent} missing; {looks_like(state)}")
     width, inputs, *patch = named["patch_embedding.weight"]
+    if not heads and width % HEAD_DIM:
+        raise ValueError(f"width {width} is not made of heads of {HEAD_DIM}: say how many heads there are (--heads)")
     channels = named["head.head.weight"][0] // math.prod(patch)
     layers = 1 + max(int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", key) for key in named) if m)
     sites = {}
@@ -150,7 +153,7 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
         extra_channels=inputs - channels,
         patch=(patch[0], patch[1], patch[2]),
         width=width,
-        layers=layers,
+        layers=max(layers, LAYERS.get(width, 0)),
         heads=heads or width // HEAD_DIM,
         ffn=named["blocks.0.ffn.0.weight"][0],
         freq_dim=named["time_embedding.0.weight"][1],
@@ -196,7 +199,9 @@ def check_state(state: State, net: VideoDiT, source: str) -> None:
         for what, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shaped))
         if found
     ]
-    raise ValueError(f"{source} does not fit the network: {', '.join(parts)}; {looks_like(state)}")
+    raise ValueError(
+        f"{source} does not fit the network: {', '.join(parts)}; {looks_like(original_key(key) for key in state)}"
+    )
 
 
 def build(state: State, cfg: DiTConfig, source: str = "state dict") -> VideoDiT:

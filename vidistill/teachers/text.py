@@ -40,9 +40,9 @@ def padded(tokens: Tensor, length: int) -> Tensor:
 class TextCache:
     """Embeddings of prompts [B, L, D], zero after the prompt's end. The encoder is loaded for a new prompt only.
 
-    `source`: a diffusers folder or hub id that has `text_encoder` and `tokenizer`. `folder`: where embeddings stay, one
-    safetensors file a prompt that holds `tokens` [l <= L, D] up to the prompt's end, named by a hash of source, length
-    and prompt.
+    `source`: a diffusers folder or hub id (also as hf://ORG/NAME) that has `text_encoder` and `tokenizer`. `folder`:
+    where embeddings stay, one safetensors file a prompt that holds `tokens` [l <= L, D] up to the prompt's end, named
+    by a hash of source, length and prompt.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class TextCache:
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.source, self.folder, self.length, self.offline = str(source), Path(folder), length, offline
+        self.source, self.folder = str(source).removeprefix("hf://"), Path(folder)
+        self.length, self.offline = length, offline
         self.device, self.dtype = device, dtype
         self._models: tuple[Any, Any] | None = None
 

@@ -87,9 +87,11 @@ def load(source: str | Path, **options: Any) -> Teacher:
     """
     cfg = LoadConfig(**options)
     folder = Path(source)
-    parts, index = (local_parts(folder), read_json(folder / "model_index.json")) if folder.is_dir() else (None, {})
-    if parts is None:
-        parts, index = hub_parts(str(source), cfg)
+    if folder.is_dir():
+        parts, index = local_parts(folder), read_json(folder / "model_index.json")
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    else:
+        parts, index, scheduler = hub_parts(str(source), cfg)
     nets = [network(part, cfg, f"{source}") for part in parts]
     net: VideoDiT | Experts = nets[0]
     if len(nets) == 2:
@@ -99,7 +101,6 @@ def load(source: str | Path, **options: Any) -> Teacher:
     if channels not in VAE_FACTORS:
         raise ValueError(f"{source} has {channels} latent channels; Wan's networks have {sorted(VAE_FACTORS)}")
     side, codec = VAE_FACTORS[channels]
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     shift = cfg.shift or scheduler.get("flow_shift") or SHIFT
     shape = LatentShape(cfg.frames, channels, cfg.height // side, cfg.width // side, patch=nets[0].cfg.patch)
     return Teacher(net, NoiseSchedule(shift=shift), shape, codec, str(source), GUIDANCE)
@@ -128,14 +129,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any]]:
-    """The networks of a hub id, through diffusers' own loading and cache."""
+def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any], dict[str, Any]]:
+    """The networks of a hub id, its index and its scheduler's config, through diffusers' own loading and cache."""
     try:
-        from diffusers import DiffusionPipeline, WanTransformer3DModel
+        from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanTransformer3DModel
     except ImportError as error:
         raise ImportError("loading from the hub needs diffusers: pip install 'vidistill[wan]'") from error
     try:
         index = DiffusionPipeline.load_config(source, local_files_only=cfg.offline)
+        scheduler: Any = {}
+        if index.get("scheduler"):
+            scheduler = UniPCMultistepScheduler.load_config(source, subfolder="scheduler", local_files_only=cfg.offline)
         names = [name for name in PAIRS[0] if (index.get(name) or [None])[0]]
         parts = []
         for name in names:
@@ -147,7 +151,7 @@ def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any]]
     except OSError as error:
         where = "in the local cache (offline)" if cfg.offline else "on the hub"
         raise FileNotFoundError(f"{source!r} is no local folder and was not found {where}: {error}") from error
-    return parts, dict(index)
+    return parts, dict(index), dict(scheduler)
 
 
 def network(part: Part, cfg: LoadConfig, source: str) -> VideoDiT:
