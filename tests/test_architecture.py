@@ -33,6 +33,9 @@ ARROWS: dict[str, set[str]] = {
     "diffusion": {"shapes"},
     "metrics": {"shapes"},
     "poses": set(),
+    "audio": set(),
+    "speech": set(),
+    "curation": set(),
     "conditioning": {"poses", "shapes"},
     "memory": {"ops", "shapes"},
     "codecs": {"shapes"},
@@ -48,9 +51,9 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
     "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
-    "data": {"poses", "sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
+    "data": {"audio", "curation", "poses", "sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
     "learner": set(),
-    "sources": {"conditioning", "shapes", "video"},
+    "sources": {"audio", "speech", "conditioning", "shapes", "video"},
     # L3
     "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
@@ -104,7 +107,7 @@ class Extra:
     files: tuple[str, ...] = ("*",)
 
 
-HUB = ("teachers/*", "codecs/*", "conditioning", "conditioning/*")
+HUB = ("teachers/*", "codecs/*", "conditioning", "conditioning/*", "audio")
 OPTIONAL = {
     "diffusers": Extra("wan", HUB),
     "transformers": Extra("wan", HUB),

@@ -17,6 +17,7 @@ Encode = Callable[[Sequence[str]], Tensor]  # prompts -> tokens [B, L, D]
 SITES = ("modulation", "hidden", "qk")
 ACTION_SITE = "modulation"
 MOVE_SITE, POSE_SITE = "hidden", "qk"  # relative and absolute camera motion. Source: RELIC 2512.04040
+AUDIO_SITE = "hidden"  # Source: OmniAvatar 2506.18866
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ class Condition:
             self.channels,
         )
 
+    def mute(self, keep: Tensor | None = None) -> "Condition":
+        """Without its audio: everywhere, or where `keep` [B] is False."""
+        heard = self.per_frame.get(AUDIO_SITE)
+        if heard is None:
+            return self
+        silent = torch.zeros_like(heard) if keep is None else heard * keep.view(-1, 1, 1).to(heard)
+        return replace(self, per_frame={**self.per_frame, AUDIO_SITE: silent})
+
     def drop(self, keep: Tensor) -> "Condition":
         """Null condition where `keep` [B] is False (condition dropout for guidance)."""
 
@@ -82,6 +91,28 @@ class Condition:
             self.channels,
             self.negative,
         )
+
+
+def branches(cond: Condition, scale: float, audio_scale: float = 0.0) -> tuple[list[Condition], list[float]]:
+    """Null conditions and their scales for `sampling.guided`: nothing for scale 1; one for text and audio alike.
+
+    An `audio_scale` of its own: v = u + scale (t - u) + audio_scale (c - t), where t knows the text alone.
+    Source: LiveTalk 2512.23576, authors' code for unequal scales.
+    """
+    if not audio_scale or audio_scale == scale:
+        return ([], []) if scale == 1.0 else ([cond.null()], [scale])
+    return [cond.mute(), cond.null()], [audio_scale, scale]
+
+
+def reference_channels(image: Tensor, start: int, stop: int) -> Tensor:
+    """Channels [B, F, C + 1, H, W] of latent frames start..stop-1 of a clip that begins with `image` [B, 1, C, H, W].
+
+    The picture again at every frame, and a mask that is 0 where the frame itself is the picture and 1 elsewhere.
+    Source: OmniAvatar 2506.18866.
+    """
+    b, _, _, h, w = image.shape
+    mask = (torch.arange(start, stop, device=image.device) > 0).to(image)[None, :, None, None, None]
+    return torch.cat((image.expand(-1, stop - start, -1, -1, -1), mask.expand(b, -1, -1, h, w)), dim=2)
 
 
 def concat(conditions: list[Condition], dim: int = 0) -> Condition:

@@ -17,11 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.conditioning import ACTION_SITE, Condition, Encode, pack_actions, walked
+from vidistill.audio import AudioConfig, clip_features
+from vidistill.conditioning import (
+    ACTION_SITE,
+    AUDIO_SITE,
+    Condition,
+    Encode,
+    branches,
+    pack_actions,
+    pack_audio,
+    reference_channels,
+    walked,
+)
+from vidistill.curation import Ranges, curated
 from vidistill.diffusion import Denoiser, NoiseSchedule
 from vidistill.poses import CameraConfig
 from vidistill.sampling import trajectory
-from vidistill.sources import Captioned, Episode
+from vidistill.sources import Captioned, Episode, Talk
 
 META = "meta.json"
 SETTINGS = "settings.json"
@@ -86,31 +98,43 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
 
 def frame_shards(episodes: Iterable[Episode], per_shard: int = 64) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
     """Shards of recorded episodes of one length: frames uint8 [N, T, H, W, 3], actions [N, T, A], poses [N, T, 3]."""
-    held: list[Episode] = []
-    for episode in episodes:
-        held.append(episode)
-        if len(held) == per_shard:
-            yield stack_episodes(held)
-            held = []
-    if held:
-        yield stack_episodes(held)
+    episodes = iter(episodes)
+    while held := list(itertools.islice(episodes, per_shard)):
+        yield stacked(held, "frames", "actions", "poses"), [{"seed": e.seed, "walls": e.walls} for e in held]
 
 
-def stack_episodes(episodes: list[Episode]) -> tuple[dict[str, Tensor], list[dict]]:
-    tensors = {
-        name: torch.from_numpy(np.stack([getattr(e, name) for e in episodes]))
-        for name in ("frames", "actions", "poses")
-    }
-    return tensors, [{"seed": e.seed, "walls": e.walls} for e in episodes]
+def stacked(clips: Sequence[Any], *names: str) -> dict[str, Tensor]:
+    """The arrays of clips under these names, [N, ...]."""
+    return {name: torch.from_numpy(np.stack([getattr(clip, name) for clip in clips])) for name in names}
 
 
 def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int = 64) -> Iterator[Shard]:
     """Shards of captioned clips of one length: frames uint8 [N, T, H, W, 3], tokens half [N, L, D]."""
     clips = iter(clips)
     while held := list(itertools.islice(clips, per_shard)):
-        frames = torch.from_numpy(np.stack([c.frames for c in held]))
         tokens = encode([c.caption for c in held]).half()
-        yield {"frames": frames, "tokens": tokens}, [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held]
+        yield (
+            {**stacked(held, "frames"), "tokens": tokens},
+            [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held],
+        )
+
+
+def talk_shards(
+    clips: Iterable[Talk],
+    encode: Encode,
+    audio: AudioConfig,
+    measure: Callable[[Talk], dict[str, float]],
+    per_shard: int = 32,
+) -> Iterator[Shard]:
+    """As captioned ones, with audio features half [N, T, D], pcm int16 [N, S], mouth [N, T, 2], and `measures`."""
+    clips = iter(clips)
+    while held := list(itertools.islice(clips, per_shard)):
+        heard = [clip_features(c.pcm.astype(np.float32) / 32768, len(c.frames), audio) for c in held]
+        tensors = stacked(held, "frames", "pcm", "mouth")
+        tensors["audio"] = torch.from_numpy(np.stack(heard)).half()
+        tensors["tokens"] = encode([c.caption for c in held]).half()
+        told = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
+        yield tensors, told
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
@@ -135,16 +159,21 @@ def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Itera
 
 
 def open_data(
-    folder: str | Path, episodes: int = 0, prompts: bool = True, camera: CameraConfig | None = None
+    folder: str | Path,
+    episodes: int = 0,
+    prompts: bool = True,
+    camera: CameraConfig | None = None,
+    reference: bool = False,
+    curate: Ranges | None = None,
 ) -> "Clips | Prompts":
     """The data in a folder: recorded clips or, where `prompts` alone will do, those; else they are a DataError.
 
-    `camera`: clips come with what it did.
+    `camera`, `reference` and `curate` are those of `Clips`.
     """
     if PROMPTS not in read_meta(folder):
-        return Clips(folder, episodes=episodes, camera=camera)
-    if camera is not None:
-        raise DataError(f"{folder} holds prompts alone, a camera needs recorded poses")
+        return Clips(folder, episodes=episodes, camera=camera, reference=reference, curate=curate)
+    if camera is not None or reference or curate:
+        raise DataError(f"{folder} holds prompts alone; a camera, a reference and curation need recorded clips")
     if not prompts:
         raise DataError(f"{folder} holds prompts alone, clips are needed here: `vidistill data --help`")
     return Prompts(folder, episodes)
@@ -224,12 +253,15 @@ class Clips:
         names: Iterable[str] | None = None,
         episodes: int = 0,
         camera: CameraConfig | None = None,
+        reference: bool = False,
+        curate: Ranges | None = None,
     ) -> None:
         """`episodes`: how many to use, from the first (rounded up to whole shards); 0 uses all.
 
-        `camera`: latents also come with what this camera did, from the recorded poses.
+        `camera`: latents also come with what this camera did, from the recorded poses. `reference`: with their first
+        picture as channels. `curate`: only clips whose measures lie in these ranges are drawn, see `dropped`.
         """
-        self.camera = camera
+        self.camera, self.reference = camera, reference
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         self.parts: list[dict[str, Tensor]] = []
@@ -239,6 +271,9 @@ class Clips:
             self.ends.append(len(next(iter(part.values()))) + (self.ends[-1] if self.ends else 0))
             if episodes and self.ends[-1] >= episodes:
                 break
+        self.kept, self.dropped = list(range(len(self))), {}  # episodes that are drawn, others by reason
+        if curate:
+            self.kept, self.dropped = curated(self.meta["described"][: len(self)], curate, str(folder))
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -291,6 +326,8 @@ class Clips:
         if self.camera is not None:
             poses = torch.stack([self.episode("poses", e)[s : s + length] for e, s in picked])
             per_frame |= walked(poses, self.camera, (self.width_of("actions") - 1) // len(self.meta["actions"]))
+        if self.width_of("audio"):
+            per_frame[AUDIO_SITE] = torch.stack([self.episode("audio", e)[s : s + length] for e, s in picked]).float()
         if self.width_of("tokens"):
             tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
         return Condition(tokens, per_frame)
@@ -304,7 +341,12 @@ class Clips:
             raise DataError(f"clips of {length} frames do not fit episodes of {total}; record longer ones")
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, (total - length) // stride + 1, size=batch) * stride
-        return list(zip(rng.integers(0, len(self), size=batch).tolist(), starts.tolist(), strict=True))
+        drawn = [self.kept[k] for k in rng.integers(0, len(self.kept), size=batch)]
+        return list(zip(drawn, starts.tolist(), strict=True))
+
+    def begun(self, cond: Condition, x: Tensor) -> Condition:
+        """`cond` of clips [B, F, C, H, W], told their first picture where a reference is asked for."""
+        return replace(cond, channels=reference_channels(x[:, :1], 0, x.shape[1])) if self.reference else cond
 
     def frames(self, batch: int, length: int, seed: int, step: int) -> Tensor:
         """Pixels [B, length, 3, H, W] in [0, 1] of random windows of a frame dataset."""
@@ -329,9 +371,10 @@ class Clips:
     def trajectories(self, batch: int, seed: int, step: int) -> Batch:
         """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at K levels, falling, then the sample."""
         self.need("trajectories")
-        picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch).tolist()
+        picked = [self.kept[k] for k in np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
-        return Batch(states, self.condition(((k, 0) for k in picked), states.shape[2]), self.given)
+        cond = self.begun(self.condition(((k, 0) for k in picked), states.shape[2]), states[:, -1])
+        return Batch(states, cond, self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
@@ -339,7 +382,8 @@ class Clips:
         for e, s in picked:
             clip = self.episode("latents", e)[s : s + length]
             latents.append(torch.cat((self.episode("images", e)[s : s + 1].float(), clip[1:].float())))
-        return Batch(torch.stack(latents), start_of_clip(self.condition(picked, length)), self.given)
+        x = torch.stack(latents)
+        return Batch(x, self.begun(start_of_clip(self.condition(picked, length)), x), self.given)
 
 
 def start_of_clip(cond: Condition) -> Condition:
@@ -373,6 +417,8 @@ def latent_shard(shard: Shard, codec: Any) -> Shard:
 LATENT_RATE: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "actions": pack_actions,
     "poses": lambda poses, factor: poses[:, ::factor].contiguous(),
+    "audio": pack_audio,
+    "mouth": lambda mouth, factor: mouth,  # at pixel rate, as it is judged
     "tokens": lambda tokens, factor: tokens,
 }
 
@@ -401,12 +447,19 @@ def sampler_levels(noise: NoiseSchedule, steps: int, levels: Iterable[float]) ->
 
 @torch.no_grad()
 def trajectory_states(
-    net: Denoiser, batch: Batch, sigmas: Iterable[float], levels: Iterable[float], scale: float, rng: torch.Generator
+    net: Denoiser,
+    batch: Batch,
+    sigmas: Iterable[float],
+    levels: Iterable[float],
+    scale: float,
+    rng: torch.Generator,
+    audio_scale: float = 0.0,
 ) -> Tensor:
     """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
     noise = torch.randn(batch.x.shape, generator=rng).to(batch.x.device)
     given, kept = batch.x[:, : batch.given], {*levels, 0.0}
-    path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=[batch.cond.null()], scales=[scale])
+    nulls, scales = branches(batch.cond, scale, audio_scale)
+    path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=nulls, scales=scales)
     return torch.stack([x.half().cpu() for sigma, x in path if sigma in kept], dim=1)
 
 
@@ -435,8 +488,10 @@ def write_trajectories(
         if not path.is_file():
             batch = batch_of(size, i)
             rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
-            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng)
+            audio_scale = meta.get("audio_guidance", 0.0)
+            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng, audio_scale)
             told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
+            told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
             kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}
             if "tokens" in kept:
                 kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them

@@ -59,7 +59,8 @@ def trajectories(
     """
     master = checkpoint.load(teacher, "teacher", torch.bfloat16 if half else torch.float32)
     where, net = device(), master.net.to(device())
-    source = open_data(data)
+    talks = "dit" in master.record and master.net.cfg.extra_channels > 0
+    source = open_data(data, reference=talks)
     frames = frames or master.record["shape"]["frames"]
     noise = master.noise if "noise" in master.record else NoiseSchedule()
     steps, kept = sampler_levels(noise, steps, levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25)))
@@ -75,6 +76,7 @@ def trajectories(
         "sigmas": list(noise.steps(steps)),
         "levels": list(kept),
         "guidance": master.record.get("guidance", 1.0) if guidance is None else guidance,
+        "audio_guidance": master.record.get("audio_guidance", 0.0) if guidance is None else 0.0,
     }
 
     def batch_of(count: int, i: int) -> Batch:
@@ -90,7 +92,7 @@ def trajectories(
     return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
 
 
-KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative")
+KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative", "audio")
 
 
 def clips_of(
