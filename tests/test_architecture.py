@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "audio": set(),
     "speech": set(),
     "curation": set(),
-    "conditioning": {"poses", "shapes"},
+    "conditioning": {"audio", "poses", "shapes"},
     "memory": {"ops", "shapes"},
     "codecs": {"shapes"},
     # L1
@@ -58,8 +58,21 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
     | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
-    | {"journal", "lora", "stage"},
-    "stage": {"poses", "objectives", "schedules", "student", "dit", "codecs", "learner", "distributed", "lora"},
+    | {"journal", "lora", "stage", "watch"},
+    "watch": {"objectives", "rollout", "schedules", "student", "data", "sources", "metrics"},
+    "stage": {
+        "watch",
+        "conditioning",
+        "poses",
+        "objectives",
+        "schedules",
+        "student",
+        "dit",
+        "codecs",
+        "learner",
+        "distributed",
+        "lora",
+    },
     "prepare": {"checkpoint", "data", "diffusion", "teachers"},
     "journal": {"checkpoint"},
     "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},

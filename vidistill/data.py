@@ -130,8 +130,7 @@ def talk_shards(
     clips = iter(clips)
     while held := list(itertools.islice(clips, per_shard)):
         heard = [clip_features(c.pcm.astype(np.float32) / 32768, len(c.frames), audio) for c in held]
-        tensors = stacked(held, "frames", "pcm", "mouth")
-        tensors["audio"] = torch.from_numpy(np.stack(heard)).half()
+        tensors = {**stacked(held, "frames", "pcm", "mouth"), "audio": torch.from_numpy(np.stack(heard)).half()}
         tensors["tokens"] = encode([c.caption for c in held]).half()
         told = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
         yield tensors, told
@@ -208,7 +207,7 @@ def write_prompts(
 class Prompts:
     """Prompts with their embeddings on disk, for students that learn without recorded video."""
 
-    kind, given = PROMPTS, 0
+    kind, given, dropped = PROMPTS, 0, {}
 
     def __init__(self, folder: str | Path, episodes: int = 0) -> None:
         """`episodes`: how many prompts to use, from the first; 0 uses all."""
@@ -373,8 +372,8 @@ class Clips:
         self.need("trajectories")
         picked = [self.kept[k] for k in np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
-        cond = self.begun(self.condition(((k, 0) for k in picked), states.shape[2]), states[:, -1])
-        return Batch(states, cond, self.given)
+        cond = self.condition(((k, 0) for k in picked), states.shape[2])
+        return Batch(states, self.begun(cond, states[:, -1]), self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
@@ -451,8 +450,8 @@ def trajectory_states(
     batch: Batch,
     sigmas: Iterable[float],
     levels: Iterable[float],
-    scale: float,
     rng: torch.Generator,
+    scale: float,
     audio_scale: float = 0.0,
 ) -> Tensor:
     """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
@@ -488,8 +487,8 @@ def write_trajectories(
         if not path.is_file():
             batch = batch_of(size, i)
             rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
-            audio_scale = meta.get("audio_guidance", 0.0)
-            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng, audio_scale)
+            scales = meta["guidance"], meta.get("audio_guidance", 0.0)
+            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
             told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
             told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
             kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}

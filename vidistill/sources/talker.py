@@ -214,8 +214,8 @@ def record_many(cfg: TalkerConfig, seeds: Iterable[int], workers: int = 1) -> It
 def measures(clip: Talk, cfg: TalkerConfig) -> dict[str, float]:
     """What can be seen and heard of a clip without knowing how it was made: what curation goes by.
 
-    brightness and sharpness (of edges) 0 to 1, speech (share of frames louder than noise), sync (correlation of the mouth
-    that is read with how loud it sounds, best within two frames).
+    brightness and sharpness (of edges) 0 to 1, speech (share of frames louder than noise), sync (correlation of the
+    mouth that is read with how loud it sounds, best within two frames).
     """
     px = clip.frames.astype(np.float32) / 255
     n = len(px)
