@@ -1,6 +1,7 @@
 """Sound as a network hears it: features of every pixel frame, causal but for a bounded look-ahead."""
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 FLOOR = 1e-5  # power of silence: what is softer is not heard
+KEPT = 256  # px frames whose features a stream may ask for again
 LOUD = 6.0  # log power of speech above the floor at which features are 1
 
 
@@ -159,6 +161,7 @@ class Track:
     def __init__(self, cfg: AudioConfig) -> None:
         self.cfg = cfg
         self._queue: deque[tuple[np.ndarray, float]] = deque()  # (samples, when they came) not placed yet
+        self._lock = threading.Lock()  # sound comes from one thread and is taken by another
         self.reset()
 
     def reset(self) -> None:
@@ -170,28 +173,32 @@ class Track:
     @property
     def waiting(self) -> int:
         """Samples that were pushed and have no place yet."""
-        return sum(len(pcm) for pcm, _ in self._queue)
+        with self._lock:
+            return sum(len(pcm) for pcm, _ in self._queue)
 
     def push(self, pcm: np.ndarray, when: float) -> None:
         """Add sound, float32 [S] in [-1, 1]; it follows what was pushed before."""
         if len(pcm):
-            self._queue.append((pcm.astype(np.float32), when))
+            with self._lock:
+                self._queue.append((pcm.astype(np.float32), when))
 
     def hush(self) -> None:
         """Drop what has no place yet: whoever speaks is interrupted."""
-        self._queue.clear()
+        with self._lock:
+            self._queue.clear()
 
     def _place(self, stop: int) -> None:
         """Place sound up to sample `stop`."""
         parts, end = [self._held], self._start + len(self._held)
         while end < stop:
-            if not self._queue:
-                parts.append(np.zeros(stop - end, np.float32))
-                break
-            pcm, when = self._queue.popleft()
-            used = pcm[: stop - end]
-            if len(pcm) > len(used):
-                self._queue.appendleft((pcm[len(used) :], when))
+            with self._lock:
+                if not self._queue:
+                    parts.append(np.zeros(stop - end, np.float32))
+                    break
+                pcm, when = self._queue.popleft()
+                used = pcm[: stop - end]
+                if len(pcm) > len(used):
+                    self._queue.appendleft((pcm[len(used) :], when))
             self._came.append((end, end + len(used), when))
             parts.append(used)
             end += len(used)
@@ -209,7 +216,7 @@ class Track:
                 rows = block_features(self._held, at - before, cfg)
                 self._features.update({at + i: rows[i] for i in range(cfg.block)})
         found = np.stack([self._features[f] for f in range(first, stop)])
-        self._forget(first - 64)
+        self._forget(first - KEPT)
         return found
 
     def _forget(self, frame: int) -> None:
