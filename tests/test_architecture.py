@@ -94,13 +94,26 @@ ARROWS: dict[str, set[str]] = {
     # L4
     "tally": {"metrics", "probes", "video", "shapes"},
     "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
-    "dryrun": {"trainer", "stage", "stream", "checkpoint", "data", "distributed", "codecs", "conditioning", "config"}
+    "dryrun": {
+        "watch",
+        "trainer",
+        "stage",
+        "stream",
+        "checkpoint",
+        "data",
+        "distributed",
+        "codecs",
+        "conditioning",
+        "config",
+    }
     | {"dit", "interop", "lora", "objectives", "schedules", "shapes", "student", "teachers"},
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
     | {"rollout", "schedules", "memory", "conditioning", "codecs"},
     "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
     | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
+    "avatar": {"evaluate", "report", "sources", "stream", "rollout", "sampling", "schedules", "checkpoint", "codecs"}
+    | {"conditioning", "data", "metrics", "audio", "video", "watch", "memory"},
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
     "revisit": {"evaluate", "report", "probes", "sources", "data", "video", "checkpoint", "metrics"}
     | {"memory", "conditioning", "poses", "codecs"},

@@ -271,7 +271,7 @@ def test_diagnosis_finds_the_gradient_by_chunk_and_level_and_its_agreement_with_
     same = watch.diagnose(trainer.roles, trainer.cfg.schedule, trainer.held, trainer.loss, look.levels)
     assert same["chunks"] == [1, 2] and np.allclose(same["norm"], 0) and np.allclose(same["gap"], 0)
 
-    class Truth:  # a critic that stays at the sample, a teacher that knows the recorded clip: the gradient is regression's
+    class Truth:  # a critic that stays at the sample, a teacher that knows the recorded clip: as regression would
         def __init__(self, x):
             self.x = x
 

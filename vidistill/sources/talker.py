@@ -3,8 +3,9 @@
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from vidistill.audio import AudioConfig, to_pcm16
 from vidistill.sources import Talk
 from vidistill.sources.talker_face import IDENTITY, MOODS, Pose, draw, read_mouth
 from vidistill.speech import RATE, REST, TRACK, VOICES, Speaker, Voice, speaker
+from vidistill.video import save_png
 
 HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
 HELD_OUT_EVERY = 8  # one identity and one sentence in so many are never trained on
@@ -65,9 +67,9 @@ class TalkerConfig:
     audio: AudioConfig = field(default_factory=AudioConfig)
 
     def __post_init__(self) -> None:
-        if self.size < 32 or self.num_frames < 2 or not 0 <= self.faults <= 1:
+        if self.size < 16 or self.num_frames < 2 or not 0 <= self.faults <= 1:
             raise ValueError(
-                f"a talker needs size >= 32, num_frames >= 2, faults in [0, 1]; got {self.size}, {self.num_frames}, "
+                f"a talker needs size >= 16, num_frames >= 2, faults in [0, 1]; got {self.size}, {self.num_frames}, "
                 f"{self.faults}"
             )
         if self.audio.rate != RATE or self.audio.fps != self.fps:
@@ -240,6 +242,10 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum()) / size if size > 1e-9 else 0.0
 
 
-def short(cfg: TalkerConfig, frames: int) -> TalkerConfig:
-    """The same world in clips of another length."""
-    return replace(cfg, num_frames=frames)
+def write_starts(folder: Path, count: int) -> None:
+    """The first pictures of held-out people as PNG files in `folder`: what a stream can begin from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for clip in record_many(TalkerConfig(num_frames=2), seeds("held_out", count)):
+        save_png(
+            folder / f"{clip.labels['mood']}-{clip.labels['hair']}-{clip.seed - HELD_OUT_SEED}.png", clip.frames[0]
+        )
