@@ -62,7 +62,7 @@ def test_somebody_else_is_not_the_same_person(real):
     same = identity(real[0], 16.0, 1.0, others)
     swapped = torch.cat((real[0, :32], real[1, :33]))
     changed = identity(swapped, 16.0, 1.0, others)
-    assert min(same) > 0.7 and changed[0] > 0.7 and changed[-1] < 0.4
+    assert min(same) > 0.5 and changed[0] > 0.5 and changed[-1] < 0.5 * min(same)
     assert identity_drift([swapped], 16.0, 1.0, others)[0] > 0.5 > abs(identity_drift([real[0]], 16.0, 1.0, others)[0])
 
 

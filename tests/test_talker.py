@@ -293,3 +293,50 @@ def test_a_run_that_is_diagnosed_says_so_in_its_journal(tmp_path):
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     found = [row["diagnosis"] for row in rows if "diagnosis" in row]
     assert len(found) == 2 and set(found[0]) == {"levels", "chunks", "norm", "gap", "cosine"}
+
+
+# --- bench and memory -------------------------------------------------------------------------------------------------
+
+
+def test_a_bench_says_how_late_lips_are_and_batches_three_guidance_branches(folder):
+    from vidistill.bench import BenchConfig, bench
+
+    cfg = BenchConfig(rounds=1, chunks=1, inputs=0, warmup_chunks=0, clip_frames=6, clip_steps=2, speech_s=1.5)
+    result = bench(folder / "student", cfg, vs=folder / "teacher")
+    row = json.loads(result.to_json())
+    assert row["audio_lookahead_ms"] == 62.5 and row["audio_to_lip_ms_p95"] > 0
+    assert row["vs"]["nfe"] == 2 * 3 and any("audio to lip" in label for label, _ in result.rows())
+
+
+def test_anchors_never_leave_and_are_turned_to_stay_near_for_any_length():
+    from vidistill.memory import KVMemory, MemoryConfig
+
+    rng = np.random.default_rng(0)
+    for sinks, frames, phase in ((9, 15, "relative"), (9, 15, "absolute"), (4, 13, "relative")):
+        turned: dict[int, int] = {}
+
+        def rotate(keys, positions, inverse):
+            return keys + positions[0, 0]
+
+        cfg = MemoryConfig("window", frames, sinks, phase)
+        memory = KVMemory(cfg, layers=1, batch=1, heads=1, head_dim=2, grid=(1, 1), rotate=rotate)
+        kept: list[int] = []
+        at = 0
+        while at < 300:
+            size = int(rng.integers(1, frames - sinks + 1))
+            excess = max(0, len(kept) + size - frames)
+            rolling = [f for f in kept if f >= sinks]
+            kept = [f for f in kept if f < sinks] + rolling[excess:]
+            memory.begin(at, size)
+            raw = torch.zeros(1, size, 1, 2)
+            memory.stage(0, raw, raw + torch.arange(at, at + size).view(1, -1, 1, 1), raw)
+            memory.commit()
+            kept += range(at, at + size)
+            at += size
+            assert memory.frames == kept and len(kept) <= frames
+            anchors = min(sinks, at - size)
+            if phase == "relative" and at > 2 * frames and rolling[excess:]:
+                turned = {f: memory._positions[f] for f in range(anchors)}
+                assert max(turned.values()) == min(f for f in kept if f >= sinks) - 1
+            elif phase == "absolute":
+                assert all(memory._positions[f] == f for f in kept)

@@ -279,7 +279,7 @@ def around_the_middle(columns: np.ndarray, middle: np.ndarray) -> np.ndarray:
     return columns * ((at > left) & (at < right))
 
 
-def likeness(px: np.ndarray, cells: int = 8) -> np.ndarray:
+def likeness(px: np.ndarray, cells: int = 4) -> np.ndarray:
     """What a person looks like [..., 3 cells^2]: mean colours over cells of pictures float [..., H, W, 3].
 
     Averaged over some seconds, what moves (mouth, lids, head) counts little.
