@@ -117,7 +117,7 @@ ARROWS: dict[str, set[str]] = {
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
     "revisit": {"evaluate", "report", "probes", "sources", "data", "video", "checkpoint", "metrics"}
     | {"memory", "conditioning", "poses", "codecs"},
-    "serve": {"stream", "checkpoint", "video", "shapes"},
+    "serve": {"speech", "stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
     "cli_data": ANYTHING,
     "__main__": {"cli"},
