@@ -83,11 +83,13 @@ class Canvas:
 
     def part(self, rows: tuple[float, float], columns: tuple[float, float]) -> tuple["Canvas", tuple[slice, slice]]:
         """The piece of this canvas between layout rows and columns, and where it lies."""
-        cut = tuple(slice(*np.searchsorted(at.ravel(), span)) for at, span in ((self.y, rows), (self.x, columns)))
+        (high, wide) = (
+            slice(*np.searchsorted(at.ravel(), span).tolist()) for at, span in ((self.y, rows), (self.x, columns))
+        )
         piece = object.__new__(Canvas)
-        piece.px, piece.soft = self.px[..., cut[0], cut[1]], self.soft
-        piece.x, piece.y = self.x[:, :, cut[1]], self.y[:, cut[0]]
-        return piece, cut
+        piece.px, piece.soft = self.px[..., high, wide], self.soft
+        piece.x, piece.y = self.x[:, :, wide], self.y[:, high]
+        return piece, (high, wide)
 
     def fill(self, coverage: np.ndarray, colour: np.ndarray) -> None:
         """Paint `colour` [3] where `coverage` [T, H, W] says."""
