@@ -33,8 +33,8 @@ from vidistill.video import contact_sheet, save_png, to_float
 BLACK = 0.06  # brightness below which a frame is black
 FROZEN, FROZEN_RUN = 0.05, 4  # of the motion of real video, for at least so many frames in a row
 LONG_SEEDS = 500  # held-out people of the long streams come after those of the clips
-KEYS = ("sync_corr", "sync_offset_frames", "identity_drift", "black_frames", "frozen_frames", "flicker_ratio")
-KEYS = (*KEYS, "mouth_motion_ratio")
+SYNC, WHOLE = ("sync_corr", "sync_offset_frames"), ("black_frames", "frozen_frames", "flicker_ratio")
+KEYS = (*SYNC, "identity_drift", *WHOLE, "mouth_motion_ratio")
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def write_prompts(
 class Prompts:
     """Prompts with their embeddings on disk, for students that learn without recorded video."""
 
-    kind, given, dropped = PROMPTS, 0, {}
+    kind, given, dropped = PROMPTS, 0, dict[str, int]()  # curation drops recorded clips only
 
     def __init__(self, folder: str | Path, episodes: int = 0) -> None:
         """`episodes`: how many prompts to use, from the first; 0 uses all."""
@@ -270,9 +270,8 @@ class Clips:
             self.ends.append(len(next(iter(part.values()))) + (self.ends[-1] if self.ends else 0))
             if episodes and self.ends[-1] >= episodes:
                 break
-        self.kept, self.dropped = list(range(len(self))), {}  # episodes that are drawn, others by reason
-        if curate:
-            self.kept, self.dropped = curated(self.meta["described"][: len(self)], curate, str(folder))
+        described = self.meta["described"][: len(self)]
+        self.kept, self.dropped = curated(described, curate or {}, str(folder))  # episodes drawn; others by reason
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -159,8 +159,10 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
 
 def watched(cfg: WatchConfig, folder: Path) -> WatchConfig:
     """Looks at every step, where the stage looks at all."""
-    every = {name: 1 for name in ("judge_every", "diagnose_every") if getattr(cfg, name)}
-    return replace(cfg, **every, data=str(folder / "data"), clips=CLIPS) if every else cfg
+    if not cfg.judge_every and not cfg.diagnose_every:
+        return cfg
+    judge, diagnose = min(cfg.judge_every, 1), min(cfg.diagnose_every, 1)
+    return replace(cfg, data=str(folder / "data"), clips=CLIPS, judge_every=judge, diagnose_every=diagnose)
 
 
 def write_network(path: Path, dit: DiTConfig, cfg: TrainConfig, size: tuple[int, int]) -> None:

@@ -52,7 +52,7 @@ class Trainer:
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         rolls = self.objective.on_policy and cfg.on_policy
         self.data = open_data(cfg.data, cfg.episodes, rolls, cfg.camera, cfg.reference, cfg.curate)
-        self.peak, self.losses = watch.Peak(), []  # best judgement so far; the loss of every logged row
+        self.peak, self.losses = watch.Peak(), list[float]()  # best judgement so far; the loss of every logged row
         if cfg.init and cfg.init_plateau:
             watch.check_plateau(cfg.init, checkpoint.read_record(checkpoint.locate(cfg.init))["card"], cfg.init_plateau)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())

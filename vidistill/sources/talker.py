@@ -138,7 +138,7 @@ def talk(cfg: TalkerConfig, seed: int, someone: Speaker, part: int = 1) -> tuple
         spoken = someone.say(text, voice)
         count = len(spoken.pcm) // (RATE // TRACK)
         pieces += [np.zeros(idle * RATE // TRACK, np.float32), spoken.pcm[: count * RATE // TRACK]]
-        mouths += [np.tile(np.float32(REST), (idle, 1)), spoken.mouth[:count]]
+        mouths += [np.tile(np.array(REST, np.float32), (idle, 1)), spoken.mouth[:count]]
         said.append(text)
         seconds += (idle + count) / TRACK
     pcm = gain * np.concatenate(pieces)
