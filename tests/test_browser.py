@@ -6,14 +6,12 @@ import io
 import os
 import shutil
 import time
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_world import FakeWorld, png, running
 from PIL import Image
-from tiny_talker import write_talker
 
 from vidistill.checkpoint import zoo_names
 from vidistill.serve import load_world
@@ -212,38 +210,3 @@ def test_fingers_walk_on_a_phone(browser):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     OUT.mkdir(exist_ok=True)
     picture.save(OUT / "play-phone.png")
-
-
-def test_an_avatar_hears_the_microphone_and_can_be_interrupted(tmp_path):
-    sync = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'vidistill[test]'")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        missing("no browser found")
-    write_talker(tmp_path)
-    (tmp_path / "starts").mkdir()
-    Image.new("RGB", (16, 16), (120, 100, 90)).save(tmp_path / "starts" / "anna.png")
-    voice = tmp_path / "voice.wav"
-    with wave.open(str(voice), "wb") as file:
-        file.setparams((1, 2, 48_000, 0, "NONE", ""))
-        tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48_000 * 4) / 48_000)
-        file.writeframes((tone * 32767).astype("<i2").tobytes())
-    fake = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
-    world = load_world(str(tmp_path / "student"), tmp_path / "starts")
-    with sync.sync_playwright() as playwright, running(world) as address:
-        flags = [*FLAGS, *fake, f"--use-file-for-fake-audio-capture={voice}"]
-        browser = playwright.chromium.launch(executable_path=path, args=flags, timeout=60_000)
-        try:
-            with opened(browser, address, permissions=["microphone"]) as page:
-                wait_for_pictures(page)
-                assert page.is_visible("#talking") and not page.is_visible("#walking")
-                wait(page, "Number(document.body.dataset.heard) > 16000")
-                page.click("#mic")
-                wait(page, "Number(document.getElementById('lips').textContent) > 0", 60.0)
-                assert page.get_attribute("#mic", "aria-pressed") == "true"
-                page.click("#hush")
-                page.click("#mic")
-                wait(page, "document.getElementById('mic').getAttribute('aria-pressed') === 'false'")
-                OUT.mkdir(exist_ok=True)
-                page.screenshot(path=OUT / "page-talker.png")
-        finally:
-            browser.close()
