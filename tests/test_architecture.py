@@ -33,7 +33,10 @@ ARROWS: dict[str, set[str]] = {
     "diffusion": {"shapes"},
     "metrics": {"shapes"},
     "poses": set(),
-    "conditioning": {"poses", "shapes"},
+    "audio": set(),
+    "speech": set(),
+    "curation": set(),
+    "conditioning": {"audio", "poses", "shapes"},
     "memory": {"ops", "shapes"},
     "codecs": {"shapes"},
     # L1
@@ -48,16 +51,29 @@ ARROWS: dict[str, set[str]] = {
     "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
     "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
-    "data": {"poses", "sampling", "sources", "conditioning", "diffusion", "shapes", "video"},
+    "data": {"audio", "curation", "poses", "sources", "conditioning", "shapes", "video"},
     "learner": set(),
-    "sources": {"conditioning", "shapes", "video"},
+    "sources": {"audio", "speech", "conditioning", "shapes", "video"},
     # L3
     "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
     | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
-    | {"journal", "lora", "stage"},
-    "stage": {"poses", "objectives", "schedules", "student", "dit", "codecs", "learner", "distributed", "lora"},
-    "prepare": {"checkpoint", "data", "diffusion", "teachers"},
+    | {"journal", "lora", "stage", "watch"},
+    "watch": {"objectives", "rollout", "schedules", "student", "data", "sources", "metrics"},
+    "stage": {
+        "watch",
+        "conditioning",
+        "poses",
+        "objectives",
+        "schedules",
+        "student",
+        "dit",
+        "codecs",
+        "learner",
+        "distributed",
+        "lora",
+    },
+    "prepare": {"checkpoint", "data", "diffusion", "sampling", "conditioning", "teachers"},
     "journal": {"checkpoint"},
     "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
     "roaming": {"conditioning", "memory", "poses"},
@@ -78,17 +94,30 @@ ARROWS: dict[str, set[str]] = {
     # L4
     "tally": {"metrics", "probes", "video", "shapes"},
     "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
-    "dryrun": {"trainer", "stage", "stream", "checkpoint", "data", "distributed", "codecs", "conditioning", "config"}
+    "dryrun": {
+        "watch",
+        "trainer",
+        "stage",
+        "stream",
+        "checkpoint",
+        "data",
+        "distributed",
+        "codecs",
+        "conditioning",
+        "config",
+    }
     | {"dit", "interop", "lora", "objectives", "schedules", "shapes", "student", "teachers"},
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
     | {"rollout", "schedules", "memory", "conditioning", "codecs", "poses"},
     "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
     | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
+    "avatar": {"evaluate", "report", "sources", "stream", "rollout", "sampling", "schedules", "checkpoint", "codecs"}
+    | {"conditioning", "data", "metrics", "audio", "video", "watch", "memory"},
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
     "revisit": {"evaluate", "report", "probes", "sources", "data", "video", "checkpoint", "metrics"}
     | {"memory", "conditioning", "poses", "codecs"},
-    "serve": {"stream", "checkpoint", "video", "shapes"},
+    "serve": {"speech", "stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
     "cli_data": ANYTHING,
     "__main__": {"cli"},
@@ -104,7 +133,7 @@ class Extra:
     files: tuple[str, ...] = ("*",)
 
 
-HUB = ("teachers/*", "codecs/*", "conditioning", "conditioning/*")
+HUB = ("teachers/*", "codecs/*", "conditioning", "conditioning/*", "audio")
 OPTIONAL = {
     "diffusers": Extra("wan", HUB),
     "transformers": Extra("wan", HUB),

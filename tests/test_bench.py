@@ -86,7 +86,7 @@ def test_a_teacher_is_timed_in_the_same_run(tiny_student_path, tiny_teacher_path
     assert vs["fps_ratio"] > 0 and vs["first_frame_ratio"] > 0
     assert len(clips) == 1 + SHORT.rounds
     (_, noise, sigmas, cond), kw = clips[-1]
-    assert noise.shape == (1, 6, 4, 4, 4) and len(sigmas) == 2 and kw["scales"] == (2.0,)
+    assert noise.shape == (1, 6, 4, 4, 4) and len(sigmas) == 2 and kw["scales"] == [2.0]
     assert kw["given"].shape == (1, 1, 4, 4, 4) and cond.per_frame["modulation"].shape == (1, 6, 17)
 
 

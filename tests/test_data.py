@@ -12,9 +12,10 @@ from tiny_training import FRAMES, NUM_ACTIONS, flow_stage, write_frames, write_l
 from vidistill import data
 from vidistill.checkpoint import export
 from vidistill.codecs.tiny import TinyCodec
-from vidistill.data import Batch, Clips, DataError, sampler_levels, write_trajectories
+from vidistill.data import Batch, Clips, DataError
 from vidistill.diffusion import NoiseSchedule
 from vidistill.objectives import LossConfig
+from vidistill.prepare import sampler_levels, write_trajectories
 from vidistill.sampling import sample
 from vidistill.student import StudentConfig
 from vidistill.trainer import Trainer

@@ -336,6 +336,11 @@ def text_encoder(record: Mapping[str, Any]) -> Encode | None:
     return ENCODERS[kind](described)
 
 
+def talks(name: str | Path) -> bool:
+    """Whether a checkpoint hears audio."""
+    return bool(read_record(locate(name)).get("audio"))
+
+
 def listens(name: str | Path) -> bool:
     """Whether a checkpoint is a student that reads prompts."""
     record = read_record(locate(name))

@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=__version__)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_train, add_generate, add_serve, add_bench, add_eval, add_convert, add_data, add_info):
+    every = (add_train, add_generate, add_serve, add_bench, add_eval, add_diagnose, add_convert, add_data, add_info)
+    for add in every:
         command = add(commands)
         command.add_argument("-v", "--verbose", action="store_true", help="more log lines, tracebacks on errors")
     return root
@@ -255,6 +256,13 @@ def run_eval(args: argparse.Namespace) -> None:
         Console(stderr=True).print(frontier.table(result))
     elif args.suite == "memory":
         result = run_memory_suite(args)
+    elif checkpoint.talks(args.name):
+        from vidistill import avatar
+
+        if args.glance:
+            result = avatar.glance(args.name, avatar.AvatarConfig(clips=args.clips or 64))
+        else:
+            result = avatar.run(args.name, clips=args.clips or 64, out=args.out, teacher=args.teacher)
     elif checkpoint.listens(args.name):
         clips = args.clips or 96
         if args.glance:
@@ -279,6 +287,35 @@ def run_memory_suite(args: argparse.Namespace) -> dict[str, Any]:
     result = revisit.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
     Console(stderr=True).print(revisit.table(result))
     return result
+
+
+def add_diagnose(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "diagnose",
+        help="draw where distillation helped and where it hurt",
+        description="Draw the gradient of distillation of a run that was trained with watch.diagnose_every.",
+    )
+    p.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, such as runs/talker")
+    p.add_argument("-o", "--out", type=Path, help="picture (default: RUN/diagnosis.png)")
+    p.set_defaults(run=run_diagnose)
+    return p
+
+
+def run_diagnose(args: argparse.Namespace) -> None:
+    from vidistill import report
+    from vidistill.trainer import METRICS
+
+    path = args.folder / METRICS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [row for row in map(json.loads, lines) if "diagnosis" in row]
+    if not rows:
+        raise ValueError(f"{path} holds no diagnosis; train with watch.data=LATENTS watch.diagnose_every=STEPS")
+    out = args.out or args.folder / "diagnosis.png"
+    report.draw_diagnosis(rows, out)
+    last = rows[-1]["diagnosis"]
+    for level, cosines in zip(last["levels"], last["cosine"], strict=True):
+        print(f"step {rows[-1]['step']}  level {level:.2f}  cosine " + " ".join(f"{c:+.2f}" for c in cosines))
+    print(out)
 
 
 def add_convert(commands: Any) -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
     doom.set_defaults(run=run_data_doom)
     add_shapes(kinds)
+    add_talker(kinds)
     add_trajectories(kinds)
     add_prompts(kinds)
     return p
@@ -100,6 +102,56 @@ def run_data_shapes(args: argparse.Namespace) -> None:
     shards = data.captioned_shards(clips, encode)
     data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
     print(f"{args.out}: {args.episodes} clips of {args.frames} frames")
+
+
+def add_talker(kinds: Any) -> None:
+    p = kinds.add_parser("talker", help="people who talk, drawn here; their speech is espeak-ng's")
+    p.add_argument("out", type=Path, help="folder to write")
+    p.add_argument("--split", choices=("train", "held_out"), default="train")
+    p.add_argument("--episodes", type=count, default=1024)
+    p.add_argument("--first", type=int, default=0, help="first episode of the split (default: 0)")
+    p.add_argument("--frames", type=count, default=161, help="pixel frames an episode (default: 161)")
+    p.add_argument("--faults", type=float, default=0.0, help="share of clips with something wrong (default: 0)")
+    p.add_argument("--codec", help="write latents of this codec instead of pixels")
+    p.add_argument(
+        "--audio", nargs="+", default=["kind=mel"], metavar="key=value", help="features, e.g. kind=mel lookahead=1"
+    )
+    p.add_argument("--text", nargs="+", default=["kind=ngrams"], metavar="key=value", help="as of shapes")
+    p.add_argument("--workers", type=count, default=2, help="processes that draw (default: 2)")
+    p.set_defaults(run=run_data_talker)
+
+
+def run_data_talker(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from vidistill import checkpoint, data
+    from vidistill.audio import AudioConfig
+    from vidistill.config import build, settings
+    from vidistill.sources import talker
+
+    if is_there(args.out):
+        return
+    audio = build(AudioConfig, settings(args.audio))
+    cfg, text = talker.TalkerConfig(num_frames=args.frames, faults=args.faults, audio=audio), settings(args.text)
+    encode = checkpoint.text_encoder({"text": text})
+    if encode is None:
+        raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
+    meta = {
+        "source": "talker",
+        "split": args.split,
+        "config": asdict(cfg),
+        "fps": cfg.fps,
+        "px_size": cfg.size,
+        "codec": args.codec,
+        "text": text,
+        "audio": asdict(audio),
+    }
+    seeds = talker.seeds(args.split, args.first + args.episodes)[args.first :]
+    clips = tqdm(talker.record_many(cfg, seeds, args.workers), total=len(seeds), desc="clips", disable=None)
+    shards = data.talk_shards(clips, encode, audio, partial(talker.measures, cfg=cfg))
+    data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
+    print(f"{args.out}: {len(seeds)} clips of {args.frames} frames")
 
 
 def add_trajectories(kinds: Any) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidistill.audio import AudioConfig, Track
 from vidistill.poses import CameraConfig, Pose, integrate, latent_rate, moves, numbers, planar, relative, wanted
 
 Encode = Callable[[Sequence[str]], Tensor]  # prompts -> tokens [B, L, D]
@@ -17,6 +19,7 @@ Encode = Callable[[Sequence[str]], Tensor]  # prompts -> tokens [B, L, D]
 SITES = ("modulation", "hidden", "qk")
 ACTION_SITE = "modulation"
 MOVE_SITE, POSE_SITE = "hidden", "qk"  # relative and absolute camera motion. Source: RELIC 2512.04040
+AUDIO_SITE = "hidden"  # Source: OmniAvatar 2506.18866
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class Condition:
             self.channels,
         )
 
+    def mute(self, keep: Tensor | None = None) -> "Condition":
+        """Without its audio: everywhere, or where `keep` [B] is False."""
+        heard = self.per_frame.get(AUDIO_SITE)
+        if heard is None:
+            return self
+        silent = torch.zeros_like(heard) if keep is None else heard * keep.view(-1, 1, 1).to(heard)
+        return replace(self, per_frame={**self.per_frame, AUDIO_SITE: silent})
+
     def drop(self, keep: Tensor) -> "Condition":
         """Null condition where `keep` [B] is False (condition dropout for guidance)."""
 
@@ -82,6 +93,28 @@ class Condition:
             self.channels,
             self.negative,
         )
+
+
+def branches(cond: Condition, scale: float, audio_scale: float = 0.0) -> tuple[list[Condition], list[float]]:
+    """Null conditions and their scales for `sampling.guided`: nothing for scale 1; one for text and audio alike.
+
+    An `audio_scale` of its own: v = u + scale (t - u) + audio_scale (c - t), where t knows the text alone.
+    Source: LiveTalk 2512.23576, authors' code for unequal scales.
+    """
+    if not audio_scale or audio_scale == scale:
+        return ([], []) if scale == 1.0 else ([cond.null()], [scale])
+    return [cond.mute(), cond.null()], [audio_scale, scale]
+
+
+def reference_channels(image: Tensor, start: int, stop: int) -> Tensor:
+    """Channels [B, F, C + 1, H, W] of latent frames start..stop-1 of a clip that begins with `image` [B, 1, C, H, W].
+
+    The picture again at every frame, and a mask that is 0 where the frame itself is the picture and 1 elsewhere.
+    Source: OmniAvatar 2506.18866.
+    """
+    b, _, _, h, w = image.shape
+    mask = (torch.arange(start, stop, device=image.device) > 0).to(image)[None, :, None, None, None]
+    return torch.cat((image.expand(-1, stop - start, -1, -1, -1), mask.expand(b, -1, -1, h, w)), dim=2)
 
 
 def concat(conditions: list[Condition], dim: int = 0) -> Condition:
@@ -168,7 +201,8 @@ class Inputs:
     `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent; `encode` reads prompts.
     Nothing asked for yet: actions are zero (standing still), everything else is null.
     With a `camera` the network is also told where it goes: what the held actions ask for, `gain` times as far, is
-    integrated from the start of the stream.
+    integrated from the start of the stream. With `audio` it hears the sound of `track`, and with `pictured` it is told
+    the picture the stream began with.
     """
 
     def __init__(
@@ -180,7 +214,12 @@ class Inputs:
         device: torch.device | str,
         encode: Encode | None = None,
         camera: CameraConfig | None = None,
+        audio: AudioConfig | None = None,
+        pictured: bool = False,
     ) -> None:
+        self.track = None if audio is None else Track(audio)
+        self.pictured = pictured
+        self._image: Tensor | None = None  # latent [1, 1, C, H, W] of the picture the stream began with
         self.encode = encode if text_dim else None
         self.camera, self.gain = camera, 1.0
         self._path: dict[int, Pose] = {}  # latent frame -> pose [1, 1] after it, of the newest frames
@@ -202,12 +241,35 @@ class Inputs:
     ) -> "Inputs":
         """Inputs of the network a checkpoint's `record` describes; ValueError if it needs what cannot be held."""
         dit = record["dit"]
-        if dit["extra_channels"]:
-            raise ValueError("this network needs condition channels; inputs have none to give")
+        if dit["extra_channels"] and dit["extra_channels"] != dit["channels"] + 1:
+            raise ValueError(
+                f"this network needs {dit['extra_channels']} condition channels; inputs give a reference picture and a "
+                f"mask, {dit['channels'] + 1}"
+            )
         sites = {name: site["dim"] for name, site in dit["sites"].items()}
         world = record["world"]
         camera = CameraConfig.of(world["camera"]) if world.get("camera") else None
-        return cls(sites, dit["text_dim"], world.get("actions", ()), factor, device, encode, camera)
+        audio = AudioConfig(**record["audio"]) if record.get("audio") else None
+        pictured = dit["extra_channels"] > 0
+        return cls(sites, dit["text_dim"], world.get("actions", ()), factor, device, encode, camera, audio, pictured)
+
+    def begin(self, given: Tensor | None) -> None:
+        """A stream begins with latents `given` [1, F, C, H, W]; ValueError if the network is to be told a picture."""
+        if self.pictured and given is None:
+            raise ValueError("this network is told the picture a stream begins with: start from an `image`")
+        self._image = given[:, :1] if given is not None else None
+        if self.track is not None:
+            self.track.reset()
+
+    def hear(self, pcm: np.ndarray) -> None:
+        """Sound float [S] in [-1, 1] at the track's rate, to follow what was heard before; ValueError for other."""
+        if self.track is None:
+            raise ValueError("this student hears nothing: it takes no audio")
+        if pcm.ndim != 1 or not np.issubdtype(pcm.dtype, np.floating) or not np.isfinite(pcm).all():
+            raise ValueError(
+                f"audio must be finite floats [S] at {self.track.cfg.rate} Hz, got {pcm.dtype} {pcm.shape}"
+            )
+        self.track.push(pcm, time.perf_counter())
 
     def set(
         self,
@@ -275,7 +337,26 @@ class Inputs:
             per_frame[ACTION_SITE] = hold_action(action, start, stop, self.factor)
         if self.camera is not None:
             per_frame |= {k: v.to(self.device) for k, v in self.go_on(wish, start, stop).items() if k in self.sites}
-        return Condition(wish.tokens, per_frame)
+        if self.track is not None and AUDIO_SITE in self.sites:
+            per_frame[AUDIO_SITE] = self.heard(start, stop)
+        channels = None if self._image is None or not self.pictured else reference_channels(self._image, start, stop)
+        return Condition(wish.tokens, per_frame, channels)
+
+    def px_frames(self, start: int, stop: int) -> tuple[int, int]:
+        """First px frame of latents start..stop-1, and the one after their last."""
+        return max(0, self.factor * (start - 1) + 1), self.factor * (stop - 1) + 1
+
+    def heard(self, start: int, stop: int) -> Tensor:
+        """Packed audio [1, stop - start, factor * D] of latents start..stop-1."""
+        assert self.track is not None
+        found = torch.from_numpy(self.track.take(*self.px_frames(start, stop)))[None]
+        packed = pack_audio(found, self.factor) if start == 0 else found.reshape(1, stop - start, -1)
+        if packed.shape[-1] != self.sites[AUDIO_SITE]:
+            raise ValueError(
+                f"the network takes {self.sites[AUDIO_SITE]} numbers a latent at site {AUDIO_SITE!r}, its audio gives "
+                f"{packed.shape[-1]}: record, codec and network do not belong together"
+            )
+        return packed.to(self.device)
 
     @property
     def pose(self) -> Pose | None:

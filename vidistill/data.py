@@ -17,11 +17,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.conditioning import ACTION_SITE, Condition, Encode, pack_actions, walked
-from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.audio import AudioConfig, clip_features
+from vidistill.conditioning import (
+    ACTION_SITE,
+    AUDIO_SITE,
+    Condition,
+    Encode,
+    pack_actions,
+    pack_audio,
+    reference_channels,
+    walked,
+)
+from vidistill.curation import Ranges, curated
 from vidistill.poses import CameraConfig
-from vidistill.sampling import trajectory
-from vidistill.sources import Captioned, Episode
+from vidistill.sources import Captioned, Episode, Talk
 
 META = "meta.json"
 SETTINGS = "settings.json"
@@ -86,31 +95,42 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
 
 def frame_shards(episodes: Iterable[Episode], per_shard: int = 64) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
     """Shards of recorded episodes of one length: frames uint8 [N, T, H, W, 3], actions [N, T, A], poses [N, T, 3]."""
-    held: list[Episode] = []
-    for episode in episodes:
-        held.append(episode)
-        if len(held) == per_shard:
-            yield stack_episodes(held)
-            held = []
-    if held:
-        yield stack_episodes(held)
+    episodes = iter(episodes)
+    while held := list(itertools.islice(episodes, per_shard)):
+        yield stacked(held, "frames", "actions", "poses"), [{"seed": e.seed, "walls": e.walls} for e in held]
 
 
-def stack_episodes(episodes: list[Episode]) -> tuple[dict[str, Tensor], list[dict]]:
-    tensors = {
-        name: torch.from_numpy(np.stack([getattr(e, name) for e in episodes]))
-        for name in ("frames", "actions", "poses")
-    }
-    return tensors, [{"seed": e.seed, "walls": e.walls} for e in episodes]
+def stacked(clips: Sequence[Any], *names: str) -> dict[str, Tensor]:
+    """The arrays of clips under these names, [N, ...]."""
+    return {name: torch.from_numpy(np.stack([getattr(clip, name) for clip in clips])) for name in names}
 
 
 def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int = 64) -> Iterator[Shard]:
     """Shards of captioned clips of one length: frames uint8 [N, T, H, W, 3], tokens half [N, L, D]."""
     clips = iter(clips)
     while held := list(itertools.islice(clips, per_shard)):
-        frames = torch.from_numpy(np.stack([c.frames for c in held]))
         tokens = encode([c.caption for c in held]).half()
-        yield {"frames": frames, "tokens": tokens}, [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held]
+        yield (
+            {**stacked(held, "frames"), "tokens": tokens},
+            [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held],
+        )
+
+
+def talk_shards(
+    clips: Iterable[Talk],
+    encode: Encode,
+    audio: AudioConfig,
+    measure: Callable[[Talk], dict[str, float]],
+    per_shard: int = 32,
+) -> Iterator[Shard]:
+    """As captioned ones, with audio features half [N, T, D], pcm int16 [N, S], mouth [N, T, 2], and `measures`."""
+    clips = iter(clips)
+    while held := list(itertools.islice(clips, per_shard)):
+        heard = [clip_features(c.pcm.astype(np.float32) / 32768, len(c.frames), audio) for c in held]
+        tensors = {**stacked(held, "frames", "pcm", "mouth"), "audio": torch.from_numpy(np.stack(heard)).half()}
+        tensors["tokens"] = encode([c.caption for c in held]).half()
+        told = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
+        yield tensors, told
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
@@ -135,16 +155,21 @@ def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Itera
 
 
 def open_data(
-    folder: str | Path, episodes: int = 0, prompts: bool = True, camera: CameraConfig | None = None
+    folder: str | Path,
+    episodes: int = 0,
+    prompts: bool = True,
+    camera: CameraConfig | None = None,
+    reference: bool = False,
+    curate: Ranges | None = None,
 ) -> "Clips | Prompts":
     """The data in a folder: recorded clips or, where `prompts` alone will do, those; else they are a DataError.
 
-    `camera`: clips come with what it did.
+    `camera`, `reference` and `curate` are those of `Clips`.
     """
     if PROMPTS not in read_meta(folder):
-        return Clips(folder, episodes=episodes, camera=camera)
-    if camera is not None:
-        raise DataError(f"{folder} holds prompts alone, a camera needs recorded poses")
+        return Clips(folder, episodes=episodes, camera=camera, reference=reference, curate=curate)
+    if camera is not None or reference or curate:
+        raise DataError(f"{folder} holds prompts alone; a camera, a reference and curation need recorded clips")
     if not prompts:
         raise DataError(f"{folder} holds prompts alone, clips are needed here: `vidistill data --help`")
     return Prompts(folder, episodes)
@@ -179,7 +204,7 @@ def write_prompts(
 class Prompts:
     """Prompts with their embeddings on disk, for students that learn without recorded video."""
 
-    kind, given = PROMPTS, 0
+    kind, given, dropped = PROMPTS, 0, dict[str, int]()  # curation drops recorded clips only
 
     def __init__(self, folder: str | Path, episodes: int = 0) -> None:
         """`episodes`: how many prompts to use, from the first; 0 uses all."""
@@ -224,12 +249,15 @@ class Clips:
         names: Iterable[str] | None = None,
         episodes: int = 0,
         camera: CameraConfig | None = None,
+        reference: bool = False,
+        curate: Ranges | None = None,
     ) -> None:
         """`episodes`: how many to use, from the first (rounded up to whole shards); 0 uses all.
 
-        `camera`: latents also come with what this camera did, from the recorded poses.
+        `camera`: latents also come with what this camera did, from the recorded poses. `reference`: with their first
+        picture as channels. `curate`: only clips whose measures lie in these ranges are drawn, see `dropped`.
         """
-        self.camera = camera
+        self.camera, self.reference = camera, reference
         self.folder = Path(folder)
         self.meta = read_meta(folder)
         self.parts: list[dict[str, Tensor]] = []
@@ -239,6 +267,8 @@ class Clips:
             self.ends.append(len(next(iter(part.values()))) + (self.ends[-1] if self.ends else 0))
             if episodes and self.ends[-1] >= episodes:
                 break
+        described = self.meta["described"][: len(self)]
+        self.kept, self.dropped = curated(described, curate or {}, str(folder))  # episodes drawn; others by reason
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -296,6 +326,8 @@ class Clips:
         if self.camera is not None:
             poses = torch.stack([self.episode("poses", e)[s : s + length] for e, s in picked])
             per_frame |= walked(poses, self.camera, self.factor)
+        if self.width_of("audio"):
+            per_frame[AUDIO_SITE] = torch.stack([self.episode("audio", e)[s : s + length] for e, s in picked]).float()
         if self.width_of("tokens"):
             tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
         return Condition(tokens, per_frame)
@@ -309,7 +341,12 @@ class Clips:
             raise DataError(f"clips of {length} frames do not fit episodes of {total}; record longer ones")
         rng = np.random.default_rng((seed, step))
         starts = rng.integers(0, (total - length) // stride + 1, size=batch) * stride
-        return list(zip(rng.integers(0, len(self), size=batch).tolist(), starts.tolist(), strict=True))
+        drawn = [self.kept[k] for k in rng.integers(0, len(self.kept), size=batch)]
+        return list(zip(drawn, starts.tolist(), strict=True))
+
+    def begun(self, cond: Condition, x: Tensor) -> Condition:
+        """`cond` of clips [B, F, C, H, W], told their first picture where a reference is asked for."""
+        return replace(cond, channels=reference_channels(x[:, :1], 0, x.shape[1])) if self.reference else cond
 
     def frames(self, batch: int, length: int, seed: int, step: int) -> Tensor:
         """Pixels [B, length, 3, H, W] in [0, 1] of random windows of a frame dataset."""
@@ -334,9 +371,10 @@ class Clips:
     def trajectories(self, batch: int, seed: int, step: int) -> Batch:
         """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at K levels, falling, then the sample."""
         self.need("trajectories")
-        picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch).tolist()
+        picked = [self.kept[k] for k in np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
-        return Batch(states, self.condition(((k, 0) for k in picked), states.shape[2]), self.given)
+        cond = self.condition(((k, 0) for k in picked), states.shape[2])
+        return Batch(states, self.begun(cond, states[:, -1]), self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
@@ -344,7 +382,8 @@ class Clips:
         for e, s in picked:
             clip = self.episode("latents", e)[s : s + length]
             latents.append(torch.cat((self.episode("images", e)[s : s + 1].float(), clip[1:].float())))
-        return Batch(torch.stack(latents), start_of_clip(self.condition(picked, length)), self.given)
+        x = torch.stack(latents)
+        return Batch(x, self.begun(start_of_clip(self.condition(picked, length)), x), self.given)
 
 
 def start_of_clip(cond: Condition) -> Condition:
@@ -378,74 +417,10 @@ def latent_shard(shard: Shard, codec: Any) -> Shard:
 LATENT_RATE: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "actions": pack_actions,
     "poses": lambda poses, factor: poses[:, ::factor].contiguous(),
+    "audio": pack_audio,
+    "mouth": lambda mouth, factor: mouth,  # at pixel rate, as it is judged
     "tokens": lambda tokens, factor: tokens,
 }
 
 
 LEVEL_TOLERANCE = 2e-3  # levels are written with few digits
-
-
-def sampler_levels(noise: NoiseSchedule, steps: int, levels: Iterable[float]) -> tuple[int, tuple[float, ...]]:
-    """The fewest sampler steps, at least `steps`, whose list holds all `levels`, and the levels as they are on it."""
-    wanted = tuple(levels)
-    if not wanted or wanted[0] != 1.0 or sorted(wanted, reverse=True) != list(wanted) or wanted[-1] <= 0:
-        raise DataError(f"levels fall from 1.0 and stay above 0, got {list(wanted)}")
-    for n in range(steps, 4 * steps + 1):
-        listed = noise.steps(n)
-        exact = tuple(min(listed, key=lambda s: abs(s - level)) for level in wanted)
-        if len(set(exact)) == len(wanted) and all(
-            abs(e - level) < LEVEL_TOLERANCE for e, level in zip(exact, wanted, strict=True)
-        ):
-            return n, exact
-    near = [min(noise.steps(steps), key=lambda s: abs(s - level)) for level in wanted]
-    raise DataError(
-        f"levels {list(wanted)} lie on no sampler of {steps} to {4 * steps} steps with shift {noise.shift}; the "
-        f"nearest of {steps} steps are {[round(s, 4) for s in near]}"
-    )
-
-
-@torch.no_grad()
-def trajectory_states(
-    net: Denoiser, batch: Batch, sigmas: Iterable[float], levels: Iterable[float], scale: float, rng: torch.Generator
-) -> Tensor:
-    """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
-    noise = torch.randn(batch.x.shape, generator=rng).to(batch.x.device)
-    given, kept = batch.x[:, : batch.given], {*levels, 0.0}
-    path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=[batch.cond.null()], scales=[scale])
-    return torch.stack([x.half().cpu() for sigma, x in path if sigma in kept], dim=1)
-
-
-def write_trajectories(
-    folder: str | Path,
-    net: Denoiser,
-    batch_of: Callable[[int, int], Batch],
-    meta: Mapping[str, Any],
-    per_shard: int = 64,
-    bar: Any = None,
-) -> None:
-    """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
-
-    `batch_of(size, i)` makes the clips of shard i, which are sampled together; their `given` must be `meta["given"]`.
-    `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
-    """
-    partial, total = partial_of(folder), meta["clips"]
-    settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
-    if not (partial / SETTINGS).is_file() or (partial / SETTINGS).read_text() != settings:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / SETTINGS).write_text(settings)
-    shards = -(-total // per_shard)
-    for i in range(shards):
-        size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
-        if not path.is_file():
-            batch = batch_of(size, i)
-            rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
-            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], meta["guidance"], rng)
-            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
-            kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}
-            if "tokens" in kept:
-                kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
-            write_shard(path, {"states": states, **kept})
-        if bar is not None:
-            bar.update(size)
-    finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)

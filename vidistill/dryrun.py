@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidistill import checkpoint, data, distributed
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
-from vidistill.conditioning import ACTION_SITE, Condition
+from vidistill.conditioning import ACTION_SITE, AUDIO_SITE, Condition
 from vidistill.config import build
 from vidistill.dit import NO_GRID, DiTConfig, VideoDiT
 from vidistill.interop import cost
@@ -31,6 +31,7 @@ from vidistill.stream import StreamConfig, StreamSession
 from vidistill.student import CausalStudent
 from vidistill.teachers.wan import architecture, local_parts
 from vidistill.trainer import Trainer
+from vidistill.watch import WatchConfig
 
 WIDTH, LAYERS, TEXT, TOKENS, CLIPS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 4, 2
 CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
@@ -128,6 +129,8 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
         batch=distributed.world_size() * accumulate,
         accumulate=accumulate,
         loss=replace(cfg.loss, target_steps=SAMPLER_STEPS),
+        init_plateau=0.0,  # nothing has converged here
+        watch=watched(cfg.watch, folder),
         compile=False,
         out=str(folder / "runs"),
     )
@@ -154,6 +157,14 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
     )
 
 
+def watched(cfg: WatchConfig, folder: Path) -> WatchConfig:
+    """Looks at every step, where the stage looks at all."""
+    if not cfg.judge_every and not cfg.diagnose_every:
+        return cfg
+    judge, diagnose = min(cfg.judge_every, 1), min(cfg.diagnose_every, 1)
+    return replace(cfg, data=str(folder / "data"), clips=CLIPS, judge_every=judge, diagnose_every=diagnose)
+
+
 def write_network(path: Path, dit: DiTConfig, cfg: TrainConfig, size: tuple[int, int]) -> None:
     """A random network whose head is not zero, as a checkpoint."""
     net = VideoDiT(dit)
@@ -169,8 +180,13 @@ def kind_of(cfg: TrainConfig, dit: DiTConfig) -> str:
         return data.open_data(cfg.data).kind
     if cfg.objective == "regression":
         return "trajectories"
-    rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy and cfg.camera is None
-    return data.PROMPTS if rolls and dit.text_dim and ACTION_SITE not in dit.sites else "latents"
+    rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy
+    return data.PROMPTS if rolls and dit.text_dim and not recorded(cfg, dit) else "latents"
+
+
+def recorded(cfg: TrainConfig, dit: DiTConfig) -> bool:
+    """Whether only recorded clips have what the stage tells: actions, a camera's way, a reference picture."""
+    return ACTION_SITE in dit.sites or cfg.camera is not None or cfg.reference
 
 
 class RandomText:
@@ -199,7 +215,7 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     if kind == data.PROMPTS:
         data.write_prompts(folder, ("one", "two"), "", RandomText(folder / data.TOKENS, dit.text_dim), meta)
         return
-    meta["given"] = 1 if ACTION_SITE in dit.sites or cfg.camera is not None or not dit.text_dim else 0
+    meta["given"] = 1 if recorded(cfg, dit) or not dit.text_dim else 0
     clip = (CLIPS, cfg.frames, dit.channels, *size)
     tensors: dict[str, Tensor] = {}
     if actions:
@@ -208,11 +224,15 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
         tensors["poses"] = torch.rand(CLIPS, cfg.frames, 3)
     if dit.text_dim:
         tensors["tokens"] = torch.randn(CLIPS, TOKENS, dit.text_dim)
-    if kind == "trajectories" or (dit.text_dim and cfg.camera is None):
+    if cfg.reference and AUDIO_SITE in dit.sites:
+        tensors["audio"] = torch.randn(CLIPS, cfg.frames, dit.sites[AUDIO_SITE].dim)
+        tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
+    if kind == "trajectories" or (dit.text_dim and not recorded(cfg, dit)):
         tensors["states"] = torch.randn(CLIPS, len(cfg.loss.levels) + 1, *clip[1:])
     else:
         tensors |= {"latents": torch.randn(clip), "images": torch.randn(clip)}
-    data.write_shards(folder, [(tensors, [{}] * CLIPS)], meta)
+    measures = {name: (low + high) / 2 for name, (low, high) in cfg.curate.items()}
+    data.write_shards(folder, [(tensors, [{"measures": measures}] * CLIPS)], meta)
 
 
 def write_pixels(folder: Path, cfg: TrainConfig) -> None:
@@ -224,10 +244,12 @@ def write_pixels(folder: Path, cfg: TrainConfig) -> None:
 def run(cfg: TrainConfig) -> list[str]:
     """Every part of a run: a turn of each network, a saved state, the export; a student then streams."""
     trainer, done = Trainer(cfg), []
+    trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.step_count = cfg.critic_warmup
     for _ in range(2):
         turn = "student" if trainer.is_student_turn(trainer.step_count) else "critic"
         logs = trainer.step()
+        trainer.look()
         done.append(f"{turn} step: " + ", ".join(f"{k.split('/')[1]} {v:.3g}" for k, v in logs.items()))
     trainer.save()
     again = Trainer(cfg)
@@ -246,7 +268,7 @@ def run(cfg: TrainConfig) -> list[str]:
 def stream(bundle: checkpoint.Bundle) -> str:
     """Stream some chunks of what was exported."""
     codec, image = None, None
-    if given := bundle.net.first_frame(bundle.schedule.given_chunks):
+    if given := bundle.given_frames:
         if not bundle.record["codec"]:
             return "not streamed: it starts from a picture, and the stage names no codec"
         codec = checkpoint.load_codec_of(bundle)

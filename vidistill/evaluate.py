@@ -120,7 +120,7 @@ class HeldOut:
 
         px = to_float(cut(self.frames).numpy())
         episodes = torch.tensor([e for e, _ in picked])
-        return ClipBatch(index, px, *map(cut, (self.actions, self.poses, self.turn, self.walk)), episodes)
+        return ClipBatch(index, px, cut(self.actions), cut(self.poses), cut(self.turn), cut(self.walk), episodes)
 
 
 def windows(episodes: int, total: int, length: int, num: int) -> list[tuple[int, int]]:

@@ -109,6 +109,24 @@ def _root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
+def sync(a: Tensor, b: Tensor, reach: int = 5) -> tuple[float, int]:
+    """Correlation of curves [B, T], averaged over the clips, at the shift where it is best, and that shift in frames.
+
+    A positive shift: `a` comes later than `b`. Curves that do not change count 0. Source: SyncNet's score and offset.
+    """
+    if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 3 * reach:
+        raise ValueError(f"sync compares curves of one shape [B, T >= {3 * reach}], got {a.shape} and {b.shape}")
+    n, found = a.shape[1], []
+    for lag in range(-reach, reach + 1):
+        pair = a[:, reach + lag : n - reach + lag].double(), b[:, reach : n - reach].double()
+        x, y = (v - v.mean(1, keepdim=True) for v in pair)
+        size = (x.square().sum(1) * y.square().sum(1)).sqrt()
+        r = torch.where(size > 1e-9, (x * y).sum(1) / size.clamp_min(1e-9), torch.zeros_like(size))
+        found.append((float(r.mean()), -abs(lag), lag))
+    best = max(found)
+    return best[0], best[2]
+
+
 def balanced_accuracy(predicted: Tensor, true: Tensor, classes: int) -> float:
     """Mean over the classes that occur of the share recognised; labels below 0 do not count, nan if none is left."""
     shares = []

@@ -1,13 +1,14 @@
 """Losses as functions: (roles, x0, batch, cfg, rng) -> Loss. Papers' words: generator, real score, fake score."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vidistill.conditioning import Condition
+from vidistill.conditioning import Condition, branches
 from vidistill.diffusion import Denoiser, NoiseSchedule, add_noise, expand, randn_like, v_from, x0_from_v
 from vidistill.sampling import guided
 from vidistill.student import CausalStudent
@@ -36,12 +37,16 @@ class LossConfig:
     """Settings of all losses; each reads its own.
 
     `guidance` and `teacher_shift` belong to the scores of DMD and SiD: v = u + guidance (c - u), levels warped by the
-    shift and clamped to [`sigma_min`, `sigma_max`].
+    shift and clamped to [`sigma_min`, `sigma_max`]. `audio_guidance`: a scale of audio alone (0: as `guidance`, which
+    is then that of text alone). `guidance_schedule` lists (step, guidance), straight lines between them.
     """
 
     noise: NoiseSchedule = NoiseSchedule()
     drop: float = 0.1  # probability that a condition is dropped (flow)
+    drop_audio: float = 0.0  # probability that audio alone is dropped (flow)
     guidance: float = 1.0
+    audio_guidance: float = 0.0
+    guidance_schedule: tuple[tuple[int, float], ...] = ()
     critic_guidance: float = 1.0
     score_noise: NoiseSchedule = NoiseSchedule(logit_normal=False)
     sigma_min: float = 0.02
@@ -62,10 +67,17 @@ class LossConfig:
     regression: float = 0.0  # weight of regression to a teacher sample
     distance: str = "mse"  # of that regression
     target_steps: int = 50  # sampler steps of the teacher sample
+    broken: float = 1.0  # weight of rollouts that are empty, frozen or flicker (1: as all others), see `soundness`
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise ValueError(f"loss.drop must lie in [0, 1), got {self.drop}")
+        steps = [step for step, _ in self.guidance_schedule]
+        if not 0 <= self.drop_audio < 1 or not 0 <= self.broken <= 1 or steps != sorted(set(steps)):
+            raise ValueError(
+                "loss.drop_audio lies in [0, 1), loss.broken in [0, 1], and the steps of guidance_schedule rise; got "
+                f"{self.drop_audio}, {self.broken} and {list(self.guidance_schedule)}"
+            )
         if not 0 < self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"loss needs 0 < sigma_min < sigma_max <= 1, got {self.sigma_min}, {self.sigma_max}")
         if self.noisy_chunks < 0:
@@ -76,6 +88,13 @@ class LossConfig:
             raise ValueError("loss weights must not be negative, and motion_dynamic lies in [0, 1]")
         if self.motion_growth <= 0 or self.target_steps < 1:
             raise ValueError("loss.motion_growth must be positive and loss.target_steps at least 1")
+
+    def at(self, step: int) -> "LossConfig":
+        """These settings with the guidance of a step."""
+        if not self.guidance_schedule:
+            return self
+        steps, scales = zip(*self.guidance_schedule, strict=True)
+        return replace(self, guidance=float(np.interp(step, steps, scales)))
 
     @property
     def needs_target(self) -> bool:
@@ -114,19 +133,15 @@ def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: t
 
 def flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
     """Flow matching of a bidirectional network, one level per clip, with condition dropout. Source: 2210.02747."""
-    return flow_matching(roles.student, x0, batch, cfg.noise, cfg.drop, rng)
-
-
-def flow_matching(
-    net: Denoiser, x0: Tensor, batch: Any, noise: NoiseSchedule, drop: float, rng: torch.Generator
-) -> Loss:
     b, f = x0.shape[:2]
-    sigma = hold(noise.sample(b, 1, rng).expand(b, f).to(x0.device), batch.given)
+    sigma = hold(cfg.noise.sample(b, 1, rng).expand(b, f).to(x0.device), batch.given)
     eps = randn_like(x0, rng)
     cond = batch.cond
-    if drop:
-        cond = cond.drop(torch.rand(b, generator=rng) >= drop)
-    v = net.velocity(add_noise(x0, eps, sigma), sigma, cond)
+    if cfg.drop:
+        cond = cond.drop(torch.rand(b, generator=rng) >= cfg.drop)
+    if cfg.drop_audio:
+        cond = cond.mute(torch.rand(b, generator=rng) >= cfg.drop_audio)
+    v = roles.student.velocity(add_noise(x0, eps, sigma), sigma, cond)
     return Loss(masked_mse(v, v_from(x0, eps), batch.given))
 
 
@@ -230,22 +245,26 @@ def score_level(x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) ->
     return hold(sigma.expand(b, f).to(x.device), batch.given)
 
 
-def predict(net: Denoiser, x: Tensor, told: Tensor, sigma: Tensor, cond: Condition, guidance: float) -> Tensor:
+def predict(
+    net: Denoiser, x: Tensor, told: Tensor, sigma: Tensor, cond: Condition, guidance: float, audio: float = 0.0
+) -> Tensor:
     """Prediction x0 [B, F, C, H, W] of a score network, with guidance; `told` may differ from the noise `sigma`."""
-    return x0_from_v(x, guided(net, x, told, cond, [cond.null()], [guidance]), sigma)
+    return x0_from_v(x, guided(net, x, told, cond, *branches(cond, guidance, audio)), sigma)
 
 
 @torch.no_grad()
-def score_difference(roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> dict[str, Tensor]:
+def score_difference(
+    roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, told: Tensor | None = None
+) -> dict[str, Tensor]:
     """What DMD is made of: the noise level, both predictions, and the normalised gradient (fake - real) on `x`.
 
     Source: DMD 2311.18828, eq. 7 and 8; normaliser of DMD2 2405.14867.
     """
-    told = score_level(x, batch, cfg, rng)
+    told = score_level(x, batch, cfg, rng) if told is None else told
     sigma = hold(cfg.score_noise.level(told), batch.given)
     noisy = add_noise(x, randn_like(x, rng), sigma)
     fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance)
+    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance)
     g = batch.given
     scale = (x - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     grad = torch.nan_to_num((fake - real) / scale.clamp_min(1e-6))
@@ -268,6 +287,10 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     score = score_difference(roles, x0.detach(), batch, cfg, rng)
     grad = score["grad"]
     logs = {"dmd_grad": grad[:, batch.given :].abs().mean()}
+    if cfg.broken < 1:
+        sound = soundness(x0.detach(), batch.x, batch.given)
+        logs["broken"] = 1 - sound.mean()
+        grad = grad * (cfg.broken + (1 - cfg.broken) * sound).view(-1, 1, 1, 1, 1)
     value = cfg.dmd * pull(x0, grad, batch.given).float()
     if cfg.motion:
         wanted = motion_gradient(x0.detach(), score["fake"], score["real"], batch.given)
@@ -281,6 +304,28 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
         logs["motion_head"] = roles.motion(motion(x0, batch.given), motion(batch.target, batch.given))
         value = value + cfg.motion_head * logs["motion_head"]
     return Loss(value, {k: v.detach() for k, v in logs.items()})
+
+
+EMPTY, FROZEN, FLICKER = 0.4, 0.2, 2.5  # of real clips' contrast, motion and change of motion
+
+
+def soundness(x: Tensor, real: Tensor, given: int) -> Tensor:
+    """1 for each clip [B] that is neither empty (black), frozen nor flickering beside the `real` ones, else 0.
+
+    After KEPO: nothing is learnt from failed samples. The measures, in latent space, are ours.
+    """
+
+    def measured(clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = clip[:, given:].float()
+        moved = motion(clip.float(), given)
+        return (
+            own.std(dim=(3, 4)).mean(dim=(1, 2)),
+            moved.abs().mean(dim=(1, 2, 3, 4)),
+            moved.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),
+        )
+
+    (contrast, moves, changes), wanted = measured(x), [m.mean() for m in measured(real)]
+    return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * wanted[1]) & (changes < FLICKER * wanted[2])).to(x)
 
 
 DISTANCES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -363,7 +408,7 @@ def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     sigma = hold(cfg.score_noise.level(told), batch.given)
     noisy = add_noise(x0, randn_like(x0, rng), sigma)
     fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance)
+    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance)
     g = batch.given
     scale = (x0 - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach().clamp_min(1e-6)
     gap = real - fake

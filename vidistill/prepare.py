@@ -1,25 +1,33 @@
 """What `vidistill data` makes with models: embeddings of prompts, trajectories of a teacher."""
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vidistill import checkpoint
+from vidistill.conditioning import ACTION_SITE, AUDIO_SITE, branches
 from vidistill.data import (
+    LEVEL_TOLERANCE,
+    SETTINGS,
     TOKENS,
     Batch,
     DataError,
     Prompts,
+    finish_shards,
     open_data,
-    sampler_levels,
+    partial_of,
     write_prompts,
-    write_trajectories,
+    write_shard,
 )
-from vidistill.diffusion import NoiseSchedule
+from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.sampling import trajectory
 from vidistill.teachers.text import TextCache
 
 WORLD = {"fps": 16.0, "temporal": 4}  # of Wan 2.1: pixel frames a second, and of one latent
@@ -59,7 +67,8 @@ def trajectories(
     """
     master = checkpoint.load(teacher, "teacher", torch.bfloat16 if half else torch.float32)
     where, net = device(), master.net.to(device())
-    source = open_data(data)
+    talks = "dit" in master.record and master.net.cfg.extra_channels > 0
+    source = open_data(data, reference=talks)
     frames = frames or master.record["shape"]["frames"]
     noise = master.noise if "noise" in master.record else NoiseSchedule()
     steps, kept = sampler_levels(noise, steps, levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25)))
@@ -75,6 +84,7 @@ def trajectories(
         "sigmas": list(noise.steps(steps)),
         "levels": list(kept),
         "guidance": master.record.get("guidance", 1.0) if guidance is None else guidance,
+        "audio_guidance": master.record.get("audio_guidance", 0.0) if guidance is None else 0.0,
     }
 
     def batch_of(count: int, i: int) -> Batch:
@@ -90,7 +100,7 @@ def trajectories(
     return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
 
 
-KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative")
+KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative", "audio")
 
 
 def clips_of(
@@ -113,3 +123,78 @@ def clips_of(
         raise DataError(f"size {size[0]}x{size[1]} must be whole latents of {side} pixels")
     latent = (takes, size[0] // side, size[1] // side)
     return (lambda count, i: source.batch(count, frames, latent, seed, i)), {"codec": teacher.record.get("codec")}
+
+
+def sampler_levels(noise: NoiseSchedule, steps: int, levels: Iterable[float]) -> tuple[int, tuple[float, ...]]:
+    """The fewest sampler steps, at least `steps`, whose list holds all `levels`, and the levels as they are on it."""
+    wanted = tuple(levels)
+    if not wanted or wanted[0] != 1.0 or sorted(wanted, reverse=True) != list(wanted) or wanted[-1] <= 0:
+        raise DataError(f"levels fall from 1.0 and stay above 0, got {list(wanted)}")
+    for n in range(steps, 4 * steps + 1):
+        listed = noise.steps(n)
+        exact = tuple(min(listed, key=lambda s: abs(s - level)) for level in wanted)
+        if len(set(exact)) == len(wanted) and all(
+            abs(e - level) < LEVEL_TOLERANCE for e, level in zip(exact, wanted, strict=True)
+        ):
+            return n, exact
+    near = [min(noise.steps(steps), key=lambda s: abs(s - level)) for level in wanted]
+    raise DataError(
+        f"levels {list(wanted)} lie on no sampler of {steps} to {4 * steps} steps with shift {noise.shift}; the "
+        f"nearest of {steps} steps are {[round(s, 4) for s in near]}"
+    )
+
+
+@torch.no_grad()
+def trajectory_states(
+    net: Denoiser,
+    batch: Batch,
+    sigmas: Iterable[float],
+    levels: Iterable[float],
+    rng: torch.Generator,
+    scale: float,
+    audio_scale: float = 0.0,
+) -> Tensor:
+    """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
+    noise = torch.randn(batch.x.shape, generator=rng).to(batch.x.device)
+    given, kept = batch.x[:, : batch.given], {*levels, 0.0}
+    nulls, scales = branches(batch.cond, scale, audio_scale)
+    path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=nulls, scales=scales)
+    return torch.stack([x.half().cpu() for sigma, x in path if sigma in kept], dim=1)
+
+
+def write_trajectories(
+    folder: str | Path,
+    net: Denoiser,
+    batch_of: Callable[[int, int], Batch],
+    meta: Mapping[str, Any],
+    per_shard: int = 64,
+    bar: Any = None,
+) -> None:
+    """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
+
+    `batch_of(size, i)` makes the clips of shard i, which are sampled together; their `given` must be `meta["given"]`.
+    `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
+    """
+    partial, total = partial_of(folder), meta["clips"]
+    settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
+    if not (partial / SETTINGS).is_file() or (partial / SETTINGS).read_text() != settings:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / SETTINGS).write_text(settings)
+    shards = -(-total // per_shard)
+    for i in range(shards):
+        size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
+        if not path.is_file():
+            batch = batch_of(size, i)
+            rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
+            scales = meta["guidance"], meta.get("audio_guidance", 0.0)
+            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
+            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
+            told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
+            kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}
+            if "tokens" in kept:
+                kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
+            write_shard(path, {"states": states, **kept})
+        if bar is not None:
+            bar.update(size)
+    finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)

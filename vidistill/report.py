@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,3 +266,28 @@ def page(result: Mapping[str, Any], files: list[tuple[str, str]]) -> str:
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{body}</table>"
         f"<h2>Promises</h2><ul>{promises}</ul><h2>Pictures</h2>{shown}<h2>Protocol</h2><pre>{protocol}</pre></html>\n"
     )
+
+
+def draw_diagnosis(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Where distillation pulled, and whether towards the recorded clips, as a picture at `path`.
+
+    A map of chunk and noise level for norm, gap and cosine, at the first, a middle and the last of the diagnosed steps.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
+    names = {"norm": "gradient (rms)", "gap": "critic - teacher, relative", "cosine": "cosine with regression"}
+    figure = Figure(figsize=(4 * len(shown), 9), layout="constrained")
+    axes = figure.subplots(len(names), len(shown), squeeze=False)
+    for line, (name, title) in zip(axes, names.items(), strict=True):
+        tables = [row["diagnosis"][name] for row in shown]
+        low, high = (-1, 1) if name == "cosine" else (0, max(max(map(max, table)) for table in tables))
+        for ax, row, table in zip(line, shown, tables, strict=True):
+            found = row["diagnosis"]
+            colours = "RdBu" if name == "cosine" else "viridis"
+            image = ax.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto", origin="lower")
+            ax.set_xticks(range(len(found["chunks"])), found["chunks"])
+            ax.set_yticks(range(len(found["levels"])), found["levels"])
+            ax.set(title=f"{title}, step {row['step']}", xlabel="chunk", ylabel="noise level")
+        figure.colorbar(image, ax=line)
+    figure.savefig(path, dpi=110)

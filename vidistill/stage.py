@@ -1,11 +1,14 @@
 """The config of one training stage, and which of its settings can work together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
+from vidistill.conditioning import ACTION_SITE, AUDIO_SITE, MOVE_SITE, POSE_SITE
 from vidistill.dit import DiTConfig
 from vidistill.learner import OptimConfig
 from vidistill.lora import LoraConfig
@@ -13,6 +16,7 @@ from vidistill.objectives import OBJECTIVES, LossConfig
 from vidistill.poses import CameraConfig
 from vidistill.schedules import ScheduleConfig
 from vidistill.student import StudentConfig
+from vidistill.watch import WatchConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,6 +47,10 @@ class TrainConfig:
     teacher: str | None = None
     codec: str | None = None  # name of the codec whose latents the data holds
     latent_size: tuple[int, int] = (0, 0)  # height and width of latents, where the data are prompts alone
+    reference: bool = False  # tell the networks the clip's first picture at every frame (condition channels)
+    curate: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # measure -> what it may be of a clip
+    init_plateau: float = 0.0  # refuse an `init` whose loss still fell by more than this share; 0: any will do
+    watch: WatchConfig = WatchConfig()
     camera: CameraConfig | None = None  # tell the networks camera moves (site `hidden`) and poses (site `qk`)
     codec_config: TinyCodecConfig = TinyCodecConfig()
     dit: DiTConfig = DiTConfig()
@@ -91,6 +99,10 @@ class TrainConfig:
             raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
         if self.objective == "codec" and (self.lora.rank or self.compile):
             raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
+        if self.init_plateau < 0 or (self.init_plateau and not self.init):
+            raise ValueError(f"init_plateau {self.init_plateau} must not be negative, and asks about an `init`")
+        if self.watch.judge_every and self.save_every % self.watch.judge_every:
+            raise ValueError(f"save_every {self.save_every} must be whole watch.judge_every {self.watch.judge_every}")
         self.check_policy()
         self.check_curriculum()
 
@@ -119,6 +131,11 @@ class TrainConfig:
             raise ValueError(
                 f"loss.motion, motion_head and regression belong to objective 'dmd', not {self.objective!r}"
             )
+        rolls = scored and self.on_policy
+        if (self.watch.judge_every or self.watch.diagnose_every) and not rolls:
+            raise ValueError(f"watch looks at rollouts; objective {self.objective!r} here trains on data")
+        if self.loss.broken < 1 and (not rolls or self.objective != "dmd" or self.long_frames):
+            raise ValueError("loss.broken compares rollouts of objective dmd with recorded clips, without long_frames")
         if (self.replay or self.long_frames) and not (scored and self.on_policy):
             raise ValueError(f"replay and long_frames need rollouts; objective {self.objective!r} here trains on data")
         memory = self.student.memory
@@ -133,3 +150,35 @@ class TrainConfig:
                 f"long_frames {self.long_frames} do not fit a memory of {memory.frames} frames that never forgets; "
                 "set student.memory.policy=window"
             )
+
+
+def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], name: str, dit: DiTConfig) -> None:
+    """Raise ValueError unless a network takes the latents (channels, height, width) and conditions of `source`."""
+    data, (channels, height, width) = cfg.data, size
+    if dit.channels != channels or height % dit.patch[1] or width % dit.patch[2]:
+        raise ValueError(
+            f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {data} holds "
+            f"{channels} x {height} x {width}"
+        )
+    wanted = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
+    if wanted and wanted != source.width_of("actions"):
+        raise ValueError(f"{name} takes actions of {wanted} numbers, {data} has {source.width_of('actions')}")
+    if dit.text_dim and dit.text_dim != source.width_of("tokens"):
+        raise ValueError(
+            f"{name} listens to text, {dit.text_dim} numbers a token; {data} has {source.width_of('tokens')}: "
+            "make it with `vidistill data prompts`, or from such a folder"
+        )
+    heard = source.width_of("audio")
+    if heard and (AUDIO_SITE not in dit.sites or dit.sites[AUDIO_SITE].dim != heard):
+        raise ValueError(f"{name} needs dit.sites.{AUDIO_SITE} with dim {heard}: the audio of {data}")
+    given = channels + 1 if cfg.reference else 0
+    if dit.extra_channels != given:
+        raise ValueError(
+            f"{name} takes {dit.extra_channels} condition channels, this stage gives {given}: a reference picture "
+            f"(reference=true) is {channels + 1} of them"
+        )
+    camera = cfg.camera
+    told = {} if camera is None else {MOVE_SITE: camera.action_dim, POSE_SITE: camera.pose_dim}
+    for site, dim in told.items():
+        if site not in dit.sites or dit.sites[site].dim != dim:
+            raise ValueError(f"{name} needs dit.sites.{site} with dim {dim} for the camera of this stage")

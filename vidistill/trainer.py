@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from vidistill import checkpoint, distributed
+from vidistill import checkpoint, distributed, watch
 from vidistill.codecs.tiny import TinyCodec
-from vidistill.conditioning import ACTION_SITE, MOVE_SITE, POSE_SITE
+from vidistill.conditioning import branches
 from vidistill.data import LEVEL_TOLERANCE, NAMES, PROMPTS, Batch, Clips, Prompts, open_data
 from vidistill.diffusion import NoiseSchedule
 from vidistill.dit import DiTConfig, VideoDiT, grown, recomputing
@@ -25,12 +25,13 @@ from vidistill.lora import LoraConfig, add_lora, merge_lora
 from vidistill.objectives import OBJECTIVES, Loss, MotionHead, Roles, noised_sample
 from vidistill.sampling import sample as sample_teacher
 from vidistill.shapes import LatentShape
-from vidistill.stage import PRECISIONS, TrainConfig
+from vidistill.stage import PRECISIONS, TrainConfig, check_network
 from vidistill.student import CausalStudent
 
 log = logging.getLogger("vidistill")
 
 STATE = "state.safetensors"
+BEST = "best"
 METRICS = "metrics.jsonl"
 
 
@@ -50,7 +51,10 @@ class Trainer:
         self.step_count = 0
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         rolls = self.objective.on_policy and cfg.on_policy
-        self.data = open_data(cfg.data, cfg.episodes, prompts=rolls, camera=cfg.camera)
+        self.data = open_data(cfg.data, cfg.episodes, rolls, cfg.camera, cfg.reference, cfg.curate)
+        self.peak, self.losses = watch.Peak(), list[float]()  # best judgement so far; the loss of every logged row
+        if cfg.init and cfg.init_plateau:
+            watch.check_plateau(cfg.init, checkpoint.read_record(checkpoint.locate(cfg.init))["card"], cfg.init_plateau)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
         self.teacher_noise = cfg.loss.noise
         torch.manual_seed(cfg.seed)
@@ -63,6 +67,11 @@ class Trainer:
         self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
         self.samplers = [self.make_sampler() if rolls else None for _ in self.parts]  # one a micro-batch
         self.sampler = self.samplers[0]
+        self.held: watch.HeldOut | None = None
+        if cfg.watch.judge_every or cfg.watch.diagnose_every:
+            clips = Clips(cfg.watch.data, reference=cfg.reference)
+            self.held = watch.held_out(clips, cfg.watch, cfg.frames)
+            self.codec = checkpoint.load(cfg.codec, "codec").net if cfg.codec else None
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -139,28 +148,8 @@ class Trainer:
         return (channels, *self.cfg.latent_size)
 
     def check_network(self, name: str, dit: DiTConfig) -> None:
-        """Raise ValueError unless a network takes the latents, actions and text of this stage's data."""
-        data, (channels, height, width) = self.cfg.data, self.latent_size(dit.channels)
-        if dit.channels != channels or height % dit.patch[1] or width % dit.patch[2]:
-            raise ValueError(
-                f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {data} holds "
-                f"{channels} x {height} x {width}"
-            )
-        wanted = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
-        if wanted and wanted != self.data.width_of("actions"):
-            raise ValueError(f"{name} takes actions of {wanted} numbers, {data} has {self.data.width_of('actions')}")
-        if dit.text_dim and dit.text_dim != self.data.width_of("tokens"):
-            raise ValueError(
-                f"{name} listens to text, {dit.text_dim} numbers a token; {data} has {self.data.width_of('tokens')}: "
-                "make it with `vidistill data prompts`, or from such a folder"
-            )
-        if dit.extra_channels:
-            raise ValueError(f"{name} needs {dit.extra_channels} condition channels; {data} has none to give")
-        camera = self.cfg.camera
-        told = {} if camera is None else {MOVE_SITE: camera.action_dim, POSE_SITE: camera.pose_dim}
-        for site, dim in told.items():
-            if site not in dit.sites or dit.sites[site].dim != dim:
-                raise ValueError(f"{name} needs dit.sites.{site} with dim {dim} for the camera of this stage")
+        """Raise ValueError unless a network takes the latents and conditions of this stage's data."""
+        check_network(self.cfg, self.data, self.latent_size(dit.channels), name, dit)
 
     def levels(self) -> tuple[float, ...]:
         """The exact noise levels of the stored trajectories; ValueError if they are not the configured ones."""
@@ -217,15 +206,16 @@ class Trainer:
     def target(self, sample: Rollout, rng: torch.Generator) -> Tensor:
         """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
         assert self.sampler is not None
-        batch, cfg = sample.batch, self.loss
+        batch, cfg = sample.batch, self.loss.at(self.step_count)
+        nulls, scales = branches(batch.cond, cfg.guidance, cfg.audio_guidance)
         return sample_teacher(
             self.roles.teacher,
             self.sampler.noise_of(sample, rng),
             self.teacher_noise.steps(cfg.target_steps),
             batch.cond,
             given=batch.x[:, : batch.given],
-            nulls=[batch.cond.null()],
-            scales=[cfg.guidance],
+            nulls=nulls,
+            scales=scales,
         )
 
     def step(self) -> dict[str, float]:
@@ -276,7 +266,7 @@ class Trainer:
         replayed = sample is not None and learning and self.cfg.replay
         if replayed:
             x0 = x0.detach().requires_grad_()
-        loss: Loss = fn(self.roles, x0, batch, self.loss, rng)
+        loss: Loss = fn(self.roles, x0, batch, self.loss.at(self.step_count), rng)
         loss.value.backward()
         if replayed:
             assert sample is not None and x0.grad is not None
@@ -298,9 +288,31 @@ class Trainer:
             self.loop(bar)
         return self.finish()
 
+    def look(self) -> None:
+        """Judge and diagnose where this step is due; keep the best weights."""
+        cfg, watched = self.cfg, self.cfg.watch
+        if self.held is None:
+            return
+        if watched.diagnose_every and self.step_count % watched.diagnose_every == 0:
+            found = watch.diagnose(self.roles, cfg.schedule, self.held, self.loss.at(self.step_count), watched.levels)
+            if distributed.rank() == 0:
+                self.journal.write({"step": self.step_count, "diagnosis": found})
+        if not watched.judge_every or self.step_count % watched.judge_every or not self.learner.updates:
+            return
+        self.learner.swap()
+        score = watch.judge(self.roles.student, cfg.schedule, self.held, self.codec, watched.score)
+        if self.peak.take(score, self.step_count):
+            net = self.weights()
+            if distributed.rank() == 0:
+                checkpoint.export(self.folder / BEST, net, self.record(), torch.float16)
+        self.learner.swap()
+        if distributed.rank() == 0:
+            self.journal.write({"step": self.step_count, watched.score: score, "best_step": self.peak.step})
+        log.info("%s: %s %.4f, best %.4f at step %d", cfg.name, watched.score, score, self.peak.score, self.peak.step)
+
     def loop(self, bar: Any) -> None:
         first = self.step_count
-        while self.step_count < self.cfg.steps:
+        while self.step_count < self.cfg.steps and not self.peak.over(self.cfg.watch.patience):
             try:
                 self.journal.add(self.step())
             except FloatingPointError as error:
@@ -313,8 +325,12 @@ class Trainer:
             bar.update()
             if self.step_count % self.cfg.log_every == 0 or self.step_count == self.cfg.steps:
                 speed = (time.time() - self.started) / (self.step_count - first)
-                self.write_log({"step": self.step_count, "s_per_step": speed, **self.journal.flush()})
-            if self.step_count % self.cfg.save_every == 0 or self.step_count == self.cfg.steps:
+                row = {"step": self.step_count, "s_per_step": speed, **self.journal.flush()}
+                self.losses += [row["student/loss"]] if "student/loss" in row else []
+                self.write_log(row)
+            self.look()
+            ended = self.step_count == self.cfg.steps or self.peak.over(self.cfg.watch.patience)
+            if self.step_count % self.cfg.save_every == 0 or ended:
                 self.save()
 
     def write_log(self, row: dict[str, float]) -> None:
@@ -328,6 +344,7 @@ class Trainer:
     def save(self) -> None:
         tensors = {n: t for name, learner in self.learners.items() for n, t in learner.state(name).items()}
         info: dict[str, Any] = {"step": self.step_count, "config": asdict(self.cfg)}
+        info |= {"losses": self.losses, "peak": asdict(self.peak)}
         info["seconds"] = self.spent + time.time() - self.started
         info.update({name: learner.updates for name, learner in self.learners.items()})
         if any(distributed.is_sharded(t) for t in tensors.values()):
@@ -356,6 +373,7 @@ class Trainer:
                 f"{path} is a run of other networks than this config ({error}); choose another name=, or remove it"
             ) from error
         self.step_count, self.spent = info["step"], info.get("seconds", 0.0)
+        self.losses, self.peak = info.get("losses", []), watch.Peak(**info.get("peak", {}))
         if distributed.rank() == 0:
             self.journal.trim(self.step_count)
         now = json.loads(json.dumps(asdict(self.cfg)))
@@ -366,9 +384,16 @@ class Trainer:
     def finish(self) -> Path:
         """Export the averaged weights as a checkpoint that can be loaded by path, which is returned."""
         cfg = self.cfg
+        path = self.folder / Path(cfg.name).name
+        if self.peak.step and distributed.rank() == 0:
+            for suffix in (".safetensors", ".json"):
+                best = checkpoint.beside(self.folder / BEST, suffix).read_bytes()
+                checkpoint.write_atomic(checkpoint.beside(path, suffix), lambda p, best=best: p.write_bytes(best))
+        if self.peak.step:
+            return checkpoint.beside(path, ".safetensors")
         if self.learner.average:
             self.learner.swap()
-        net, path = self.weights(), self.folder / Path(cfg.name).name
+        net = self.weights()
         if isinstance(net, TinyCodec) and not cfg.init:  # else its latents are in use
             self.normalise(net)
         if distributed.rank() == 0:
@@ -394,7 +419,9 @@ class Trainer:
         cfg = self.cfg
         card = {
             "objective": cfg.objective,
-            "steps": cfg.steps,
+            "steps": self.step_count,
+            "losses": [round(loss, 6) for loss in self.losses],
+            "dropped": self.data.dropped,
             "seed": cfg.seed,
             "parents": [p for p in (cfg.init, cfg.teacher) if p],
             "data": {k: v for k, v in self.data.meta.items() if k not in ("described", PROMPTS, NAMES)},
@@ -413,10 +440,12 @@ class Trainer:
             "shape": asdict(self.shape),
             "noise": asdict(cfg.loss.noise),
             "guidance": cfg.loss.guidance if cfg.objective == "flow" else 1.0,  # what a sampler should use
+            "audio_guidance": cfg.loss.audio_guidance if cfg.objective == "flow" else 0.0,
             "schedule": asdict(cfg.schedule),
             "given_frames": self.data.given,
             "codec": cfg.codec,
             "text": meta.get("text"),
+            "audio": meta.get("audio"),
             "world": world,
             "card": card,
         }

@@ -25,7 +25,7 @@ from vidistill.bench.random_weights import RandomConfig, random_bench
 from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
 from vidistill.codecs import Codec
-from vidistill.conditioning import Inputs
+from vidistill.conditioning import Condition, Inputs, branches
 from vidistill.sampling import sample
 from vidistill.stream import Frame, StreamConfig, StreamSession
 
@@ -43,7 +43,8 @@ class BenchConfig:
 
     `gate_chunks` are compared with the rollout first (0: until memory has begun to forget). A teacher makes clips of
     `clip_frames` latents in `clip_steps` steps; `guidance` (None: its checkpoint's) doubles its evaluations unless it
-    is 1. `growth_minutes`: also time `growth_chunks` chunks up to each of these minutes of one unbroken stream.
+    is 1. A student that hears is spoken to for `speech_s` seconds in real time. `growth_minutes`: also time
+    `growth_chunks` chunks up to each of these minutes of one unbroken stream.
     """
 
     rounds: int = 5
@@ -57,6 +58,7 @@ class BenchConfig:
     clip_frames: int = 21
     clip_steps: int = 50
     guidance: float | None = None
+    speech_s: float = 6.0
     growth_minutes: tuple[float, ...] = ()
     growth_chunks: int = 50
 
@@ -80,6 +82,7 @@ class Timings:
     first_frame_ms: list[float] = field(default_factory=list)
     chunk_ms: list[float] = field(default_factory=list)
     input_ms: list[float] = field(default_factory=list)
+    speech_ms: list[float] = field(default_factory=list)
     parts: list[Mapping[str, float]] = field(default_factory=list)
 
     def part(self, name: str) -> float:
@@ -96,6 +99,7 @@ class StreamTimer:
         with self.open() as session:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
             self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
+            self.lookahead_ms = session.audio_lookahead_ms if session.audio_rate else None
             self.memory_frames = session.memory_config.frames
             self.fill = -(-self.memory_frames // bundle.net.cfg.chunk) + 1  # chunks until memory has begun to forget
 
@@ -173,6 +177,27 @@ class StreamTimer:
             yield 1000 * (used.made_at - began)
             take_chunk(frames, self.frames_per_chunk - 1)
 
+    def speech(self) -> list[float]:
+        """Milliseconds from sound, which comes as it is spoken, to the picture shown with it at the world's pace."""
+        late, pause = [], 1 / self.fps
+        cfg = StreamConfig(self.cfg.seed, self.cfg.pipelined, queue_frames=1 if self.cfg.pipelined else 0)
+        with StreamSession(self.bundle, self.codec, cfg, image=self.image) as session:
+            if not session.audio_rate:
+                return []
+            spoken = np.random.default_rng(0).uniform(-0.3, 0.3, round(session.audio_rate * pause))
+            frames = session.frames()
+            next(frames)
+            due = time.perf_counter()
+            for _ in range(round(self.cfg.speech_s * self.fps)):
+                session.set(audio=spoken)
+                frame = next(frames)
+                time.sleep(max(0.0, due - time.perf_counter()))
+                now = time.perf_counter()
+                if "audio_to_lip_ms" in frame.stats:
+                    late.append(frame.stats["audio_to_lip_ms"] + 1000 * (now - frame.made_at))
+                due = max(due + pause, now)
+        return late
+
     def growth(self, progress: Progress) -> list[dict[str, float]]:
         """Chunk times and bytes around each of `growth_minutes` of one stream that really runs there."""
         rows: list[dict[str, float]] = []
@@ -205,9 +230,9 @@ class ClipTimer:
 
     def __init__(self, bundle: Bundle, codec: Codec, cfg: BenchConfig, given: Tensor | None) -> None:
         self.name, self.bundle, self.codec, self.cfg, self.given = bundle.name, bundle, codec, cfg, given
-        guidance = bundle.record.get("guidance", 1.0) if cfg.guidance is None else cfg.guidance
-        self.scales = () if guidance == 1.0 else (guidance,)
-        self.nfe = cfg.clip_steps * (1 + len(self.scales))
+        own = bundle.record.get("guidance", 1.0), bundle.record.get("audio_guidance", 0.0)
+        self.guidance = own if cfg.guidance is None else (cfg.guidance, 0.0)
+        self.nfe = cfg.clip_steps * (1 + len(branches(Condition(), *self.guidance)[1]))
         self.timings = Timings()
 
     def warm_up(self) -> None:
@@ -226,12 +251,13 @@ class ClipTimer:
         net, shape, given = self.bundle.net, self.bundle.shape, 0 if self.given is None else self.given.shape[1]
         frames, device = self.cfg.clip_frames + given, net.head.head.weight.device
         inputs = Inputs.of(self.bundle.record, self.codec.temporal_factor, device)
+        inputs.begin(self.given)
         cond = inputs.condition(inputs.wish, 0, frames)
-        nulls = [cond.null() for _ in self.scales]
+        nulls, scales = branches(cond, *self.guidance)
         rng = torch.Generator().manual_seed(self.cfg.seed + number)
         noise = torch.randn(1, frames, shape.channels, shape.height, shape.width, generator=rng).to(device)
         sigmas = self.bundle.noise.steps(steps)
-        latents = sample(net, noise, sigmas, cond, given=self.given, nulls=nulls, scales=self.scales)
+        latents = sample(net, noise, sigmas, cond, given=self.given, nulls=nulls, scales=scales)
         with torch.no_grad():
             px = self.codec.decode(latents).cpu()
         return px.shape[1] - (self.codec.px_frames(given) if given else 0)
@@ -274,6 +300,7 @@ def bench(
             if other:
                 other.round(number)
         rows = own.growth(progress) if cfg.growth_minutes else None
+        own.timings.speech_ms += own.speech()
         return summary(own, other, warmup_ms, peak, rows)
 
 
@@ -321,6 +348,8 @@ def summary(
         warmup_ms=warmup_ms,
         ranges={name: (min(v), max(v)) for name, v in (("fps", t.fps), ("first_frame_ms", t.first_frame_ms))},
         env=environment(net) | {"shape": asdict(net.shape), "chunk": chunk, "bench": asdict(own.cfg)},
+        audio_lookahead_ms=own.lookahead_ms,
+        audio_to_lip_ms_p95=float(np.percentile(t.speech_ms, 95)) if t.speech_ms else None,
         vs=compare(own, other) if other else None,
         growth=growth,
     )

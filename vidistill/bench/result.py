@@ -34,13 +34,15 @@ class BenchResult:
     warmup_ms: float  # first chunks of the process, not in any other figure
     ranges: Mapping[str, tuple[float, float]]
     env: Mapping[str, Any]
+    audio_lookahead_ms: float | None = None  # sound after a frame that must be there before it is drawn
+    audio_to_lip_ms_p95: float | None = None  # from sound, as it is spoken, to the picture shown with it
     vs: Mapping[str, Any] | None = None
     growth: Sequence[Mapping[str, float]] | None = None
 
     def to_json(self) -> str:
         """One line; floats rounded to four digits after the point."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for optional in ("vs", "growth"):
+        for optional in ("audio_lookahead_ms", "audio_to_lip_ms_p95", "vs", "growth"):
             if values[optional] is None:
                 del values[optional]
         return json.dumps(rounded(values))
@@ -66,6 +68,9 @@ class BenchResult:
         yield "chunk", f"p50 {self.chunk_ms_p50:.1f} ms, p95 {self.chunk_ms_p95:.1f} ms{unsteady}"
         if self.input_to_frame_ms_p95 is not None:
             yield "input to frame", f"p95 {self.input_to_frame_ms_p95:.0f} ms"
+        if self.audio_to_lip_ms_p95 is not None:
+            look = f"{self.audio_lookahead_ms:.0f} ms of look-ahead among them"
+            yield "audio to lip", f"p95 {self.audio_to_lip_ms_p95:.0f} ms, {look}"
         yield "evaluations", f"{self.nfe_per_chunk} a chunk"
         yield "parts of a chunk", ", ".join(f"{k} {v:.1f} ms" for k, v in self.parts_ms.items())
         yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"

@@ -251,7 +251,21 @@ def load_world(name: str, starts: str | Path | None = None) -> World:
     listens = bundle.record["dit"]["text_dim"] and text_encoder(bundle.record) is not None
     switches = tuple(s for s in protocol.SWITCHES if not (given and s == "cut")) if listens else ()
     px_given = codec.px_frames(given) if given else 1
-    return World(Path(name).stem, actions, size, open_session, images, px_given, switches)
+    audio = bundle.record.get("audio")
+    rate, speak = (audio["rate"], voice(audio["rate"])) if audio else (0, None)
+    return World(Path(name).stem, actions, size, open_session, images, px_given, switches, rate, speak)
+
+
+def voice(rate: int) -> Callable[[str], np.ndarray] | None:
+    """What speaks words aloud, float32 [S] at `rate`; None where espeak-ng is not installed."""
+    from vidistill import speech
+
+    try:
+        speech.loader()
+    except ImportError as error:
+        log.info("no speech from text: %s", error)
+        return None
+    return lambda text: speech.resample(speech.say(text).pcm, speech.RATE, rate)
 
 
 def serve(

@@ -27,6 +27,12 @@ class Frame(Protocol):
     def chunk(self) -> int: ...
     @property
     def input_id(self) -> int: ...
+    @property
+    def made_at(self) -> float: ...  # time.perf_counter()
+    @property
+    def stats(self) -> Mapping[str, float]: ...
+    @property
+    def sound(self) -> np.ndarray | None: ...  # float32 [n], of a session that speaks
 
 
 class Session(Protocol):
@@ -43,8 +49,14 @@ class Session(Protocol):
     @property
     def roamer(self) -> Any: ...  # map, go_home, show_history; None for a session that knows no places
     def set(
-        self, *, action: Mapping[str, float] | None = None, prompt: str | None = None, switch: str | None = None
+        self,
+        *,
+        action: Mapping[str, float] | None = None,
+        prompt: str | None = None,
+        switch: str | None = None,
+        audio: np.ndarray | None = None,
     ) -> int: ...
+    def hush(self) -> None: ...
     def reset(self, *, seed: int, image: np.ndarray | None) -> Any: ...
     def frames(self) -> Iterator[Any]: ...
     def close(self) -> None: ...

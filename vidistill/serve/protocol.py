@@ -1,8 +1,9 @@
 """What browser and server say to each other: every message is checked here, before anything acts on it.
 
 To the server: JSON text with a "type", one of FIELDS ("keys", "prompt", "seen", ...), and its fields; or bytes whose
-first one is a kind (PICTURE: the rest is a PNG to start from). To the browser: JSON text with a "type", or bytes,
-HEADER and a payload. There is room for more kinds of bytes (sound): the server refuses unknown ones, the page skips
+first one is a kind (PICTURE: the rest is a PNG to start from; SPEECH: the rest is sound, 16-bit samples at the world's
+rate). To the browser: JSON text with a "type", or bytes, HEADER and a payload (FRAME: a picture; SOUND: what sounds
+while the picture of this index is shown). There is room for more kinds: the server refuses unknown ones, the page skips
 them.
 """
 
@@ -20,8 +21,8 @@ from vidistill.video import read_image
 
 VERSION = 1
 HEADER = struct.Struct("<4B4I")  # version, kind, encoding, flags | sequence, index, chunk, input id
-FRAME = 1  # kind of bytes to the browser
-PICTURE = 1  # kind of bytes to the server
+FRAME, SOUND = 1, 2  # kinds of bytes to the browser
+PICTURE, SPEECH = 1, 2  # kinds of bytes to the server
 RAW, JPEG = 0, 1  # encodings: RGB rows, or a JPEG file
 FIRST, GAP, RECORDING = 1, 2, 4  # flags: first after a start, frames were dropped before it, it is being recorded
 RAW_BYTES = 48 * 1024  # a larger picture is sent as JPEG
@@ -29,6 +30,7 @@ JPEG_QUALITY = 88
 
 MAX_TEXT = 4096  # characters in a text message
 MAX_PICTURE = 4 * 1024 * 1024  # bytes in a picture message
+MAX_SPEECH = 1024 * 1024  # bytes in a sound message
 MAX_PROMPT = 400  # characters in a prompt
 SWITCHES = ("keep", "recache", "cut")  # what a prompt may do to what is remembered
 MAX_SEED = 2**31 - 1
@@ -100,7 +102,26 @@ class Picture:
     px: np.ndarray
 
 
-Message = Keys | Prompt | Seen | Reset | Pause | Record | Home | History | Picture
+@dataclass(frozen=True)
+class Say:
+    """Words to speak aloud, after what is still to be spoken."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Hush:
+    """Stop speaking and listen: an interruption."""
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Sound to move the lips to, float32 [S] in [-1, 1] at the world's rate; it follows what is still to be spoken."""
+
+    pcm: np.ndarray
+
+
+Message = Say | Hush | Speech | Keys | Prompt | Seen | Reset | Pause | Record | Home | History | Picture
 
 
 def pack_frame(
@@ -111,6 +132,11 @@ def pack_frame(
     encoding, body = (RAW, px.tobytes()) if px.nbytes <= RAW_BYTES else (JPEG, _jpeg(px))
     numbers = (n & MAX_ID for n in (sequence, index, chunk, input_id))
     return HEADER.pack(VERSION, FRAME, encoding, flags, *numbers) + body
+
+
+def pack_sound(samples: np.ndarray, *, index: int) -> bytes:
+    """The int16 samples that sound while picture `index` is shown, as bytes for the browser."""
+    return HEADER.pack(VERSION, SOUND, 0, 0, 0, index & MAX_ID, 0, 0) + samples.astype("<i2").tobytes()
 
 
 def _jpeg(px: np.ndarray) -> bytes:
@@ -144,8 +170,10 @@ def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Mess
         return Seen(_whole(said["sequence"], "seen.sequence", 0, MAX_ID))
     if kind == "reset":
         return Reset(_whole(said["seed"], "reset.seed", 0, MAX_SEED), _start(said["start"], starts))
-    if kind == "home":
-        return Home()
+    if kind == "say":
+        return Say(_words(said["text"], "say.text"))
+    if kind in ("home", "hush"):
+        return Home() if kind == "home" else Hush()
     if not isinstance(said["on"], bool):
         raise MessageError(f"{kind}.on is {_short(said['on'])}; allowed are true and false")
     switches: dict[str, type[Pause] | type[Record] | type[History]] = {
@@ -163,6 +191,8 @@ FIELDS = {
     "reset": ("seed", "start"),
     "pause": ("on",),
     "record": ("on",),
+    "say": ("text",),
+    "hush": (),
     "home": (),
     "history": ("on",),
 }
@@ -191,9 +221,9 @@ def _action(given: Any, actions: Sequence[str]) -> dict[str, float]:
     return {name: float(given.get(name, 0.0)) for name in actions}
 
 
-def _words(text: Any) -> str:
+def _words(text: Any, name: str = "prompt.text") -> str:
     if not isinstance(text, str) or not text.strip() or len(text) > MAX_PROMPT:
-        raise MessageError(f"prompt.text is {_short(text)}; needed is a text of 1 to {MAX_PROMPT} characters")
+        raise MessageError(f"{name} is {_short(text)}; needed is a text of 1 to {MAX_PROMPT} characters")
     return " ".join(text.split())
 
 
@@ -209,10 +239,16 @@ def _start(name: Any, starts: Sequence[str]) -> str:
     return name
 
 
-def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture:
+def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture | Speech:
     """The message in bytes from the browser; a picture comes back at `size` (height, width)."""
+    if data and data[0] == SPEECH:
+        if len(data) > MAX_SPEECH or len(data) % 2 == 0:
+            raise MessageError(
+                f"sound is 16-bit samples after one byte, at most {MAX_SPEECH:,} bytes; got {len(data):,}"
+            )
+        return Speech(np.frombuffer(data[1:], "<i2").astype(np.float32) / 32768)
     if not data or data[0] != PICTURE:
-        raise MessageError("bytes must start with their kind; known is 1, a PNG picture")
+        raise MessageError("bytes must start with their kind; known are 1, a PNG picture, and 2, sound")
     if len(data) > MAX_PICTURE:
         raise MessageError(f"the picture has {len(data):,} bytes; at most {MAX_PICTURE:,} are read")
     try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vidistill.video import write_video
 log = logging.getLogger(__name__)
 
 MAX_NOTES = 32  # text messages that wait to be sent before no more are read
+MAX_SOUNDS = 64  # pieces of sound, a picture's each, that wait to be sent; the oldest goes first
 MAX_RECORDINGS = 16  # files kept; the oldest goes first
 RECORD_BYTES = 256 * 1024 * 1024  # frames of one recording, uncompressed
 FILM_SIDE = 512  # pixels an mp4 is enlarged to, about
@@ -31,7 +33,8 @@ class World:
 
     `starts`: pictures a dream can begin from, uint8 [H, W, 3], the first one by default; the user may bring another.
     None: it begins from noise, and takes no picture. `switches`: what its prompts may do to what is remembered, the
-    default first; none: it takes no prompt. `given`: px frames it begins with; more than one: a still clip.
+    default first; none: it takes no prompt. `given`: px frames it begins with; more than one: a still clip. `rate`:
+    samples a second of the sound it moves its lips to, 0: it hears nothing; `speak` makes such sound of words.
     """
 
     name: str
@@ -41,6 +44,8 @@ class World:
     starts: Mapping[str, np.ndarray] | None = None
     given: int = 1
     switches: tuple[str, ...] = ()
+    rate: int = 0
+    speak: Callable[[str], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if self.starts is not None and not self.starts:
@@ -120,6 +125,8 @@ class Viewer:
         self._news, self._wake = asyncio.Event(), asyncio.Event()  # for the pacer, for the sender
         self._notes: deque[dict[str, Any]] = deque()
         self._slot: Shown | None = None
+        self._sounds: deque[bytes] = deque(maxlen=MAX_SOUNDS)
+        self._lips: deque[float] = deque(maxlen=MAX_SOUNDS)  # ms from sound to the picture shown with it
         self._sent = self._seen = self._shown = self._dropped = 0
         self._mapped = -1  # chunk of the map sent last
         self._first = self._gap = False  # flags owed to the next frame sent
@@ -186,6 +193,8 @@ class Viewer:
             actions=self.world.actions,
             switches=self.world.switches,
             max_prompt=protocol.MAX_PROMPT,
+            rate=self.world.rate,
+            speaks=self.world.speak is not None,
             starts=None if self.world.starts is None else list(self.world.starts),
             width=width,
             height=height,
@@ -229,7 +238,7 @@ class Viewer:
             message = protocol.parse_text(text, self.world.actions, self.world.choices)
         else:
             message = protocol.parse_bytes(event["bytes"], self.world.size)
-            if self.world.starts is None:
+            if isinstance(message, protocol.Picture) and self.world.starts is None:
                 raise protocol.MessageError("this world begins from noise and takes no picture")
         if isinstance(message, protocol.Seen):
             if message.sequence > self._sent:
@@ -253,11 +262,35 @@ class Viewer:
             self._record(message.on)
         elif isinstance(message, protocol.Home | protocol.History):
             self._roam(message)
+        elif isinstance(message, protocol.Say | protocol.Hush | protocol.Speech):
+            self._talk(self.player.session, message)
         elif isinstance(message, protocol.Picture):
             self._picture = message.px
             self._tell("picture", width=message.px.shape[1], height=message.px.shape[0])
         else:
             self.player.reset(message.seed, self._image(message.start))
+
+    def _talk(self, session: Session, message: protocol.Say | protocol.Hush | protocol.Speech) -> None:
+        if not self.world.rate:
+            raise protocol.MessageError("this world hears nothing")
+        if isinstance(message, protocol.Speech):
+            session.set(audio=message.pcm)
+        elif isinstance(message, protocol.Hush):
+            session.hush()
+        elif self.world.speak is None:
+            raise protocol.MessageError(
+                "words are spoken by espeak-ng, which is not here: pip install 'vidistill[audio]'"
+            )
+        else:
+            task = asyncio.create_task(self._speak(session, self.world.speak, message.text))
+            self._saving.add(task)
+            task.add_done_callback(self._saving.discard)
+
+    async def _speak(self, session: Session, speak: Callable[[str], np.ndarray], text: str) -> None:
+        try:
+            session.set(audio=await asyncio.to_thread(speak, text))
+        except (ValueError, ImportError, RuntimeError) as error:
+            self._tell("error", message=f"This could not be spoken: {error}")
 
     def _roam(self, message: protocol.Home | protocol.History) -> None:
         assert self.player.session is not None
@@ -306,6 +339,12 @@ class Viewer:
         if roamer is not None and roamer.map and not self._notes and shown.frame.chunk != self._mapped:
             self._mapped = shown.frame.chunk
             self._tell("map", **roamer.map)
+        if self.world.rate and shown.frame.sound is not None:
+            samples = np.round(np.clip(shown.frame.sound, -1, 1) * 32767)
+            self._sounds.append(protocol.pack_sound(samples, index=shown.frame.index))
+            if "audio_to_lip_ms" in shown.frame.stats:
+                waited = 1000 * (time.perf_counter() - shown.frame.made_at)
+                self._lips.append(shown.frame.stats["audio_to_lip_ms"] + waited)
         self._shown, self._first = self._shown + 1, self._first or shown.first
         self._slot = shown
         self._wake.set()
@@ -316,6 +355,9 @@ class Viewer:
             if self._notes:
                 async with asyncio.timeout(SEND_S):
                     await self._socket.send_json(self._notes.popleft())
+            elif self._sounds:
+                async with asyncio.timeout(SEND_S):
+                    await self._socket.send_bytes(self._sounds.popleft())
             elif self._slot is not None and self._sent - self._seen < self.cfg.in_flight:
                 async with asyncio.timeout(SEND_S):
                     await self._socket.send_bytes(self._pack(self._slot))
@@ -350,7 +392,9 @@ class Viewer:
                     dropped=self._dropped,
                     memory_bytes=session.memory_bytes,
                     nfe_per_chunk=session.nfe_per_chunk,
+                    lips_ms=round(float(np.percentile(self._lips, 95))) if self._lips else None,
                 )
+                self._lips.clear()
             before, at = self._shown, now
 
     # recording

@@ -29,3 +29,16 @@ class Captioned:
     caption: str
     labels: dict[str, str]
     seed: int
+
+
+@dataclass(frozen=True)
+class Talk:
+    """Somebody talking: frames uint8 [T, H, W, 3], pcm int16 [S] that may be longer, mouth float32 [T, 2] (opening and
+    width, what the lips truly did), the caption and what it and the picture are made of."""
+
+    frames: np.ndarray
+    pcm: np.ndarray
+    mouth: np.ndarray
+    caption: str
+    labels: dict[str, str]
+    seed: int

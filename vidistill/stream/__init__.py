@@ -110,6 +110,27 @@ class StreamSession:
         return self._engine.inputs.encode is not None
 
     @property
+    def audio_rate(self) -> int:
+        """Samples a second of the audio that `set` takes; 0 for a student that hears nothing."""
+        return 0 if self._engine.inputs.track is None else self._engine.inputs.track.cfg.rate
+
+    @property
+    def audio_lookahead_ms(self) -> float:
+        """How much sound after a frame must be there before it is drawn, at most."""
+        return 0.0 if self._engine.inputs.track is None else self._engine.inputs.track.cfg.lookahead_ms
+
+    @property
+    def unspoken_s(self) -> float:
+        """Seconds of audio that wait for their turn."""
+        track = self._engine.inputs.track
+        return 0.0 if track is None else track.waiting / track.cfg.rate
+
+    def hush(self) -> None:
+        """Interrupt: audio that waits for its turn is dropped, and the student listens; nothing else is forgotten."""
+        if self._engine.inputs.track is not None:
+            self._engine.inputs.track.hush()
+
+    @property
     def frames_per_chunk(self) -> int:
         """Px frames of every chunk but the first."""
         return self._engine.px_frames(1)
@@ -138,14 +159,20 @@ class StreamSession:
         prompt: str | None = None,
         tokens: Tensor | None = None,
         switch: str | None = None,
+        audio: np.ndarray | None = None,
     ) -> int:
         """Use these inputs from the next chunk on, until replaced; returns the number frames made with them carry.
 
         action: values in [0, 1] by name (those left out are 0) or one per action. prompt: text for a student that
         listens to it; tokens: [L, D], what it is read as, for any that cross-attends. switch: what a prompt that comes
-        in the middle of a dream does to memory, one of SWITCHES (default: the config's). ValueError for what the
-        student does not know; then nothing changes.
+        in the middle of a dream does to memory, one of SWITCHES (default: the config's). audio: speech, float [S] at
+        `audio_rate`, that follows what is still to be spoken; where there is none the student hears silence. ValueError
+        for what the student does not know; then nothing changes.
         """
+        if audio is not None:
+            self._engine.inputs.hear(audio)
+            if action is None and prompt is None and tokens is None:
+                return self._engine.inputs.wish.id
         return self._engine.inputs.set(action, prompt, tokens, self._policy(switch))
 
     def _policy(self, switch: str | None) -> str:
@@ -211,6 +238,7 @@ class StreamSession:
     def reference(self, chunks: int) -> Tensor:
         """Latents [1, F, C, H, W] of a plain finite rollout under the present inputs: what the stream must equal."""
         engine = self._engine
+        engine.inputs.begin(engine.dream.given)
         finished = rollout(
             engine.student,
             finite(endless(engine.schedule), chunks),

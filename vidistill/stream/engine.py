@@ -30,7 +30,9 @@ class Frame:
 
     px: uint8 [H, W, 3]. index: pictures before it since the last reset. input_id: number of the last `set` that had a
     say in it, 0: none. dream: resets before it. made_at: `time.perf_counter()` when it was on the host. stats: what its
-    chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms, host_ms.
+    chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms, host_ms;
+    where speech is heard also audio_to_lip_ms, since its sound came. sound: float32 [n], what sounds while the picture
+    is shown; None for a student that hears nothing.
     """
 
     px: np.ndarray
@@ -40,13 +42,15 @@ class Frame:
     dream: int
     made_at: float
     stats: Mapping[str, float]
+    sound: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Chunk:
     """A finished chunk: latents [1, f, C, H, W]; the rest as in `Frame`, stats before decoding.
 
-    `fresh`: a scene begins with it, so that it is decoded as the start of a clip, to `px_frames` pictures.
+    `fresh`: a scene begins with it, so that it is decoded as the start of a clip, to `px_frames` pictures. `sounds` of
+    them, and when each came (`perf_counter`, None for silence).
     """
 
     latents: Tensor
@@ -56,6 +60,7 @@ class Chunk:
     input_id: int
     dream: int
     stats: Mapping[str, float]
+    sounds: tuple[tuple[np.ndarray, float | None], ...] = ()
 
 
 @dataclass(eq=False)
@@ -157,6 +162,7 @@ class Engine:
     def chunks(self, dream: Dream, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
         """Finished chunks of `dream`, until it is over or `admit`, asked with the px frames of the next, says no."""
         self.roamer.begin()
+        self.inputs.begin(dream.given)
         self._taken.clear()
         self._newest, self._scenes = None, [0]
         self._watch.take()
@@ -175,7 +181,16 @@ class Engine:
             fresh = index == self._scenes[-1]
             self._remember(latents, fresh)
             px_frames = self.px_frames(index, fresh)
-            yield Chunk(latents, index, fresh, px_frames, wish.id, dream.number, self._watch.take())
+            stats = self._watch.take()
+            yield Chunk(latents, index, fresh, px_frames, wish.id, dream.number, stats, self._sounds(index))
+
+    def _sounds(self, chunk: int) -> tuple[tuple[np.ndarray, float | None], ...]:
+        """What sounds with the pictures of a chunk, and when it came."""
+        track = self.inputs.track
+        if track is None:
+            return ()
+        frames = range(*self.inputs.px_frames(self.student.first_frame(chunk), self.student.first_frame(chunk + 1)))
+        return tuple((track.sound(f), track.came_at(f)) for f in frames)
 
     def _remember(self, latents: Tensor, fresh: bool) -> None:
         """Keep the newest finished latents, as many as memory holds, for a switch that writes them again."""
@@ -258,6 +273,10 @@ class Engine:
         images = to_uint8(px[0])
         made_at = time.perf_counter()
         stats = {**chunk.stats, "decode_ms": 1000 * (decoded - began), "host_ms": 1000 * (made_at - decoded)}
-        numbered = list(enumerate(images, self._next_index))
-        self._next_index += len(images)
-        return [Frame(px, i, chunk.index, chunk.input_id, chunk.dream, made_at, stats) for i, px in numbered]
+        first, self._next_index = self._next_index, self._next_index + len(images)
+        sounds = chunk.sounds or ((None, None),) * len(images)
+        frames = []
+        for i, (px, (sound, came)) in enumerate(zip(images, sounds, strict=True), first):
+            own = stats if came is None else {**stats, "audio_to_lip_ms": 1000 * (made_at - came)}
+            frames.append(Frame(px, i, chunk.index, chunk.input_id, chunk.dream, made_at, own, sound))
+        return frames

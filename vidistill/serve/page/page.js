@@ -1,6 +1,6 @@
 // The page: keys go out, frames come in and are drawn. What is said on the wire is written down in serve/protocol.py.
 
-const HEADER_BYTES = 20, VERSION = 1, FRAME = 1, PICTURE = 1, RAW = 0;
+const HEADER_BYTES = 20, VERSION = 1, FRAME = 1, SOUND = 2, PICTURE = 1, SPEECH = 2, RAW = 0;
 const FIRST = 1, RECORDING = 4;
 const WINDOW_MS = 2000; // frames a second are counted over this time
 const KEYS = { // action -> its keys, where its button stands, what the button says
@@ -77,6 +77,7 @@ const HEARD = {
     $("history").hidden = !said.remembers;
     buildPad();
     buildPrompt();
+    buildTalk();
     buildStarts();
     updatePause();
   },
@@ -110,7 +111,9 @@ const HEARD = {
 
 function receive(data) {
   const view = new DataView(data);
-  if (data.byteLength < HEADER_BYTES || view.getUint8(0) !== VERSION || view.getUint8(1) !== FRAME) return;
+  if (data.byteLength < HEADER_BYTES || view.getUint8(0) !== VERSION) return;
+  if (view.getUint8(1) === SOUND) play(new Int16Array(data, HEADER_BYTES));
+  if (view.getUint8(1) !== FRAME) return;
   const [encoding, flags] = [view.getUint8(2), view.getUint8(3)];
   const [sequence, index, chunk, input] = [4, 8, 12, 16].map((at) => view.getUint32(at, true));
   const frame = { sequence, index, chunk, input, first: flags & FIRST, recording: flags & RECORDING };
@@ -164,7 +167,8 @@ setInterval(() => {
   $("latencyunit").textContent = median ? "ms" : "press a key";
 }, 400);
 
-function showStats({ memory_bytes: bytes, nfe_per_chunk: nfe }) {
+function showStats({ memory_bytes: bytes, nfe_per_chunk: nfe, lips_ms: lips }) {
+  if (lips) $("lips").textContent = lips;
   const [value, unit] = bytes < 1e6 ? [bytes / 1e3, "kB"] : bytes < 1e9 ? [bytes / 1e6, "MB"] : [bytes / 1e9, "GB"];
   $("memory").textContent = value.toFixed(value < 10 ? 1 : 0);
   $("memoryunit").textContent = unit;
@@ -439,3 +443,74 @@ $("seed").addEventListener("keydown", (event) => {
 });
 document.addEventListener("click", (event) => event.target.closest?.("button")?.blur()); // keys belong to the dream
 connect();
+
+// --- voice: sound goes to the server as 16-bit samples, and comes back with the pictures it belongs to ---
+
+let speaker = null, playhead = 0, microphone = null, heard = 0;
+
+function buildTalk() {
+  $("talking").hidden = $("lipsbox").hidden = !world.rate;
+  $("speakform").hidden = !world.speaks;
+  if (world.rate) $("walking").hidden = !world.actions.length;
+  $("words").maxLength = world.max_prompt;
+}
+
+function play(samples) {
+  heard += samples.length;
+  document.body.dataset.heard = heard;
+  if (!speaker || speaker.state !== "running") return; // browsers play nothing before a first touch of the page
+  const buffer = speaker.createBuffer(1, samples.length, world.rate);
+  buffer.getChannelData(0).set(Float32Array.from(samples, (v) => v / 32768));
+  const source = speaker.createBufferSource();
+  source.buffer = buffer;
+  source.connect(speaker.destination);
+  const now = speaker.currentTime;
+  if (playhead < now || playhead > now + 0.4) playhead = now + 0.03; // late or far ahead: begin again with the picture
+  source.start(playhead);
+  playhead += buffer.duration;
+}
+
+function wake() {
+  speaker ??= new AudioContext({ sampleRate: world.rate });
+  return speaker.resume();
+}
+
+function sendSpeech(floats) {
+  const message = new Uint8Array(1 + 2 * floats.length), view = new DataView(message.buffer);
+  message[0] = SPEECH;
+  floats.forEach((v, i) => view.setInt16(1 + 2 * i, Math.max(-1, Math.min(1, v)) * 32767, true));
+  if (socket?.readyState === WebSocket.OPEN) socket.send(message);
+}
+
+async function toggleMicrophone() {
+  await wake();
+  if (microphone) {
+    microphone.stream.getTracks().forEach((track) => track.stop());
+    microphone.node.disconnect();
+    microphone = null;
+  } else {
+    const stream = await navigator.mediaDevices.getUserMedia({ audio: { echoCancellation: true, noiseSuppression: true } });
+    const node = speaker.createScriptProcessor(1024, 1, 1);
+    node.onaudioprocess = (event) => sendSpeech(event.inputBuffer.getChannelData(0));
+    speaker.createMediaStreamSource(stream).connect(node);
+    node.connect(speaker.destination); // it runs only when connected; it puts out silence
+    microphone = { stream, node };
+  }
+  $("mic").setAttribute("aria-pressed", String(Boolean(microphone)));
+}
+
+async function sendFile(file) {
+  await wake();
+  const sound = (await speaker.decodeAudioData(await file.arrayBuffer())).getChannelData(0);
+  for (let at = 0; at < sound.length; at += 16000) sendSpeech(sound.subarray(at, at + 16000));
+}
+
+$("mic").onclick = () => toggleMicrophone().catch((error) => toast(`The microphone cannot be used: ${error.message}`));
+$("wav").onchange = ({ target }) => sendFile(target.files[0]).catch(() => toast("This file holds no sound that can be read."));
+$("hush").onclick = () => { playhead = 0; say({ type: "hush" }); };
+$("speakform").onsubmit = (event) => {
+  event.preventDefault();
+  wake();
+  if ($("words").value.trim()) say({ type: "say", text: $("words").value.trim() });
+  $("words").value = "";
+};

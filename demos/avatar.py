@@ -1,0 +1,73 @@
+"""Makes an avatar speak: python demos/avatar.py "Good morning." [--name talker] [--wav VOICE.wav] [-o avatar.mp4]
+
+Words are spoken by espeak-ng (pip install 'vidistill[audio]'); --wav takes a 16-bit recording instead.
+"""
+
+import argparse
+import subprocess
+import wave
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+
+from vidistill import speech
+from vidistill.audio import read_pcm16, to_pcm16
+from vidistill.checkpoint import load_codec_of, load_student, start_pictures
+from vidistill.stream import StreamConfig, StreamSession
+from vidistill.video import contact_sheet, read_image, save_png, write_video
+
+
+def recorded(path: Path) -> np.ndarray:
+    """A recording as float32 [S] at speech.RATE, its channels averaged."""
+    with wave.open(str(path)) as file:
+        if file.getsampwidth() != 2:
+            raise SystemExit(f"{path} holds {8 * file.getsampwidth()}-bit samples; 16-bit ones are needed")
+        pcm = read_pcm16(file.readframes(file.getnframes())).reshape(-1, file.getnchannels()).mean(1)
+        return speech.resample(pcm, file.getframerate(), speech.RATE)
+
+
+def with_sound(video: Path, pcm: np.ndarray, out: Path) -> None:
+    """Write `video` with sound [S] beside it as `out`."""
+    sound = video.with_suffix(".wav")
+    with wave.open(str(sound), "wb") as file:
+        file.setparams((1, 2, speech.RATE, 0, "NONE", ""))
+        file.writeframes(to_pcm16(pcm).tobytes())
+    files = ["-i", str(video), "-i", str(sound), "-c:v", "copy", "-c:a", "aac", "-shortest", str(out)]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *files], check=True)
+    video.unlink()
+    sound.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", default="Hello. I listen, and I answer. How are you today?")
+    parser.add_argument("--name", default="talker", help="a bundled student that hears, or the path of one")
+    parser.add_argument("--wav", type=Path, help="a recording to speak instead of the text")
+    parser.add_argument("--image", type=Path, help="who speaks (default: a bundled picture)")
+    parser.add_argument("--prompt", default="a happy person talks in a lively way", help="how they speak")
+    parser.add_argument("-o", "--out", type=Path, default=Path("avatar.mp4"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    student = load_student(args.name)
+    codec = load_codec_of(student)
+    pcm = recorded(args.wav) if args.wav else speech.say(args.text).pcm
+    size = (student.shape.height * codec.spatial_factor, student.shape.width * codec.spatial_factor)
+    picture = args.image or next(iter(start_pictures(args.name)), None)
+    if picture is None:
+        parser.error(f"{args.name} has no start pictures; give one with --image")
+    with StreamSession(student, codec, StreamConfig(seed=args.seed), image=read_image(picture, size)) as session:
+        if session.listens:
+            session.set(prompt=args.prompt)
+        session.set(audio=pcm)
+        frames = session.record(round((len(pcm) / speech.RATE + 1.0) * session.fps))
+        silent = args.out.with_name(f"{args.out.stem}-silent.mp4")
+        write_video(silent, frames, session.fps, scale=4)
+        with_sound(silent, np.pad(pcm, (0, speech.RATE)), args.out)
+        save_png(args.out.with_suffix(".png"), contact_sheet([frames], every=8, scale=2))
+    print(f"{args.out}: {len(frames)} frames")
+
+
+if __name__ == "__main__":
+    main()
