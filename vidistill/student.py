@@ -65,10 +65,20 @@ class CausalStudent(nn.Module):
         return chunk
 
     def velocity(
-        self, x: Tensor, sigma: Tensor, cond: Condition, *, start: int = 0, memory: KVMemory | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        *,
+        start: int = 0,
+        memory: KVMemory | None = None,
+        output: bool = True,
     ) -> Tensor:
-        """Velocity of frames that start at latent frame `start`, given what `memory` holds."""
-        return self.net(x, sigma, cond, start=start, memory=memory)
+        """Velocity of frames that start at latent frame `start`, given what `memory` holds.
+
+        Without `output` memory is written and the velocity is zero, which costs less.
+        """
+        return self.net(x, sigma, cond, start=start, memory=memory, output=output)
 
     def new_memory(
         self, batch: int, *, dtype: torch.dtype = torch.float32, cfg: MemoryConfig | None = None
@@ -112,7 +122,7 @@ class CausalStudent(nn.Module):
             small = F.avg_pool2d(x[:, i], factor)[:, None]
             told, sketch = torch.zeros(x.shape[0], 1, device=x.device), Sketch()
             part = cond.frames(i, i + 1)
-            self.net(small, told, part, start=start + i, memory=sketch, factor=factor)
+            self.net(small, told, part, start=start + i, memory=sketch, factor=factor, output=False)
             memory.sketch(start + i, sketch.entries)
 
     def chunk_of_frames(self, frames: int) -> Tensor:
