@@ -216,8 +216,9 @@ class KVMemory:
     def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, h, d] that the chunk's queries attend to: the remembered ones and its own.
 
-        `raw` and `keys` [B, f n, h, d] are the chunk's keys before (None unless `wants_raw`) and after rotation. While autograd records, the
-        result is a fresh tensor in which only the chunk's own part carries gradient; otherwise it is a view.
+        `raw` and `keys` [B, f n, h, d] are the chunk's keys before (None unless `wants_raw`) and after rotation. While
+        autograd records, the result is a fresh tensor in which only the chunk's own part carries gradient; otherwise it
+        is a view.
         """
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             return self.recall().stage(layer, raw, keys, values)

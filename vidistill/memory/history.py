@@ -222,7 +222,7 @@ class History:
         if self._kind is None:
             return Segment(self._turned[layer][:, : self.used], values)
         return Segment(
-            self._keys[layer].first(self.used), values, self._rotate.table(self._positions, values.scale.device)
+            self._keys[layer].first(self.used), values, self._rotate.table(self._positions, torch.device(self._device))
         )
 
     def fork(self, shown: tuple[Tensor, Tensor]) -> "History":

@@ -47,7 +47,7 @@ def _piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Head by head, ROWS queries at a time, in one pair of buffers; quickest where `k`, `v` lie head by head already."""
+    """Head by head, ROWS queries at a time, in one pair of buffers; quickest where `k` and `v` lie head by head."""
     b, sq, h, d = q.shape
     q, out = q * d**-0.5, torch.empty_like(q, memory_format=torch.contiguous_format)
     rows = -(-sq // -(-sq // ROWS))
