@@ -101,12 +101,14 @@ def flops_per_pass(
     frames: int = 1,
     text_tokens: int = 0,
     embed_text: bool = False,
+    output: bool = True,
 ) -> int:
     """Floating-point operations (a multiply-add is two) of one forward of `tokens` tokens in `frames` frames.
 
     Queries also look at `memory_tokens` and cross-attend to `text_tokens`. What depends on the text alone (its
-    embedding, keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Norms,
-    activations and other element-wise work are left out.
+    embedding, keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Without
+    `output` (a context pass) the last block ends with its keys and values. Norms, activations and other element-wise
+    work are left out.
     """
     d, image = dit.width, dit.image_tokens if dit.image_dim else 0
     text = text_tokens - image if dit.text_dim else 0
@@ -123,4 +125,8 @@ def flops_per_pass(
     for name, site in dit.sites.items():
         takers = 1 if name == "modulation" else len(site.layers) or dit.layers
         sites += frames * takers * ((site.dim * site.hidden if site.hidden else 0) + (site.hidden or site.dim) * d)
-    return 2 * (dit.layers * block + patches + times + embedding + sites)
+    tail = 0
+    if not output:
+        prompt = 2 * text_tokens * d * d if dit.text_dim and embed_text else 0  # keys and values are there all the same
+        tail = block - 3 * tokens * d * d - prompt + tokens * dit.patch_dim * d
+    return 2 * (dit.layers * block - tail + patches + times + embedding + sites)

@@ -16,7 +16,7 @@ from vidistill.memory.pooling import average
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.rope import rope_table, rotate
 
-__all__ = ["NO_GRID", "DiTConfig", "SiteConfig", "VideoDiT", "grown", "recomputing"]
+__all__ = ["NO_GRID", "DiTConfig", "SiteConfig", "VideoDiT", "grown", "recomputing", "twin"]
 
 SIGMA_FLOOR = 0.05  # below it a predicted x0 is not divided further
 
@@ -234,12 +234,17 @@ class Rotation:
         return rotate(keys, self.table(positions, keys.device), inverse).to(keys.dtype)
 
 
-def recomputing(net: VideoDiT) -> VideoDiT:
-    """A network of the very same weights that recomputes its blocks in the backward pass."""
+def twin(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
+    """Another network of the very same weights."""
     with torch.device("meta"):
-        other = VideoDiT(replace(net.cfg, checkpoint=True))
+        other = VideoDiT(cfg)
     other.load_state_dict(net.state_dict(), assign=True)
     return other.train(net.training)
+
+
+def recomputing(net: VideoDiT) -> VideoDiT:
+    """A network of the very same weights that recomputes its blocks in the backward pass."""
+    return twin(net, replace(net.cfg, checkpoint=True))
 
 
 def grown(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:

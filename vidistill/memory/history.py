@@ -50,12 +50,6 @@ class Store:
     def tensors(self) -> list[Tensor]:
         return [self.data.data, self.data.scale] if isinstance(self.data, quant.Quantised) else [self.data]
 
-    def put(self, start: int, x: Tensor) -> None:
-        if isinstance(self.data, quant.Quantised):
-            quant.append(self.data, x, torch.arange(start, start + x.shape[1], device=x.device))
-        else:
-            self.data[:, start : start + x.shape[1]] = x
-
     def first(self, used: int) -> Tensor | quant.Quantised:
         """The first `used` tokens, as they are kept."""
         if isinstance(self.data, quant.Quantised):
@@ -72,6 +66,17 @@ class Store:
         if isinstance(self.data, quant.Quantised):
             return Store(quant.Quantised(self.data.data.clone(), self.data.scale.clone()))
         return Store(self.data.clone())
+
+
+def put(keys: Store, values: Store, at: int, k: Tensor, v: Tensor) -> None:
+    """Write the entries `k`, `v` [B, m, h, d] from token `at` on."""
+    if isinstance(keys.data, quant.Quantised) and isinstance(values.data, quant.Quantised):
+        where = torch.arange(at, at + k.shape[1], device=k.device)
+        quant.append_entries(keys.data, values.data, k, v, where)
+        return
+    for store, x in ((keys, k), (values, v)):
+        assert isinstance(store.data, Tensor)
+        store.data[:, at : at + x.shape[1]] = x
 
 
 class History:
@@ -195,8 +200,7 @@ class History:
         for layer, (keys, values) in entries.items():
             if not pooled:
                 keys, values = self._pooling(layer, keys, values, factor)
-            self._keys[layer].put(at, keys.detach())
-            self._values[layer].put(at, values.detach())
+            put(self._keys[layer], self._values[layer], at, keys.detach(), values.detach())
         self.stored.append(Stored(frame, factor, tokens))
         if pose is not None:
             self.poses[frame] = pose.detach().float()

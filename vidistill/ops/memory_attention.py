@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidistill.ops.attention import Mask, attention, chosen
+from vidistill.ops.attention import Mask, attention
+from vidistill.ops.fused import kernels
 from vidistill.ops.quant import Quantised
 from vidistill.ops.rope import rotate
 
@@ -82,7 +83,7 @@ def attend(q: Tensor, segments: Sequence[Segment], mask: Mask = None) -> Tensor:
     if len(segments) == 1 and segments[0].plain:
         return attention(q, *joined(segments, q.dtype), mask)
     assert mask is None, "masks are for clips, segments for memories"
-    if chosen(q.device.type) == "triton":
+    if kernels(q.device.type):
         return _attend_triton(q, segments)
     (k, v), extra = joined(segments, q.dtype), _scores(segments, q.device)
     if extra is None:
