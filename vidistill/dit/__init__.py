@@ -130,7 +130,7 @@ class VideoDiT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Time embedding [B, F, D] and block modulation [B, F, 6, D]; with a memory computed once for each `sigma`."""
 
-        def read() -> tuple[Tensor, Tensor]:
+        def read():
             t = timestep_embedding(sigma.double() * 1000, self.cfg.freq_dim)
             e = self.time_embedding(t.to(self.time_embedding[0].weight.dtype))
             return e, e if "modulation" in self.sites else self.modulation(e)
@@ -174,7 +174,7 @@ class VideoDiT(nn.Module):
         if not self.cfg.text_dim:
             return None
 
-        def read() -> list[Entries]:
+        def read():  # annotations of inner functions cannot be traced
             tokens = self.embed_tokens(cond)
             return [block.cross_attn.read(tokens) for block in self.blocks]
 
@@ -183,7 +183,7 @@ class VideoDiT(nn.Module):
     def read_sites(self, cond: Condition, memory: KVMemory | Sketch | None) -> tuple[Shown, Shown]:
         """What sites `hidden` and `qk` show each layer; with a memory computed once for each condition."""
 
-        def read() -> tuple[Shown, Shown]:
+        def read():
             return self.shown("hidden", cond), self.shown("qk", cond)
 
         return read() if memory is None else memory.read_once("sites", cond.per_frame, read)

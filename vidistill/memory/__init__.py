@@ -315,9 +315,7 @@ class KVMemory:
         The stream then stands where a longer one would. ValueError unless frames keep their compression factors.
         """
         if self.cfg.remembers and frames % len(self.cfg.pattern):
-            raise ValueError(
-                f"advance by a multiple of the {len(self.cfg.pattern)} factors of memory.pattern: {frames}"
-            )
+            raise ValueError(f"advance by a multiple of {len(self.cfg.pattern)} (memory.pattern), got {frames}")
         assert not self._staged
         ahead = {f: f + frames for f in self.frames if f - self._origin >= self.cfg.sinks}
         shift = torch.zeros(self.tokens_per_frame, 3, dtype=torch.float64)
