@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,25 @@ def matmul_peak_gflops(device: torch.device | str = "cpu", repeats: int = 5) -> 
             times.append(time.perf_counter() - began)
         best = max(best, 2 * n**3 / statistics.median(times[1:]) / 1e9)
     return best
+
+
+OPERATORS = {  # what a profile is told by; all else is "other"
+    "linear layers": ("aten::addmm", "mkldnn::_linear_pointwise", "aten::_weight_int8pack_mm"),
+    "attention products": ("aten::mm", "aten::bmm", "aten::baddbmm"),
+    "softmax": ("aten::_softmax",),
+    "fused attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_flash_attention_forward"),
+    "copies": ("aten::copy_", "aten::cat"),
+}
+
+
+def profile(run: Callable[[], object]) -> dict[str, float]:
+    """Share of the time of `run` on the host that each kind of operator takes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(spent.values())
+    shares = {kind: sum(spent.get(name, 0.0) for name in names) / total for kind, names in OPERATORS.items()}
+    return {**shares, "other": 1.0 - sum(shares.values())}
 
 
 def wait_for(device: torch.device) -> None:

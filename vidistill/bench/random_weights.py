@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vidistill.bench.growth import batch_row, growth_rows
-from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, threads
+from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, profile, threads
 from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
 from vidistill.dit import DiTConfig, VideoDiT
@@ -163,6 +163,25 @@ class Contender:
     def warmup_ms(self) -> float:
         return sum(c.stats["chunk_ms"] for c in self.rounds[0])
 
+    @property
+    def flops_per_s(self) -> float:
+        """FLOPs that the denoising passes of a round need over their time, median of rounds."""
+        net, cfg = self.bundle.net, self.cfg
+        tokens = net.shape.tokens_per_frame * cfg.chunk
+        needed = sum(
+            cfg.steps
+            * flops_per_pass(net.net.cfg, tokens, chunk * tokens, frames=cfg.chunk, text_tokens=cfg.text_tokens)
+            for chunk in range(cfg.chunks)
+        )
+        return needed / statistics.median(self.part("denoise").sum(1)) * 1000
+
+    def profile(self) -> dict[str, float]:
+        """Kinds of operators of the chunk after the memory has become full."""
+        chunks = self.session.chunks()
+        for _ in range(self.cfg.chunks):
+            next(chunks)
+        return profile(lambda: next(chunks))
+
     def growth(self, progress: Progress) -> list[dict[str, Any]]:
         """Chunk times and bytes after some minutes of one stream."""
         return growth_rows(
@@ -177,12 +196,14 @@ def random_bench(
     vs: Bundle | None = None,
     growth: bool = False,
     batch: int = 1,
+    profiled: bool = False,
     progress: Progress = lambda part, what: None,
 ) -> BenchResult:
     """Times `rounds` rollouts of `chunks` chunks; `cfg` may be `key=value` words.
 
     `bundle`: a student of that shape (default: random weights); `vs` is timed beside it, in alternating rounds.
-    `growth`: also after 1, 10 and 60 minutes. `batch`: also so many streams in one pass.
+    `growth`: also after 1, 10 and 60 minutes. `batch`: also so many streams in one pass. `profiled`: also one chunk's
+    operators.
     """
     cfg = cfg if isinstance(cfg, RandomConfig) else RandomConfig.parse(cfg)
     with threads(cfg.threads):
@@ -195,22 +216,20 @@ def random_bench(
                 other.round()
         rows = own.growth(progress) if growth else None
         streams = batch_row(own.bundle, batch, cfg.rounds, 1, cfg.chunks - 1) if batch > 1 else None
-        return result(own, other, rows, streams)
+        return result(own, other, rows, streams, own.profile() if profiled else None)
 
 
 def result(
-    own: Contender, other: Contender | None, growth: list[dict[str, Any]] | None, streams: dict[str, Any] | None
+    own: Contender,
+    other: Contender | None,
+    growth: list[dict[str, Any]] | None,
+    streams: dict[str, Any] | None,
+    shares: dict[str, float] | None,
 ) -> BenchResult:
     """The figures of all rounds but the first, which warmed up."""
     cfg, net = own.cfg, own.bundle.net
     denoise, context, chunk_ms = own.part("denoise"), own.part("context"), own.chunk_ms
-    tokens = net.shape.tokens_per_frame * cfg.chunk
-    needed = sum(
-        cfg.steps * flops_per_pass(net.net.cfg, tokens, chunk * tokens, frames=cfg.chunk, text_tokens=cfg.text_tokens)
-        for chunk in range(cfg.chunks)
-    )
     gflops = matmul_peak_gflops(net.net.head.head.weight.device)
-    seconds = statistics.median(denoise.sum(1)) / 1000
     latents = cfg.chunk * cfg.chunks / (chunk_ms.sum(1) / 1000)
     p50, p95 = float(np.percentile(chunk_ms, 50)), float(np.percentile(chunk_ms, 95))
     by_chunk = np.median(chunk_ms, axis=0)
@@ -229,17 +248,18 @@ def result(
         parts_ms={"denoise": float(np.median(denoise)), "context": float(np.median(context))},
         steady=p95 <= SPREAD * p50,
         matmul_peak_gflops=gflops,
-        model_flops_utilisation=needed / seconds / 1e9 / gflops,
+        model_flops_utilisation=own.flops_per_s / 1e9 / gflops,
         warmup_ms=own.warmup_ms,
         ranges={"latents_per_s": (float(latents.min()), float(latents.max()))},
         env=environment(net) | {"random_weights": asdict(cfg), "chunk_ms": by_chunk.tolist()},
-        vs=compare(own, other) if other else None,
+        vs=compare(own, other, gflops) if other else None,
+        profile=shares,
         growth=growth,
         batch=streams,
     )
 
 
-def compare(own: Contender, other: Contender) -> dict[str, Any]:
+def compare(own: Contender, other: Contender, gflops: float) -> dict[str, Any]:
     """How much faster than the other, round by round, and how far the first chunk's latents are from its."""
     ratios = other.chunk_ms.sum(1) / own.chunk_ms.sum(1)
     x, y = own.rounds[0][0].latents, other.rounds[0][0].latents
@@ -248,5 +268,6 @@ def compare(own: Contender, other: Contender) -> dict[str, Any]:
         "chunk_ratio": float(np.median(ratios)),
         "chunk_ratio_range": (float(ratios.min()), float(ratios.max())),
         "chunk_ms_p50": float(np.median(other.chunk_ms)),
+        "model_flops_utilisation": other.flops_per_s / 1e9 / gflops,
         "latents_difference": float((x - y).norm() / y.norm()),
     }

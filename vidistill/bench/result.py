@@ -36,12 +36,13 @@ class BenchResult:
     env: Mapping[str, Any]
     vs: Mapping[str, Any] | None = None
     growth: Sequence[Mapping[str, Any]] | None = None
+    profile: Mapping[str, float] | None = None  # share of the passes of a chunk that each kind of operator takes
     batch: Mapping[str, Any] | None = None  # several streams in one pass, beside one alone
 
     def to_json(self) -> str:
         """One line; floats rounded to four digits after the point."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for optional in ("vs", "growth", "batch"):
+        for optional in ("vs", "growth", "batch", "profile"):
             if values[optional] is None:
                 del values[optional]
         return json.dumps(rounded(values))
@@ -72,6 +73,8 @@ class BenchResult:
         yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"
         share = f"{self.model_flops_utilisation:.0%} of {self.matmul_peak_gflops:.0f} GFLOP/s"
         yield "passes run at", f"{share} (matrix products)"
+        if self.profile:
+            yield "operators", ", ".join(f"{kind} {share:.0%}" for kind, share in self.profile.items() if share)
         if self.vs and "latents_difference" in self.vs:
             yield "latents", f"{self.vs['latents_difference']:.1e} (relative) from those of {self.vs['name']}"
         if self.vs and "chunk_ratio" in self.vs:
