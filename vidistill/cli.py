@@ -203,6 +203,7 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--weights", type=Path, help="with --random-weights: a published file whose weights fit the shape")
     p.add_argument("--family", default="self-forcing", help="format of --weights (default: self-forcing)")
     p.add_argument("--allow-pickle", action="store_true", help="read --weights from a .pt file (weights only)")
+    p.add_argument("--profile", action="store_true", help="with --random-weights: which operators take the time")
     p.add_argument("--batch", type=count, default=1, help="also time so many streams in one pass, beside one alone")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     add_speed(p)
@@ -247,7 +248,9 @@ def run_random(args: argparse.Namespace, progress: Any) -> Any:
         net = read_student(args.weights, args.family, allow_pickle=args.allow_pickle, heads=cfg.heads).net()
     plain = cfg.bundle(net)
     vs = None if speed == SpeedConfig() else plain
-    return bench.random_bench(cfg, faster(plain, speed), vs=vs, growth=args.growth, batch=args.batch, progress=progress)
+    return bench.random_bench(
+        cfg, faster(plain, speed), vs=vs, growth=args.growth, batch=args.batch, profiled=args.profile, progress=progress
+    )
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:

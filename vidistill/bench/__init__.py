@@ -337,10 +337,9 @@ def compare(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, Any]:
     """Medians, over rounds, of the student's speed over the other's; above 1 the student is better in each."""
     fps = [a / b for a, b in zip(own.timings.fps, other.timings.fps, strict=True)]
     firsts = zip(own.timings.first_frame_ms, other.timings.first_frame_ms, strict=True)
-    alike = isinstance(other, StreamTimer) and other.bundle.record == own.bundle.record
     return {
         "name": other.name,
-        **({"latents_difference": difference(own, other)} if alike else {}),
+        **difference(own, other),
         "fps_ratio": statistics.median(fps),
         "first_frame_ratio": statistics.median(b / a for a, b in firsts),
         "nfe_ratio": other.nfe / own.nfe,
@@ -351,12 +350,14 @@ def compare(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, Any]:
     }
 
 
-def difference(own: StreamTimer, other: StreamTimer) -> float:
-    """Relative difference of the first latents that two ways to compute the same student make."""
+def difference(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, float]:
+    """Relative difference of the first latents that two ways to compute the same student make; else nothing."""
+    if not isinstance(other, StreamTimer) or other.bundle.record != own.bundle.record:
+        return {}
     chunks = own.bundle.schedule.given_chunks + 1
     with own.open() as a, other.open() as b:
         x, y = a.reference(chunks), b.reference(chunks)
-    return float((x - y).norm() / y.norm())
+    return {"latents_difference": float((x - y).norm() / y.norm())}
 
 
 def take_chunk(frames: Iterator[Frame], count: int) -> Frame:

@@ -10,7 +10,7 @@ import torch
 from vidistill.bench.machine import resident_bytes
 from vidistill.bench.result import Progress
 from vidistill.checkpoint import Bundle
-from vidistill.conditioning import Inputs
+from vidistill.conditioning import Condition, Inputs
 from vidistill.memory import stream_memory
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import endless, finite
@@ -78,9 +78,9 @@ def _chunk_ms(bundle: Bundle, batch: int, fill: int, chunks: int) -> float:
     student, schedule, watch = bundle.net, bundle.schedule, Stopwatch()
     shape, device = student.shape, student.net.head.head.weight.device
     inputs = Inputs.of(bundle.record, bundle.record["world"].get("temporal", 1), device)
-    conds = {}
+    conds: dict[int, Condition] = {}
 
-    def cond(start: int, stop: int) -> Any:
+    def cond(start: int, stop: int) -> Condition:
         if start not in conds:
             conds.clear()
             one = inputs.condition(inputs.wish, start, stop)

@@ -260,7 +260,9 @@ class Block(nn.Module):
         """Queries of `x` [B, F, n, D] and what they attend to; stages the entries of `x`."""
         q, raw, keys, v = self._before(self, x, e, table, key, memory is not None and memory.wants_raw)
         segments = [Segment(keys.to(v.dtype), v)] if memory is None else memory.segments(layer, raw, keys, v)
-        return q.to(segments[-1].values.dtype), segments
+        held = segments[-1].values
+        assert isinstance(held, Tensor)  # the window, or all there is
+        return q.to(held.dtype), segments
 
     def forward(
         self,

@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         if torch.is_grad_enabled():
             y = F.linear(x, self.weight, self.bias)
             return F.gelu(y, approximate="tanh") if self.gelu else y
-        then = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
+        then: tuple[str, list, str] = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
         y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self._packed_bias, *then)
         return y.to(x.dtype)
 
