@@ -77,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"video"},
     # L4
     "tally": {"metrics", "probes", "video", "shapes"},
-    "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
+    "bench": BENCH | {"codecs", "conditioning", "dit", "memory", "ops", "rollout", "schedules"},
     "dryrun": {"trainer", "stage", "stream", "checkpoint", "data", "distributed", "codecs", "conditioning", "config"}
     | {"dit", "interop", "lora", "objectives", "schedules", "shapes", "student", "teachers"},
     "evaluate": BENCH

@@ -248,9 +248,8 @@ def run_random(args: argparse.Namespace, progress: Any) -> Any:
         net = read_student(args.weights, args.family, allow_pickle=args.allow_pickle, heads=cfg.heads).net()
     plain = cfg.bundle(net)
     vs = None if speed == SpeedConfig() else plain
-    return bench.random_bench(
-        cfg, faster(plain, speed), vs=vs, growth=args.growth, batch=args.batch, profiled=args.profile, progress=progress
-    )
+    own, more = faster(plain, speed), {"growth": args.growth, "batch": args.batch, "profiled": args.profile}
+    return bench.random_bench(cfg, own, vs=vs, progress=progress, **more)
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:
