@@ -93,7 +93,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"video"},
     # L4
     "tally": {"metrics", "probes", "video", "shapes"},
-    "bench": BENCH | {"codecs", "conditioning", "dit", "ops"},
+    "bench": BENCH | {"codecs", "conditioning", "dit", "memory", "ops", "rollout", "schedules"},
     "dryrun": {
         "watch",
         "trainer",

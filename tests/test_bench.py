@@ -16,7 +16,7 @@ from vidistill.checkpoint import load, load_codec_of, load_student
 from vidistill.conditioning import Condition
 from vidistill.dit import SiteConfig, VideoDiT
 from vidistill.ops.attention import use_backend
-from vidistill.stream import StreamSession
+from vidistill.stream import SpeedConfig, StreamSession, faster
 
 SHORT = BenchConfig(rounds=2, chunks=2, inputs=1, warmup_chunks=0, gate_chunks=2, clip_frames=5, clip_steps=2)
 KEYS = {"fps", "real_time_factor", "first_frame_ms", "chunk_ms_p50", "chunk_ms_p95", "input_to_frame_ms_p95"}
@@ -66,6 +66,19 @@ def test_growth_is_measured_where_the_stream_really_ran(timed):
     assert [round(row["minutes"], 1) for row in timed.growth] == [0.0, 0.1]
     assert len({row["memory_bytes"] for row in timed.growth}) == 1
     assert all(row["chunk_ms_p50"] > 0 and row["rss_bytes"] > 0 for row in timed.growth)
+
+
+def test_past_the_first_minutes_the_clock_is_advanced_and_rows_say_so(student):
+    cfg = replace(SHORT, rounds=1, inputs=0, growth_minutes=(0.1, 30.0), growth_chunks=3, growth_run=0.1, batch=2)
+    result = bench(student, cfg)
+    near, far = result.growth
+    assert near["ran"] and not far["ran"] and far["minutes"] == pytest.approx(30, abs=0.2)
+    assert near["memory_bytes"] == far["memory_bytes"]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(result.table())
+    text = console.export_text()
+    assert "after 30.0 min (clock advanced)" in text and "2 streams in one pass" in text
+    assert result.batch["gain"] == pytest.approx(2 * result.batch["one_chunk_ms"] / result.batch["chunk_ms"])
 
 
 def test_people_get_a_table(timed):
@@ -162,6 +175,26 @@ def test_flops_of_a_pass_are_those_that_torch_counts(dit):
     assert counted == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("dit", [DIT, replace(DIT, sites={}, text_dim=10)])
+def test_flops_of_a_context_pass_are_those_that_torch_counts(dit):
+    net, tokens = VideoDiT(dit), 13
+    cond = Condition(
+        torch.zeros(1, tokens, dit.text_dim) if dit.text_dim else None,
+        {name: torch.zeros(1, 3, site.dim) for name, site in dit.sites.items()},
+    )
+    with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 3), cond, output=False)
+    text = tokens if dit.text_dim else 0
+    counted = machine.flops_per_pass(dit, 12, frames=3, text_tokens=text, embed_text=True, output=False)
+    assert counted == counter.get_total_flops()
+
+
+def test_a_profile_shares_out_the_time_of_what_ran():
+    a = torch.randn(300, 300)
+    shares = machine.profile(lambda: [a @ a for _ in range(20)])
+    assert sum(shares.values()) == pytest.approx(1.0) and shares["attention products"] > 0.5
+
+
 def test_memory_adds_attention_alone():
     one = machine.flops_per_pass(DIT, 12, 0, frames=3)
     assert machine.flops_per_pass(DIT, 12, 20, frames=3) - one == 2 * DIT.layers * 2 * 12 * 20 * DIT.width
@@ -195,6 +228,32 @@ def test_given_weights_are_timed_instead_of_random_ones():
     bundle = SMALL.bundle()
     bundle.net.net.load_state_dict(random_dit(bundle.net.net.cfg).state_dict())
     assert random_bench(replace(SMALL, rounds=1), replace(bundle, name="given")).name == "given"
+
+
+def test_a_faster_network_is_timed_beside_the_plain_one_and_its_error_is_told():
+    plain = SMALL.bundle()
+    fast = faster(plain, SpeedConfig(linears="packed"))
+    result = random_bench(replace(SMALL, rounds=1), fast, vs=plain, batch=2, profiled=True)
+    assert result.name == "random weights (packed)" and result.vs["name"] == "random weights"
+    assert result.vs["chunk_ratio"] > 0 and result.vs["model_flops_utilisation"] > 0
+    assert 0 <= result.vs["latents_difference"] < 1e-4
+    assert result.batch["streams"] == 2 and result.profile["linear layers"] > 0
+    Console(file=io.StringIO()).print(result.table())
+
+
+@pytest.mark.parametrize("memory", [{"sinks": 2}, {"history": 4}, {"history": 4, "entries": "int8"}])
+def test_every_bounded_memory_of_random_weights_grows_no_bytes(memory):
+    cfg = replace(SMALL, rounds=1, growth_chunks=2, **memory)
+    session_bytes = random_bench(cfg, growth=True)
+    assert len({row["memory_bytes"] for row in session_bytes.growth}) == 1
+    assert [row["ran"] for row in session_bytes.growth] == [True, False, False]
+
+
+def test_weights_that_do_not_fit_the_shape_name_the_shape_they_have():
+    net = random_dit(SMALL.bundle().net.net.cfg)
+    assert torch.equal(SMALL.bundle(net).net.net.head.head.weight, net.head.head.weight)
+    with pytest.raises(ValueError, match=r"layers 2 and the shape says 3.*dim=24 layers=2"):
+        replace(SMALL, layers=3).bundle(net)
 
 
 def test_a_shape_is_read_from_the_command_line():

@@ -5,11 +5,14 @@ import json
 import pytest
 import yaml
 from conftest import DIT
+from safetensors.torch import save_file
 from tiny_training import FRAMES, NUM_ACTIONS, write_latents, write_teacher
 
 from vidistill import checkpoint
+from vidistill.bench import RandomConfig
 from vidistill.cli import main
 from vidistill.data import Clips
+from vidistill.interop.keys import to_original
 
 
 def call(capsys, *args):
@@ -119,6 +122,23 @@ def test_an_interrupt_returns_130(stage, capsys, monkeypatch):
 def test_every_command_explains_itself(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and "usage: vidistill" in out and len(out.splitlines()) > 5
+
+
+SHAPE = ("dim=24", "layers=2", "heads=2", "ffn=32", "text=5x8", "latent=4x4x6", "chunk=2", "chunks=2", "steps=1")
+
+
+def test_a_bench_of_given_weights_runs_the_faster_network_beside_the_plain_one(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidistill.bench.machine.MATMUL_SIZES", (64,))
+    net = RandomConfig.parse(SHAPE).bundle().net.net
+    save_file(to_original(net.state_dict(), net.cfg), tmp_path / "student.safetensors")
+    shape = [*SHAPE, "rounds=1", "--weights", tmp_path / "student.safetensors", "--linears", "packed", "--json"]
+    code, out, err = call(capsys, "bench", "--random-weights", *shape)
+    assert code == 0, err
+    row = json.loads(out.splitlines()[-1])
+    assert row["name"] == "given weights (packed)" and row["vs"]["name"] == "given weights"
+    assert row["vs"]["latents_difference"] < 1e-3
+    code, _, err = call(capsys, "bench", "--random-weights", *SHAPE, "--linears", "int4")
+    assert code == 1 and "linears 'int4' is unknown" in err
 
 
 def test_trajectories_are_written_from_a_teacher_and_trained_on(stage, capsys, tmp_path):

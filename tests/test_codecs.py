@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from vidistill.codecs import CODECS, GEOMETRIES, codec_record, load_codec
+from vidistill.codecs import CODECS, GEOMETRIES, Compiled, codec_record, load_codec
 from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig, _diffusers_name
 
@@ -433,6 +433,17 @@ def test_tiny_stream_compiles_without_graph_breaks():
     _, state = codec.encode_stream(px[:, :5])
     encode = torch.compile(codec.encode_stream, fullgraph=True, backend="eager")
     assert torch.equal(encode(px[:, 5:9], state)[0], codec.encode_stream(px[:, 5:9], state)[0])
+
+
+def test_a_compiled_codec_decodes_a_stream_without_graph_breaks(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, backend="eager", **kw))
+    codec = shaken(TinyCodec(TINY)).requires_grad_(False)
+    fast, latents, state = Compiled(codec), noise(codec), None
+    px, state = fast.decode_stream(latents[:, :2], state)
+    rest, _ = fast.decode_stream(latents[:, 2:], state)
+    assert torch.equal(torch.cat((px, rest), 1), codec.decode(latents))
+    assert fast.temporal_factor == codec.temporal_factor and fast.cfg is codec.cfg
 
 
 def test_tiny_runs_in_bfloat16_between_float32_pixels():

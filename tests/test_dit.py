@@ -1,11 +1,16 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from tiny_nets import DIT, SITES, chunk_levels, clip, condition, tiny_dit, tiny_student
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill.dit import DiTConfig, SiteConfig, VideoDiT
 from vidistill.memory import MemoryConfig
+from vidistill.rollout import chunk_noise, rollout
+from vidistill.schedules import ScheduleConfig, endless, finite
 
 MEMORIES = {
     "full": MemoryConfig("full", frames=9),
@@ -143,3 +148,119 @@ def test_impossible_sites_say_what_is_wrong():
         SiteConfig(1, place="behind")
     with pytest.raises(ValueError, match="activation"):
         SiteConfig(1, activation="relu6")
+
+
+# --- cheap passes -----------------------------------------------------------------------------------------------------
+
+STREAMED = {
+    **MEMORIES,
+    "relative sinks": MemoryConfig("window", frames=6, sinks=1),
+    "dense history": MemoryConfig("endless", frames=6, history=4, pattern=(1, 2)),
+    "8-bit history": MemoryConfig("endless", frames=6, history=4, pattern=(1, 2), entries="int8"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMED if name != "full"])
+@torch.no_grad()
+def test_a_pass_without_output_writes_the_same_memory_for_less(name):
+    student, cond = tiny_student(STREAMED[name], sites=SITES), condition(3, sites=tuple(SITES))
+    whole, quick = student.new_memory(1), student.new_memory(1)
+    for start in range(0, 18, 3):
+        x, sigma, flops = clip(3, seed=start), torch.zeros(1, 3), []
+        for memory, output in ((whole, True), (quick, False)):
+            with FlopCounterMode(display=False) as counter:
+                v = student.velocity(x, sigma, cond, start=start, memory=memory, output=output)
+            memory.commit()
+            flops.append(counter.get_total_flops())
+        assert not v.any() and flops[1] < flops[0]
+    for layer in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(whole.past(layer), quick.past(layer), strict=True))
+
+
+def streamed(student, chunks, cond, passes=None):
+    """Latents of a stream told `cond`, and its memory."""
+    memory = student.new_memory(1)
+    made = rollout(
+        student,
+        passes or finite(endless(ScheduleConfig(levels=(1.0, 0.5))), chunks),
+        noise=chunk_noise(student, 1, 0),
+        cond=lambda start, stop: cond,
+        memory=memory,
+        rng=torch.Generator().manual_seed(0),
+    )
+    return torch.cat(list(made), 1)
+
+
+@torch.no_grad()
+def test_levels_prompt_and_conditions_are_embedded_once_and_change_nothing():
+    cond = condition(3, sites=tuple(SITES))
+    student = tiny_student(MEMORIES["window"], sites=SITES).eval()
+    calls = {"time_embedding": 0, "text_embedding": 0, "sites": 0}
+
+    def count(name, module):
+        def hook(*_):
+            calls[name] += 1
+
+        module.register_forward_hook(hook)
+
+    for name in ("time_embedding", "text_embedding"):
+        count(name, getattr(student.net, name))
+    count("sites", student.net.sites["qk"].project[0])
+    got = streamed(student, 4, cond)
+    assert calls == {"time_embedding": 3, "text_embedding": 1, "sites": 1}  # levels 1, 0.5 and 0
+    wanted = streamed(student.train(), 4, cond)  # in training levels are embedded anew in every pass
+    assert calls["time_embedding"] == 3 + 4 * 3 and torch.equal(got, wanted)
+
+
+class Record(TorchDispatchMode):
+    """Names and shapes of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+        self.seen.append((str(func), shapes))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMED if name != "full"])
+@torch.no_grad()
+def test_passes_of_a_full_memory_run_the_same_operators_and_never_ask_the_host(name):
+    student, cond = tiny_student(STREAMED[name]).eval(), condition(3)
+    memory = student.new_memory(1)
+    kept = memory._keys.data_ptr(), memory._values.data_ptr()
+    level, x, seen = torch.zeros(1, 3, dtype=torch.float64), clip(3), []
+    for start in range(0, 36, 3):
+        student.velocity(x, level, cond, start=start, memory=memory)  # the first pass of a chunk makes room
+        with Record() as record:
+            student.velocity(x, level, cond, start=start, memory=memory)
+        memory.commit()
+        seen.append(record.seen)
+    assert seen[-1] == seen[-3]  # slots come round every other chunk
+    asks = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.default", "unique")
+    assert not [op for op, _ in seen[-1] if any(f"aten.{ask}" in op for ask in asks)]
+    assert kept == (memory._keys.data_ptr(), memory._values.data_ptr())
+
+
+@pytest.mark.parametrize("name", ["window with sinks", "dense history"])
+@torch.no_grad()
+def test_a_compiled_student_has_no_graph_breaks_and_makes_the_same_latents(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda f, mode, c=torch.compile, **kw: c(f, **kw))  # eager knows no mode
+    student, cond = tiny_student(STREAMED[name]).eval(), condition(3)
+    wanted = streamed(student, 6, cond)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fast = student.faster(compiled=True)
+    torch.testing.assert_close(streamed(fast, 6, cond), wanted, rtol=1e-5, atol=1e-6)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4
+
+
+@torch.no_grad()
+def test_a_whole_clip_is_one_graph():
+    net, sigma = tiny_dit().eval(), torch.full((1, 9), 0.5)
+    graph = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(graph(clip(), sigma, condition()), net(clip(), sigma, condition()))

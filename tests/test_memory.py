@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_nets import clip, condition, tiny_student
 
 from vidistill.memory import KVMemory, MemoryConfig, frame_positions
 
@@ -171,3 +172,43 @@ def test_after_a_reset_the_first_frames_become_the_sinks():
 def test_impossible_memories_say_what_is_wrong(kw, message):
     with pytest.raises(ValueError, match=message):
         MemoryConfig(**kw)
+
+
+@torch.no_grad()
+def test_a_memory_that_has_advanced_reads_as_one_that_ran_there():
+    student = tiny_student(MemoryConfig("window", frames=6, sinks=1))
+    cond, sigma = condition(3), torch.zeros(1, 3)
+
+    def run(memory, starts):
+        for start in starts:
+            v = student.velocity(clip(3, seed=start % 12), sigma, cond, start=start, memory=memory)
+            memory.commit()
+        return v
+
+    ran, jumped = student.new_memory(1), student.new_memory(1)
+    run(ran, range(0, 9 + 120, 3))
+    run(jumped, range(0, 9, 3))
+    jumped.advance(120)
+    assert jumped.frames == ran.frames and jumped.next_frame == 129
+    torch.testing.assert_close(run(jumped, [129]), run(ran, [129]), rtol=1e-4, atol=1e-5)
+    compressed = tiny_student(MemoryConfig("endless", frames=6, history=4, pattern=(1, 2))).new_memory(1)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        compressed.advance(7)
+
+
+@torch.no_grad()
+def test_a_dense_history_lies_behind_the_window_and_is_read_without_a_copy():
+    student = tiny_student(MemoryConfig("endless", frames=6, history=4, pattern=(1, 2)))
+    memory = student.new_memory(1)
+    for start in range(0, 15, 3):
+        student.velocity(clip(3), torch.zeros(1, 3), condition(3), start=start, memory=memory)
+        memory.commit()
+    memory.begin(15, 3)
+    own = torch.zeros(1, 12, 2, 12)
+    (segment,) = memory.segments(0, own, own, own)
+    assert segment.keys.shape[1] == 6 * 4 + sum(s.tokens for s in memory.stored if s.frame not in memory.frames)
+    assert segment.keys.data_ptr() == memory._keys[0].data_ptr()
+    old_keys, old_values = memory.past(0)
+    turned = old_keys.shape[1] - len(memory.frames) * 4
+    torch.testing.assert_close(segment.keys[:, 24:], old_keys[:, :turned])
+    torch.testing.assert_close(segment.values[:, 24:], old_values[:, :turned])

@@ -34,6 +34,14 @@ def test_the_script_says_that_times_need_a_gpu(parity):
     assert "times need a GPU" in parity.stdout
 
 
+def test_passes_through_the_kernels_equal_plain_ones():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "triton_pass.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    errors = [float(line.rsplit(": ", 1)[1]) for line in done.stdout.splitlines()]
+    assert len(errors) == 2 and max(errors) < 1e-4, done.stdout + done.stderr[-2000:]
+
+
 def test_launch_tables_have_the_same_kernels_and_distinct_rows():
     kernels = set(tuning.TABLES["interpreter"])
     for table in tuning.TABLES.values():

@@ -18,7 +18,7 @@ from vidistill.conditioning import Inputs, parse_script, scripted
 from vidistill.dit import DiTConfig, SiteConfig
 from vidistill.memory import MemoryConfig
 from vidistill.schedules import endless
-from vidistill.stream import Frame, StreamConfig, StreamSession
+from vidistill.stream import Frame, SpeedConfig, StreamConfig, StreamSession, faster
 from vidistill.student import CausalStudent
 from vidistill.video import to_uint8
 
@@ -537,3 +537,39 @@ def test_a_session_tells_its_numbers(session):
     expected = STUDENT.memory.bytes(layers=2, width=24, tokens_per_frame=4)
     assert stream.memory_bytes == expected
     assert len(take(endless(stream._engine.schedule), 9)) == 9
+
+
+@pytest.mark.parametrize("linears", ["packed", "bf16", "int8"])
+def test_a_stream_with_other_linear_layers_equals_its_own_rollout_and_leaves_the_student_as_it_was(
+    bundle, codec, tiny_image, linears
+):
+    if linears == "int8":
+        pytest.importorskip("torchao")
+    if linears != "int8" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    if linears == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU has no bfloat16 products")
+    fast = faster(bundle, SpeedConfig(linears=linears))
+    first = bundle.net.net.blocks[0].ffn[0]
+    assert type(first) is torch.nn.Linear and fast.name == f"student ({linears})"
+    assert faster(bundle, SpeedConfig()) is bundle
+    with (
+        StreamSession(fast, codec, INLINE, image=tiny_image) as session,
+        StreamSession(bundle, codec, INLINE, image=tiny_image) as plain,
+    ):
+        made = torch.cat(list(itertools.islice(session.latents(), 5)), dim=1)
+        assert torch.equal(made, session.reference(5))
+        error = float((made - (wanted := plain.reference(5))).norm() / wanted.norm())
+    assert error < {"packed": 1e-4, "bf16": 0.1, "int8": 0.1}[linears]
+
+
+def test_a_stream_that_advances_goes_on_at_a_later_chunk(session):
+    s = session()
+    frames = s.frames()
+    next(f for f in frames if f.chunk == 4)
+    passed = s.advance(10.0)
+    later = next(f for f in frames if f.chunk > 5)
+    assert passed == pytest.approx(10, abs=0.1)
+    assert later.chunk == 5 + round(passed * 60 * s.fps / s.frames_per_chunk)
+    assert s.memory_bytes == s._engine.student.new_memory(1, cfg=s.memory_config).memory_bytes
+    assert next(f for f in frames if f.chunk == later.chunk + 3).px.any()

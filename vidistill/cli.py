@@ -120,10 +120,9 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
 def run_generate(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, video
     from vidistill.conditioning import parse_cues, parse_script
-    from vidistill.stream import StreamConfig, StreamSession
+    from vidistill.stream import StreamConfig, StreamSession, load_fast
 
-    bundle = load_fast(args)
-    codec = checkpoint.load_codec_of(bundle)
+    bundle, codec = load_fast(args.name, speed_of(args))
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
     image = video.read_image(picture, size) if picture and bundle.given_frames else None
@@ -139,19 +138,25 @@ def run_generate(args: argparse.Namespace) -> None:
 def add_speed(p: argparse.ArgumentParser) -> None:
     """Options of commands that run a student."""
     p.add_argument("--backend", default="auto", help="attention: auto, sdpa, products, flex, xformers or triton")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks around their attention")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile blocks and decoder; what is compiled is kept for the next run (TORCHINDUCTOR_CACHE_DIR)",
+    )
+    p.add_argument(
+        "--linears",
+        default="plain",
+        help="linear layers: plain, packed (CPU, float32), bf16 (CPU), int8 or fp8 (torchao); bench tells the error",
+    )
 
 
-def load_fast(args: argparse.Namespace) -> Any:
-    """The student `args.name` with the attention backend and compilation that were asked for."""
-    from vidistill import checkpoint
+def speed_of(args: argparse.Namespace) -> Any:
+    """The SpeedConfig that was asked for; sets the attention backend."""
     from vidistill.ops.attention import set_backend
+    from vidistill.stream import SpeedConfig
 
     set_backend(args.backend)
-    bundle = checkpoint.load_student(args.name)
-    if args.compile:
-        bundle.net.net.compile_regions()
-    return bundle
+    return SpeedConfig(args.linears, args.compile)
 
 
 def add_serve(commands: Any) -> argparse.ArgumentParser:
@@ -162,6 +167,7 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--max-viewers", type=count, default=2, help="viewers at a time, a dream each (default: 2)")
     p.add_argument("--starts", type=Path, help="folder of PNG pictures to begin from (default: the bundled ones)")
     p.add_argument("--origin", action="append", default=[], help="further web address the page is opened under")
+    add_speed(p)
     p.set_defaults(run=run_serve)
     return p
 
@@ -171,6 +177,7 @@ def run_serve(args: argparse.Namespace) -> None:
 
     serve(
         args.name,
+        speed=speed_of(args),
         host=args.host,
         port=args.port,
         starts=args.starts,
@@ -188,8 +195,17 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("name", nargs="?", help="a bundled name or the path of a student")
     p.add_argument("--vs", help="a student or teacher to measure in the same run")
-    p.add_argument("--growth", action="store_true", help="chunk time and bytes after 1, 10 and 60 minutes of stream")
-    p.add_argument("--random-weights", nargs="+", metavar="key=value", help="bench any shape without a checkpoint")
+    p.add_argument(
+        "--growth",
+        action="store_true",
+        help="chunk time and bytes after 1, 10 and 60 minutes of stream; past the first minute the clock is advanced",
+    )
+    p.add_argument("--random-weights", nargs="*", metavar="key=value", help="bench any shape without a checkpoint")
+    p.add_argument("--weights", type=Path, help="with --random-weights: a published file whose weights fit the shape")
+    p.add_argument("--family", default="self-forcing", help="format of --weights (default: self-forcing)")
+    p.add_argument("--allow-pickle", action="store_true", help="read --weights from a .pt file (weights only)")
+    p.add_argument("--profile", action="store_true", help="with --random-weights: which operators take the time")
+    p.add_argument("--batch", type=count, default=1, help="also time so many streams in one pass, beside one alone")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     add_speed(p)
     p.set_defaults(run=run_bench)
@@ -200,6 +216,7 @@ def run_bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from vidistill import bench
+    from vidistill.stream import load_fast
 
     console = Console(stderr=True)
     with console.status("warming up") as status:
@@ -207,15 +224,33 @@ def run_bench(args: argparse.Namespace) -> None:
         def progress(part: float, what: str) -> None:
             status.update(f"{part:.0%} {what}")
 
-        if args.random_weights:
-            result = bench.random_bench(args.random_weights, progress=progress)
+        if args.random_weights is not None:
+            result = run_random(args, progress)
         elif args.name:
-            result = bench.bench(load_fast(args), vs=args.vs, growth=args.growth, progress=progress)
+            bundle, codec = load_fast(args.name, speed_of(args))
+            cfg = bench.BenchConfig(batch=args.batch)
+            result = bench.bench(bundle, cfg, vs=args.vs, codec=codec, growth=args.growth, progress=progress)
         else:
             raise ValueError("name a student, or give --random-weights")
     Console().print(result.table())
     if args.json:
         print(result.to_json())
+
+
+def run_random(args: argparse.Namespace, progress: Any) -> Any:
+    """A bench without a checkpoint; what was asked to be faster runs beside the plain network."""
+    from vidistill import bench
+    from vidistill.interop.formats import read_student
+    from vidistill.stream import SpeedConfig, faster
+
+    cfg, speed = bench.RandomConfig.parse(args.random_weights), speed_of(args)
+    net = None
+    if args.weights:
+        net = read_student(args.weights, args.family, allow_pickle=args.allow_pickle, heads=cfg.heads).net()
+    plain = cfg.bundle(net)
+    vs = None if speed == SpeedConfig() else plain
+    own, more = faster(plain, speed), {"growth": args.growth, "batch": args.batch, "profiled": args.profile}
+    return bench.random_bench(cfg, own, vs=vs, progress=progress, **more)
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:

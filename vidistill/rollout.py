@@ -1,7 +1,9 @@
 """The one place where a student runs autoregressively: training, streaming and the bench all iterate it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,14 +27,17 @@ class Record:
     x: Tensor
 
 
-def per_frame(levels: Iterable[float], student: CausalStudent, chunk: int, batch: int) -> Tensor:
-    """One level per chunk -> one per frame [B, F] (float64), starting at `chunk`."""
-    counts = []
-    values = list(levels)
-    for i, _ in enumerate(values):
-        counts.append(student.first_frame(chunk + i + 1) - student.first_frame(chunk + i))
-    frames = torch.repeat_interleave(torch.tensor(values, dtype=torch.float64), torch.tensor(counts))
-    return frames.expand(batch, -1)
+def per_frame(levels: Sequence[float], student: CausalStudent, chunk: int, x: Tensor) -> Tensor:
+    """One level per chunk -> one per frame of `x` [B, F] (float64), starting at `chunk`; the same tensor every time."""
+    first = [student.first_frame(chunk + i) for i in range(len(levels) + 1)]
+    return spread(tuple(levels), tuple(b - a for a, b in pairwise(first)), x.shape[0], x.device)
+
+
+@lru_cache(maxsize=1024)
+def spread(levels: tuple[float, ...], counts: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
+    """Each level as often as its count says [B, F] (float64)."""
+    frames = torch.repeat_interleave(torch.tensor(levels, dtype=torch.float64), torch.tensor(counts))
+    return frames.expand(batch, -1).to(device)
 
 
 def pin(x: Tensor, pinned: Tensor | None, start: int) -> Tensor:
@@ -46,13 +51,17 @@ def pin(x: Tensor, pinned: Tensor | None, start: int) -> Tensor:
 def run_pass(
     student: CausalStudent, p: Pass, x: Tensor, cond: Conditions, memory: KVMemory, pinned: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Velocity, prediction x0 (both [B, F, C, H, W]) and level [B, F] of one pass; commits if it says so."""
-    sigma = per_frame(p.sigma, student, p.chunk, x.shape[0]).to(x.device)
-    told = sigma if p.told is None else per_frame(p.told, student, p.chunk, x.shape[0]).to(x.device)
+    """Velocity, prediction x0 (both [B, F, C, H, W]) and level [B, F] of one pass; commits if it says so.
+
+    The velocity of a context pass is zero: only what it writes is wanted.
+    """
+    sigma = per_frame(p.sigma, student, p.chunk, x)
+    told = sigma if p.told is None else per_frame(p.told, student, p.chunk, x)
     start = student.first_frame(p.chunk)
     shown = cond(start, start + x.shape[1])
     with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-        v = student.velocity(x, told, shown, start=start, memory=memory)
+        output = p.next_sigma is not None or p.grad  # else a context pass: nobody asks what it predicts
+        v = student.velocity(x, told, shown, start=start, memory=memory, output=output)
         x0 = pin(x0_from_v(x, v, sigma), pinned, start)
     if p.commit:
         memory.commit()
@@ -86,14 +95,13 @@ def rollout(
                 state[c] = noise(c)
         x = torch.cat([state[c] for c in chunks], dim=1) if len(chunks) > 1 else state[p.chunk]
         if p.next_sigma is None and any(p.sigma):
-            level = per_frame(p.sigma, student, p.chunk, x.shape[0])
-            x = add_noise(x, randn_like(x, rng), level.to(x.device))
+            x = add_noise(x, randn_like(x, rng), per_frame(p.sigma, student, p.chunk, x))
         x = pin(x, pinned, student.first_frame(p.chunk))
         if records is not None and (p.grad or p.commit):
             records.append(Record(p, x))
         v, x0, sigma = run_pass(student, p, x, cond, memory, pinned)
         if p.next_sigma is not None:
-            target = per_frame(p.next_sigma, student, p.chunk, x.shape[0]).to(x.device)
+            target = per_frame(p.next_sigma, student, p.chunk, x)
             moved = transition(x, x0, v, sigma, target, rng).detach()
             lengths = [state[c].shape[1] for c in chunks]
             state.update(zip(chunks, moved.split(lengths, dim=1), strict=True))
@@ -131,7 +139,7 @@ def reencode(
         assert rng is not None
         x = add_noise(x, randn_like(x, rng), sigma)
     level = torch.full(x.shape[:2], told, dtype=torch.float64, device=x.device)
-    student.velocity(x, level, cond, start=start, memory=memory)
+    student.velocity(x, level, cond, start=start, memory=memory, output=False)
     memory.commit()
 
 

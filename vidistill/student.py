@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidistill.conditioning import Condition, concat
-from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.dit import DiTConfig, VideoDiT, twin
 from vidistill.memory import ClipHistory, KVMemory, MemoryConfig, Pooling, Sketch
+from vidistill.ops.linear import convert_linears
 from vidistill.ops.masks import FrameMask
 from vidistill.shapes import LatentShape, check_shape
 
@@ -44,6 +45,15 @@ class CausalStudent(nn.Module):
         net.load_state_dict(teacher.state_dict())
         return cls(net, cfg, shape)
 
+    def faster(self, linears: str = "plain", compiled: bool = False) -> "CausalStudent":
+        """A student of the same weights that only runs: the linear layers of its blocks are of kind `linears` (see
+        `ops.linear`), the blocks `compiled` around their attention. This one stays as it is."""
+        net = twin(self.net, self.net.cfg).eval().requires_grad_(False)
+        convert_linears(net.blocks, linears, self.cfg.chunk * self.shape.tokens_per_frame)
+        if compiled:
+            net.compile_regions()
+        return CausalStudent(net, self.cfg, self.shape).eval()
+
     @property
     def dit_config(self) -> DiTConfig:
         return self.net.cfg
@@ -65,10 +75,20 @@ class CausalStudent(nn.Module):
         return chunk
 
     def velocity(
-        self, x: Tensor, sigma: Tensor, cond: Condition, *, start: int = 0, memory: KVMemory | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        *,
+        start: int = 0,
+        memory: KVMemory | None = None,
+        output: bool = True,
     ) -> Tensor:
-        """Velocity of frames that start at latent frame `start`, given what `memory` holds."""
-        return self.net(x, sigma, cond, start=start, memory=memory)
+        """Velocity of frames that start at latent frame `start`, given what `memory` holds.
+
+        Without `output` memory is written and the velocity is zero, which costs less.
+        """
+        return self.net(x, sigma, cond, start=start, memory=memory, output=output)
 
     def new_memory(
         self, batch: int, *, dtype: torch.dtype = torch.float32, cfg: MemoryConfig | None = None
@@ -112,7 +132,7 @@ class CausalStudent(nn.Module):
             small = F.avg_pool2d(x[:, i], factor)[:, None]
             told, sketch = torch.zeros(x.shape[0], 1, device=x.device), Sketch()
             part = cond.frames(i, i + 1)
-            self.net(small, told, part, start=start + i, memory=sketch, factor=factor)
+            self.net(small, told, part, start=start + i, memory=sketch, factor=factor, output=False)
             memory.sketch(start + i, sketch.entries)
 
     def chunk_of_frames(self, frames: int) -> Tensor:

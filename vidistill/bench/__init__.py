@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidistill.bench.growth import batch_row, growth_rows
 from vidistill.bench.machine import (
     environment,
     flops_per_pass,
     matmul_peak_gflops,
     peak_bytes,
-    resident_bytes,
     threads,
 )
 from vidistill.bench.random_weights import RandomConfig, random_bench
@@ -44,7 +44,9 @@ class BenchConfig:
     `gate_chunks` are compared with the rollout first (0: until memory has begun to forget). A teacher makes clips of
     `clip_frames` latents in `clip_steps` steps; `guidance` (None: its checkpoint's) doubles its evaluations unless it
     is 1. A student that hears is spoken to for `speech_s` seconds in real time. `growth_minutes`: also time
-    `growth_chunks` chunks up to each of these minutes of one unbroken stream.
+    `growth_chunks` chunks up to each of these minutes of one stream, which really runs for the first `growth_run` of
+    them; past that its clock is advanced, its memory as full as it is, and rows say so. `batch`: also time so many
+    streams in one pass, beside one alone.
     """
 
     rounds: int = 5
@@ -61,9 +63,11 @@ class BenchConfig:
     speech_s: float = 6.0
     growth_minutes: tuple[float, ...] = ()
     growth_chunks: int = 50
+    growth_run: float = 1.0
+    batch: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "chunks", "clip_frames", "clip_steps", "growth_chunks"):
+        for name in ("rounds", "chunks", "clip_frames", "clip_steps", "growth_chunks", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"bench.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("inputs", "warmup_chunks", "gate_chunks", "threads"):
@@ -100,8 +104,9 @@ class StreamTimer:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
             self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
             self.lookahead_ms = session.audio_lookahead_ms if session.audio_rate else None
-            self.memory_frames = session.memory_config.frames
-            self.fill = -(-self.memory_frames // bundle.net.cfg.chunk) + 1  # chunks until memory has begun to forget
+            self.memory_config = session.memory_config
+            reach = self.memory_config.frames
+            self.fill = -(-reach // bundle.net.cfg.chunk) + 1  # chunks until memory has begun to forget
 
     def default_image(self) -> np.ndarray:
         """A grey start picture: what is in it costs nothing."""
@@ -199,30 +204,20 @@ class StreamTimer:
         return late
 
     def growth(self, progress: Progress) -> list[dict[str, float]]:
-        """Chunk times and bytes around each of `growth_minutes` of one stream that really runs there."""
-        rows: list[dict[str, float]] = []
+        """Chunk times and bytes around each of `growth_minutes` of one stream."""
         with self.open() as session:
-            frames, made = session.frames(), 0
+            frames = session.frames()
             next(f for f in frames if f.chunk == 1)
             take_chunk(frames, self.frames_per_chunk - 1)
-            for minutes in sorted(self.cfg.growth_minutes):
-                last = int(minutes * 60 * self.fps / self.frames_per_chunk)
-                heads: list[Frame] = []
-                while made < last or len(heads) < 2:
-                    heads = [*heads[-self.cfg.growth_chunks :], take_chunk(frames, self.frames_per_chunk)]
-                    made += 1
-                    progress(min(1.0, made / max(1, last)), f"{minutes:g} minutes of stream")
-                times = [1000 * (b.made_at - a.made_at) for a, b in pairwise(heads)]
-                rows.append(
-                    {
-                        "minutes": heads[-1].index / self.fps / 60,
-                        "chunk_ms_p50": float(np.percentile(times, 50)),
-                        "chunk_ms_p95": float(np.percentile(times, 95)),
-                        "memory_bytes": session.memory_bytes,
-                        "rss_bytes": resident_bytes(),
-                    }
-                )
-        return rows
+
+            def finished() -> Iterator[tuple[int, float]]:
+                last = take_chunk(frames, self.frames_per_chunk)
+                while True:
+                    head = take_chunk(frames, self.frames_per_chunk)
+                    yield head.chunk, 1000 * (head.made_at - last.made_at)
+                    last = head
+
+            return growth_rows(session, finished(), self.cfg, progress)
 
 
 class ClipTimer:
@@ -301,7 +296,11 @@ def bench(
                 other.round(number)
         rows = own.growth(progress) if cfg.growth_minutes else None
         own.timings.speech_ms += own.speech()
-        return summary(own, other, warmup_ms, peak, rows)
+        streams = None
+        if cfg.batch > 1:
+            progress(0.9, f"{cfg.batch} streams in one pass")
+            streams = batch_row(bundle, cfg.batch, cfg.rounds, own.fill, cfg.chunks)
+        return summary(own, other, warmup_ms, peak, rows, streams)
 
 
 def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray | None) -> StreamTimer | ClipTimer:
@@ -322,12 +321,18 @@ def summary(
     warmup_ms: float,
     peak: int,
     growth: Sequence[Mapping[str, float]] | None,
+    streams: Mapping[str, Any] | None,
 ) -> BenchResult:
     t, net = own.timings, own.bundle.net
     p50, p95 = np.percentile(t.chunk_ms, 50), np.percentile(t.chunk_ms, 95)
     fps, gflops = statistics.median(t.fps), matmul_peak_gflops(own.device)
     tokens, chunk = net.shape.tokens_per_frame, net.cfg.chunk
-    needed = own.nfe * flops_per_pass(net.net.cfg, tokens * chunk, tokens * (own.memory_frames - chunk), frames=chunk)
+    seen = net.new_memory(1, cfg=own.memory_config).tokens - tokens * chunk
+    context = own.bundle.schedule.context != "last_step"
+    needed = sum(
+        passes * flops_per_pass(net.net.cfg, tokens * chunk, seen, frames=chunk, output=output)
+        for passes, output in ((own.nfe - context, True), (context, False))
+    )
     parts = {name: t.part(f"{name}_ms") for name in ("denoise", "context", "decode", "host")}
     return BenchResult(
         name=own.name,
@@ -352,6 +357,7 @@ def summary(
         audio_to_lip_ms_p95=float(np.percentile(t.speech_ms, 95)) if t.speech_ms else None,
         vs=compare(own, other) if other else None,
         growth=growth,
+        batch=streams,
     )
 
 
@@ -361,6 +367,7 @@ def compare(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, Any]:
     firsts = zip(own.timings.first_frame_ms, other.timings.first_frame_ms, strict=True)
     return {
         "name": other.name,
+        **difference(own, other),
         "fps_ratio": statistics.median(fps),
         "first_frame_ratio": statistics.median(b / a for a, b in firsts),
         "nfe_ratio": other.nfe / own.nfe,
@@ -369,6 +376,16 @@ def compare(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, Any]:
         "nfe": other.nfe,
         "fps_ratio_range": (min(fps), max(fps)),
     }
+
+
+def difference(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, float]:
+    """Relative difference of the first latents that two ways to compute the same student make; else nothing."""
+    if not isinstance(other, StreamTimer) or other.bundle.record != own.bundle.record:
+        return {}
+    chunks = own.bundle.schedule.given_chunks + 1
+    with own.open() as a, other.open() as b:
+        x, y = a.reference(chunks), b.reference(chunks)
+    return {"latents_difference": float((x - y).norm() / y.norm())}
 
 
 def take_chunk(frames: Iterator[Frame], count: int) -> Frame:

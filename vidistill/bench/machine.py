@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,25 @@ def matmul_peak_gflops(device: torch.device | str = "cpu", repeats: int = 5) -> 
             times.append(time.perf_counter() - began)
         best = max(best, 2 * n**3 / statistics.median(times[1:]) / 1e9)
     return best
+
+
+OPERATORS = {  # what a profile is told by; all else is "other"
+    "linear layers": ("aten::addmm", "mkldnn::_linear_pointwise", "aten::_weight_int8pack_mm"),
+    "attention products": ("aten::mm", "aten::bmm", "aten::baddbmm"),
+    "softmax": ("aten::_softmax",),
+    "fused attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_flash_attention_forward"),
+    "copies": ("aten::copy_", "aten::cat"),
+}
+
+
+def profile(run: Callable[[], object]) -> dict[str, float]:
+    """Share of the time of `run` on the host that each kind of operator takes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run()
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(spent.values())
+    shares = {kind: sum(spent.get(name, 0.0) for name in names) / total for kind, names in OPERATORS.items()}
+    return {**shares, "other": 1.0 - sum(shares.values())}
 
 
 def wait_for(device: torch.device) -> None:
@@ -101,12 +120,14 @@ def flops_per_pass(
     frames: int = 1,
     text_tokens: int = 0,
     embed_text: bool = False,
+    output: bool = True,
 ) -> int:
     """Floating-point operations (a multiply-add is two) of one forward of `tokens` tokens in `frames` frames.
 
     Queries also look at `memory_tokens` and cross-attend to `text_tokens`. What depends on the text alone (its
-    embedding, keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Norms,
-    activations and other element-wise work are left out.
+    embedding, keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Without
+    `output` (a context pass) the last block ends with its keys and values. Norms, activations and other element-wise
+    work are left out.
     """
     d, image = dit.width, dit.image_tokens if dit.image_dim else 0
     text = text_tokens - image if dit.text_dim else 0
@@ -123,4 +144,8 @@ def flops_per_pass(
     for name, site in dit.sites.items():
         takers = 1 if name == "modulation" else len(site.layers) or dit.layers
         sites += frames * takers * ((site.dim * site.hidden if site.hidden else 0) + (site.hidden or site.dim) * d)
-    return 2 * (dit.layers * block + patches + times + embedding + sites)
+    tail = 0
+    if not output:
+        prompt = 2 * text_tokens * d * d if dit.text_dim and embed_text else 0  # keys and values are there all the same
+        tail = block - 3 * tokens * d * d - prompt + tokens * dit.patch_dim * d
+    return 2 * (dit.layers * block - tail + patches + times + embedding + sites)

@@ -4,21 +4,26 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
-from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, threads
+from vidistill.bench.growth import batch_row, growth_rows
+from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, profile, threads
 from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
-from vidistill.dit import DiTConfig
+from vidistill.dit import DiTConfig, VideoDiT
 from vidistill.stream import Chunk, StreamConfig, StreamSession
+
+GROWTH_MINUTES = (1.0, 10.0, 60.0)
 
 
 @dataclass(frozen=True)
 class RandomConfig:
     """Shape of a student and of what it makes: `text` is TOKENSxWIDTH (empty: none), `latent` CHANNELSxHEIGHTxWIDTH,
-    `steps` denoising passes and one context pass a chunk, memory as long as `chunks` chunks of `chunk` frames.
+    `steps` denoising passes and one context pass a chunk, memory as long as `chunks` chunks of `chunk` frames, of which
+    `sinks` never leave; `history` frames behind it are remembered in compressed form, as `entries` (see MemoryConfig).
     """
 
     dim: int = 384
@@ -33,10 +38,22 @@ class RandomConfig:
     rounds: int = 5
     seed: int = 0
     threads: int = 0
+    sinks: int = 0
+    history: int = 0
+    entries: str = "dense"
+    growth_chunks: int = 50
+
+    @property
+    def growth_minutes(self) -> tuple[float, ...]:
+        return GROWTH_MINUTES
+
+    @property
+    def growth_run(self) -> float:
+        return GROWTH_MINUTES[0]
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            lowest = 0 if f.name in ("seed", "threads") else 1
+            lowest = 0 if f.name in ("seed", "threads", "sinks", "history") else 1
             if f.type is int and getattr(self, f.name) < lowest:
                 raise ValueError(f"random weights: {f.name} must be at least {lowest}, got {getattr(self, f.name)}")
         sizes("latent", self.latent, "CHANNELSxHEIGHTxWIDTH")
@@ -64,8 +81,13 @@ class RandomConfig:
     def text_tokens(self) -> int:
         return sizes("text", self.text, "TOKENSxWIDTH")[0] if self.text else 0
 
-    def bundle(self) -> Bundle:
-        """A student of this shape with random weights, not zero anywhere."""
+    @property
+    def memory(self) -> dict[str, Any]:
+        policy = {"policy": "endless", "history": self.history, "entries": self.entries} if self.history else {}
+        return {"policy": "window", "frames": self.chunk * self.chunks, "sinks": self.sinks, **policy}
+
+    def bundle(self, net: VideoDiT | None = None) -> Bundle:
+        """A student of this shape with random weights, not zero anywhere, or those of `net`, which must have it."""
         channels, height, width = sizes("latent", self.latent, "CHANNELSxHEIGHTxWIDTH")
         dit = DiTConfig(
             channels=channels,
@@ -75,22 +97,34 @@ class RandomConfig:
             ffn=self.ffn,
             text_dim=sizes("text", self.text, "TOKENSxWIDTH")[1] if self.text else 0,
         )
-        frames = self.chunk * self.chunks
+        if net is not None:
+            names = ("channels", "width", "layers", "heads", "ffn", "text_dim")
+            for name in names:
+                if getattr(dit, name) != getattr(net.cfg, name):
+                    raise ValueError(
+                        f"these weights have {name} {getattr(net.cfg, name)} and the shape says {getattr(dit, name)}: "
+                        f"give the shape of the weights (dim={net.cfg.width} layers={net.cfg.layers} "
+                        f"heads={net.cfg.heads} ffn={net.cfg.ffn} text=TOKENSx{net.cfg.text_dim})"
+                    )
+            dit = net.cfg
         record = {
             "kind": "student",
             "dit": asdict(dit),
-            "student": {"chunk": self.chunk, "memory": {"policy": "window", "frames": frames}},
-            "shape": {"frames": frames, "channels": channels, "height": height, "width": width},
+            "student": {"chunk": self.chunk, "memory": self.memory},
+            "shape": {"frames": self.chunk * self.chunks, "channels": channels, "height": height, "width": width},
             "schedule": {"levels": [1 - i / self.steps for i in range(self.steps)]},
             "world": {"fps": 16.0},
         }
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            net = rebuild(record)
-            for weight in net.parameters():
+            student = rebuild(record)
+            for weight in student.parameters():
                 if not weight.any():
                     torch.nn.init.normal_(weight, std=0.02)
-        return Bundle("random weights", "student", net.eval().requires_grad_(False), record)
+        if net is not None:
+            student.net.load_state_dict(net.state_dict())
+        name = "random weights" if net is None else "given weights"
+        return Bundle(name, "student", student.eval().requires_grad_(False), record)
 
 
 def sizes(name: str, text: str, form: str) -> tuple[int, ...]:
@@ -100,60 +134,140 @@ def sizes(name: str, text: str, form: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+class Contender:
+    """A student of a random shape, and what its chunks took, round by round."""
+
+    def __init__(self, cfg: RandomConfig, bundle: Bundle) -> None:
+        self.cfg, self.bundle = cfg, bundle
+        self.session = StreamSession(bundle, None, StreamConfig(cfg.seed, pipelined=False))
+        if cfg.text:
+            rng = torch.Generator().manual_seed(cfg.seed)
+            self.session.set(tokens=torch.randn(cfg.text_tokens, bundle.net.net.cfg.text_dim, generator=rng))
+        self.rounds: list[list[Chunk]] = []
+
+    def round(self) -> None:
+        """One chunk more than is timed: the context pass of a chunk runs before the next one."""
+        self.rounds.append(list(islice(self.session.chunks(), self.cfg.chunks + 1)))
+
+    def part(self, name: str) -> np.ndarray:
+        """Milliseconds [rounds, chunks], the first round, which warmed up, left out."""
+        shift = 1 if name == "context" else 0
+        rows = [r[shift : shift + self.cfg.chunks] for r in self.rounds[1:]]
+        return np.array([[c.stats[f"{name}_ms"] for c in r] for r in rows])
+
+    @property
+    def chunk_ms(self) -> np.ndarray:
+        return self.part("denoise") + self.part("context")
+
+    @property
+    def warmup_ms(self) -> float:
+        return sum(c.stats["chunk_ms"] for c in self.rounds[0])
+
+    @property
+    def flops_per_s(self) -> float:
+        """FLOPs that the denoising passes of a round need over their time, median of rounds."""
+        net, cfg = self.bundle.net, self.cfg
+        tokens = net.shape.tokens_per_frame * cfg.chunk
+        needed = sum(
+            cfg.steps
+            * flops_per_pass(net.net.cfg, tokens, chunk * tokens, frames=cfg.chunk, text_tokens=cfg.text_tokens)
+            for chunk in range(cfg.chunks)
+        )
+        return needed / statistics.median(self.part("denoise").sum(1)) * 1000
+
+    def profile(self) -> dict[str, float]:
+        """Kinds of operators of the chunk after the memory has become full."""
+        chunks = self.session.chunks()
+        for _ in range(self.cfg.chunks):
+            next(chunks)
+        return profile(lambda: next(chunks))
+
+    def growth(self, progress: Progress) -> list[dict[str, Any]]:
+        """Chunk times and bytes after some minutes of one stream."""
+        return growth_rows(
+            self.session, ((c.index, c.stats["chunk_ms"]) for c in self.session.chunks()), self.cfg, progress
+        )
+
+
 def random_bench(
-    cfg: RandomConfig | Sequence[str] = (), bundle: Bundle | None = None, progress: Progress = lambda part, what: None
+    cfg: RandomConfig | Sequence[str] = (),
+    bundle: Bundle | None = None,
+    *,
+    vs: Bundle | None = None,
+    growth: bool = False,
+    batch: int = 1,
+    profiled: bool = False,
+    progress: Progress = lambda part, what: None,
 ) -> BenchResult:
     """Times `rounds` rollouts of `chunks` chunks; `cfg` may be `key=value` words.
 
-    `bundle` brings the weights of a student of that shape.
+    `bundle`: a student of that shape (default: random weights); `vs` is timed beside it, in alternating rounds.
+    `growth`: also after 1, 10 and 60 minutes. `batch`: also so many streams in one pass. `profiled`: also one chunk's
+    operators.
     """
     cfg = cfg if isinstance(cfg, RandomConfig) else RandomConfig.parse(cfg)
-    bundle = bundle or cfg.bundle()
     with threads(cfg.threads):
-        session = StreamSession(bundle, None, StreamConfig(cfg.seed, pipelined=False))
-        if cfg.text:
-            rng = torch.Generator().manual_seed(cfg.seed)
-            session.set(tokens=torch.randn(cfg.text_tokens, bundle.net.net.cfg.text_dim, generator=rng))
-        rounds = []
-        for number in range(cfg.rounds + 1):  # one chunk more: the context pass of a chunk runs before the next one
+        own = Contender(cfg, bundle or cfg.bundle())
+        other = Contender(cfg, vs) if vs else None
+        for number in range(cfg.rounds + 1):
             progress(number / (cfg.rounds + 1), f"round {number} of {cfg.rounds}" if number else "warming up")
-            rounds.append(list(islice(session.chunks(), cfg.chunks + 1)))
-        return result(cfg, bundle, session, rounds)
+            own.round()
+            if other:
+                other.round()
+        rows = own.growth(progress) if growth else None
+        streams = batch_row(own.bundle, batch, cfg.rounds, 1, cfg.chunks - 1) if batch > 1 else None
+        return result(own, other, rows, streams, own.profile() if profiled else None)
 
 
-def result(cfg: RandomConfig, bundle: Bundle, session: StreamSession, rounds: list[list[Chunk]]) -> BenchResult:
+def result(
+    own: Contender,
+    other: Contender | None,
+    growth: list[dict[str, Any]] | None,
+    streams: dict[str, Any] | None,
+    shares: dict[str, float] | None,
+) -> BenchResult:
     """The figures of all rounds but the first, which warmed up."""
-    net = bundle.net
-    denoise = np.array([[c.stats["denoise_ms"] for c in r[:-1]] for r in rounds])
-    context = np.array([[c.stats["context_ms"] for c in r[1:]] for r in rounds])
-    chunk_ms = (denoise + context)[1:]
-    tokens = net.shape.tokens_per_frame * cfg.chunk
-    needed = sum(
-        cfg.steps * flops_per_pass(net.net.cfg, tokens, chunk * tokens, frames=cfg.chunk, text_tokens=cfg.text_tokens)
-        for chunk in range(cfg.chunks)
-    )
+    cfg, net = own.cfg, own.bundle.net
+    denoise, context, chunk_ms = own.part("denoise"), own.part("context"), own.chunk_ms
     gflops = matmul_peak_gflops(net.net.head.head.weight.device)
-    seconds = statistics.median(denoise[1:].sum(1)) / 1000
     latents = cfg.chunk * cfg.chunks / (chunk_ms.sum(1) / 1000)
     p50, p95 = float(np.percentile(chunk_ms, 50)), float(np.percentile(chunk_ms, 95))
     by_chunk = np.median(chunk_ms, axis=0)
     return BenchResult(
-        name=bundle.name,
+        name=own.bundle.name,
         fps=None,
         real_time_factor=None,
         first_frame_ms=None,
         chunk_ms_p50=p50,
         chunk_ms_p95=p95,
         input_to_frame_ms_p95=None,
-        nfe_per_chunk=session.nfe_per_chunk,
+        nfe_per_chunk=own.session.nfe_per_chunk,
         latents_per_s=float(np.median(latents)),
-        memory_bytes=session.memory_bytes,
+        memory_bytes=own.session.memory_bytes,
         peak_bytes=peak_bytes(),
-        parts_ms={"denoise": float(np.median(denoise[1:])), "context": float(np.median(context[1:]))},
+        parts_ms={"denoise": float(np.median(denoise)), "context": float(np.median(context))},
         steady=p95 <= SPREAD * p50,
         matmul_peak_gflops=gflops,
-        model_flops_utilisation=needed / seconds / 1e9 / gflops,
-        warmup_ms=float(denoise[0].sum() + context[0].sum()),
+        model_flops_utilisation=own.flops_per_s / 1e9 / gflops,
+        warmup_ms=own.warmup_ms,
         ranges={"latents_per_s": (float(latents.min()), float(latents.max()))},
         env=environment(net) | {"random_weights": asdict(cfg), "chunk_ms": by_chunk.tolist()},
+        vs=compare(own, other, gflops) if other else None,
+        profile=shares,
+        growth=growth,
+        batch=streams,
     )
+
+
+def compare(own: Contender, other: Contender, gflops: float) -> dict[str, Any]:
+    """How much faster than the other, round by round, and how far the first chunk's latents are from its."""
+    ratios = other.chunk_ms.sum(1) / own.chunk_ms.sum(1)
+    x, y = own.rounds[0][0].latents, other.rounds[0][0].latents
+    return {
+        "name": other.bundle.name,
+        "chunk_ratio": float(np.median(ratios)),
+        "chunk_ratio_range": (float(ratios.min()), float(ratios.max())),
+        "chunk_ms_p50": float(np.median(other.chunk_ms)),
+        "model_flops_utilisation": other.flops_per_s / 1e9 / gflops,
+        "latents_difference": float((x - y).norm() / y.norm()),
+    }

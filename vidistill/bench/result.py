@@ -37,12 +37,14 @@ class BenchResult:
     audio_lookahead_ms: float | None = None  # sound after a frame that must be there before it is drawn
     audio_to_lip_ms_p95: float | None = None  # from sound, as it is spoken, to the picture shown with it
     vs: Mapping[str, Any] | None = None
-    growth: Sequence[Mapping[str, float]] | None = None
+    growth: Sequence[Mapping[str, Any]] | None = None
+    profile: Mapping[str, float] | None = None  # share of the passes of a chunk that each kind of operator takes
+    batch: Mapping[str, Any] | None = None  # several streams in one pass, beside one alone
 
     def to_json(self) -> str:
         """One line; floats rounded to four digits after the point."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for optional in ("audio_lookahead_ms", "audio_to_lip_ms_p95", "vs", "growth"):
+        for optional in ("audio_lookahead_ms", "audio_to_lip_ms_p95", "vs", "growth", "batch", "profile"):
             if values[optional] is None:
                 del values[optional]
         return json.dumps(rounded(values))
@@ -76,15 +78,27 @@ class BenchResult:
         yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"
         share = f"{self.model_flops_utilisation:.0%} of {self.matmul_peak_gflops:.0f} GFLOP/s"
         yield "passes run at", f"{share} (matrix products)"
-        if self.vs:
+        if self.profile:
+            yield "operators", ", ".join(f"{kind} {share:.0%}" for kind, share in self.profile.items() if share)
+        if self.vs and "latents_difference" in self.vs:
+            yield "latents", f"{self.vs['latents_difference']:.1e} (relative) from those of {self.vs['name']}"
+        if self.vs and "chunk_ratio" in self.vs:
+            low, high = self.vs["chunk_ratio_range"]
+            yield f"against {self.vs['name']}", f"{self.vs['chunk_ratio']:.2f} x chunks/s ({low:.2f} to {high:.2f})"
+        elif self.vs:
             first, nfe = self.vs["first_frame_ratio"], self.vs["nfe_ratio"]
             first, nfe = f"first frame {first:.1f} x sooner", f"{nfe:.1f} x fewer evaluations"
             yield f"against {self.vs['name']}", f"{self.vs['fps_ratio']:.2f} x frames/s, {first}, {nfe}"
+        if self.batch:
+            b = self.batch
+            each = f"{b['chunk_ms']:.1f} ms a chunk of all, {b['one_chunk_ms']:.1f} ms of one alone"
+            yield f"{b['streams']} streams in one pass", f"{each}: {b['gain']:.2f} x chunks/s"
         for row in self.growth or ():
+            ratio = row["chunk_ms_p50"] / self.growth[0]["chunk_ms_p50"] if self.growth else 1.0
             yield (
-                f"after {row['minutes']:g} min",
+                f"after {row['minutes']:.1f} min" + ("" if row["ran"] else " (clock advanced)"),
                 (
-                    f"chunk p50 {row['chunk_ms_p50']:.1f} ms, p95 {row['chunk_ms_p95']:.1f} ms, "
+                    f"chunk p50 {row['chunk_ms_p50']:.1f} ms ({ratio:.2f} x), p95 {row['chunk_ms_p95']:.1f} ms, "
                     f"{row['memory_bytes'] / 2**20:.1f} MiB KV, {row['rss_bytes'] / 2**20:.0f} MiB resident"
                 ),
             )

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig
@@ -39,6 +40,17 @@ class Codec(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
     def decode_stream(self, latents: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+
+class Compiled:
+    """`codec` with its streamed decode as one graph; one more is made for every other length of a chunk."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self.decode_stream = torch.compile(codec.decode_stream, fullgraph=True, dynamic=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
 
 
 CODECS: dict[str, tuple[type, Callable[[Any, str | Path | None], Codec]]] = {  # family: (config, load)

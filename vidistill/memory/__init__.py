@@ -1,16 +1,16 @@
 """KV memory: what a student remembers of finished frames, what it costs, what stays. No attention maths."""
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidistill.memory.history import ENTRIES, RELIC_PATTERN, ClipHistory, History, Rotate, Sketch, Stored
-from vidistill.memory.pooling import POOLS, Pooling, frame_positions, num_cells
-from vidistill.ops.quant import entry_bytes
+from vidistill.memory.config import POLICIES, MemoryConfig, stream_memory
+from vidistill.memory.history import RELIC_PATTERN, ClipHistory, History, Rotate, Sketch, Stored, head_major
+from vidistill.memory.pooling import Pooling, frame_positions, num_cells
+from vidistill.memory.recall import Recall
+from vidistill.ops.memory_attention import Segment, joined
 
 __all__ = [
     "RELIC_PATTERN",
@@ -26,141 +26,8 @@ __all__ = [
     "stream_memory",
 ]
 
-log = logging.getLogger("vidistill")
 
-
-def keep_all(kept: Sequence[int], incoming: int, cfg: "MemoryConfig") -> list[int]:
-    """Frames to drop so that `incoming` frames fit: none; a full memory is an error of the user.
-
-    Frames are counted from the first one since the last reset.
-    """
-    if len(kept) + incoming > cfg.frames:
-        raise ValueError(
-            f"memory holds {len(kept)} frames and cannot take {incoming} more: memory.frames is {cfg.frames} and "
-            "memory.policy 'full' never forgets; raise memory.frames or choose policy 'window'"
-        )
-    return []
-
-
-def keep_window(kept: Sequence[int], incoming: int, cfg: "MemoryConfig") -> list[int]:
-    """Frames to drop: the oldest that are not among the first `sinks` frames. Source: StreamingLLM 2309.17453."""
-    excess = max(0, len(kept) + incoming - cfg.frames)
-    return sorted(f for f in kept if f >= cfg.sinks)[:excess]
-
-
-POLICIES = {"full": keep_all, "window": keep_window, "compressed": keep_window, "endless": keep_window}
-REMEMBERING = ("compressed", "endless")  # policies under which frames that leave the window become history
-PHASES = ("relative", "absolute")
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """Layout x policy of a memory.
-
-    `frames`: latent frames a chunk can look at in full, itself included. `sinks`: first frames that never leave.
-    `phase`: `relative` places what is older than the window right before it in time, so that a stream has no maximum
-    length; `absolute` keeps the phase it was written with (published students need it).
-
-    Policies: `full` never forgets and has an end; `window` keeps the newest frames and the sinks; `compressed` keeps
-    what has left the window as well, pooled by `pattern` (tokens a side that become one, frame after frame), up to
-    `history` frames; `endless` holds as many tokens, and lets frames go that others were seen from nearly the same
-    pose as. `pool`: `average` of keys before rotation and of values; `rescaled`, with keys as long as before;
-    `learned` weights; `reencode`: the network sees the pooled latents themselves. `entries` of the history: `dense`,
-    `int8` or `fp8`. Source: RELIC 2512.04040, section on compressed memory; factors count a side (DECISIONS).
-    """
-
-    policy: str = "full"
-    frames: int = 22
-    sinks: int = 0
-    phase: str = "relative"
-    history: int = 0
-    pattern: tuple[int, ...] = RELIC_PATTERN
-    pool: str = "average"
-    entries: str = "dense"
-
-    def __post_init__(self) -> None:
-        known = {"policy": POLICIES, "phase": PHASES, "pool": POOLS, "entries": ENTRIES}
-        for name, choices in known.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"memory.{name} {value!r} is unknown; choose one of {sorted(choices)}")
-        if self.frames < 1 or not 0 <= self.sinks < self.frames:
-            raise ValueError(f"memory needs frames >= 1 and 0 <= sinks < frames, got {self.frames} and {self.sinks}")
-        if self.remembers != (self.history > 0) or (self.remembers and self.sinks):
-            raise ValueError(
-                f"memory.history {self.history} and sinks {self.sinks} do not fit policy {self.policy!r}: "
-                f"{' and '.join(REMEMBERING)} need history >= 1 and no sinks, the others no history"
-            )
-        if not self.pattern or min(self.pattern) < 1:
-            raise ValueError(f"memory.pattern holds factors of at least 1, got {list(self.pattern)}")
-
-    @property
-    def remembers(self) -> bool:
-        """Whether frames that leave the window are kept in compressed form."""
-        return self.policy in REMEMBERING
-
-    def factor(self, index: int) -> int:
-        """The factor a side of the frame with this number since the last reset, once it has left the window."""
-        return self.pattern[index % len(self.pattern)]
-
-    def history_tokens(self, grid: tuple[int, int]) -> int:
-        """Tokens of the first `history` frames in compressed form: what the history has room for."""
-        return sum(num_cells(grid, self.factor(i)) for i in range(self.history))
-
-    def tokens(self, grid: tuple[int, int]) -> int:
-        """Tokens a chunk can look at, itself included."""
-        return self.frames * grid[0] * grid[1] + self.history_tokens(grid)
-
-    def bytes(
-        self,
-        *,
-        layers: int,
-        width: int,
-        tokens_per_frame: int,
-        batch: int = 1,
-        itemsize: int = 4,
-        grid: tuple[int, int] | None = None,
-        heads: int = 1,
-    ) -> int:
-        """Bytes of all buffers, known before anything is allocated; a history needs `grid`, 8-bit entries `heads`."""
-        entries = 2 * self.frames + self.sinks  # keys and values, and the un-rotated keys of the sinks
-        window = batch * layers * entries * tokens_per_frame * width * itemsize
-        if not self.remembers:
-            return window
-        if grid is None:
-            raise ValueError(
-                "the bytes of a compressed history depend on the grid of tokens: pass grid=(rows, columns)"
-            )
-        token = width * itemsize if self.entries == "dense" else entry_bytes(heads, width // heads)
-        return window + 2 * batch * layers * self.history_tokens(grid) * token
-
-    def account(self, grid: tuple[int, int], *, layers: int, width: int, heads: int, itemsize: int = 4) -> dict:
-        """Tokens and bytes of one stream, beside those of the same reach without compression."""
-        n = grid[0] * grid[1]
-        size = {"layers": layers, "width": width, "tokens_per_frame": n, "itemsize": itemsize}
-        plain = (self.frames + self.history) * n
-        return {
-            "policy": self.policy,
-            "frames": self.frames + self.history,
-            "tokens": self.tokens(grid),
-            "bytes": self.bytes(**size, grid=grid, heads=heads),
-            "uncompressed_tokens": plain,
-            "uncompressed_bytes": 2 * layers * plain * width * itemsize,
-            "token_share": round(self.tokens(grid) / plain, 4),
-        }
-
-
-def stream_memory(cfg: MemoryConfig, chunk: int) -> MemoryConfig:
-    """The memory of a stream without end: a `full` one becomes a window of the same size, a `compressed` one `endless`
-    with the same tokens; says so once."""
-    if cfg.frames < cfg.sinks + chunk:
-        raise ValueError(f"memory.frames {cfg.frames} cannot hold {cfg.sinks} sinks and a chunk of {chunk} frames")
-    if cfg.policy == "compressed":
-        return replace(cfg, policy="endless")
-    if cfg.policy != "full":
-        return cfg
-    log.info("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", cfg.frames)
-    return replace(cfg, policy="window")
+KEPT = {"prompt": 1, "levels": 32, "sites": 1}  # what is read once, and of how many objects it is kept
 
 
 class KVMemory:
@@ -194,9 +61,10 @@ class KVMemory:
         self._grid = grid
         self._rotate = rotate
         self._layers = layers
-        shape = (layers, batch, cfg.frames * self.tokens_per_frame, heads, head_dim)
-        self._keys = torch.zeros(shape, device=device, dtype=dtype)
-        self._values = torch.zeros(shape, device=device, dtype=dtype)
+        window = cfg.frames * self.tokens_per_frame
+        behind = cfg.history_tokens(grid) if cfg.remembers and cfg.entries == "dense" else 0
+        shape = (layers, batch, window + behind, heads, head_dim)  # what attention reads: the window, then the history
+        self._keys, self._values = (head_major(shape, device, dtype) for _ in range(2))
         sink_shape = (layers, batch, cfg.sinks * self.tokens_per_frame, heads, head_dim)
         self._raw_sinks = torch.zeros(sink_shape, device=device, dtype=dtype)
         self._history: History | None = None
@@ -214,10 +82,16 @@ class KVMemory:
                 grid=grid,
                 rotate=rotate,
                 pooling=pooling or Pooling(cfg.pool, grid),
+                shown=self._behind_window(),
                 device=device,
                 dtype=dtype,
             )
         self.reset()
+
+    def _behind_window(self) -> tuple[Tensor, Tensor]:
+        """Where a dense history puts its turned keys and its values [layers, B, S, h, d]."""
+        window = self.cfg.frames * self.tokens_per_frame
+        return self._keys[:, :, window:], self._values[:, :, window:]
 
     def reset(self, start: int = 0) -> None:
         """Forget everything; the next chunk starts at frame `start`, and its first frames become the sinks."""
@@ -228,7 +102,7 @@ class KVMemory:
         self._start = start  # first staged frame of the chunk in flight
         self._next = start
         self._rewriting = False
-        self._prompt: tuple[object, Any] | None = None  # a prompt and what was read of it
+        self._once: dict[str, dict[int, tuple[object, Any]]] = {}  # kind -> id -> an object and what was read of it
         self._poses: dict[int, Tensor] = {}  # frame of the window -> its pose numbers [B, D]
         self._sketches: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # frame -> its entries encoded again, coarsely
         if self._history is not None:
@@ -339,34 +213,51 @@ class KVMemory:
         """Keep what the network made of a frame's pooled latents until the frame leaves the window."""
         self._sketches[frame] = entries
 
-    def stage(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, h, d] that the chunk's queries attend to: the remembered ones and its own.
 
-        `raw` and `keys` [B, f n, h, d] are the chunk's keys before and after rotation. While autograd records, the
-        result is a fresh tensor in which only the chunk's own part carries gradient; otherwise it is a view.
+        `raw` and `keys` [B, f n, h, d] are the chunk's keys before (None unless `wants_raw`) and after rotation. While
+        autograd records, the result is a fresh tensor in which only the chunk's own part carries gradient; otherwise it
+        is a view.
         """
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             return self.recall().stage(layer, raw, keys, values)
+        return joined(self.segments(layer, raw, keys, values), self._keys.dtype)
+
+    def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
+        """As `stage`, in the runs that `ops.memory_attention.attend` reads without joining them."""
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            return self.recall().segments(layer, raw, keys, values)
         self.write(layer, raw, keys, values)
         used = sorted(self._past_slots() + self._staged)
-        return self._with_history(layer, self._gather(self._keys[layer], used), self._gather(self._values[layer], used))
+        tokens = self._history.used if self._history is not None and self.history_shown else 0
+        if tokens and self.cfg.entries == "dense" and len(used) == self.cfg.frames:
+            stop = self.cfg.frames * self.tokens_per_frame + tokens
+            return [Segment(self._keys[layer, :, :stop], self._values[layer, :, :stop])]
+        window = Segment(self._gather(self._keys[layer], used), self._gather(self._values[layer], used))
+        return [self._history.segment(layer), window] if self._history is not None and tokens else [window]
 
     def _with_history(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self._history is None or not self._history_shown or not self._history.stored:
             return keys, values
-        old_keys, old_values = self._history.read(layer)
-        return torch.cat((old_keys, keys), dim=1), torch.cat((old_values, values), dim=1)
+        return joined([self._history.segment(layer), Segment(keys, values)], keys.dtype)
 
-    def write(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> None:
+    @property
+    def wants_raw(self) -> bool:
+        """Whether the chunk in flight holds sinks, whose keys are also kept as they were before rotation."""
+        return self._start - self._origin < self.cfg.sinks
+
+    def write(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> None:
         """Put the chunk's entries, cut from their graph, into the slots that `begin` found for them."""
         n = self.tokens_per_frame
-        skip = raw.shape[1] - len(self._staged) * n
+        skip = keys.shape[1] - len(self._staged) * n
         for i, slot in enumerate(self._staged):
             here, there = slice(skip + i * n, skip + (i + 1) * n), slice(slot * n, (slot + 1) * n)
             self._keys[layer, :, there] = keys[:, here].detach()
             self._values[layer, :, there] = values[:, here].detach()
             sink = self._start + i - self._origin
             if sink < self.cfg.sinks:
+                assert raw is not None
                 self._raw_sinks[layer, :, sink * n : (sink + 1) * n] = raw[:, here].detach()
 
     def recall(self) -> "Recall":
@@ -379,13 +270,16 @@ class KVMemory:
         keys, values = (self._gather(buffer[layer], slots).clone() for buffer in (self._keys, self._values))
         return self._with_history(layer, keys, values)
 
-    def read_once(self, prompt: object, read: Callable[[], Any]) -> Any:
-        """What `read` returns, kept until `prompt` is another object; read anew wherever autograd records."""
+    def read_once(self, kind: str, of: object, read: Callable[[], Any]) -> Any:
+        """What `read` returns, kept for the newest KEPT[kind] objects `of`; read anew wherever autograd records."""
         if torch.is_grad_enabled():
             return read()
-        if self._prompt is None or self._prompt[0] is not prompt:
-            self._prompt = prompt, read()
-        return self._prompt[1]
+        found = self._once.setdefault(kind, {})
+        if id(of) not in found:
+            while len(found) >= KEPT[kind]:
+                del found[next(iter(found))]
+            found[id(of)] = of, read()
+        return found[id(of)][1]
 
     def commit(self) -> None:
         """Keep the chunk staged last."""
@@ -415,14 +309,36 @@ class KVMemory:
             self._history.forget(frame)
         self._staged, self._next, self._rewriting = [], min(self._next, frame), keep_sinks
 
+    def advance(self, frames: int) -> None:
+        """Let `frames` pass unseen between two chunks: the window moves on as it is, sinks and history stay.
+
+        The stream then stands where a longer one would. ValueError unless frames keep their compression factors.
+        """
+        if self.cfg.remembers and frames % len(self.cfg.pattern):
+            raise ValueError(f"advance by a multiple of {len(self.cfg.pattern)} (memory.pattern), got {frames}")
+        assert not self._staged
+        ahead = {f: f + frames for f in self.frames if f - self._origin >= self.cfg.sinks}
+        shift = torch.zeros(self.tokens_per_frame, 3, dtype=torch.float64)
+        shift[:, 0] = frames
+        n = self.tokens_per_frame
+        for slot, frame in enumerate(self._slots):
+            if frame in ahead:
+                for keys in self._keys[:, :, slot * n : (slot + 1) * n]:
+                    keys.copy_(self._rotate(keys, shift, False))
+        self._slots = [ahead.get(f, f) for f in self._slots]
+        self._positions = {ahead.get(f, f): t + (frames if f in ahead else 0) for f, t in self._positions.items()}
+        self._poses = {ahead.get(f, f): pose for f, pose in self._poses.items()}
+        self._sketches = {ahead.get(f, f): entries for f, entries in self._sketches.items()}
+        self._next += frames
+
     def fork(self) -> "KVMemory":
         """An independent copy."""
         twin = object.__new__(KVMemory)
         twin.__dict__.update(self.__dict__)
         twin._keys, twin._values, twin._raw_sinks = self._keys.clone(), self._values.clone(), self._raw_sinks.clone()
         twin._slots, twin._positions, twin._staged = list(self._slots), dict(self._positions), list(self._staged)
-        twin._poses, twin._sketches = dict(self._poses), dict(self._sketches)
-        twin._history = None if self._history is None else self._history.fork()
+        twin._poses, twin._sketches, twin._once = dict(self._poses), dict(self._sketches), {}
+        twin._history = None if self._history is None else self._history.fork(twin._behind_window())
         return twin
 
     def entries(self, layer: int, *, unrotated: bool = False) -> tuple[Tensor, Tensor, list[int]]:
@@ -468,21 +384,3 @@ class KVMemory:
             raw = self._raw_sinks[layer, :, sink * n : (sink + 1) * n]
             self._keys[layer, :, slot * n : (slot + 1) * n] = self._rotate(raw, positions, False)
         self._positions[frame] = time
-
-
-class Recall:
-    """A memory as one pass under autograd sees it: read once, written once, so that the backward pass may run a block
-    again (activation checkpointing) and finds the history of the first time."""
-
-    def __init__(self, memory: KVMemory, own_tokens: int) -> None:
-        self._memory, self._own = memory, own_tokens
-        self._past: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def stage(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As `KVMemory.stage`; only the chunk's own part carries gradient."""
-        if layer not in self._past:
-            self._past[layer] = self._memory.past(layer)
-            self._memory.write(layer, raw, keys, values)
-        past_keys, past_values = self._past[layer]
-        own = slice(keys.shape[1] - self._own, None)
-        return torch.cat((past_keys, keys[:, own]), dim=1), torch.cat((past_values, values[:, own]), dim=1)

@@ -2,15 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vidistill.memory.pooling import Pooling, frame_positions, num_cells
 from vidistill.ops import quant
+from vidistill.ops.memory_attention import Segment
 
-Rotate = Callable[[Tensor, Tensor, bool], Tensor]  # keys [B, S, h, d], positions [S, 3], inverse -> keys
+
+class Rotate(Protocol):
+    """Turns keys [B, S, h, d] to `positions` [S, 3], or back; `table` is what a kernel turns them by."""
+
+    def __call__(self, keys: Tensor, positions: Tensor, inverse: bool) -> Tensor: ...
+
+    def table(self, positions: Tensor, device: torch.device) -> Tensor: ...
+
+
 Frames = dict[int, tuple[Tensor, Tensor]]  # layer -> un-rotated keys and values [B, m, h, d]
 
 RELIC_PATTERN = (1, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4)
@@ -26,29 +35,25 @@ class Stored:
     tokens: int
 
 
+def head_major(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Zeros [..., S, h, d] that lie head by head, as attention reads them."""
+    return torch.zeros(*shape[:-3], shape[-2], shape[-3], shape[-1], device=device, dtype=dtype).transpose(-3, -2)
+
+
+@dataclass(frozen=True)
 class Store:
     """A buffer [B, S, h, d] of keys or values, dense or in 8 bits; tokens are written and read from the front."""
 
-    def __init__(self, shape: tuple[int, ...], entries: str, device: torch.device | str, dtype: torch.dtype) -> None:
-        kind = ENTRIES[entries]
-        self.data: Tensor | quant.Quantised = (
-            torch.zeros(shape, device=device, dtype=dtype) if kind is None else quant.empty(shape, kind, device)
-        )
+    data: Tensor | quant.Quantised
 
     @property
     def tensors(self) -> list[Tensor]:
         return [self.data.data, self.data.scale] if isinstance(self.data, quant.Quantised) else [self.data]
 
-    def put(self, start: int, x: Tensor) -> None:
+    def first(self, used: int) -> Tensor | quant.Quantised:
+        """The first `used` tokens, as they are kept."""
         if isinstance(self.data, quant.Quantised):
-            quant.append(self.data, x, torch.arange(start, start + x.shape[1], device=x.device))
-        else:
-            self.data[:, start : start + x.shape[1]] = x
-
-    def get(self, used: int, dtype: torch.dtype) -> Tensor:
-        """The first `used` tokens, dense."""
-        if isinstance(self.data, quant.Quantised):
-            return quant.Quantised(self.data.data[:, :used], self.data.scale[:, :used]).dequantise(dtype)
+            return quant.Quantised(self.data.data[:, :used], self.data.scale[:, :used])
         return self.data[:, :used]
 
     def keep(self, index: Tensor) -> None:
@@ -58,19 +63,28 @@ class Store:
             bits[:, : len(index)] = bits.index_select(1, index)
 
     def clone(self) -> "Store":
-        twin = object.__new__(Store)
         if isinstance(self.data, quant.Quantised):
-            twin.data = quant.Quantised(self.data.data.clone(), self.data.scale.clone())
-        else:
-            twin.data = self.data.clone()
-        return twin
+            return Store(quant.Quantised(self.data.data.clone(), self.data.scale.clone()))
+        return Store(self.data.clone())
+
+
+def put(keys: Store, values: Store, at: int, k: Tensor, v: Tensor) -> None:
+    """Write the entries `k`, `v` [B, m, h, d] from token `at` on."""
+    if isinstance(keys.data, quant.Quantised) and isinstance(values.data, quant.Quantised):
+        where = torch.arange(at, at + k.shape[1], device=k.device)
+        quant.append_entries(keys.data, values.data, k, v, where)
+        return
+    for store, x in ((keys, k), (values, v)):
+        assert isinstance(store.data, Tensor)
+        store.data[:, at : at + x.shape[1]] = x
 
 
 class History:
     """Un-rotated keys and values of frames that have left the window, in the order they left.
 
-    Keys are turned when they are read: to the frame's own time, or (`relative`) so that the history ends where the
-    window begins, which are the same as long as no frame was dropped. `poses` travel with the entries.
+    Keys are turned to the frame's own time, or (`relative`) so that the history ends where the window begins, which are
+    the same as long as no frame was dropped: dense ones once a chunk, into `shown`, where the values are as well; 8-bit
+    ones whenever they are read. `poses` travel with the entries.
     """
 
     def __init__(
@@ -87,20 +101,34 @@ class History:
         grid: tuple[int, int],
         rotate: Rotate,
         pooling: Pooling,
+        shown: tuple[Tensor, Tensor],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`shown`: turned keys and values [layers, B, S, h, d], room for `tokens` if entries are dense."""
         self.capacity, self.pattern, self.relative = tokens, tuple(pattern), relative
         self.clear()
-        self._grid, self._rotate, self._pooling, self._dtype = grid, rotate, pooling, dtype
-        shape = (batch, tokens, heads, head_dim)
-        self._keys, self._values = ([Store(shape, entries, device, dtype) for _ in range(layers)] for _ in range(2))
+        self._grid, self._rotate, self._pooling, self._device = grid, rotate, pooling, device
+        shape, self._kind = (batch, tokens, heads, head_dim), ENTRIES[entries]
         self._positions = torch.zeros(0, 3, dtype=torch.float64)
-        self._device = device
+        if self._kind is None:
+            self._keys = [Store(head_major(shape, device, dtype)) for _ in range(layers)]
+        else:
+            self._keys, self._values = (
+                [Store(quant.empty(shape, self._kind, device)) for _ in range(layers)] for _ in range(2)
+            )
+        self._show(shown)
+
+    def _show(self, shown: tuple[Tensor, Tensor]) -> None:
+        self._turned: list[Tensor] = []
+        if self._kind is None:
+            self._turned, self._values = list(shown[0]), [Store(values) for values in shown[1]]
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for s in (*self._keys, *self._values) for t in s.tensors)
+        """Bytes of its own buffers, those that it was given to show its entries in left out."""
+        own = self._keys if self._kind is None else (*self._keys, *self._values)
+        return sum(t.numel() * t.element_size() for s in own for t in s.tensors)
 
     @property
     def used(self) -> int:
@@ -113,6 +141,7 @@ class History:
     def clear(self, origin: int = 0) -> None:
         """Forget everything; frame numbers count from `origin`."""
         self.stored: list[Stored] = []
+        self._placed: list[tuple[int, Stored]] = []  # times that the keys are turned to
         self.poses: dict[int, Tensor] = {}
         self._origin = origin
 
@@ -171,8 +200,7 @@ class History:
         for layer, (keys, values) in entries.items():
             if not pooled:
                 keys, values = self._pooling(layer, keys, values, factor)
-            self._keys[layer].put(at, keys.detach())
-            self._values[layer].put(at, values.detach())
+            put(self._keys[layer], self._values[layer], at, keys.detach(), values.detach())
         self.stored.append(Stored(frame, factor, tokens))
         if pose is not None:
             self.poses[frame] = pose.detach().float()
@@ -181,22 +209,33 @@ class History:
         """Decide the times that keys are turned to, given the oldest frame of the window."""
         first = window_start - len(self.stored)
         times = [first + i if self.relative else s.frame for i, s in enumerate(self.stored)]
-        parts = [
-            frame_positions(torch.tensor([float(t)]), self._grid, s.factor)
-            for t, s in zip(times, self.stored, strict=True)
-        ]
+        placed = list(zip(times, self.stored, strict=True))
+        if placed == self._placed:
+            return
+        self._placed = placed
+        parts = [frame_positions(torch.tensor([float(t)]), self._grid, s.factor) for t, s in placed]
         self._positions = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 3, dtype=torch.float64)
+        for keys, turned in zip(self._keys, self._turned, strict=self._kind is None):
+            raw = keys.first(self.used)
+            assert isinstance(raw, Tensor)
+            turned[:, : self.used] = self._rotate(raw, self._positions, False)
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Turned keys, and values [B, S, h, d]."""
-        keys, values = (s[layer].get(self.used, self._dtype) for s in (self._keys, self._values))
-        return self._rotate(keys, self._positions, False), values
+    def segment(self, layer: int) -> Segment:
+        """The entries as attention reads them; 8-bit keys with the table that turns them."""
+        values = self._values[layer].first(self.used)
+        if self._kind is None:
+            return Segment(self._turned[layer][:, : self.used], values)
+        return Segment(
+            self._keys[layer].first(self.used), values, self._rotate.table(self._positions, torch.device(self._device))
+        )
 
-    def fork(self) -> "History":
+    def fork(self, shown: tuple[Tensor, Tensor]) -> "History":
+        """An independent copy whose entries are shown in a copy of what this one's are shown in."""
         twin = object.__new__(History)
         twin.__dict__.update(self.__dict__)
         twin.stored, twin.poses = list(self.stored), dict(self.poses)
         twin._keys, twin._values = ([s.clone() for s in stores] for stores in (self._keys, self._values))
+        twin._show(shown)
         return twin
 
 
@@ -206,16 +245,22 @@ class Sketch:
     def __init__(self) -> None:
         self.entries: Frames = {}
 
+    wants_raw = True
+
     def begin(self, start: int, frames: int, poses: Tensor | None = None) -> Tensor:
         return torch.arange(start, start + frames, dtype=torch.float64)
 
     def recall(self) -> "Sketch":
         return self
 
-    def read_once(self, prompt: object, read: Callable[[], Any]) -> Any:
+    def read_once(self, kind: str, of: object, read: Callable[[], Any]) -> Any:
         return read()
 
-    def stage(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
+        return [Segment(*self.stage(layer, raw, keys, values))]
+
+    def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert raw is not None
         self.entries[layer] = raw, values
         return keys, values
 
@@ -247,8 +292,9 @@ class ClipHistory(Sketch):
         parts = [seen[:, fs].repeat_interleave(num_cells(self._pooling.grid, s), 1) for s, fs in self.groups]
         return torch.cat(parts, dim=1) if parts else seen[:, :0]
 
-    def stage(self, layer: int, raw: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The clip's own keys and values [B, S, h, d] and the compressed ones behind them."""
+        assert raw is not None
         frames, n = raw.unflatten(1, (-1, self._tokens)), self._tokens
         shown, batch = values.unflatten(1, (-1, n)), raw.shape[0]
         for factor, index in self.groups:

@@ -1,31 +1,61 @@
 """What stands between the matrix products of a block, each as one operator: norm + rotation, modulation, gated sum.
 
 The functions here are the specification and run everywhere (torch.compile fuses them); with attention backend `triton`
-they run as one kernel each, forward and backward.
+they run as one kernel each, forward and backward, and so they do with backend `auto` on a GPU that has Triton.
 """
+
+import logging
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidistill.ops.attention import chosen
+from vidistill.ops.attention import choice, resolve
 from vidistill.ops.rope import rotate
 
+logger = logging.getLogger("vidistill")
 
-def _wide(x: Tensor) -> Tensor:
+
+@cache
+def _kernels(name: str, device: str) -> bool:
+    if name == "triton":
+        return resolve(name, device) == "triton"
+    if name != "auto" or device != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        logger.info("norms, rotation and modulation on cuda: torch's own operators (Triton is not installed)")
+        return False
+    logger.info("norms, rotation and modulation on cuda: Triton kernels (choose another backend than auto for none)")
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _decide(name: str, device: str) -> bool:
+    return _kernels(name, device)
+
+
+def kernels(device: str) -> bool:
+    """Whether these operators run as Triton kernels on `device` ("cpu", "cuda"); decided once, logged."""
+    return _decide(choice(), device)
+
+
+def wide(x: Tensor) -> Tensor:
     """`x` in float32 at least: norms and modulation are not computed in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, heads: int, eps: float) -> Tensor:
     """RMS norm of `x` [B, S, D], split into `heads` and turned by `table` [2, S, 1, d / 2]: [B, S, h, d]."""
-    y = F.rms_norm(_wide(x), x.shape[-1:], weight.to(_wide(x).dtype), eps).to(x.dtype)
+    y = F.rms_norm(wide(x), x.shape[-1:], weight.to(wide(x).dtype), eps).to(x.dtype)
     return rotate(y.unflatten(-1, (heads, -1)), table).to(x.dtype)
 
 
 def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Layer norm of `x` [B, F, n, D] without weights, times 1 + `scale`, plus `shift` (both [B, F, 1, D])."""
-    return (F.layer_norm(_wide(x), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+    return (F.layer_norm(wide(x), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
 
 
 def gated_sum_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -37,7 +67,7 @@ def norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, S, D], normed and turned: twice [B, S, h, d]."""
-    if chosen(q.device.type) == "triton":
+    if kernels(q.device.type):
         from vidistill.ops.triton_fused import norm_rope
 
         return norm_rope(q, k, q_weight, k_weight, table, heads, eps)
@@ -49,7 +79,7 @@ def norm_rope(
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """See `modulated_norm_reference`."""
-    if chosen(x.device.type) == "triton":
+    if kernels(x.device.type):
         from vidistill.ops.triton_fused import modulated_norm
 
         return modulated_norm(x, shift, scale, eps)
@@ -58,7 +88,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """See `gated_sum_reference`."""
-    if chosen(x.device.type) == "triton":
+    if kernels(x.device.type):
         from vidistill.ops.triton_fused import gated_sum
 
         return gated_sum(x, y, gate)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidistill.ops.attention import attention, chosen
+from vidistill.ops.attention import Mask, attention
+from vidistill.ops.fused import kernels
 from vidistill.ops.quant import Quantised
 from vidistill.ops.rope import rotate
 
@@ -28,42 +29,63 @@ class Segment:
     used: Tensor | None = None
     represents: float = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is read as it lies."""
+        return (
+            not isinstance(self.keys, Quantised) and self.table is None and self.used is None and self.represents == 1
+        )
+
 
 def _dense(x: Tensor | Quantised, dtype: torch.dtype) -> Tensor:
     return x.dequantise(dtype) if isinstance(x, Quantised) else x.to(dtype)
 
 
-def _gathered(q: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All keys (turned) and values [B, S, h, d], and additive scores [S] where a segment needs them."""
-    keys, values, scores = [], [], []
+def joined(segments: Sequence[Segment], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All keys (turned) and values [B, S, h, d]; views where there is one dense segment that needs nothing done."""
+    keys, values = [], []
     for s in segments:
-        k = _dense(s.keys, q.dtype)
-        keys.append(k if s.table is None else rotate(k, s.table).to(q.dtype))
-        values.append(_dense(s.values, q.dtype))
-        score = torch.full((k.shape[1],), math.log(s.represents), device=q.device)
+        k = _dense(s.keys, dtype)
+        keys.append(k if s.table is None else rotate(k, s.table).to(dtype))
+        values.append(_dense(s.values, dtype))
+    return (keys[0], values[0]) if len(segments) == 1 else (torch.cat(keys, 1), torch.cat(values, 1))
+
+
+def _scores(segments: Sequence[Segment], device: torch.device) -> Tensor | None:
+    """What is added to the scores [S] of all entries; None: nothing."""
+    if all(s.used is None and s.represents == 1.0 for s in segments):
+        return None
+    parts = []
+    for s in segments:
+        score = torch.full((s.keys.shape[1],), math.log(s.represents), device=device)
         if s.used is not None:
-            score = score.masked_fill(torch.arange(k.shape[1], device=q.device) >= s.used, -math.inf)
-        scores.append(score)
-    plain = all(s.used is None and s.represents == 1.0 for s in segments)
-    return torch.cat(keys, 1), torch.cat(values, 1), None if plain else torch.cat(scores)
+            score = score.masked_fill(torch.arange(s.keys.shape[1], device=device) >= s.used, -math.inf)
+        parts.append(score)
+    return torch.cat(parts)
 
 
 def attend_reference(q: Tensor, segments: Sequence[Segment]) -> Tensor:
     """The specification of `attend`: everything dense, turned, joined, softmax in the open."""
-    k, v, extra = _gathered(q, segments)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k).float() / math.sqrt(q.shape[-1])
+    k, v = joined(segments, q.dtype)
+    scores, extra = torch.einsum("bqhd,bkhd->bhqk", q, k).float() / math.sqrt(q.shape[-1]), _scores(segments, q.device)
     if extra is not None:
         scores = scores + extra
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(q.dtype), v)
 
 
-def attend(q: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Output [B, Sq, h, d] of turned queries `q` [B, Sq, h, d] over 1 to 3 segments; no gradient reaches the memory."""
+def attend(q: Tensor, segments: Sequence[Segment], mask: Mask = None) -> Tensor:
+    """Output [B, Sq, h, d] of turned queries `q` [B, Sq, h, d] over 1 to 3 segments; gradient reaches plain ones only.
+
+    `mask`, over all entries of plain segments, as in `attention`.
+    """
     if not 1 <= len(segments) <= 3:
         raise ValueError(f"memory attention reads 1 to 3 segments, got {len(segments)}")
-    if chosen(q.device.type) == "triton":
+    if len(segments) == 1 and segments[0].plain:
+        return attention(q, *joined(segments, q.dtype), mask)
+    assert mask is None, "masks are for clips, segments for memories"
+    if kernels(q.device.type):
         return _attend_triton(q, segments)
-    k, v, extra = _gathered(q, segments)
+    (k, v), extra = joined(segments, q.dtype), _scores(segments, q.device)
     if extra is None:
         return attention(q, k, v)
     out = torch.nn.functional.scaled_dot_product_attention(

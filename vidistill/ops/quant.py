@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vidistill.ops.fused import kernels
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SCALE_BYTES = 4
 
@@ -60,3 +62,14 @@ def append(store: Quantised, x: Tensor, where: Tensor) -> None:
     store.scale.index_copy_(1, where, new.scale)
     bits = store.data.view(torch.int8)  # index_copy_ knows no fp8
     bits.index_copy_(1, where, new.data.view(torch.int8))
+
+
+def append_entries(keys: Quantised, values: Quantised, k: Tensor, v: Tensor, where: Tensor) -> None:
+    """`append` of keys and of values; one kernel where Triton runs."""
+    if kernels(k.device.type):
+        from vidistill.ops.triton_quant import append_quantised
+
+        append_quantised(k, v, keys.data, values.data, keys.scale, values.scale, where)
+        return
+    append(keys, k, where)
+    append(values, v, where)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,6 +19,9 @@ from PIL import Image
 from vidistill.serve import protocol
 from vidistill.serve.viewer import Bye, Recordings, Viewer, ViewerConfig, World
 from vidistill.video import read_image
+
+if TYPE_CHECKING:
+    from vidistill.stream import SpeedConfig
 
 log = logging.getLogger(__name__)
 
@@ -225,16 +228,15 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
     return {path.stem: read_image(path, size, formats=("PNG",)) for path in sorted(Path(folder).glob("*.png"))}
 
 
-def load_world(name: str, starts: str | Path | None = None) -> World:
-    """The world of a student by bundled name or path.
+def load_world(name: str, starts: str | Path | None = None, speed: "SpeedConfig | None" = None) -> World:
+    """The world of a student by bundled name or path, computed as `speed` says.
 
     `starts`: a folder of PNG files to begin from; by default what `checkpoint.start_pictures` finds.
     """
-    from vidistill.checkpoint import load_codec_of, load_student, start_pictures, text_encoder
-    from vidistill.stream import StreamConfig, StreamSession
+    from vidistill.checkpoint import start_pictures, text_encoder
+    from vidistill.stream import SpeedConfig, StreamConfig, StreamSession, load_fast
 
-    bundle = load_student(name)
-    codec = load_codec_of(bundle)
+    bundle, codec = load_fast(name, speed or SpeedConfig())
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
     given = bundle.given_frames  # latent frames a dream begins with
 
@@ -273,6 +275,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    speed: "SpeedConfig | None" = None,
     starts: str | Path | None = None,
     max_viewers: int = 4,
     origins: Sequence[str] = (),
@@ -280,7 +283,7 @@ def serve(
 ) -> None:
     """Serves the student `name` until interrupted. `ready` is called with the page's address once it answers."""
     cfg = ServeConfig(host=host, port=port, max_viewers=max_viewers, origins=tuple(origins))
-    run(load_world(name, starts), cfg, ready)
+    run(load_world(name, starts, speed), cfg, ready)
 
 
 def run(world: World, cfg: ServeConfig, ready: Callable[[str], None] | None = None) -> None:

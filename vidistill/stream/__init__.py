@@ -20,9 +20,10 @@ from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import endless, finite
 from vidistill.stream.engine import Chunk, Dream, Engine, Frame
 from vidistill.stream.pipeline import Pipeline, inline
+from vidistill.stream.speed import SpeedConfig, faster, load_fast
 from vidistill.stream.switch import SWITCHES
 
-__all__ = ["SWITCHES", "Chunk", "Frame", "StreamConfig", "StreamSession"]
+__all__ = ["SWITCHES", "Chunk", "Frame", "SpeedConfig", "StreamConfig", "StreamSession", "faster", "load_fast"]
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,19 @@ class StreamSession:
             pinned=engine.dream.given,
         )
         return torch.cat(list(finished), dim=1)
+
+    def advance(self, minutes: float) -> float:
+        """Let time pass unseen before the next chunk that is begun, memory as full as it is; the minutes that pass.
+
+        Shows what a stream of that age costs without waiting for it. Not for rolling schedules (ValueError).
+        """
+        engine = self._engine
+        if engine.schedule.name == "rolling":
+            raise ValueError("a rolling schedule has chunks in flight and cannot advance; let it run")
+        step = len(self.memory_config.pattern)  # so that frames keep their compression factors
+        chunks = step * round(minutes * 60 * self.fps / self.frames_per_chunk / step)
+        engine.ahead += chunks
+        return chunks * self.frames_per_chunk / self.fps / 60
 
     def close(self) -> None:
         """Stop the workers and wait for them; safe to call twice, and when the consumer stopped in the middle."""

@@ -123,6 +123,8 @@ class Engine:
         self._taken: dict[int, tuple[Wish, Condition]] = {}  # first latent frame of a chunk -> what it is made with
         self._newest: Tensor | None = None  # finished latents [1, F, C, H, W] that memory may hold
         self._scenes = [0]  # chunks that a scene began with
+        self.ahead = 0  # chunks to leave out before the next
+        self._emitted = 0  # the chunk that is finished
         self._watch = Stopwatch()
         self._codec_state, self._next_index = None, 0
 
@@ -175,8 +177,9 @@ class Engine:
             rng=torch.Generator().manual_seed(dream.seed),
             pinned=dream.given,
         )
-        for index, latents in enumerate(finished):
+        for latents in finished:
             self.roamer.update()
+            index = self._emitted
             wish = self._taken[self.student.first_frame(index)][0]
             fresh = index == self._scenes[-1]
             self._remember(latents, fresh)
@@ -204,6 +207,9 @@ class Engine:
         while True:
             p = next(passes)
             if p.chunk != current:
+                if self.ahead and p.chunk > self.schedule.given_chunks:
+                    passes = self._advance(p.chunk)
+                    p = next(passes)
                 current = p.chunk
                 if not admit(self.px_frames(current)):
                     return
@@ -214,8 +220,15 @@ class Engine:
                 passes = endless(self.schedule, p.chunk, (p.chunk,))
                 p = next(passes)
             self._watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
+            self._emitted = p.chunk
             yield p
             self._watch.stop()
+
+    def _advance(self, chunk: int) -> Iterator[Pass]:
+        """Leave out the chunks `ahead` before `chunk`."""
+        chunks, self.ahead = self.ahead, 0
+        self.memory.advance(chunks * self.student.cfg.chunk)
+        return endless(self.schedule, chunk + chunks)
 
     def _take_inputs(self, p: Pass) -> bool:
         """Take the inputs of the chunks of a pass that have none yet; whether a chunk meets a switch of its prompt."""

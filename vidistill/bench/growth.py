@@ -1,0 +1,102 @@
+"""What a stream costs when it is old, and what several streams cost in one pass."""
+
+import statistics
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vidistill.bench.machine import resident_bytes
+from vidistill.bench.result import Progress
+from vidistill.checkpoint import Bundle
+from vidistill.conditioning import Condition, Inputs
+from vidistill.memory import stream_memory
+from vidistill.rollout import chunk_noise, rollout
+from vidistill.schedules import endless, finite
+from vidistill.stream import StreamSession
+from vidistill.stream.engine import Stopwatch
+
+
+class GrowthConfig(Protocol):
+    """What `growth_rows` reads of a bench's config; explained there."""
+
+    @property
+    def growth_minutes(self) -> tuple[float, ...]: ...
+
+    @property
+    def growth_chunks(self) -> int: ...
+
+    @property
+    def growth_run(self) -> float: ...
+
+
+def growth_rows(
+    session: StreamSession, finished: Iterator[tuple[int, float]], cfg: GrowthConfig, progress: Progress
+) -> list[dict[str, Any]]:
+    """A row for each of `growth_minutes`: median chunk time and bytes there.
+
+    `finished`: number and milliseconds of each chunk of `session`. `ran` is false where the clock was advanced.
+    """
+    seconds, rows, chunk = session.frames_per_chunk / session.fps, [], 0
+    for minutes in sorted(cfg.growth_minutes):
+        ran, times = minutes <= cfg.growth_run, []  # type: bool, list[float]
+        last = int(minutes * 60 / seconds)
+        start = last - cfg.growth_chunks
+        if not ran:
+            session.advance(max(0.0, start - chunk - 4) * seconds / 60)  # a few chunks may be under way already
+        while chunk < last or len(times) < 2:
+            chunk, ms = next(finished)
+            times = [*times[-cfg.growth_chunks + 1 :], ms]
+            progress(min(1.0, chunk / max(1, last)), f"{minutes:g} minutes of stream")
+        rows.append(
+            {
+                "minutes": chunk * seconds / 60,
+                "ran": ran,
+                "chunk_ms_p50": float(np.percentile(times, 50)),
+                "chunk_ms_p95": float(np.percentile(times, 95)),
+                "memory_bytes": session.memory_bytes,
+                "rss_bytes": resident_bytes(),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def batch_row(bundle: Bundle, batch: int, rounds: int, fill: int, chunks: int) -> dict[str, Any]:
+    """Time of a pass of `batch` streams at once beside that of one, alternating rounds; no decoding.
+
+    Each round rolls out `fill` chunks and then times `chunks` more.
+    """
+    found = [[_chunk_ms(bundle, n, fill, chunks) for n in (1, batch)] for _ in range(rounds)]
+    one, many = (statistics.median(row[i] for row in found) for i in (0, 1))
+    return {"streams": batch, "chunk_ms": many, "one_chunk_ms": one, "gain": batch * one / many}
+
+
+def _chunk_ms(bundle: Bundle, batch: int, fill: int, chunks: int) -> float:
+    """Median milliseconds of the passes of a chunk of a rollout of `batch` streams."""
+    student, schedule, watch = bundle.net, bundle.schedule, Stopwatch()
+    shape, device = student.shape, student.net.head.head.weight.device
+    inputs = Inputs.of(bundle.record, bundle.record["world"].get("temporal", 1), device)
+    conds: dict[int, Condition] = {}
+
+    def cond(start: int, stop: int) -> Condition:
+        if start not in conds:
+            conds.clear()
+            one = inputs.condition(inputs.wish, start, stop)
+            conds[start] = one.map(lambda t: t.expand(batch, *t.shape[1:]))
+        return conds[start]
+
+    def timed() -> Iterator[Any]:
+        for p in finite(endless(schedule), schedule.given_chunks + fill + chunks):
+            watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
+            yield p
+            watch.stop()
+
+    given = torch.zeros(batch, bundle.given_frames, shape.channels, shape.height, shape.width, device=device)
+    memory = student.new_memory(batch, cfg=stream_memory(student.cfg.memory, student.cfg.chunk))
+    noise = chunk_noise(student, batch, 0, given if bundle.given_frames else None)
+    rng = torch.Generator().manual_seed(0)
+    made = rollout(student, timed(), noise=noise, cond=cond, memory=memory, rng=rng)
+    times = [watch.take()["chunk_ms"] for _ in made]
+    return statistics.median(times[-chunks:])
