@@ -27,6 +27,22 @@ SCHEDULED = ("call_timesteps", "call_start_frame", "call_num_frames", "denoising
 LAST_ENTRY = 1e-6  # a timestep of 0 in a step list is a step on the table's last entry, not the end of the list
 
 
+class Whole(CausalStudent):
+    """A student whose context passes compute their velocity as well: the originals logged it."""
+
+    def velocity(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Condition,
+        *,
+        start: int = 0,
+        memory: KVMemory | None = None,
+        output: bool = True,
+    ) -> Tensor:
+        return super().velocity(x, sigma, cond, start=start, memory=memory)
+
+
 @dataclass
 class Call:
     """One forward of the network, as the originals log it."""
@@ -149,7 +165,7 @@ def prepare(golden: Golden, name: str, variant: dict[str, Any]) -> Run:
     total = noise.shape[1] + (0 if given is None else given.shape[1])
     infinite = bool(variant.get("use_infinite_attention", cfg.get("use_infinite_attention")))
     net = network(golden.weights, arch)
-    student = CausalStudent(
+    student = Whole(
         net,
         StudentConfig(
             chunk=variant["num_frame_per_block"],
@@ -310,7 +326,7 @@ def talk(golden: Golden, name: str, variant: dict[str, Any]) -> None:
     net = network(golden.weights, cfg)
     memory = variant_memory(variant, frames, infinite=False)
     shape = LatentShape(frames, *noise.shape[2:], patch=net.cfg.patch)
-    student = CausalStudent(net, StudentConfig(chunk=chunk, memory=memory), shape)
+    student = Whole(net, StudentConfig(chunk=chunk, memory=memory), shape)
     table = TableSchedule(shift=cfg["timestep_shift"], entries=cfg["scheduler_num_inference_steps"])
     levels: Sequence[float] = table.timesteps.tolist()
     golden.compare(f"{name}.denoising_step_list", list(levels))
