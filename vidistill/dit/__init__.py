@@ -110,11 +110,11 @@ class VideoDiT(nn.Module):
         history = memory.recall() if memory is not None and recompute else memory
         for layer, block in enumerate(self.blocks):
             h, inside = self.inject(h, hidden[layer])
-            if not output and layer == self.cfg.layers - 1:
-                block.read(h, e6, table, history, layer, keys[layer])
-                return torch.zeros_like(x)
-            args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, keys[layer])
+            needed = output or layer < self.cfg.layers - 1
+            args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, keys[layer], needed)
             h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+        if not output:
+            return torch.zeros_like(x)
         out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
         return v_from_blend(x, out, sigma, X0_ERROR) if self.cfg.predicts == "x0" else out
 

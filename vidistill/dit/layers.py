@@ -275,9 +275,15 @@ class Block(nn.Module):
         layer: int,
         inside: Tensor | None,
         key: Tensor | None,
+        output: bool = True,
     ) -> Tensor:
-        """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions."""
+        """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions.
+
+        Without `output` the entries are staged and nothing else is computed.
+        """
         q, segments = self.read(x, e, table, memory, layer, key)
+        if not output:
+            return x
         return self._after(self, x, attend(q, segments, mask), e, prompt, inside)
 
 
