@@ -119,7 +119,8 @@ def test_the_bias_for_xformers_masks_as_the_reference_does():
     torch.testing.assert_close(out, ops.reference(q, k, v, mask), rtol=1e-5, atol=1e-6)
 
 
-def test_the_choice_is_logged_once_with_its_reason(caplog):
+def test_the_choice_is_logged_once_with_its_reason(caplog, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
     ops._resolve.cache_clear()
     q = random(1, 4, 1, 8)
     with caplog.at_level(logging.INFO, logger="vidistill"), ops.use_backend("reference"):
@@ -127,6 +128,7 @@ def test_the_choice_is_logged_once_with_its_reason(caplog):
         ops.attention(q, q, q)
     assert [r.getMessage() for r in caplog.records] == ["attention backend on cpu: reference (asked for)"]
     assert ops.chosen("cpu") == "sdpa"
+    ops._resolve.cache_clear()
 
 
 @pytest.mark.parametrize(

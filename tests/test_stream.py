@@ -57,7 +57,12 @@ def noise_bundle(dit: DiTConfig, **record) -> Bundle:
     """A student that starts from noise."""
     student = CausalStudent(random_dit(dit), replace(STUDENT, first_chunk=0), SHAPE).eval().requires_grad_(False)
     sites = {name: {"dim": site.dim} for name, site in dit.sites.items()}
-    described = {"sites": sites, "text_dim": dit.text_dim, "extra_channels": dit.extra_channels}
+    described = {
+        "sites": sites,
+        "text_dim": dit.text_dim,
+        "channels": dit.channels,
+        "extra_channels": dit.extra_channels,
+    }
     base = {"dit": described, "schedule": {"levels": [1.0, 0.5]}, "world": {"fps": 8}}
     return Bundle("noise", "student", student, {**base, **record})
 

@@ -36,8 +36,9 @@ def per_frame(levels: Sequence[float], student: CausalStudent, chunk: int, x: Te
 @lru_cache(maxsize=1024)
 def spread(levels: tuple[float, ...], counts: tuple[int, ...], batch: int, device: torch.device) -> Tensor:
     """Each level as often as its count says [B, F] (float64)."""
-    frames = torch.repeat_interleave(torch.tensor(levels, dtype=torch.float64), torch.tensor(counts))
-    return frames.expand(batch, -1).to(device)
+    with torch.inference_mode(False):  # kept beyond the stream that asked first: training asks for the same
+        frames = torch.repeat_interleave(torch.tensor(levels, dtype=torch.float64), torch.tensor(counts))
+        return frames.expand(batch, -1).to(device)
 
 
 def pin(x: Tensor, pinned: Tensor | None, start: int) -> Tensor:
