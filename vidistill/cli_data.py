@@ -4,7 +4,10 @@ import argparse
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidistill.conditioning import Encode
 
 
 def count(text: str) -> int:
@@ -84,9 +87,7 @@ def run_data_shapes(args: argparse.Namespace) -> None:
     if is_there(args.out):
         return
     cfg, text = shapes.ShapesConfig(num_frames=args.frames), settings(args.text)
-    encode = checkpoint.text_encoder({"text": text})
-    if encode is None:
-        raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
+    encode = reader(text)
     codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "shapes",
@@ -102,6 +103,16 @@ def run_data_shapes(args: argparse.Namespace) -> None:
     shards = data.captioned_shards(clips, encode)
     data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
     print(f"{args.out}: {args.episodes} clips of {args.frames} frames")
+
+
+def reader(text: dict[str, Any]) -> "Encode":
+    """What reads captions, as the settings of --text say."""
+    from vidistill import checkpoint
+
+    encode = checkpoint.text_encoder({"text": text})
+    if encode is None:
+        raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
+    return encode
 
 
 def add_talker(kinds: Any) -> None:
@@ -133,9 +144,7 @@ def run_data_talker(args: argparse.Namespace) -> None:
         return
     audio = build(AudioConfig, settings(args.audio))
     cfg, text = talker.TalkerConfig(num_frames=args.frames, faults=args.faults, audio=audio), settings(args.text)
-    encode = checkpoint.text_encoder({"text": text})
-    if encode is None:
-        raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
+    encode = reader(text)
     codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "talker",

@@ -115,12 +115,6 @@ def shrink(dit: DiTConfig, grid: tuple[int, int]) -> DiTConfig:
     )
 
 
-def grown(dit: DiTConfig, asked: DiTConfig, recompute: bool) -> DiTConfig:
-    """`dit` with what the config asks for beside it: sites, pooling weights, a longer rotary embedding."""
-    sites, factors = {**asked.sites, **dit.sites}, asked.pool_factors or dit.pool_factors
-    return replace(dit, sites=sites, pool_factors=factors, yarn=asked.yarn, checkpoint=recompute)
-
-
 # --- the miniature ----------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +149,7 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
     return replace(
         small,
         latent_size=size,
-        dit=grown(tiny["student"], shrink(cfg.dit, (2, 2)), cfg.dit.checkpoint),
+        dit=replace(tiny["student"].grown(shrink(cfg.dit, (2, 2))), checkpoint=cfg.dit.checkpoint),
         init=names["student"] if cfg.init else None,
         teacher=names.get("teacher", names["student"]) if cfg.teacher else None,
         critic_init=names.get("critic") if cfg.critic_init else None,

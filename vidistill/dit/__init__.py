@@ -252,12 +252,10 @@ def grown(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
 
     New sites must be `zero_init`, so that it computes what it did but for the extension; ValueError otherwise.
     """
-    sites = {**cfg.sites, **net.cfg.sites}
-    new = sorted(set(sites) - set(net.cfg.sites))
-    if loud := [name for name in new if not sites[name].zero_init]:
+    wanted = net.cfg.grown(cfg)
+    new = sorted(set(wanted.sites) - set(net.cfg.sites))
+    if loud := [name for name in new if not wanted.sites[name].zero_init]:
         raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")
-    yarn = cfg.yarn if cfg.yarn.ratio != 1.0 else net.cfg.yarn
-    wanted = replace(net.cfg, sites=sites, yarn=yarn, pool_factors=cfg.pool_factors or net.cfg.pool_factors)
     if wanted == net.cfg:
         return net
     other = VideoDiT(wanted)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,15 @@ class DiTConfig:
     @property
     def patch_dim(self) -> int:
         return math.prod(self.patch) * self.channels
+
+    def grown(self, asked: "DiTConfig") -> "DiTConfig":
+        """This architecture with the sites, pooling weights and rotary extension of `asked` that it lacks."""
+        return replace(
+            self,
+            sites={**asked.sites, **self.sites},
+            yarn=asked.yarn if asked.yarn.ratio != 1.0 else self.yarn,
+            pool_factors=asked.pool_factors or self.pool_factors,
+        )
 
 
 class RMSNorm(nn.Module):
