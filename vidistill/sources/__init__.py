@@ -1,8 +1,21 @@
 """Where clips come from: each source returns `Episode`s, captioned or plain clips."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
+SPLITS = {"train": 0, "held_out": HELD_OUT_SEED}  # split -> its first seed
+
+
+def split_seeds(split: str, num: int, splits: Mapping[str, int] = SPLITS) -> range:
+    """The first seeds of a split; those of two splits never meet. ValueError for another split, or too many."""
+    if split not in splits:
+        raise ValueError(f"split is {split!r}; allowed are {', '.join(splits)}")
+    if not 0 <= num <= HELD_OUT_SEED:
+        raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
+    return range(splits[split], splits[split] + num)
 
 
 @dataclass(frozen=True)

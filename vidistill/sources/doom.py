@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vidistill.sources import Episode
+from vidistill.sources import HELD_OUT_SEED, Episode, split_seeds
 from vidistill.sources.doom_world import (
     LAYOUTS,
     UNITS_PER_DELTA,
@@ -32,7 +32,6 @@ from vidistill.sources.doom_world import (
 __all__ = ["ACTIONS", "HELD_OUT_SEED", "DoomConfig", "centre_texture", "record", "record_many", "replay", "seeds"]
 
 ACTIONS = ("turn_left", "turn_right", "forward", "backward")
-HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
 TICS_PER_SECOND = 35
 SETTLE_TICS = 14  # the engine ignores input in the first tics of a map
 SEEDS_PER_ENGINE = 16  # episodes one engine process serves before it is replaced
@@ -41,12 +40,7 @@ CELL = 32  # map units, grid on which ways are planned
 
 def seeds(split: str, num: int) -> range:
     """Returns the first seeds of a split, "train" or "held_out"; the two never meet."""
-    if split not in ("train", "held_out"):
-        raise ValueError(f"split is {split!r}; allowed are 'train' and 'held_out'")
-    if not 0 <= num <= HELD_OUT_SEED:
-        raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
-    first = HELD_OUT_SEED if split == "held_out" else 0
-    return range(first, first + num)
+    return split_seeds(split, num)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vidistill.sources import Captioned
+from vidistill.sources import HELD_OUT_SEED, Captioned, split_seeds
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -32,7 +32,6 @@ CAPTIONS = (
     "a {colour} {shape} drifts {motion} in front of {ground}",
     "{ground} background, a {colour} {shape} going {motion}",
 )
-HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
 JUDGE_SEED = 2_000_000  # seeds from here on are for the judge: all combinations, else it learns which ones never occur
 HELD_OUT_EVERY = 8  # one combination of attributes in so many is never trained on
 
@@ -65,12 +64,7 @@ def seeds(split: str, num: int) -> range:
 
     They never meet, nor do the captions of the first two.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
-    if not 0 <= num <= HELD_OUT_SEED:
-        raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
-    first = SPLITS[split]
-    return range(first, first + num)
+    return split_seeds(split, num, SPLITS)
 
 
 def is_held_out(labels: dict[str, str]) -> bool:

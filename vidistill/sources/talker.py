@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from vidistill.audio import AudioConfig, to_pcm16
-from vidistill.sources import Talk
+from vidistill.sources import HELD_OUT_SEED, Talk, split_seeds
 from vidistill.sources.talker_face import IDENTITY, MOODS, Pose, draw, read_mouth
 from vidistill.speech import RATE, REST, TRACK, VOICES, Speaker, Voice, speaker
 from vidistill.video import save_png
 
-HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
 HELD_OUT_EVERY = 8  # one identity and one sentence in so many are never trained on
 MANNERS = {"lively": 1.5, "quiet": 0.6}  # how much a head moves
 CAPTIONS = (
@@ -84,12 +83,7 @@ class TalkerConfig:
 
 def seeds(split: str, num: int) -> range:
     """The first seeds of split "train" or "held_out"; neither people nor sentences of the two ever meet."""
-    if split not in ("train", "held_out"):
-        raise ValueError(f"split is {split!r}; allowed are train, held_out")
-    if not 0 <= num <= HELD_OUT_SEED:
-        raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
-    first = HELD_OUT_SEED if split == "held_out" else 0
-    return range(first, first + num)
+    return split_seeds(split, num)
 
 
 def is_held_out(look: Mapping[str, str]) -> bool:
