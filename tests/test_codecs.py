@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from vidistill.codecs import CODECS, GEOMETRIES, Compiled, codec_record, load_codec
+from vidistill.codecs import CODECS, GEOMETRIES, Compiled, codec_record, load_codec, visibility
 from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig, _diffusers_name
 
@@ -574,3 +574,13 @@ def test_wan_encodes_the_recorded_clip(golden, num):
     codec, tensors, _ = golden
     px = (tensors["in.pixels"].transpose(1, 2)[:, :num] + 1) / 2
     torch.testing.assert_close(codec.encode(px), tensors[f"out.encode{num}.latents"], rtol=0, atol=1e-5)
+
+
+def test_visibility_is_what_a_unit_of_a_channel_changes_in_the_picture():
+    class Sum(torch.nn.Module):  # channel c is seen with weight c + 1 in every pixel of its 2x2 cell
+        def decode(self, x):
+            grey = (x * torch.arange(1.0, 4.0)[:, None, None]).sum(2, keepdim=True)
+            return F.interpolate(grey.flatten(0, 1), scale_factor=2).unflatten(0, x.shape[:2])
+
+    shown = visibility(Sum(), torch.randn(4, 5, 3, 8, 8), torch.Generator().manual_seed(0), draws=16)
+    torch.testing.assert_close(shown, torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64) * 3 / 14, rtol=0.05, atol=0.0)

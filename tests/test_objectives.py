@@ -428,6 +428,28 @@ def test_given_frames_are_shown_clean_and_never_trained(student, fn):
     assert sigma[:, 2:].min() > 0
 
 
+@pytest.mark.parametrize("fn", [flow, teacher_forcing, diffusion_forcing, dmd])
+def test_channel_weights_scale_what_each_channel_teaches(student, fn):
+    batch, weights = clip(), tuple(0.5 + c for c in range(SHAPE.channels))
+    grads = []
+    for cfg in (CFG, replace(CFG, channel_weights=weights)):
+        if fn is dmd:
+            x = batch.x.clone().requires_grad_()
+            roles = Roles(None, Gaussian(0.5), Gaussian(-1.0))
+            grads.append(torch.autograd.grad(fn(roles, x, batch, cfg, rng()).value, x)[0])
+            continue
+        net = Watched(student.net)
+        trained = net if fn is flow else CausalStudent(net, STUDENT, SHAPE)
+        fn(Roles(trained), batch.x, batch, cfg, rng()).value.backward()
+        grads.append(net.out.grad)
+    torch.testing.assert_close(grads[1], grads[0] * torch.tensor(weights)[:, None, None])
+
+
+def test_channel_weights_are_one_a_channel(student):
+    with pytest.raises(ValueError, match=f"the latents have {SHAPE.channels} channels"):
+        flow(Roles(student.net), clip().x, clip(), replace(CFG, channel_weights=(1.0,)), rng())
+
+
 def test_a_dropped_condition_is_the_null_condition(student):
     batch, net = clip(), Watched(student.net)
     kept = []
@@ -480,7 +502,15 @@ def test_a_noised_sample_keeps_given_frames_and_carries_gradient(student):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"drop": 1.0}, {"sigma_min": 0.0}, {"sigma_max": 1.5}, {"motion": -1.0}, {"distance": "l3"}, {"target_steps": 0}],
+    [
+        {"drop": 1.0},
+        {"sigma_min": 0.0},
+        {"sigma_max": 1.5},
+        {"motion": -1.0},
+        {"distance": "l3"},
+        {"target_steps": 0},
+        {"channel_weights": (1.0, 0.0)},
+    ],
 )
 def test_impossible_losses_are_refused(settings):
     with pytest.raises(ValueError):

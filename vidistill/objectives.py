@@ -42,6 +42,7 @@ class LossConfig:
     """
 
     noise: NoiseSchedule = NoiseSchedule()
+    channel_weights: tuple[float, ...] = ()  # of latent channels in squared errors and DMD, see `codecs.visibility`
     drop: float = 0.1  # probability that a condition is dropped (flow)
     drop_audio: float = 0.0  # probability that audio alone is dropped (flow)
     guidance: float = 1.0
@@ -72,6 +73,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
             raise ValueError(f"loss.drop must lie in [0, 1), got {self.drop}")
+        if self.channel_weights and min(self.channel_weights) <= 0:
+            raise ValueError(f"loss.channel_weights must be positive, got {list(self.channel_weights)}")
         steps = [step for step, _ in self.guidance_schedule]
         if not 0 <= self.drop_audio < 1 or not 0 <= self.broken <= 1 or steps != sorted(set(steps)):
             raise ValueError(
@@ -105,9 +108,20 @@ class LossConfig:
 LossFn = Callable[..., Loss]
 
 
-def masked_mse(a: Tensor, b: Tensor, given: int, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error [] over the frames that are not given; `weight` [B, F] weighs frames."""
-    error = (a[:, given:].float() - b[:, given:].float()).square()
+def by_channel(x: Tensor, channels: tuple[float, ...]) -> Tensor:
+    """`x` [B, F, C, H, W] with each channel times its weight; ValueError unless there is one for each."""
+    if not channels:
+        return x
+    if len(channels) != x.shape[2]:
+        raise ValueError(f"loss.channel_weights has {len(channels)} numbers, the latents have {x.shape[2]} channels")
+    return x * torch.tensor(channels, dtype=x.dtype, device=x.device)[:, None, None]
+
+
+def masked_mse(
+    a: Tensor, b: Tensor, given: int, weight: Tensor | None = None, channels: tuple[float, ...] = ()
+) -> Tensor:
+    """Mean squared error [] over the frames that are not given; `weight` [B, F] weighs frames, `channels` channels."""
+    error = by_channel((a[:, given:].float() - b[:, given:].float()).square(), channels)
     return error.mean() if weight is None else (error.mean(dim=(2, 3, 4)) * weight[:, given:]).mean()
 
 
@@ -142,7 +156,7 @@ def flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Gener
     if cfg.drop_audio:
         cond = cond.mute(torch.rand(b, generator=rng) >= cfg.drop_audio)
     v = roles.student.velocity(add_noise(x0, eps, sigma), sigma, cond)
-    return Loss(masked_mse(v, v_from(x0, eps), batch.given))
+    return Loss(masked_mse(v, v_from(x0, eps), batch.given, channels=cfg.channel_weights))
 
 
 def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
@@ -156,7 +170,7 @@ def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: 
     sigma = hold(chunk_levels(student, cfg.noise, b, f, rng).to(x0.device), batch.given)
     eps = randn_like(x0, rng)
     v = forced(student, x0, add_noise(x0, eps, sigma), sigma, batch.cond, cfg.context_noise, rng, first)
-    return Loss(masked_mse(v, v_from(x0, eps), max(batch.given, first)))
+    return Loss(masked_mse(v, v_from(x0, eps), max(batch.given, first), channels=cfg.channel_weights))
 
 
 def diffusion_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
@@ -171,7 +185,7 @@ def diffusion_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng
     sigma = hold(chunk_levels(student, cfg.noise, b, f, rng).to(x0.device), clean)
     eps = randn_like(x0, rng)
     v = student.block_causal(add_noise(x0, eps, sigma), sigma, batch.cond)
-    return Loss(masked_mse(v, v_from(x0, eps), clean))
+    return Loss(masked_mse(v, v_from(x0, eps), clean, channels=cfg.channel_weights))
 
 
 def clean_frames(student: CausalStudent, frames: int, cfg: LossConfig) -> int:
@@ -221,7 +235,7 @@ def regression(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch
     sigma = hold(torch.tensor(cfg.levels, device=states.device)[index], batch.given)
     noisy = torch.where(expand(sigma, noisy) > 0, noisy, target)
     v = forced(student, target, noisy, sigma, batch.cond, cfg.context_noise, rng)
-    return Loss(masked_mse(x0_from_v(noisy, v, sigma), target, batch.given))
+    return Loss(masked_mse(x0_from_v(noisy, v, sigma), target, batch.given, channels=cfg.channel_weights))
 
 
 def noised_sample(student: CausalStudent, batch: Any, levels: tuple[float, ...], rng: torch.Generator) -> Tensor:
@@ -291,7 +305,7 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
         sound = soundness(x0.detach(), batch.x, batch.given)
         logs["broken"] = 1 - sound.mean()
         grad = grad * (cfg.broken + (1 - cfg.broken) * sound).view(-1, 1, 1, 1, 1)
-    value = cfg.dmd * pull(x0, grad, batch.given).float()
+    value = cfg.dmd * pull(x0, by_channel(grad, cfg.channel_weights), batch.given).float()
     if cfg.motion:
         wanted = motion_gradient(x0.detach(), score["fake"], score["real"], batch.given)
         weight = motion_weights(wanted, cfg.motion_growth, cfg.motion_dynamic)
@@ -422,7 +436,7 @@ def critic_flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torc
     sigma = hold(cfg.score_noise.level(told), batch.given)
     eps = randn_like(x0, rng)
     v = roles.critic.velocity(add_noise(x0, eps, sigma), told, batch.cond)
-    return Loss(masked_mse(v, v_from(x0, eps), batch.given))
+    return Loss(masked_mse(v, v_from(x0, eps), batch.given, channels=cfg.channel_weights))
 
 
 @dataclass(frozen=True)

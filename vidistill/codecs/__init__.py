@@ -113,3 +113,17 @@ def _from_record(record: Mapping[str, Any]) -> CodecConfig:
     if unknown := sorted(values.keys() - set(allowed)):
         raise ValueError(f"a {family} codec has no {', '.join(unknown)}; allowed: {', '.join(allowed)}")
     return config_class(**values)
+
+
+def visibility(codec: Codec, latents: Tensor, rng: torch.Generator, draws: int = 4) -> Tensor:
+    """How much each latent channel shows [C], mean 1: squared change of the pixels of `latents` [B, F, C, h, w] a unit.
+
+    The diagonal of J^T J of the decoder, estimated with random pixel directions; weights for `loss.channel_weights`.
+    """
+    shown = torch.zeros(latents.shape[2], dtype=torch.float64)
+    for _ in range(draws):
+        x = latents.detach().requires_grad_()
+        px = codec.decode(x)
+        (grad,) = torch.autograd.grad((px * torch.randn(px.shape, generator=rng)).sum(), x)
+        shown += grad.double().square().mean(dim=(0, 1, 3, 4))
+    return shown / shown.mean()
