@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_nets import DIT, SITES, chunk_levels, clip, condition, tiny_dit, tiny_student
+from tiny_nets import DIT, SITES, VIEW, chunk_levels, clip, condition, tiny_dit, tiny_student
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +41,38 @@ def test_chunk_by_chunk_with_memory_equals_one_masked_forward(memory, sites):
     with torch.no_grad():
         full = student.net(x, sigma, cond, causal=student.causal_mask(9))
         assert (cached(student, x, sigma, cond) - full).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+def test_chunk_by_chunk_equals_one_masked_forward_where_tokens_have_directions(memory):
+    student = tiny_student(memory, **VIEW)
+    x, cond = clip(batch=2), condition(batch=2, sites=tuple(VIEW["sites"]))
+    sigma = chunk_levels(student, 9, batch=2)
+    with torch.no_grad():
+        full = student.net(x, sigma, cond, causal=student.causal_mask(9))
+        assert (cached(student, x, sigma, cond) - full).abs().max() < 1e-5
+
+
+def test_headings_count_only_against_each_other_and_come_back_after_a_full_turn():
+    net, cond = tiny_dit(replace(DIT, **VIEW)), condition(sites=tuple(VIEW["sites"]))
+    x, sigma, heading = clip(), torch.full((1, 9), 0.5), cond.per_frame["view"]
+
+    def told(view):
+        return net(x, sigma, replace(cond, per_frame={**cond.per_frame, "view": view}))
+
+    around = heading.clone()
+    around[:, 4:] += 2 * torch.pi
+    with torch.no_grad():
+        plain = told(heading)
+        torch.testing.assert_close(told(heading + 1.3), plain, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(told(around), plain, rtol=1e-4, atol=1e-5)
+        assert (told(2 * heading) - plain).abs().max() > 1e-2
+
+
+def test_a_direction_needs_a_grid_and_a_heading():
+    for changes in ({"fov": 84.0}, {**VIEW, "grid": (0, 0)}, {**VIEW, "fov": 0.0}):
+        with pytest.raises(ValueError, match=r"dit\.fov goes with"):
+            replace(DIT, **changes)
 
 
 def test_a_shorter_first_chunk_changes_nothing_about_that():

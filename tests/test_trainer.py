@@ -34,6 +34,7 @@ STAGES = {
         loss=replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2),
     ),
     "dmd, long streams": lambda root: dmd_stage(root, long_frames=16, save_every=3),
+    "dmd, rollouts reused": lambda root: dmd_stage(root, critic_steps=4, critic_reuse=4),
     "sid": lambda root: dmd_stage(root, objective="sid"),
     "bf16": lambda root: dmd_stage(root, precision="bf16"),
 }
@@ -214,6 +215,16 @@ def test_a_student_is_updated_once_in_six_steps_after_the_warm_up(root):
     trainer = Trainer(dmd_stage(root, critic_steps=5, critic_warmup=2))
     turns = "".join("s" if trainer.is_student_turn(s) else "c" for s in range(15))
     assert turns == "ccscccccsccccc" + "s"
+
+
+def test_critic_updates_in_a_row_learn_from_one_rollout_until_the_student_moves(root):
+    trainer, drawn = Trainer(dmd_stage(root, critic_steps=5, critic_warmup=3, critic_reuse=2)), []
+    make = trainer.samplers[0]
+    trainer.samplers = [lambda *a, **k: drawn.append(trainer.step_count) or make(*a, **k)]
+    assert [trainer.drawn_at(s) for s in range(10)] == [0, 0, 2, 3, 4, 4, 6, 6, 8, 9]
+    rows = steps(trainer, 10)
+    assert drawn == [0, 2, 3, 4, 6, 8, 9]
+    assert rows[4]["critic/loss"] != rows[5]["critic/loss"]  # other noise
 
 
 def test_learning_rates_end_at_zero_for_student_and_critic(root):

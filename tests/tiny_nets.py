@@ -17,6 +17,7 @@ SITES = {
     "hidden": SiteConfig(5, hidden=4, layers=(1,), place="after_attention"),
     "qk": SiteConfig(5),
 }
+VIEW = {"sites": {**SITES, "view": SiteConfig(1)}, "grid": (2, 2), "fov": 84.0}  # tokens placed by direction
 
 
 def tiny_dit(cfg: DiTConfig = DIT, seed: int = 0, std: float = 0.2) -> VideoDiT:
@@ -43,7 +44,7 @@ def clip(frames: int = 9, batch: int = 1, seed: int = 1) -> torch.Tensor:
 
 def condition(frames: int = 9, batch: int = 1, seed: int = 2, sites: tuple[str, ...] = ()) -> Condition:
     rng = torch.Generator().manual_seed(seed)
-    per_frame = {site: torch.randn(batch, frames, 5, generator=rng) for site in sites}
+    per_frame = {site: torch.randn(batch, frames, 1 if site == "view" else 5, generator=rng) for site in sites}
     return Condition(tokens=torch.randn(batch, 6, DIT.text_dim, generator=rng), per_frame=per_frame)
 
 

@@ -12,13 +12,25 @@ import torch
 from torch import Tensor
 
 from vidistill.audio import AudioConfig, Track
-from vidistill.poses import CameraConfig, Pose, integrate, latent_rate, moves, numbers, planar, relative, wanted
+from vidistill.poses import (
+    CameraConfig,
+    Pose,
+    integrate,
+    latent_rate,
+    moves,
+    numbers,
+    planar,
+    relative,
+    walk_of,
+    wanted,
+)
 
 Encode = Callable[[Sequence[str]], Tensor]  # prompts -> tokens [B, L, D]
 
-SITES = ("modulation", "hidden", "qk")
+SITES = ("modulation", "hidden", "qk", "view")
 ACTION_SITE = "modulation"
 MOVE_SITE, POSE_SITE = "hidden", "qk"  # relative and absolute camera motion. Source: RELIC 2512.04040
+VIEW_SITE = "view"  # heading of the camera in radians, which turns queries and keys: `ops.rope.Panorama`
 AUDIO_SITE = "hidden"  # Source: OmniAvatar 2506.18866
 
 
@@ -27,9 +39,9 @@ class Condition:
     """What a network is told beside noise: three kinds of tensors, each optional.
 
     tokens [B, L, D]: cross-attended (text, image features). per_frame {site: [B, F, D]}: one vector a latent frame
-    (actions, camera, audio); sites are `modulation`, `hidden` and `qk`. channels [B, F, C', H, W]: concatenated to the
-    latents (reference image, mask). `negative` [B, L, D]: tokens of the unconditional counterpart (a negative prompt);
-    None: zeros.
+    (actions, camera, audio); sites are those of SITES. channels [B, F, C', H, W]: concatenated to the latents
+    (reference image, mask). `negative` [B, L, D]: tokens of the unconditional counterpart (a negative prompt); None:
+    zeros.
     """
 
     tokens: Tensor | None = None
@@ -160,8 +172,13 @@ def pack_audio(features: Tensor, factor: int) -> Tensor:
 
 
 def pack_camera(moved: Tensor, pose: Pose, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:
-    """What a network is told of a camera [B, F] at its two sites, from moves and poses at latent rate."""
-    return {MOVE_SITE: relative(moved, cfg, factor), POSE_SITE: numbers(pose, cfg)}
+    """What a network is told of a camera [B, F] at the sites that `cfg` tells, from moves and poses at latent rate."""
+    told = {
+        MOVE_SITE: lambda: relative(moved, cfg, factor),
+        POSE_SITE: lambda: numbers(pose, cfg),
+        VIEW_SITE: lambda: walk_of(pose)[..., 2:].float(),
+    }
+    return {site: told[site]() for site in cfg.tells}
 
 
 def walked(poses: Tensor, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:

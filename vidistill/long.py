@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidistill.conditioning import Condition, concat
+from vidistill.conditioning import VIEW_SITE, Condition, concat
 from vidistill.data import Batch, start_of_clip
 from vidistill.memory import KVMemory
 from vidistill.rollout import Record, chunk_noise, replay, rollout
@@ -129,11 +129,17 @@ class LongRollout:
         return out
 
     def told_next(self, cond: Condition, new: int) -> Condition:
-        """What the stream is told for `new` latents: the recorded actions of another clip, all else as before."""
-        held = self.told.channels
+        """What the stream is told for `new` latents: the recorded actions of another clip, all else as before.
+
+        The camera goes on from the heading it has.
+        """
+        held, per_frame = self.told.channels, dict(cond.frames(1, 1 + new).per_frame)
+        if VIEW_SITE in per_frame:
+            turned = self.told.per_frame[VIEW_SITE][:, -1:] - cond.per_frame[VIEW_SITE][:, :1]
+            per_frame[VIEW_SITE] = per_frame[VIEW_SITE] + turned
         return Condition(
             self.told.tokens,
-            cond.frames(1, 1 + new).per_frame,
+            per_frame,
             None if held is None else held[:, -1:].expand(-1, new, -1, -1, -1),
             self.told.negative,
         )

@@ -45,6 +45,7 @@ class CameraConfig:
     frame, in units of positions; `turn`: radians it turns. `wavelengths`: positions are also told as sines and cosines
     of these lengths, so that near places can be told apart and far ones do not run away. `still`: a move below this
     share of a full action counts as standing still. `early`: the share of a frame's turn that comes before its walk.
+    `tells`: at which sites a network is told: relative moves at `hidden`, poses at `qk`, the heading alone at `view`.
     """
 
     step: float
@@ -53,8 +54,11 @@ class CameraConfig:
     wavelengths: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
     still: float = 0.05
     early: float = 0.0
+    tells: tuple[str, ...] = ("hidden", "qk")
 
     def __post_init__(self) -> None:
+        if not self.tells or set(self.tells) - {"hidden", "qk", "view"}:
+            raise ValueError(f"camera.tells lists sites among hidden, qk and view, got {list(self.tells)}")
         if unknown := [name for name in self.actions if name not in RELIC]:
             raise ValueError(f"camera.actions has no {unknown[0]!r}; moves are {', '.join(RELIC)}")
         if self.step <= 0 or self.turn <= 0 or not 0 <= self.still < 1 or any(w <= 0 for w in self.wavelengths):
@@ -70,6 +74,12 @@ class CameraConfig:
     def planar(self) -> bool:
         """Whether the camera stays in its plane: two coordinates and a heading say all."""
         return not set(self.actions) - set(PLANAR)
+
+    @property
+    def dims(self) -> Mapping[str, int]:
+        """How many numbers a network is told at each site."""
+        every = {"hidden": self.action_dim, "qk": self.pose_dim, "view": 1}
+        return {site: every[site] for site in self.tells}
 
     @property
     def action_dim(self) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
-from vidistill.conditioning import ACTION_SITE, AUDIO_SITE, MOVE_SITE, POSE_SITE
+from vidistill.conditioning import ACTION_SITE, AUDIO_SITE
 from vidistill.dit import DiTConfig
 from vidistill.learner import OptimConfig
 from vidistill.lora import LoraConfig
@@ -63,6 +63,7 @@ class TrainConfig:
     critic_lora: LoraConfig = LoraConfig()
     critic_init: str | None = None  # default: the teacher
     critic_steps: int = 5  # critic updates per student update
+    critic_reuse: int = 1  # of which so many in a row learn from one rollout, at other noise levels
     critic_warmup: int = 0  # critic updates before the first student update
     on_policy: bool = True
     replay: bool = False
@@ -85,7 +86,16 @@ class TrainConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose fp32 or bf16")
         if self.teacher_precision == "bf16" and self.precision != "bf16":
             raise ValueError("a teacher in bf16 needs precision=bf16 around it")
-        for name in ("steps", "batch", "accumulate", "frames", "critic_steps", "log_every", "save_every"):
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "frames",
+            "critic_steps",
+            "critic_reuse",
+            "log_every",
+            "save_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames"):
@@ -145,6 +155,8 @@ class TrainConfig:
             raise ValueError(
                 f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
             )
+        if self.critic_reuse > 1 and (self.long_frames or not rolls):
+            raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")
         if self.long_frames > memory.frames and memory.policy == "full":
             raise ValueError(
                 f"long_frames {self.long_frames} do not fit a memory of {memory.frames} frames that never forgets; "
@@ -178,7 +190,6 @@ def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], nam
             f"(reference=true) is {channels + 1} of them"
         )
     camera = cfg.camera
-    told = {} if camera is None else {MOVE_SITE: camera.action_dim, POSE_SITE: camera.pose_dim}
-    for site, dim in told.items():
+    for site, dim in ({} if camera is None else camera.dims).items():
         if site not in dit.sites or dit.sites[site].dim != dim:
             raise ValueError(f"{name} needs dit.sites.{site} with dim {dim} for the camera of this stage")

@@ -67,6 +67,7 @@ class Trainer:
         self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
         self.samplers = [self.make_sampler() if rolls else None for _ in self.parts]  # one a micro-batch
         self.sampler = self.samplers[0]
+        self.kept: dict[int, tuple[int, Rollout]] = {}  # sampler -> the rollout of a step, for critic_reuse
         self.held: watch.HeldOut | None = None
         if cfg.watch.judge_every or cfg.watch.diagnose_every:
             clips = Clips(cfg.watch.data, reference=cfg.reference)
@@ -182,6 +183,14 @@ class Trainer:
         late = step - self.cfg.critic_warmup
         return late >= 0 and late % (self.cfg.critic_steps + 1) == 0
 
+    def drawn_at(self, step: int) -> int:
+        """The step whose batch and rollout an update learns from: its own, or that of a critic update before it."""
+        if self.is_student_turn(step):
+            return step
+        late, cycle = step - self.cfg.critic_warmup, self.cfg.critic_steps + 1
+        since = step if late < 0 else late % cycle - 1  # critic updates since the student moved
+        return step - since % self.cfg.critic_reuse
+
     def rng_for(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + step)
 
@@ -202,6 +211,16 @@ class Trainer:
         assert self.sampler is not None
         restart, replayed = self.step_count % self.cfg.save_every == 0, grad and self.cfg.replay
         return self.sampler(batch, rng, grad=grad and not replayed, restart=restart, record=replayed)
+
+    def rolled(self, batch: Batch, rng: torch.Generator, learning: bool) -> tuple[Rollout, torch.Generator]:
+        """The rollout of a turn, made now or kept from a critic update before, and the random numbers after it."""
+        drawn, held = self.drawn_at(self.step_count), self.kept.pop(id(self.sampler), None)
+        if held is None or held[0] != drawn:  # the first to use it, or a run that was resumed in between
+            own = drawn == self.step_count
+            held = drawn, self.sample(batch, rng if own else self.rng_for(drawn), learning)
+        if not learning and self.cfg.critic_reuse > 1:
+            self.kept[id(self.sampler)] = held
+        return held[1], rng
 
     def target(self, sample: Rollout, rng: torch.Generator) -> Tensor:
         """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
@@ -238,7 +257,7 @@ class Trainer:
 
     def gradients(self, turn: str) -> dict[str, float]:
         """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
-        whole, logs, device = self.batch(self.step_count), [], distributed.device()
+        whole, logs, device = self.batch(self.drawn_at(self.step_count)), [], distributed.device()
         cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
@@ -256,7 +275,7 @@ class Trainer:
         assert fn is not None
         x0, sample = batch.x, None
         if self.sampler is not None:
-            sample = self.sample(batch, rng, learning)
+            sample, rng = self.rolled(batch, rng, learning)
             x0, batch = sample.x0, sample.batch
         elif self.objective.on_policy:
             with torch.set_grad_enabled(learning):

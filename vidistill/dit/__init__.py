@@ -8,13 +8,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vidistill.conditioning import Condition
+from vidistill.conditioning import VIEW_SITE, Condition
 from vidistill.diffusion import v_from_blend
 from vidistill.dit.layers import NO_GRID, Block, DiTConfig, Entries, Head, ImageEmbedding, Shown, Site, SiteConfig
 from vidistill.memory import KVMemory, Sketch, frame_positions
 from vidistill.memory.pooling import average
 from vidistill.ops.masks import FrameMask
-from vidistill.ops.rope import rope_table, rotate
+from vidistill.ops.rope import composed, rope_table, rotate, view_table
 
 __all__ = ["NO_GRID", "DiTConfig", "SiteConfig", "VideoDiT", "grown", "recomputing", "twin"]
 
@@ -55,7 +55,11 @@ class VideoDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = Head(cfg)
         self.sites = nn.ModuleDict(
-            {name: Site(site, width, 0 if name == "modulation" else cfg.layers) for name, site in cfg.sites.items()}
+            {
+                name: Site(site, width, 0 if name == "modulation" else cfg.layers)
+                for name, site in cfg.sites.items()
+                if name != VIEW_SITE
+            }
         )
         self.initialise()
 
@@ -105,13 +109,14 @@ class VideoDiT(nn.Module):
         mask = FrameMask(causal, grid[0] * grid[1]) if isinstance(causal, Tensor) else causal
         e, e6 = self.embed_time(sigma, cond, memory)
         h = self.embed_patches(x, cond, factor)
-        prompt, (hidden, keys) = self.read_prompt(cond, memory), self.read_sites(cond, memory)
+        prompt, (hidden, keys, view) = self.read_prompt(cond, memory), self.read_sites(cond, memory, h.shape[2])
+        table = table if view is None else composed(table, view)
         recompute = self.cfg.checkpoint and torch.is_grad_enabled()
         history = memory.recall() if memory is not None and recompute else memory
         for layer, block in enumerate(self.blocks):
             h, inside = self.inject(h, hidden[layer])
             needed = output or layer < self.cfg.layers - 1
-            args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, keys[layer], needed)
+            args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, keys[layer], view, needed)
             h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         if not output:
             return torch.zeros_like(x)
@@ -180,11 +185,18 @@ class VideoDiT(nn.Module):
 
         return read() if memory is None else memory.read_once("prompt", cond.tokens, read)
 
-    def read_sites(self, cond: Condition, memory: KVMemory | Sketch | None) -> tuple[Shown, Shown]:
-        """What sites `hidden` and `qk` show each layer; with a memory computed once for each condition."""
+    def read_sites(
+        self, cond: Condition, memory: KVMemory | Sketch | None, tokens: int
+    ) -> tuple[Shown, Shown, Tensor | None]:
+        """What sites `hidden` and `qk` show each layer, and what turns the `tokens` of a frame by site `view`; with a
+        memory computed once for each condition."""
 
         def read():
-            return self.shown("hidden", cond), self.shown("qk", cond)
+            view = None
+            if self.cfg.fov:
+                heading = cond.per_frame[VIEW_SITE][..., 0]
+                view = view_table(heading, tokens, self.cfg.head_dim, self.cfg.panorama)
+            return self.shown("hidden", cond), self.shown("qk", cond), view
 
         return read() if memory is None else memory.read_once("sites", cond.per_frame, read)
 
@@ -205,7 +217,9 @@ class VideoDiT(nn.Module):
 
     def rope(self, positions: Tensor) -> Tensor:
         """Cosines and sines [2, S, 1, head_dim / 2] of tokens at `positions` [S, 3]."""
-        return rope_table(positions, self.cfg.head_dim, self.cfg.rope_theta, yarn=self.cfg.yarn)
+        return rope_table(
+            positions, self.cfg.head_dim, self.cfg.rope_theta, yarn=self.cfg.yarn, panorama=self.cfg.panorama
+        )
 
     def new_rotation(self) -> "Rotation":
         """What turns keys to positions, or back, for a memory."""
@@ -248,13 +262,13 @@ def recomputing(net: VideoDiT) -> VideoDiT:
 
 
 def grown(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
-    """`net` with the sites, pooling weights and rotary extension of `cfg` that it lacks.
+    """`net` with the sites, field of view, pooling weights and rotary extension of `cfg` that it lacks.
 
-    New sites must be `zero_init`, so that it computes what it did but for the extension; ValueError otherwise.
+    New sites must be `zero_init`, so that it computes what it did but for extension and view; ValueError otherwise.
     """
     wanted = net.cfg.grown(cfg)
     new = sorted(set(wanted.sites) - set(net.cfg.sites))
-    if loud := [name for name in new if not wanted.sites[name].zero_init]:
+    if loud := [name for name in new if name != VIEW_SITE and not wanted.sites[name].zero_init]:
         raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")
     if wanted == net.cfg:
         return net

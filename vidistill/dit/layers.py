@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidistill.conditioning import SITES
+from vidistill.conditioning import SITES, VIEW_SITE
 from vidistill.memory import KVMemory, Recall, Sketch
 from vidistill.ops import fused
 from vidistill.ops.attention import attention
 from vidistill.ops.fused import wide
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.memory_attention import Segment, attend
-from vidistill.ops.rope import Yarn, rotate
+from vidistill.ops.rope import FLAT, Panorama, Yarn, rotate
 
 PLACES = ("before", "after_attention")
 ACTIVATIONS = {"silu": lambda width: nn.SiLU(), "norm": nn.LayerNorm}
@@ -66,6 +66,7 @@ class DiTConfig:
     eps: float = 1e-6
     rope_theta: float = 10_000.0
     yarn: Yarn = Yarn()
+    fov: float = 0.0  # degrees that the columns of `grid` span; tokens are placed by direction, see Panorama; 0: not
     pool_factors: tuple[int, ...] = ()  # factors of a compressed memory for which pooling weights are learned
     sites: Mapping[str, SiteConfig] = field(default_factory=dict)
     predicts: str = "velocity"  # what the head says: `velocity`, or `x0` where a patch is as wide as the network
@@ -81,6 +82,8 @@ class DiTConfig:
             raise ValueError(f"dit.width {self.width} must be an even multiple of dit.heads {self.heads}")
         if self.patch[0] != 1:
             raise ValueError(f"dit.patch[0] must be 1 (chunks are whole latent frames), got {self.patch}")
+        if (self.fov > 0) != (VIEW_SITE in self.sites) or (self.fov and self.grid == NO_GRID):
+            raise ValueError(f"dit.fov goes with dit.grid and a site {VIEW_SITE!r} of dim 1, the camera's heading")
         if self.predicts not in PREDICTS:
             raise ValueError(f"dit.predicts {self.predicts!r} is unknown; choose one of {PREDICTS}")
         unknown = sorted(set(self.sites) - set(SITES))
@@ -92,13 +95,18 @@ class DiTConfig:
         return self.width // self.heads
 
     @property
+    def panorama(self) -> Panorama:
+        return Panorama(self.fov, self.grid[1]) if self.fov else FLAT
+
+    @property
     def patch_dim(self) -> int:
         return math.prod(self.patch) * self.channels
 
     def grown(self, asked: "DiTConfig") -> "DiTConfig":
-        """This architecture with the sites, pooling weights and rotary extension of `asked` that it lacks."""
+        """This architecture with the sites, field of view, pooling weights and rotary extension of `asked` it lacks."""
         return replace(
             self,
+            fov=self.fov or asked.fov,
             sites={**asked.sites, **self.sites},
             yarn=asked.yarn if asked.yarn.ratio != 1.0 else self.yarn,
             pool_factors=asked.pool_factors or self.pool_factors,
@@ -155,15 +163,15 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(cfg.width, cfg.eps), RMSNorm(cfg.width, cfg.eps)
 
     def project(
-        self, x: Tensor, table: Tensor, key: Tensor | None, raw: bool
+        self, x: Tensor, table: Tensor, key: Tensor | None, raw: bool, view: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Turned queries, keys before and after turning, values [B, f n, h, d] of `x` [B, F, n, D].
 
         `key` [B, F, 1, D] is added to queries and keys, not to values. Keys before turning may be left out unless
-        `raw`.
+        `raw`; they are turned by `view`, which `table` holds already.
         """
         q, k, v = self.q(x), self.k(x), self.v(x)
-        if key is None and self.sharpness == 1.0 and fused.kernels(x.device.type):
+        if key is None and view is None and self.sharpness == 1.0 and fused.kernels(x.device.type):
             weights = self.norm_q.weight, self.norm_k.weight
             q, keys = fused.norm_rope(q.flatten(1, 2), k.flatten(1, 2), *weights, table, self.heads, self.norm_q.eps)
             return q, self.split(self.norm_k(k)) if raw else None, keys, self.split(v)
@@ -173,7 +181,7 @@ class SelfAttention(nn.Module):
         if self.sharpness != 1.0:
             q = q * self.sharpness
         q, k, v = (self.split(y) for y in (q, k, v))
-        return rotate(q, table), k, rotate(k, table), v
+        return rotate(q, table), k if view is None or not raw else rotate(k, view), rotate(k, table), v
 
     def split(self, x: Tensor) -> Tensor:
         """Heads [B, f n, h, d] of `x` [B, F, n, D]."""
@@ -243,10 +251,10 @@ class Block(nn.Module):
         return (wide(e) + wide(self.modulation))[:, :, :, None].unbind(2)
 
     def before(
-        self, x: Tensor, e: Tensor, table: Tensor, key: Tensor | None, raw: bool
+        self, x: Tensor, e: Tensor, table: Tensor, key: Tensor | None, raw: bool, view: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         shift, scale, *_ = self.gates(e)
-        return self.self_attn.project(fused.modulated_norm(x, shift, scale, self.eps), table, key, raw)
+        return self.self_attn.project(fused.modulated_norm(x, shift, scale, self.eps), table, key, raw, view)
 
     def after(self, x: Tensor, out: Tensor, e: Tensor, prompt: Entries | None, inside: Tensor | None) -> Tensor:
         _, _, gate1, shift2, scale2, gate2 = self.gates(e)
@@ -265,9 +273,10 @@ class Block(nn.Module):
         memory: KVMemory | Recall | Sketch | None,
         layer: int,
         key: Tensor | None,
+        view: Tensor | None,
     ) -> tuple[Tensor, list[Segment]]:
         """Queries of `x` [B, F, n, D] and what they attend to; stages the entries of `x`."""
-        q, raw, keys, v = self._before(self, x, e, table, key, memory is not None and memory.wants_raw)
+        q, raw, keys, v = self._before(self, x, e, table, key, memory is not None and memory.wants_raw, view)
         segments = [Segment(keys.to(v.dtype), v)] if memory is None else memory.segments(layer, raw, keys, v)
         held = segments[-1].values
         assert isinstance(held, Tensor)  # the window, or all there is
@@ -284,13 +293,15 @@ class Block(nn.Module):
         layer: int,
         inside: Tensor | None,
         key: Tensor | None,
+        view: Tensor | None = None,
         output: bool = True,
     ) -> Tensor:
-        """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions.
+        """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions, and so is
+        `view` [2, B, F n, 1, d / 2], which `table` holds already.
 
         Without `output` the entries are staged and nothing else is computed.
         """
-        q, segments = self.read(x, e, table, memory, layer, key)
+        q, segments = self.read(x, e, table, memory, layer, key, view)
         if not output:
             return x
         return self._after(self, x, attend(q, segments, mask), e, prompt, inside)
