@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import DIT, random_dit
 from rich.console import Console
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill import bench as bench_module
 from vidistill.bench import BenchConfig, BenchResult, GateError, RandomConfig, bench, machine, random_bench
+from vidistill.bench.random_weights import Contender
 from vidistill.checkpoint import load, load_codec_of, load_student
 from vidistill.conditioning import Condition
+from vidistill.diffusion import add_noise, x0_from_v
 from vidistill.dit import SiteConfig, VideoDiT
 from vidistill.ops.attention import use_backend
 from vidistill.stream import SpeedConfig, StreamSession, faster
@@ -247,6 +250,32 @@ def test_every_bounded_memory_of_random_weights_grows_no_bytes(memory):
     session_bytes = random_bench(cfg, growth=True)
     assert len({row["memory_bytes"] for row in session_bytes.growth}) == 1
     assert [row["ran"] for row in session_bytes.growth] == [True, False, False]
+
+
+def test_random_numbers_from_a_file_make_the_latents_that_they_make_elsewhere(tmp_path):
+    cfg, path = replace(SMALL, noise=str(tmp_path / "noise.safetensors")), tmp_path / "noise.safetensors"
+    student, size = SMALL.bundle().net, [int(n) for n in SMALL.latent.split("x")]
+    rng = torch.Generator().manual_seed(5)
+    text = torch.randn(SMALL.text_tokens, student.net.cfg.text_dim, generator=rng)
+    noise, fresh = torch.randn(SMALL.chunk, *size, generator=rng), torch.randn(1, SMALL.chunk, *size, generator=rng)
+    save_file({"noise": noise, "fresh": fresh, "text": text}, path)
+    session = Contender(cfg, cfg.bundle()).session
+    got = next(session.latents())
+    x, cond, memory = noise[None], Condition(text[None]), student.new_memory(1)
+    for sigma, after in ((1.0, 0.5), (0.5, 0.0)):  # by hand
+        level = torch.full((1, SMALL.chunk), sigma, dtype=torch.float64)
+        x0 = x0_from_v(x, student.velocity(x, level, cond, memory=memory), level)
+        x = add_noise(x0, fresh, after) if after else x0
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
+    assert torch.equal(session.reference(2)[:, : SMALL.chunk], got)
+    assert not torch.equal(session.reference(2)[:, SMALL.chunk :], got)  # drawn, past the end of the file
+    for wrong, message in (({"fresh": fresh}, "has no `noise`"), ({"noise": fresh}, r"noise is \[1, ")):
+        save_file(wrong, path)
+        with pytest.raises(ValueError, match=message):
+            cfg.drawn()
+    path.write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        cfg.drawn()
 
 
 def test_weights_that_do_not_fit_the_shape_name_the_shape_they_have():

@@ -59,6 +59,12 @@ def test_a_stream_tells_the_heading_that_its_keys_ask_for():
     torch.testing.assert_close(torch.cat(parts), torch.tensor([0.0, 0.4, 0.8, 1.2]))
 
 
+def test_a_null_condition_keeps_the_heading():
+    cond = Condition(per_frame={"view": torch.ones(2, 3, 1), "modulation": torch.ones(2, 3, 17)})
+    for null in (cond.null(), cond.drop(torch.tensor([False, False]))):
+        assert null.per_frame["view"].all() and not null.per_frame["modulation"].any()
+
+
 def test_a_continued_stream_goes_on_from_its_heading():
     heading = torch.tensor([0.0, 0.1, 0.2, 0.3])[None, :, None]
     stream = LongRollout.__new__(LongRollout)

@@ -76,11 +76,14 @@ class Condition:
         return self.map(lambda x: x.to(device))
 
     def null(self) -> "Condition":
-        """The unconditional counterpart: `negative` or zero tokens, zero vectors; channels stay (they are given)."""
+        """The unconditional counterpart: `negative` or zero tokens, zero vectors.
+
+        Channels and headings stay: they are given, and say where things are, not what happens.
+        """
         zeros = None if self.tokens is None else torch.zeros_like(self.tokens)
         return Condition(
             zeros if self.negative is None else self.negative,
-            {site: torch.zeros_like(x) for site, x in self.per_frame.items()},
+            {site: x if site == VIEW_SITE else torch.zeros_like(x) for site, x in self.per_frame.items()},
             self.channels,
         )
 

@@ -17,6 +17,33 @@ from vidistill.student import CausalStudent
 Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, f, C, H, W]
 Conditions = Callable[[int, int], Condition]  # latent frames start, stop -> their condition
 Transition = Callable[..., Tensor]
+Randomness = torch.Generator | Draws
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Random numbers of a rollout that were drawn elsewhere, so that two implementations can make the same latents.
+
+    noise [F, C, H, W]: what the first frames begin as; fresh [N, f, C, H, W]: what renoising adds, chunk by chunk and
+    step by step. Past their end numbers are drawn as without them.
+    """
+
+    noise: Tensor
+    fresh: Tensor | None = None
+
+    def sources(self, student: CausalStudent, noise: Noise, rng: torch.Generator) -> tuple[Noise, Draws]:
+        """`noise` and `rng` of a new rollout of one stream, these numbers first."""
+        left = iter(() if self.fresh is None else self.fresh)
+
+        def begin(chunk: int) -> Tensor:
+            start, stop = student.first_frame(chunk), student.first_frame(chunk + 1)
+            return self.noise[None, start:stop].clone() if stop <= len(self.noise) else noise(chunk)
+
+        def draw(x: Tensor) -> Tensor:
+            found = next(left, None)
+            return randn_like(x, rng) if found is None else found[None].to(x)
+
+        return begin, draw
 
 
 @dataclass(frozen=True)
@@ -77,7 +104,7 @@ def rollout(
     noise: Noise,
     cond: Conditions,
     memory: KVMemory,
-    rng: torch.Generator | Draws,
+    rng: Randomness,
     transition: Transition = renoise,
     records: list[Record] | None = None,
     pinned: Tensor | None = None,

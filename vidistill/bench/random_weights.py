@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from vidistill.bench.growth import batch_row, growth_rows
 from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, profile, threads
 from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
 from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.rollout import Drawn
 from vidistill.stream import Chunk, StreamConfig, StreamSession
 
 GROWTH_MINUTES = (1.0, 10.0, 60.0)
@@ -24,6 +28,8 @@ class RandomConfig:
     """Shape of a student and of what it makes: `text` is TOKENSxWIDTH (empty: none), `latent` CHANNELSxHEIGHTxWIDTH,
     `steps` denoising passes and one context pass a chunk, memory as long as `chunks` chunks of `chunk` frames, of which
     `sinks` never leave; `history` frames behind it are remembered in compressed form, as `entries` (see MemoryConfig).
+    `noise`: a safetensors file of numbers drawn elsewhere, `noise` [F, C, H, W] and maybe `fresh` [N, f, C, H, W], both
+    as in `rollout.Drawn`, and `text` [L, D].
     """
 
     dim: int = 384
@@ -42,6 +48,7 @@ class RandomConfig:
     history: int = 0
     entries: str = "dense"
     growth_chunks: int = 50
+    noise: str = ""
 
     @property
     def growth_minutes(self) -> tuple[float, ...]:
@@ -80,6 +87,26 @@ class RandomConfig:
     @property
     def text_tokens(self) -> int:
         return sizes("text", self.text, "TOKENSxWIDTH")[0] if self.text else 0
+
+    def drawn(self) -> dict[str, Tensor]:
+        """What the file `noise` holds; ValueError unless its tensors fit this shape."""
+        if not self.noise:
+            return {}
+        try:
+            found = load_file(self.noise)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"random weights: noise {self.noise!r} is no whole safetensors file ({error})") from error
+        size = sizes("latent", self.latent, "CHANNELSxHEIGHTxWIDTH")
+        wanted = {"noise": ("frames", *size), "fresh": ("draws", self.chunk, *size)}
+        if self.text:
+            wanted["text"] = ("tokens", sizes("text", self.text, "TOKENSxWIDTH")[1])
+        for name, x in found.items():
+            shape = wanted.get(name, ())
+            if x.ndim != len(shape) or tuple(x.shape[1:]) != tuple(shape[1:]):
+                raise ValueError(f"{self.noise}: {name} is {list(x.shape)}; it may hold {wanted}")
+        if "noise" not in found:
+            raise ValueError(f"{self.noise} has no `noise`; it may hold {wanted}")
+        return {name: x.float() for name, x in found.items()}
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -139,10 +166,13 @@ class Contender:
 
     def __init__(self, cfg: RandomConfig, bundle: Bundle) -> None:
         self.cfg, self.bundle = cfg, bundle
-        self.session = StreamSession(bundle, None, StreamConfig(cfg.seed, pipelined=False))
+        drawn = cfg.drawn()
+        recorded = Drawn(drawn["noise"], drawn.get("fresh")) if drawn else None
+        self.session = StreamSession(bundle, None, StreamConfig(cfg.seed, pipelined=False), drawn=recorded)
         if cfg.text:
             rng = torch.Generator().manual_seed(cfg.seed)
-            self.session.set(tokens=torch.randn(cfg.text_tokens, bundle.net.net.cfg.text_dim, generator=rng))
+            tokens = torch.randn(cfg.text_tokens, bundle.net.net.cfg.text_dim, generator=rng)
+            self.session.set(tokens=drawn.get("text", tokens))
         self.rounds: list[list[Chunk]] = []
 
     def round(self) -> None:

@@ -16,7 +16,7 @@ from vidistill.codecs import Codec
 from vidistill.conditioning import Cue, Script
 from vidistill.memory import MemoryConfig
 from vidistill.roaming import Roamer
-from vidistill.rollout import chunk_noise, rollout
+from vidistill.rollout import Drawn, rollout
 from vidistill.schedules import endless, finite
 from vidistill.stream.engine import Chunk, Dream, Engine, Frame
 from vidistill.stream.pipeline import Pipeline, inline
@@ -73,18 +73,19 @@ class StreamSession:
         cfg: StreamConfig | None = None,
         *,
         image: np.ndarray | None = None,
+        drawn: Drawn | None = None,
     ) -> None:
         """A session of a loaded student; ValueError if codec, image or memory do not fit it.
 
         image: uint8 [H, W, 3], the picture to start from; a clip [T, H, W, 3] where the student is given more. Without
-        a codec there are latents but no frames.
+        a codec there are latents but no frames. drawn: random numbers from elsewhere, for every dream.
         """
         world = bundle.record.get("world", {})
         if "fps" not in world:
             raise ValueError(f"{bundle.name} does not say how many frames a second its world has (world.fps)")
         self.fps: float = world["fps"]
         self.cfg = cfg = cfg or StreamConfig()
-        self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm)
+        self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
         engine.begin(Dream(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
@@ -240,13 +241,14 @@ class StreamSession:
         """Latents [1, F, C, H, W] of a plain finite rollout under the present inputs: what the stream must equal."""
         engine = self._engine
         engine.inputs.begin(engine.dream.given)
+        noise, rng = engine.randomness(engine.dream)
         finished = rollout(
             engine.student,
             finite(endless(engine.schedule), chunks),
-            noise=chunk_noise(engine.student, 1, engine.dream.seed, engine.dream.given),
+            noise=noise,
             cond=partial(engine.inputs.condition, engine.inputs.wish),
             memory=engine.student.new_memory(1, cfg=engine.memory_config),
-            rng=torch.Generator().manual_seed(engine.dream.seed),
+            rng=rng,
             pinned=engine.dream.given,
         )
         return torch.cat(list(finished), dim=1)

@@ -15,7 +15,7 @@ from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Cue, Inputs, Script, Wish, concat, scripted
 from vidistill.memory import MemoryConfig, stream_memory
 from vidistill.roaming import Roamer
-from vidistill.rollout import chunk_noise, rollout
+from vidistill.rollout import Drawn, Noise, Randomness, chunk_noise, rollout
 from vidistill.schedules import Pass, endless
 from vidistill.stream.switch import SWITCHES, Past
 from vidistill.student import CausalStudent
@@ -99,12 +99,18 @@ class Engine:
     """Denoiser and decoder of a session, without threads of its own."""
 
     def __init__(
-        self, bundle: Bundle, codec: Codec | None, seed: int, memory: MemoryConfig | None, rewarm: int | None
+        self,
+        bundle: Bundle,
+        codec: Codec | None,
+        seed: int,
+        memory: MemoryConfig | None,
+        rewarm: int | None,
+        drawn: Drawn | None = None,
     ) -> None:
         if bundle.kind != "student":
             raise ValueError(f"{bundle.name} is a {bundle.kind}; only a student streams")
         self.student: CausalStudent = bundle.net
-        self.codec, self.schedule = codec, bundle.schedule
+        self.codec, self.schedule, self.drawn = codec, bundle.schedule, drawn
         if rewarm is not None:
             self.schedule = replace(self.schedule, rewarm=rewarm)
         self.given_frames = bundle.given_frames
@@ -168,13 +174,14 @@ class Engine:
         self._taken.clear()
         self._newest, self._scenes = None, [0]
         self._watch.take()
+        noise, rng = self.randomness(dream)
         finished = rollout(
             self.student,
             self._passes(dream, admit),
-            noise=chunk_noise(self.student, 1, dream.seed, dream.given),
+            noise=noise,
             cond=self._condition,
             memory=self.memory,
-            rng=torch.Generator().manual_seed(dream.seed),
+            rng=rng,
             pinned=dream.given,
         )
         for latents in finished:
@@ -186,6 +193,12 @@ class Engine:
             px_frames = self.px_frames(index, fresh)
             stats = self._watch.take()
             yield Chunk(latents, index, fresh, px_frames, wish.id, dream.number, stats, self._sounds(index))
+
+    def randomness(self, dream: Dream) -> tuple[Noise, Randomness]:
+        """What the chunks of a dream begin as, and what renoising draws from."""
+        noise = chunk_noise(self.student, 1, dream.seed, dream.given)
+        rng = torch.Generator().manual_seed(dream.seed)
+        return (noise, rng) if self.drawn is None else self.drawn.sources(self.student, noise, rng)
 
     def _sounds(self, chunk: int) -> tuple[tuple[np.ndarray, float | None], ...]:
         """What sounds with the pictures of a chunk, and when it came."""
