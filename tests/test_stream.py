@@ -345,7 +345,7 @@ def test_a_stream_of_200_chunks_costs_what_a_short_one_costs(session):
     stream = session(StreamConfig(seed=3), schedule=quick)
     source = stream.frames()
     take(source, 20 * 12)
-    started, frames_known = stream.memory_bytes, len(stream._engine._taken)
+    started = stream.memory_bytes
     tracemalloc.start()
     try:
         take(source, 20 * 12)
@@ -357,7 +357,7 @@ def test_a_stream_of_200_chunks_costs_what_a_short_one_costs(session):
     finally:
         tracemalloc.stop()
     assert last.chunk >= 199 and last.index == 200 * 12 - 1
-    assert stream.memory_bytes == started and len(stream._engine._taken) == frames_known
+    assert stream.memory_bytes == started and len(stream._engine._taken) <= 2
     assert late - early < 200_000, f"{late - early} bytes more after 160 chunks"
 
 

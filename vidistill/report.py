@@ -81,7 +81,11 @@ def teacher_gates(result: Mapping[str, Any]) -> list[Gate]:
     out = [
         Gate("teacher's action following", teacher["action_following"], 0.95 * real["action_following"]),
         Gate("teacher's sharpness", teacher["sharpness_ratio"], 0.85, 1.15),
-        Gate("teacher's Frechet distance", teacher["frechet"], high=3 * result["codec"]["frechet"]),
+        Gate(
+            "teacher's Frechet distance to other episodes",
+            teacher["frechet_other_half"],
+            high=3 * result["codec"]["frechet_other_half"],
+        ),
     ]
     if "0.5" in teacher["psnr_by_horizon"]:
         still = result["repeat"]["psnr_by_horizon"]["0.5"]

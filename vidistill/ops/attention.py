@@ -17,9 +17,9 @@ from vidistill.ops.masks import FrameMask, frame_mask
 logger = logging.getLogger("vidistill")
 Mask = Tensor | FrameMask | None
 Backend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
-# Numbers of scores where `products` changes its way, query rows at a time, and queries that make a run worth its own
-# products: measured on Zen 5 cores.
-SMALL, KEPT, LONG, ROWS, RUN = 2**17, 7 * 2**18, 2**17, 384, 32
+# Numbers of scores where `products` changes its way (WHOLE of all heads together, KEPT and LONG of one), query rows at
+# a time, and queries that make a run worth its own products: measured on Zen 4 and Zen 5 cores.
+WHOLE, KEPT, LONG, ROWS, RUN = 3 * 2**20, 7 * 2**18, 2**17, 384, 32
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
@@ -76,8 +76,8 @@ def _by_runs(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
 def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Attention in the open where that beats torch's fused kernel on a CPU with a fast matrix library (`float32`).
 
-    That is: whatever is differentiated, up to KEPT scores a head; in float32 also a long chunk over a long memory, and
-    the very small. All else goes to `sdpa`. What a mask hides from whole runs of frames is never computed.
+    That is: whatever is differentiated, up to KEPT scores a head; in float32 also what has up to WHOLE scores, and a
+    long chunk over a long memory. All else goes to `sdpa`. What a mask hides from whole runs of frames is left out.
     """
     b, sq, h, d = q.shape
     size = sq * k.shape[1]
@@ -87,9 +87,10 @@ def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     mask = None if mask is None else frame_mask(mask)
     if mask is not None and sq >= RUN * len(mask.runs[0]):
         return _by_runs(q, k, v, mask)
-    if size >= LONG and mask is None and not recording:
+    whole = size <= KEPT if recording else b * h * size <= WHOLE
+    if not whole and size >= LONG and mask is None and not recording:
         return _long(q, k, v)
-    if size > KEPT if recording else b * h * size > SMALL:
+    if not whole:
         return sdpa(q, k, v, mask)
     bias = None if mask is None else mask.additive
     q, k, v = (x.transpose(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
