@@ -36,7 +36,7 @@ class StreamConfig:
     consumer (0: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits, so
     1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
     `decode_threads` (0: as the caller's) are intra-op threads of the two workers; where they are more than the cores of
-    a CPU the workers take turns. `switch`: what a change of the prompt
+    a CPU one worker does both. `switch`: what a change of the prompt
     does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own.
     """
 
@@ -89,13 +89,13 @@ class StreamSession:
         self.cfg = cfg = cfg or StreamConfig()
         threads = cfg.threads or torch.get_num_threads()
         decode_threads = cfg.decode_threads or threads
-        crowded = cfg.pipelined and threads + decode_threads > (os.cpu_count() or 1)
-        self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn, crowded)
+        self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
         engine.begin(Dream(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
             capacity = cfg.queue_frames or 2 * self.frames_per_chunk
-            self._pipeline = Pipeline(engine, capacity, threads, decode_threads)
+            crowded = engine.device.type == "cpu" and threads + decode_threads > (os.cpu_count() or 1)
+            self._pipeline = Pipeline(engine, capacity, threads, decode_threads, crowded)
         self._source = self._pipeline.frames() if self._pipeline else inline(engine)
         self._use = ""  # "frames" or "latents", once one was asked for
         weakref.finalize(self, (self._pipeline or engine).close)

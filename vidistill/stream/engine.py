@@ -18,7 +18,6 @@ from vidistill.roaming import Roamer
 from vidistill.rollout import Drawn, Noise, Randomness, chunk_noise, rollout
 from vidistill.schedules import Pass, endless
 from vidistill.stream.switch import SWITCHES, Past
-from vidistill.stream.turns import Turns
 from vidistill.student import CausalStudent
 from vidistill.video import to_float, to_uint8
 
@@ -107,7 +106,6 @@ class Engine:
         memory: MemoryConfig | None,
         rewarm: int | None,
         drawn: Drawn | None = None,
-        crowded: bool = False,
     ) -> None:
         if bundle.kind != "student":
             raise ValueError(f"{bundle.name} is a {bundle.kind}; only a student streams")
@@ -117,7 +115,6 @@ class Engine:
             self.schedule = replace(self.schedule, rewarm=rewarm)
         self.given_frames = bundle.given_frames
         self.device = self.student.net.head.head.weight.device
-        self.turns = Turns(crowded and self.device.type == "cpu")
         self.factor = codec.temporal_factor if codec else bundle.record["world"].get("temporal", 1)
         if codec is not None and codec.latent_channels != self.student.shape.channels:
             raise ValueError(f"{bundle.name} has {self.student.shape.channels} channels, not {codec.latent_channels}")
@@ -188,8 +185,6 @@ class Engine:
             pinned=dream.given,
         )
         for latents in finished:
-            self._watch.stop()
-            self.turns.leave()  # the pass that finished it has run
             self.roamer.update()
             index = self._emitted
             wish = self._taken[self.student.first_frame(index)][0]
@@ -237,12 +232,10 @@ class Engine:
                 self._switch(p.chunk, dream)
                 passes = endless(self.schedule, p.chunk, (p.chunk,))
                 p = next(passes)
-            self.turns.take(decodes=False)
             self._watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
             self._emitted = p.chunk
             yield p
             self._watch.stop()
-            self.turns.leave()
 
     def _advance(self, chunk: int) -> Iterator[Pass]:
         """Leave out the chunks `ahead` before `chunk`."""
@@ -300,12 +293,8 @@ class Engine:
             self._codec_state = None
         if chunk.index == 0:
             self._next_index = 0
-        self.turns.take(decodes=True)
         began = time.perf_counter()
-        try:
-            px, self._codec_state = self.codec.decode_stream(chunk.latents, self._codec_state)
-        finally:
-            self.turns.leave()
+        px, self._codec_state = self.codec.decode_stream(chunk.latents, self._codec_state)
         decoded = time.perf_counter()
         images = to_uint8(px[0])
         made_at = time.perf_counter()

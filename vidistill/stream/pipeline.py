@@ -1,4 +1,4 @@
-"""What runs an engine: in the thread that asks for frames, or ahead of it in two threads."""
+"""What runs an engine: in the thread that asks for frames, or ahead of it in worker threads."""
 
 import threading
 from collections import deque
@@ -22,16 +22,22 @@ def inline(engine: Engine) -> Iterator[Frame]:
 
 
 class Pipeline:
-    """Makes frames ahead in two threads; holds no more than `capacity` frames, or one chunk if that is longer."""
+    """Makes frames ahead, denoising and decoding in a thread each, or both in one where cores are `crowded`.
 
-    def __init__(self, engine: Engine, capacity: int, threads: int, decode_threads: int) -> None:
-        self.engine, self.capacity = engine, capacity
+    Two teams of threads on the same cores wait for each other inside every operator and lose more than they overlap.
+    Holds no more than `capacity` frames, or one chunk if that is longer.
+    """
+
+    def __init__(self, engine: Engine, capacity: int, threads: int, decode_threads: int, crowded: bool = False) -> None:
+        self.engine, self.capacity, self.crowded = engine, capacity, crowded
         self.error: BaseException | None = None
         self._turn = threading.Condition()
         self._todo: deque[Chunk] = deque()
         self._ready: deque[Frame] = deque()
         self._pending = 0  # frames of this dream that are denoised and not yet taken
-        jobs = {"denoise": (self._denoise, threads), "decode": (self._decode, decode_threads)}
+        jobs = {"denoise": (self._denoise, threads)}
+        if not crowded:
+            jobs["decode"] = (self._decode, decode_threads)
         self._workers = [
             threading.Thread(target=self._work, args=job, name=f"vidistill-{name}", daemon=True)
             for name, job in jobs.items()
@@ -103,6 +109,8 @@ class Pipeline:
                         self._pending += chunk.px_frames
                         self._todo.append(chunk)
                         self._turn.notify_all()
+                if self.crowded:
+                    self._decode_next()
 
     def _admit(self, dream: Dream, px_frames: int) -> bool:
         """Wait until a chunk fits, or nothing waits, or `dream` is over; True if the chunk may start."""
@@ -111,14 +119,19 @@ class Pipeline:
             return not dream.over
 
     def _decode(self) -> None:
-        while True:
+        while not self._stopped:
             with self._turn:
                 self._turn.wait_for(lambda: self._todo or self._stopped)
-                if self._stopped:
-                    return
-                chunk = self._todo.popleft()
-            frames = self.engine.decode(chunk)
-            with self._turn:
-                if chunk.dream == self.engine.dream.number:
-                    self._ready.extend(frames)
-                    self._turn.notify_all()
+            self._decode_next()
+
+    def _decode_next(self) -> None:
+        """Decode the oldest chunk that waits, if there is one."""
+        with self._turn:
+            if not self._todo or self._stopped:
+                return
+            chunk = self._todo.popleft()
+        frames = self.engine.decode(chunk)
+        with self._turn:
+            if chunk.dream == self.engine.dream.number:
+                self._ready.extend(frames)
+                self._turn.notify_all()

@@ -1,0 +1,30 @@
+"""Worker threads of a stream: one does both jobs on few cores, and gives the same frames."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from vidistill.checkpoint import load_codec_of, load_student
+from vidistill.stream import StreamConfig, StreamSession
+
+
+@pytest.mark.parametrize("threads", [1, 64], ids=["maybe a thread each", "one for both"])
+def test_workers_give_the_frames_of_a_plain_stream(tiny_student_path, tiny_image, threads):
+    bundle, made = load_student(tiny_student_path), []
+    for cfg in (StreamConfig(pipelined=False), StreamConfig(threads=threads, decode_threads=1)):
+        with StreamSession(bundle, load_codec_of(bundle), cfg, image=tiny_image) as session:
+            made.append(np.stack([frame.px for frame in islice(session.frames(), 40)]))
+    assert np.array_equal(*made)
+
+
+def test_one_worker_begins_again_and_closes_in_the_middle_of_a_dream(tiny_student_path, tiny_image):
+    bundle, cfg = load_student(tiny_student_path), StreamConfig(threads=64)
+    with StreamSession(bundle, load_codec_of(bundle), cfg, image=tiny_image) as session:
+        assert len(session._pipeline._workers) == 1
+        frames = session.frames()
+        next(frames)
+        for dream in range(1, 4):
+            session.reset()
+            assert next(f for f in frames if f.dream == dream).index == 0
+    assert not any(worker.is_alive() for worker in session._pipeline._workers)
