@@ -373,7 +373,8 @@ def activation_bytes(dit: DiTConfig, cfg: TrainConfig) -> float:
     held: list[Tensor] = []
     side = (8 * dit.patch[1], 8 * dit.patch[2])
     with torch.device("meta"):
-        net = VideoDiT(replace(dit, grid=NO_GRID, checkpoint=False)).to(dtype)
+        grid = (8, 8) if dit.grid != NO_GRID else NO_GRID
+        net = VideoDiT(replace(dit, grid=grid, checkpoint=False)).to(dtype)
         x = torch.zeros(1, 1, dit.channels, *side, dtype=dtype)
         per_frame = {site: torch.zeros(1, 1, s.dim, dtype=dtype) for site, s in dit.sites.items()}
         extra = torch.zeros(1, 1, dit.extra_channels, *side, dtype=dtype) if dit.extra_channels else None
