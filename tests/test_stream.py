@@ -389,7 +389,7 @@ def test_a_consumer_that_stops_in_the_middle_leaves_no_thread(session):
         for frame in stream.frames():
             if frame.index == 20:
                 break
-        assert len(threads_of_streams()) == 2
+        assert len(threads_of_streams()) in (1, 2)  # one worker for both where cores are few
         assert next(stream.frames()).index == 21
     assert not threads_of_streams()
     stream.close()
