@@ -212,15 +212,15 @@ class Trainer:
         restart, replayed = self.step_count % self.cfg.save_every == 0, grad and self.cfg.replay
         return self.sampler(batch, rng, grad=grad and not replayed, restart=restart, record=replayed)
 
-    def rolled(self, batch: Batch, rng: torch.Generator, learning: bool) -> tuple[Rollout, torch.Generator]:
-        """The rollout of a turn, made now or kept from a critic update before, and the random numbers after it."""
+    def rolled(self, batch: Batch, rng: torch.Generator, learning: bool) -> Rollout:
+        """The rollout of a turn, made now or kept from a critic update before."""
         drawn, held = self.drawn_at(self.step_count), self.kept.pop(id(self.sampler), None)
         if held is None or held[0] != drawn:  # the first to use it, or a run that was resumed in between
             own = drawn == self.step_count
             held = drawn, self.sample(batch, rng if own else self.rng_for(drawn), learning)
         if not learning and self.cfg.critic_reuse > 1:
             self.kept[id(self.sampler)] = held
-        return held[1], rng
+        return held[1]
 
     def target(self, sample: Rollout, rng: torch.Generator) -> Tensor:
         """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
@@ -275,7 +275,7 @@ class Trainer:
         assert fn is not None
         x0, sample = batch.x, None
         if self.sampler is not None:
-            sample, rng = self.rolled(batch, rng, learning)
+            sample = self.rolled(batch, rng, learning)
             x0, batch = sample.x0, sample.batch
         elif self.objective.on_policy:
             with torch.set_grad_enabled(learning):

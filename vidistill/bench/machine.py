@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from vidistill import __version__
-from vidistill.conditioning import VIEW_SITE
 from vidistill.dit import DiTConfig
 from vidistill.ops.attention import chosen
 
@@ -142,9 +141,7 @@ def flops_per_pass(
     times = frames * (dit.freq_dim * d + d * d + 6 * d * d)
     embedding = text * (dit.text_dim * d + d * d) + image * (dit.image_dim**2 + dit.image_dim * d) if embed_text else 0
     sites = 0
-    for name, site in dit.sites.items():
-        if name == VIEW_SITE:  # turns queries and keys, without weights
-            continue
+    for name, site in dit.projected.items():
         takers = 1 if name == "modulation" else len(site.layers) or dit.layers
         sites += frames * takers * ((site.dim * site.hidden if site.hidden else 0) + (site.hidden or site.dim) * d)
     tail = 0

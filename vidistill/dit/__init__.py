@@ -55,11 +55,7 @@ class VideoDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = Head(cfg)
         self.sites = nn.ModuleDict(
-            {
-                name: Site(site, width, 0 if name == "modulation" else cfg.layers)
-                for name, site in cfg.sites.items()
-                if name != VIEW_SITE
-            }
+            {name: Site(site, width, 0 if name == "modulation" else cfg.layers) for name, site in cfg.projected.items()}
         )
         self.initialise()
 
@@ -267,8 +263,8 @@ def grown(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
     New sites must be `zero_init`, so that it computes what it did but for extension and view; ValueError otherwise.
     """
     wanted = net.cfg.grown(cfg)
-    new = sorted(set(wanted.sites) - set(net.cfg.sites))
-    if loud := [name for name in new if name != VIEW_SITE and not wanted.sites[name].zero_init]:
+    new = sorted(set(wanted.projected) - set(net.cfg.sites))
+    if loud := [name for name in new if not wanted.sites[name].zero_init]:
         raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")
     if wanted == net.cfg:
         return net

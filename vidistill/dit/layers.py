@@ -95,6 +95,11 @@ class DiTConfig:
         return self.width // self.heads
 
     @property
+    def projected(self) -> Mapping[str, SiteConfig]:
+        """The sites that have weights: all but the heading, which turns queries and keys."""
+        return {name: site for name, site in self.sites.items() if name != VIEW_SITE}
+
+    @property
     def panorama(self) -> Panorama:
         return Panorama(self.fov, self.grid[1]) if self.fov else FLAT
 

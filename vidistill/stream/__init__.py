@@ -36,8 +36,8 @@ class StreamConfig:
     consumer (0: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits, so
     1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
     `decode_threads` (0: as the caller's) are intra-op threads of the two workers; where they are more than the cores of
-    a CPU one worker does both. `switch`: what a change of the prompt
-    does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own.
+    a CPU one worker does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of
+    SWITCHES; `rewarm` replaces the schedule's own.
     """
 
     seed: int = 0
@@ -87,12 +87,12 @@ class StreamSession:
             raise ValueError(f"{bundle.name} does not say how many frames a second its world has (world.fps)")
         self.fps: float = world["fps"]
         self.cfg = cfg = cfg or StreamConfig()
-        threads = cfg.threads or torch.get_num_threads()
-        decode_threads = cfg.decode_threads or threads
         self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
         engine.begin(Dream(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
+            threads = cfg.threads or torch.get_num_threads()
+            decode_threads = cfg.decode_threads or threads
             capacity = cfg.queue_frames or 2 * self.frames_per_chunk
             crowded = engine.device.type == "cpu" and threads + decode_threads > (os.cpu_count() or 1)
             self._pipeline = Pipeline(engine, capacity, threads, decode_threads, crowded)

@@ -249,13 +249,14 @@ class Engine:
         before = max((start for start in self._taken if start < first), default=None)
         told = None if before is None else self._taken[before][0].tokens
         fresh = first not in self._taken
-        self._taken = {start: v for start, v in self._taken.items() if start >= first}
+        taken = {start: v for start, v in self._taken.items() if start >= first}
         for chunk in range(p.chunk, p.chunk + len(p.sigma)):
             start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
-            if start not in self._taken:
+            if start not in taken:
                 self._follow_script(start)
                 wish = self.roamer.wish(start)
-                self._taken[start] = (wish, self.inputs.condition(wish, start, stop))
+                taken[start] = (wish, self.inputs.condition(wish, start, stop))
+        self._taken = taken
         switched = fresh and told is not None and self._taken[first][0].tokens is not told
         return switched and p.chunk > self.schedule.given_chunks and self.schedule.name == "chunkwise"
 

@@ -28,7 +28,7 @@ class Pipeline:
     Holds no more than `capacity` frames, or one chunk if that is longer.
     """
 
-    def __init__(self, engine: Engine, capacity: int, threads: int, decode_threads: int, crowded: bool = False) -> None:
+    def __init__(self, engine: Engine, capacity: int, threads: int, decode_threads: int, crowded: bool) -> None:
         self.engine, self.capacity, self.crowded = engine, capacity, crowded
         self.error: BaseException | None = None
         self._turn = threading.Condition()
