@@ -21,7 +21,7 @@ from vidistill.config import load_config
 from vidistill.data import Batch
 from vidistill.dit import VideoDiT
 from vidistill.long import LongRollout, replayed_backward
-from vidistill.ops.float32 import fast_float32
+from vidistill.ops.precision import fast_float32
 from vidistill.shapes import LatentShape
 from vidistill.stage import TrainConfig
 from vidistill.student import CausalStudent

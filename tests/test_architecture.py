@@ -58,9 +58,10 @@ ARROWS: dict[str, set[str]] = {
     "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
     | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
-    | {"journal", "lora", "stage", "watch"},
+    | {"journal", "lora", "ops", "stage", "watch"},
     "watch": {"objectives", "rollout", "schedules", "student", "data", "sources", "metrics"},
     "stage": {
+        "ops",
         "watch",
         "conditioning",
         "poses",
@@ -106,12 +107,12 @@ ARROWS: dict[str, set[str]] = {
         "conditioning",
         "config",
     }
-    | {"dit", "interop", "lora", "objectives", "schedules", "shapes", "student", "teachers"},
+    | {"dit", "interop", "lora", "objectives", "ops", "schedules", "shapes", "student", "teachers"},
     "evaluate": BENCH
     | {"tally", "report", "probes", "sources", "data", "video"}
-    | {"rollout", "schedules", "memory", "conditioning", "codecs", "poses"},
+    | {"rollout", "schedules", "memory", "ops", "conditioning", "codecs", "poses"},
     "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
-    | {"checkpoint", "codecs", "conditioning", "metrics", "video"},
+    | {"checkpoint", "codecs", "conditioning", "metrics", "ops", "video"},
     "avatar": {"evaluate", "report", "sources", "stream", "rollout", "sampling", "schedules", "checkpoint", "codecs"}
     | {"conditioning", "data", "metrics", "audio", "video", "watch", "memory"},
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},

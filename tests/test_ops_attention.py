@@ -7,10 +7,10 @@ import torch
 
 from vidistill.ops import attention as ops
 from vidistill.ops import fused, quant
-from vidistill.ops.float32 import fast_float32
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.memory_attention import Segment, attend, attend_reference
 from vidistill.ops.parity import masks
+from vidistill.ops.precision import _has_bfloat16, autocast, fast_float32, working_dtype
 from vidistill.ops.rope import rope_table, rotate
 
 
@@ -267,3 +267,16 @@ def test_fast_float32_is_float32():
         torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-4)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("quick", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_precision_auto_is_what_the_cpu_multiplies(monkeypatch, quick, wanted):
+    _has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: quick)
+    try:
+        assert working_dtype("auto") == wanted
+        with autocast("auto"):
+            assert (random(3, 4) @ random(4, 5)).dtype == wanted
+    finally:
+        _has_bfloat16.cache_clear()
+    assert (working_dtype("fp32"), working_dtype("bf16")) == (torch.float32, torch.bfloat16)

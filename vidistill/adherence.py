@@ -18,6 +18,7 @@ from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Cue
 from vidistill.evaluate import teacher_of
+from vidistill.ops.precision import autocast, working_dtype
 from vidistill.probes import SHAPES, Probe, Reading, load_probe, read
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.sampling import sample
@@ -52,7 +53,7 @@ class AdherenceConfig:
     stride: int = 2
     seed: int = 0
     probe: str | None = None  # None: the bundled one
-    precision: str = "fp32"
+    precision: str = "auto"
     out: str = "out/eval"
 
     def __post_init__(self) -> None:
@@ -132,7 +133,7 @@ def teacher_clips(teacher: Bundle, codec: Codec, told: Scenes, cfg: AdherenceCon
         size = (len(cond.tokens), shape.frames, shape.channels, shape.height, shape.width)
         noise = torch.randn(size, generator=rng)
         nulls, scales = ([], []) if scale == 1.0 else ([cond.null()], [scale])
-        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
+        with autocast(cfg.precision):
             x = sample(teacher.net, noise, teacher.noise.steps(cfg.steps), cond, nulls=nulls, scales=scales).float()
         parts.append(codec.decode(x))
     return torch.cat(parts)
@@ -147,13 +148,13 @@ def student_clips(student: Bundle, codec: Codec, told: Scenes, cfg: AdherenceCon
     for i in tqdm(range(0, len(told), cfg.batch), "student", unit="batch"):
         cond = Condition(encode([words for _, words in told[i : i + cfg.batch]]))
         batch, seed = len(told[i : i + cfg.batch]), cfg.seed * 1_000_003 + i
-        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16"):
+        with autocast(cfg.precision):
             made = rollout(
                 net,
                 finite(endless(student.schedule), chunks),
                 noise=chunk_noise(net, batch, seed),
                 cond=lambda lo, hi, cond=cond: cond,  # type: ignore[misc]
-                memory=net.new_memory(batch, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32),
+                memory=net.new_memory(batch, dtype=working_dtype(cfg.precision)),
                 rng=torch.Generator().manual_seed(seed),
             )
             x = torch.cat(list(made), dim=1).float()

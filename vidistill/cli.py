@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         if args.command in COMPUTING:
-            from vidistill.ops.float32 import fast_float32
+            from vidistill.ops.precision import fast_float32
 
             fast_float32()
         args.run(args)

@@ -24,6 +24,7 @@ from vidistill.dit import NO_GRID, DiTConfig, VideoDiT
 from vidistill.interop import cost
 from vidistill.lora import LoraConfig
 from vidistill.objectives import OBJECTIVES
+from vidistill.ops.precision import working_dtype
 from vidistill.schedules import training
 from vidistill.shapes import LatentShape
 from vidistill.stage import TrainConfig
@@ -36,7 +37,6 @@ from vidistill.watch import WatchConfig
 WIDTH, LAYERS, TEXT, TOKENS, CLIPS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 4, 2
 CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
 FACTOR = 4  # pixel frames of a latent of CODEC
-BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,8 @@ def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:
     state = trained * (4 + 8)  # gradient and two moments of AdamW
     if name == "student" and cfg.ema:
         state += 4 * trained
-    weights = total * BYTES[cfg.teacher_precision] if name == "teacher" else 4 * (total + (trained if lora.rank else 0))
+    size = working_dtype(cfg.teacher_precision).itemsize if name == "teacher" else 4
+    weights = size * (total + (trained if lora.rank else 0))
     return {
         "source": r.source,
         "known": r.known,
@@ -326,7 +327,7 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
     dit, size = roles["student"].dit, latent_size(cfg, roles["student"].dit)
     if size is None:
         return {}
-    shape, item = LatentShape(cfg.frames, dit.channels, *size, dit.patch), BYTES[cfg.precision]
+    shape, item = LatentShape(cfg.frames, dit.channels, *size, dit.patch), working_dtype(cfg.precision).itemsize
     n, memory = shape.tokens_per_frame, cfg.student.memory
     with torch.device("meta"):
         student = CausalStudent(VideoDiT(dit), cfg.student, shape)
@@ -361,7 +362,7 @@ DOUBLED = ("teacher_forcing", "regression")  # the clean clip rides along
 
 def activation_bytes(dit: DiTConfig, cfg: TrainConfig) -> float:
     """Bytes a token that one pass keeps for its backward pass, counted on the meta device; no history, no workspace."""
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    dtype = working_dtype(cfg.precision)
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vidistill.codecs import Codec
 from vidistill.conditioning import ACTION_SITE, Condition, pack_actions, walked
 from vidistill.data import Clips, frame_shards, write_shards
 from vidistill.memory import KVMemory, stream_memory
+from vidistill.ops.precision import PRECISIONS, autocast, working_dtype
 from vidistill.poses import CameraConfig
 from vidistill.probes import Probe, action_labels, load_probe, visible_walks
 from vidistill.rollout import chunk_noise, rollout
@@ -55,7 +56,7 @@ class EvalConfig:
     cache: str = "data/teacher-samples"
     out: str = "out/eval"
     probe: str | None = None  # None: the bundled one
-    precision: str = "bf16"
+    precision: str = "auto"
     threads: int = 0  # 0: as torch chooses
 
     def __post_init__(self) -> None:
@@ -64,8 +65,8 @@ class EvalConfig:
                 raise ValueError(f"eval.{name} must be positive, got {getattr(self, name)}")
         if self.long_seconds and self.long_seconds < 2 * self.seconds:
             raise ValueError(f"eval.long_seconds is {self.long_seconds}; needed is 0 or at least 2 x {self.seconds}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"eval.precision {self.precision!r} is unknown; choose fp32 or bf16")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"eval.precision {self.precision!r} is unknown; choose one of {PRECISIONS}")
 
 
 # --- held-out episodes ------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ Source = Callable[[ClipBatch], Tensor]  # real clips -> the clips [B, T, 3, H, W
 
 
 def cast(cfg: EvalConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16")
+    return autocast(cfg.precision)
 
 
 def codec_row(codec: Codec) -> Source:
@@ -182,7 +183,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
                 return sample(teacher.net, noise, sigmas, cond, given=given, nulls=nulls, scales=scales).float()
 
         inputs = {"given": given, "noise": noise, **cond.per_frame}
-        key = digest(inputs, weights, json.dumps([sigmas, scale, cfg.precision]))
+        key = digest(inputs, weights, json.dumps([sigmas, scale, str(memory_type(cfg))]))
         return codec.decode(cached(cfg.cache, key, make))
 
     return row
@@ -223,7 +224,7 @@ def student_chunks(
 
 
 def memory_type(cfg: EvalConfig) -> torch.dtype:
-    return torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    return working_dtype(cfg.precision)
 
 
 def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:

@@ -58,7 +58,7 @@ class RevisitConfig:
     data: str = "data/doom-heldout"
     out: str = "out/eval"
     probe: str | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.seconds or min(self.seconds) <= 0 or min(self.paths, self.batch, self.judged, self.tries) < 1:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.conditioning import ACTION_SITE, AUDIO_SITE
@@ -13,12 +11,11 @@ from vidistill.dit import DiTConfig
 from vidistill.learner import OptimConfig
 from vidistill.lora import LoraConfig
 from vidistill.objectives import OBJECTIVES, LossConfig
+from vidistill.ops.precision import DTYPES, PRECISIONS
 from vidistill.poses import CameraConfig
 from vidistill.schedules import ScheduleConfig
 from vidistill.student import StudentConfig
 from vidistill.watch import WatchConfig
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class TrainConfig:
     long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
     ema: float = 0.999
     ema_start: int = 0
-    precision: str = "fp32"
+    precision: str = "fp32"  # or bf16, or auto: bf16 where the hardware multiplies it
     teacher_precision: str = "fp32"  # of the frozen teacher's weights
     compile: bool = False  # torch.compile the blocks around their attention
     threads: int = 0  # 0: all
@@ -81,9 +78,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
-        for name in ("precision", "teacher_precision"):
-            if getattr(self, name) not in PRECISIONS:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose fp32 or bf16")
+        for name, known in (("precision", PRECISIONS), ("teacher_precision", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {tuple(known)}")
         if self.teacher_precision == "bf16" and self.precision != "bf16":
             raise ValueError("a teacher in bf16 needs precision=bf16 around it")
         for name in (

@@ -23,9 +23,10 @@ from vidistill.learner import Learner
 from vidistill.long import LongRollout, Rollout, last_picture, replayed_backward, whole_chunks
 from vidistill.lora import LoraConfig, add_lora, merge_lora
 from vidistill.objectives import OBJECTIVES, Loss, MotionHead, Roles, noised_sample
+from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import sample as sample_teacher
 from vidistill.shapes import LatentShape
-from vidistill.stage import PRECISIONS, TrainConfig, check_network
+from vidistill.stage import TrainConfig, check_network
 from vidistill.student import CausalStudent
 
 log = logging.getLogger("vidistill")
@@ -118,7 +119,7 @@ class Trainer:
             return Roles(student), shape
         assert cfg.teacher
         critic_name = cfg.critic_init or cfg.teacher
-        teacher = checkpoint.load(cfg.teacher, "teacher", PRECISIONS[cfg.teacher_precision])
+        teacher = checkpoint.load(cfg.teacher, "teacher", working_dtype(cfg.teacher_precision))
         critic = self.load(critic_name, "teacher").requires_grad_(True).train()
         if not isinstance(critic, VideoDiT):
             raise ValueError(f"{critic_name} is no single network: name one in critic_init for the critic")
@@ -172,7 +173,7 @@ class Trainer:
                 f"latents, and the first chunk has {student.first_frame(1)}"
             )
         student.num_chunks(cfg.frames)
-        dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        dtype = working_dtype(cfg.precision, distributed.device())
         codec = checkpoint.load(cfg.codec, "codec").net if cfg.long_frames and cfg.codec else None
         picture = None if codec is None else last_picture(codec.to(distributed.device()))
         return LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
@@ -262,7 +263,7 @@ class Trainer:
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
             batch = replace(whole, x=part.rows(whole.x).to(device), cond=whole.cond.map(part.rows).to(device))
-            half = torch.autocast(device.type, torch.bfloat16, self.cfg.precision == "bf16", cache_enabled=cache)
+            half = autocast(self.cfg.precision, device, cache)
             with half, part.draws(batch.x.shape[0]):
                 loss = self.loss_of(turn, batch, self.rng_for(self.step_count))
             logs.append({"loss": float(loss.value.detach()), **{k: float(v) for k, v in loss.logs.items()}})
