@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
     "data": {"audio", "curation", "poses", "sources", "conditioning", "shapes", "video"},
-    "learner": set(),
+    "learner": {"ops"},
     "sources": {"audio", "speech", "conditioning", "shapes", "video"},
     # L3
     "convert": {"checkpoint", "interop", "student", "diffusion", "shapes"},

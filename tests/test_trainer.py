@@ -14,6 +14,7 @@ from tiny_training import DIT, FRAMES, OPTIM, codec_stage, dmd_stage, flow_stage
 from torch import nn
 
 from vidistill import checkpoint
+from vidistill import learner as learners
 from vidistill.checkpoint import CheckpointError, read_tensors
 from vidistill.learner import Learner, OptimConfig
 from vidistill.long import SavedBytes
@@ -252,6 +253,27 @@ def test_muon_updates_only_the_matrices_it_is_asked_for():
     names = {n for n, p in net.named_parameters() if any(p is m for m in learner.matrices)}
     assert names and all(n.startswith("blocks.") and n.endswith("weight") for n in names)
     assert sum(len(g["params"]) for o in learner.optims for g in o.param_groups) == len(learner.params)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.0), (torch.float32, 4e-3)])
+def test_muon_is_torchs_in_the_precision_the_hardware_multiplies(monkeypatch, shape, dtype, tolerance):
+    """torch rounds to bfloat16 on any hardware: there ours is the same to the bit, elsewhere it is more exact."""
+    monkeypatch.setattr(learners, "working_dtype", lambda precision, device: dtype)
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=rng)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    optims = [
+        kind([p], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for kind, p in ((learners.Muon, ours), (torch.optim.Muon, theirs))
+    ]
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=rng)
+        theirs.grad = ours.grad.clone()
+        for optim in optims:
+            optim.step()
+    assert (theirs - start).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def test_a_decoder_trains_on_latents_that_stay_as_they_are(root, tiny_codec_path):

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vidistill.ops.precision import working_dtype
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: lifts every singular value towards 1
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -47,6 +51,35 @@ class OptimConfig:
         return up * down
 
 
+def orthogonalised(x: Tensor) -> Tensor:
+    """`x` [A, B] with all its singular values near 1, by five Newton-Schulz steps. Source: Jordan et al. 2024."""
+    a, b, c = QUINTIC
+    tall = x.shape[0] > x.shape[1]
+    y = (x.T if tall else x).to(working_dtype("auto", x.device))
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y.T if tall else y
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, its Newton-Schulz steps in bfloat16 only where the hardware multiplies it.
+
+    Elsewhere torch's own step emulates it, which took 85 % of a training step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalised(p.grad.lerp(momentum, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))  # to the size of AdamW's steps
+
+
 class Learner:
     """A network being trained: optimiser, learning-rate schedule, and optionally an averaged copy."""
 
@@ -71,7 +104,7 @@ class Learner:
         assert all(v.data_ptr() == p.data_ptr() for v, p in zip(self.views, self.matrices, strict=True))
         if self.views:
             self.optims.append(
-                torch.optim.Muon(self.views, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+                Muon(self.views, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         self.average = [p.detach().clone() for p in self.params] if ema else []
         self.updates = 0
