@@ -1,8 +1,11 @@
 """The bench: its figures are of the stream itself, its gate comes first, its counts are the network's own."""
 
 import io
+import itertools
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill import bench as bench_module
 from vidistill.bench import BenchConfig, BenchResult, GateError, RandomConfig, bench, machine, random_bench
+from vidistill.bench.growth import growth_rows
 from vidistill.bench.random_weights import Contender
 from vidistill.checkpoint import load, load_codec_of, load_student
 from vidistill.conditioning import Condition
@@ -69,6 +73,7 @@ def test_growth_is_measured_where_the_stream_really_ran(timed):
     assert [round(row["minutes"], 1) for row in timed.growth] == [0.0, 0.1]
     assert len({row["memory_bytes"] for row in timed.growth}) == 1
     assert all(row["chunk_ms_p50"] > 0 and row["rss_bytes"] > 0 for row in timed.growth)
+    assert all(0 < row["beside_young"] < math.inf for row in timed.growth)
 
 
 def test_past_the_first_minutes_the_clock_is_advanced_and_rows_say_so(student):
@@ -82,6 +87,28 @@ def test_past_the_first_minutes_the_clock_is_advanced_and_rows_say_so(student):
     text = console.export_text()
     assert "after 30.0 min (clock advanced)" in text and "2 streams in one pass" in text
     assert result.batch["gain"] == pytest.approx(2 * result.batch["one_chunk_ms"] / result.batch["chunk_ms"])
+
+
+def test_an_old_stream_is_timed_in_turn_with_a_young_one():
+    """Only chunks that count have a partner; twice as slow a stream is told from a machine that slows down."""
+
+    class Stream:
+        fps, frames_per_chunk, memory_bytes = 4.0, 4, 1
+
+        def __init__(self, cost: float) -> None:
+            self.cost, self.made = cost, []
+
+        def chunks(self):
+            for index in itertools.count():
+                self.made.append(index)
+                clock[0] += 1
+                yield SimpleNamespace(index=index, stats={"chunk_ms": self.cost * clock[0]})
+
+    clock, old, young = [1000], Stream(2.0), Stream(1.0)
+    cfg = replace(SHORT, growth_minutes=(0.5,), growth_chunks=5)
+    (row,) = growth_rows(old, young, 3, cfg, lambda *_: None)
+    assert old.made[-1] == 30 and len(young.made) == 3 + 5
+    assert row["beside_young"] == pytest.approx(2.0, rel=0.01)
 
 
 def test_people_get_a_table(timed):

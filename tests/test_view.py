@@ -59,6 +59,15 @@ def test_a_stream_tells_the_heading_that_its_keys_ask_for():
     torch.testing.assert_close(torch.cat(parts), torch.tensor([0.0, 0.4, 0.8, 1.2]))
 
 
+def test_a_camera_stays_where_it_is_while_time_passes_unseen():
+    inputs = Inputs({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
+    inputs.set({"turn_left": 1.0}, None, None)
+    before = [inputs.condition(inputs.wish, lo, hi).per_frame["view"] for lo, hi in ((0, 1), (1, 4))]
+    inputs.stay(300)
+    after = inputs.condition(inputs.wish, 304, 307).per_frame["view"]
+    torch.testing.assert_close(after, before[1] + 1.2)
+
+
 def test_a_null_condition_keeps_the_heading():
     cond = Condition(per_frame={"view": torch.ones(2, 3, 1), "modulation": torch.ones(2, 3, 17)})
     for null in (cond.null(), cond.drop(torch.tensor([False, False]))):

@@ -383,6 +383,10 @@ class Inputs:
         """Where the camera is after the newest latent; None before the first."""
         return self._path[max(self._path)] if self._path else None
 
+    def stay(self, frames: int) -> None:
+        """Let so many latent frames pass with the camera where it is."""
+        self._path = {f + frames: pose for f, pose in self._path.items()}
+
     def go_on(self, wish: Wish, start: int, stop: int) -> dict[str, Tensor]:
         """Move the camera as `wish` says through latent frames start..stop-1; asked again, it starts there again."""
         assert self.camera is not None

@@ -105,7 +105,7 @@ class StreamTimer:
             self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
             self.lookahead_ms = session.audio_lookahead_ms if session.audio_rate else None
             self.memory_config = session.memory_config
-            reach = self.memory_config.frames
+            reach = self.memory_config.frames + self.memory_config.history
             self.fill = -(-reach // bundle.net.cfg.chunk) + 1  # chunks until memory has begun to forget
 
     def default_image(self) -> np.ndarray:
@@ -204,20 +204,9 @@ class StreamTimer:
         return late
 
     def growth(self, progress: Progress) -> list[dict[str, float]]:
-        """Chunk times and bytes around each of `growth_minutes` of one stream."""
-        with self.open() as session:
-            frames = session.frames()
-            next(f for f in frames if f.chunk == 1)
-            take_chunk(frames, self.frames_per_chunk - 1)
-
-            def finished() -> Iterator[tuple[int, float]]:
-                last = take_chunk(frames, self.frames_per_chunk)
-                while True:
-                    head = take_chunk(frames, self.frames_per_chunk)
-                    yield head.chunk, 1000 * (head.made_at - last.made_at)
-                    last = head
-
-            return growth_rows(session, finished(), self.cfg, progress)
+        """Chunk times and bytes around each of `growth_minutes` of one stream, in turn with a young one."""
+        with self.open(pipelined=False) as old, self.open(pipelined=False) as young:
+            return growth_rows(old, young, self.fill, self.cfg, progress)
 
 
 class ClipTimer:

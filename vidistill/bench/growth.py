@@ -32,22 +32,30 @@ class GrowthConfig(Protocol):
 
 
 def growth_rows(
-    session: StreamSession, finished: Iterator[tuple[int, float]], cfg: GrowthConfig, progress: Progress
+    old: StreamSession, young: StreamSession, fill: int, cfg: GrowthConfig, progress: Progress
 ) -> list[dict[str, Any]]:
-    """A row for each of `growth_minutes`: median chunk time and bytes there.
+    """A row for each of `growth_minutes` of the stream `old`: median time of a chunk's passes, and bytes, there.
 
-    `finished`: number and milliseconds of each chunk of `session`. `ran` is false where the clock was advanced.
+    Every chunk that counts is made in turn with one of `young`, the same stream after the `fill` chunks that fill its
+    memory: `beside_young`, the median ratio of their times, is free of a machine that slows down. `ran` is false where
+    the clock was advanced. Nothing is decoded: a decoder's state does not grow.
     """
-    seconds, rows, chunk = session.frames_per_chunk / session.fps, [], 0
+    aged, fresh = old.chunks(), young.chunks()
+    seconds, rows, chunk = old.frames_per_chunk / old.fps, [], 0
+    for _ in range(fill):
+        next(fresh)
     for minutes in sorted(cfg.growth_minutes):
-        ran, times = minutes <= cfg.growth_run, []  # type: bool, list[float]
+        ran, times, others = minutes <= cfg.growth_run, [], []  # type: bool, list[float], list[float]
         last = int(minutes * 60 / seconds)
         start = last - cfg.growth_chunks
         if not ran:
-            session.advance(max(0.0, start - chunk - 4) * seconds / 60)  # a few chunks may be under way already
+            old.advance(max(0.0, start - chunk) * seconds / 60)
         while chunk < last or len(times) < 2:
-            chunk, ms = next(finished)
-            times = [*times[-cfg.growth_chunks + 1 :], ms]
+            made = next(aged)
+            chunk = made.index
+            if chunk > start:
+                times.append(made.stats["chunk_ms"])
+                others.append(next(fresh).stats["chunk_ms"])
             progress(min(1.0, chunk / max(1, last)), f"{minutes:g} minutes of stream")
         rows.append(
             {
@@ -55,7 +63,8 @@ def growth_rows(
                 "ran": ran,
                 "chunk_ms_p50": float(np.percentile(times, 50)),
                 "chunk_ms_p95": float(np.percentile(times, 95)),
-                "memory_bytes": session.memory_bytes,
+                "beside_young": statistics.median(a / b for a, b in zip(times, others, strict=True)),
+                "memory_bytes": old.memory_bytes,
                 "rss_bytes": resident_bytes(),
             }
         )

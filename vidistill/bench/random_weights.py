@@ -166,14 +166,19 @@ class Contender:
 
     def __init__(self, cfg: RandomConfig, bundle: Bundle) -> None:
         self.cfg, self.bundle = cfg, bundle
-        drawn = cfg.drawn()
+        self.session = self.open()
+        self.rounds: list[list[Chunk]] = []
+
+    def open(self) -> StreamSession:
+        """A new stream of the drawn or recorded noise and text."""
+        drawn, cfg = self.cfg.drawn(), self.cfg
         recorded = Drawn(drawn["noise"], drawn.get("fresh")) if drawn else None
-        self.session = StreamSession(bundle, None, StreamConfig(cfg.seed, pipelined=False), drawn=recorded)
+        session = StreamSession(self.bundle, None, StreamConfig(cfg.seed, pipelined=False), drawn=recorded)
         if cfg.text:
             rng = torch.Generator().manual_seed(cfg.seed)
-            tokens = torch.randn(cfg.text_tokens, bundle.net.net.cfg.text_dim, generator=rng)
-            self.session.set(tokens=drawn.get("text", tokens))
-        self.rounds: list[list[Chunk]] = []
+            tokens = torch.randn(cfg.text_tokens, self.bundle.net.net.cfg.text_dim, generator=rng)
+            session.set(tokens=drawn.get("text", tokens))
+        return session
 
     def round(self) -> None:
         """One chunk more than is timed: the context pass of a chunk runs before the next one."""
@@ -213,10 +218,10 @@ class Contender:
         return profile(lambda: next(chunks))
 
     def growth(self, progress: Progress) -> list[dict[str, Any]]:
-        """Chunk times and bytes after some minutes of one stream."""
-        return growth_rows(
-            self.session, ((c.index, c.stats["chunk_ms"]) for c in self.session.chunks()), self.cfg, progress
-        )
+        """Chunk times and bytes after some minutes of one stream, in turn with a young one."""
+        with self.open() as young:
+            fill = self.cfg.chunks + -(-self.cfg.history // self.cfg.chunk) + 1
+            return growth_rows(self.session, young, fill, self.cfg, progress)
 
 
 def random_bench(

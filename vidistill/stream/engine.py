@@ -240,7 +240,9 @@ class Engine:
     def _advance(self, chunk: int) -> Iterator[Pass]:
         """Leave out the chunks `ahead` before `chunk`."""
         chunks, self.ahead = self.ahead, 0
-        self.memory.advance(chunks * self.student.cfg.chunk)
+        frames = chunks * self.student.cfg.chunk
+        self.memory.advance(frames)
+        self.inputs.stay(frames)
         return endless(self.schedule, chunk + chunks)
 
     def _take_inputs(self, p: Pass) -> bool:
