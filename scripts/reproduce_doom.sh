@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the bundled doom checkpoints from nothing: record, codec, encode, teacher, causal init, Self Forcing.
+# Makes the bundled doom checkpoints from nothing: record, codec, encode, teacher, causal init, Self Forcing, diagonal.
 # Every stage resumes where it stopped when the script runs again; finished stages are skipped.
 # Usage: scripts/reproduce_doom.sh [STAGE ...]   (default: all stages in order)
 set -euo pipefail
@@ -26,6 +26,7 @@ teacher() {
 }
 tf() { stage doom-tf configs/doom/tf.yaml; }
 selfforcing() { stage doom-selfforcing configs/doom/selfforcing.yaml; }
+diagonal() { stage doom-diagonal configs/doom/diagonal.yaml; }
 loops() { vidistill data doom data/doom/loops --episodes 768 --palindromes 0.5 --codec doom-codec; }
 relic() { # a student that remembers: its teacher, causal init, and the same training with three memories
   loops
@@ -37,8 +38,8 @@ relic() { # a student that remembers: its teacher, causal init, and the same tra
 
 for name in "${@:-}"; do
   case "$name" in
-    "") for s in frames codec probe latents teacher tf selfforcing; do echo "== $s"; $s; done ;;
-    frames | codec | probe | latents | teacher | tf | selfforcing | loops | relic) echo "== $name"; $name ;;
-    *) echo "unknown stage $name; stages: frames codec probe latents teacher tf selfforcing loops relic" >&2; exit 2 ;;
+    "") for s in frames codec probe latents teacher tf selfforcing diagonal; do echo "== $s"; $s; done ;;
+    frames | codec | probe | latents | teacher | tf | selfforcing | diagonal | loops | relic) echo "== $name"; $name ;;
+    *) echo "unknown stage $name; stages: frames codec probe latents teacher tf selfforcing diagonal loops relic" >&2; exit 2 ;;
   esac
 done
