@@ -226,10 +226,12 @@ def test_a_student_of_another_size_is_not_silently_accepted(path):
 
 def test_start_pictures_lie_beside_a_checkpoint_its_family_or_in_the_zoo(tmp_path):
     for name in ("world-selfforcing", "world-tf", "shapes", "doom-mine"):
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text('{"format": 1, "kind": "student"}')
     (tmp_path / "world-starts").mkdir()
     (tmp_path / "world-starts" / "a.png").touch()
     assert [p.name for p in checkpoint.start_pictures(tmp_path / "world-selfforcing")] == ["a.png"]
     (tmp_path / "world-tf-starts").mkdir()
     assert not checkpoint.start_pictures(tmp_path / "world-tf") and not checkpoint.start_pictures(tmp_path / "shapes")
-    assert checkpoint.start_pictures(tmp_path / "doom-mine")[0].parent == checkpoint.zoo_folder() / "doom-starts"
+    (tmp_path / "mine.json").write_text('{"format": 1, "kind": "student", "codec": "doom-codec"}')
+    for name in ("doom-mine", "mine"):
+        assert checkpoint.start_pictures(tmp_path / name)[0].parent == checkpoint.zoo_folder() / "doom-starts"

@@ -216,10 +216,14 @@ def locate(name: str | Path) -> Path:
 
 
 def start_pictures(name: str | Path) -> list[Path]:
-    """Picture files (PNG) a checkpoint's clips can start from: NAME-starts beside it or beside its family's name."""
+    """Picture files (PNG) a checkpoint's clips can start from.
+
+    NAME-starts beside it or beside its family's name, else the bundled ones of its family or of its codec's.
+    """
     path = locate(name)
-    folders = [path.with_name(f"{stem}-starts") for stem in (path.name, path.name.split("-")[0])]
-    folders.append(zoo_folder() / folders[-1].name)
+    families = [path.name.split("-")[0], Path(read_record(path).get("codec") or "").name.split("-")[0]]
+    folders = [path.with_name(f"{stem}-starts") for stem in (path.name, families[0])]
+    folders += [zoo_folder() / f"{family}-starts" for family in families]
     return next((sorted(f.glob("*.png")) for f in folders if f.is_dir()), [])
 
 
