@@ -90,7 +90,7 @@ ARROWS: dict[str, set[str]] = {
         "video",
         "shapes",
     },
-    "probes": {"checkpoint", "config", "data", "metrics", "sources", "video", "shapes"},
+    "probes": {"checkpoint", "config", "data", "metrics", "ops", "sources", "video", "shapes"},
     "report": {"video"},
     # L4
     "tally": {"metrics", "probes", "video", "shapes"},

@@ -17,6 +17,7 @@ from vidistill import checkpoint
 from vidistill.config import build
 from vidistill.data import Clips, read_meta
 from vidistill.metrics import balanced_accuracy
+from vidistill.ops.precision import autocast
 from vidistill.sources.doom import centre_texture
 from vidistill.sources.shapes import ATTRIBUTES
 
@@ -257,7 +258,7 @@ def train_probes(
     for step in range(steps):
         px, own = draw(clips, labels, batch, draws)
         px, own["damage"] = damage(px, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("auto"):
             raw = probe.raw(px)
         losses = probe_losses(probe.answers(raw), own, weights)
         optim.zero_grad(set_to_none=True)
