@@ -117,7 +117,7 @@ ARROWS: dict[str, set[str]] = {
     | {"conditioning", "data", "metrics", "audio", "video", "watch", "memory"},
     "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
     "revisit": {"evaluate", "report", "probes", "sources", "data", "video", "checkpoint", "metrics"}
-    | {"memory", "conditioning", "poses", "codecs"},
+    | {"memory", "ops", "conditioning", "poses", "codecs"},
     "serve": {"speech", "stream", "checkpoint", "video", "shapes"},
     "cli": ANYTHING,
     "cli_data": ANYTHING,

@@ -152,10 +152,6 @@ def told(bundle: Bundle, actions: Tensor, poses: Tensor, factor: int) -> Conditi
 Source = Callable[[ClipBatch], Tensor]  # real clips -> the clips [B, T, 3, H, W] of one row
 
 
-def cast(cfg: EvalConfig) -> torch.autocast:
-    return autocast(cfg.precision)
-
-
 def codec_row(codec: Codec) -> Source:
     return lambda batch: codec.decode(codec.encode(batch.px))
 
@@ -179,11 +175,11 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
         nulls, scales = ([], []) if scale == 1.0 else ([cond.null()], [scale])
 
         def make() -> Tensor:
-            with cast(cfg):
+            with autocast(cfg.precision):
                 return sample(teacher.net, noise, sigmas, cond, given=given, nulls=nulls, scales=scales).float()
 
         inputs = {"given": given, "noise": noise, **cond.per_frame}
-        key = digest(inputs, weights, json.dumps([sigmas, scale, str(memory_type(cfg))]))
+        key = digest(inputs, weights, json.dumps([sigmas, scale, str(working_dtype(cfg.precision))]))
         return codec.decode(cached(cfg.cache, key, make))
 
     return row
@@ -218,13 +214,9 @@ def student_chunks(
     rng = torch.Generator().manual_seed(seed)
     made = rollout(student.net, passes, noise=noise, cond=cond.frames, memory=memory, rng=rng)
     for _ in range(chunks):
-        with cast(cfg):  # not around the loop: it would hold for whoever asks for the chunks, too
+        with autocast(cfg.precision):  # not around the loop: it would hold for whoever asks for the chunks, too
             chunk = next(made)
         yield chunk.float()
-
-
-def memory_type(cfg: EvalConfig) -> torch.dtype:
-    return working_dtype(cfg.precision)
 
 
 def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
@@ -239,7 +231,7 @@ def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
         cond = told(student, batch.actions, batch.poses, codec.temporal_factor)
-        memory = net.new_memory(given.shape[0], dtype=memory_type(cfg))
+        memory = net.new_memory(given.shape[0], dtype=working_dtype(cfg.precision))
         seed = cfg.seed * 1_000_003 + batch.index
         return codec.decode(torch.cat(list(student_chunks(student, given, cond, chunks, cfg, seed, memory)), 1))
 
@@ -310,7 +302,7 @@ def stream_student(student: Bundle, codec: Codec, walks: LongWalks, cfg: EvalCon
     poses = torch.cat((poses, poses[:, -1:].expand(-1, short, -1)), dim=1)
     given = codec.encode(to_float(walks.frames[:, :1].numpy()))
     endless_memory = stream_memory(net.cfg.memory, net.cfg.chunk)
-    memory = net.new_memory(given.shape[0], dtype=memory_type(cfg), cfg=endless_memory)
+    memory = net.new_memory(given.shape[0], dtype=working_dtype(cfg.precision), cfg=endless_memory)
     cond, state = told(student, actions, poses, codec.temporal_factor), None
     made = student_chunks(student, given, cond, chunks, cfg, cfg.seed * 1_000_003 + 999_983, memory)
     for chunk in tqdm(made, f"{cfg.long_seconds:g} s streams", total=chunks, unit="chunk"):

@@ -23,8 +23,9 @@ from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
 from vidistill.conditioning import ACTION_SITE
 from vidistill.data import Clips
-from vidistill.evaluate import EvalConfig, episodes_at, memory_type, student_chunks, told
+from vidistill.evaluate import EvalConfig, episodes_at, student_chunks, told
 from vidistill.memory import stream_memory
+from vidistill.ops.precision import working_dtype
 from vidistill.poses import moves, planar
 from vidistill.probes import Probe, load_probe, read
 from vidistill.sources import Episode
@@ -207,7 +208,9 @@ def dream(bundle: Bundle, codec: Codec, paths: Sequence[Revisit], cfg: RevisitCo
     poses = torch.from_numpy(np.stack([p.walk.poses for p in paths]))
     cond = told(bundle, actions, poses, codec.temporal_factor)
     frames = cond.per_frame[ACTION_SITE].shape[1]
-    memory = net.new_memory(len(paths), dtype=memory_type(quality), cfg=stream_memory(net.cfg.memory, net.cfg.chunk))
+    memory = net.new_memory(
+        len(paths), dtype=working_dtype(cfg.precision), cfg=stream_memory(net.cfg.memory, net.cfg.chunk)
+    )
     state, parts = None, []
     seed = cfg.seed * 1_000_003 + paths[0].walk.seed
     for chunk in student_chunks(bundle, given, cond, net.num_chunks(frames), quality, seed, memory):
