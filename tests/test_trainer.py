@@ -264,8 +264,8 @@ def test_muon_is_torchs_in_the_precision_the_hardware_multiplies(monkeypatch, sh
     start = torch.randn(shape, generator=rng)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
     optims = [
-        kind([p], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        for kind, p in ((learners.Muon, ours), (torch.optim.Muon, theirs))
+        learners.Muon([ours], lr=0.1, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):
         ours.grad = torch.randn(shape, generator=rng)

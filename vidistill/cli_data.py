@@ -187,7 +187,7 @@ def add_trajectories(kinds: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
     p.add_argument("--size", type=sides, default=(480, 832), help="pixels, where the data are prompts (480x832)")
     p.add_argument("--at-once", type=count, default=64, help="clips sampled together, a file each time (default: 64)")
-    p.add_argument("--half", action="store_true", help="compute in bf16")
+    p.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="of products (default: fp32)")
     p.set_defaults(run=run_data_trajectories)
 
 

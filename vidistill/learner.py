@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,11 @@ def orthogonalised(x: Tensor) -> Tensor:
 class Muon(torch.optim.Muon):
     """torch's Muon, its Newton-Schulz steps in bfloat16 only where the hardware multiplies it.
 
-    Elsewhere torch's own step emulates it, which took 85 % of a training step.
+    Elsewhere torch's own step emulates it, which took 85 % of a training step. Steps are as large as AdamW's.
     """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -82,7 +86,7 @@ class Muon(torch.optim.Muon):
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalised(p.grad.lerp(momentum, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))  # to the size of AdamW's steps
+                p.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
         return loss
 
 
@@ -109,9 +113,7 @@ class Learner:
         self.views = [nn.Parameter(p.data.flatten(1)) for p in self.matrices]  # Muon takes two axes; memory is shared
         assert all(v.data_ptr() == p.data_ptr() for v, p in zip(self.views, self.matrices, strict=True))
         if self.views:
-            self.optims.append(
-                Muon(self.views, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optims.append(Muon(self.views, lr=cfg.lr, weight_decay=cfg.weight_decay))
         self.average = [p.detach().clone() for p in self.params] if ema else []
         self.updates = 0
 

@@ -27,6 +27,7 @@ from vidistill.data import (
     write_shard,
 )
 from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import trajectory
 from vidistill.teachers.text import TextCache
 
@@ -59,14 +60,15 @@ def trajectories(
     seed: int = 0,
     size: tuple[int, int] = (480, 832),
     at_once: int = 64,
-    half: bool = False,
+    precision: str = "fp32",
 ) -> str:
     """Sample `clips` clips with a teacher under the conditions of `data` into folder `out`; says what is there.
 
     ValueError if teacher and data do not belong together, or no sampler of the teacher has all `levels`.
     """
-    master = checkpoint.load(teacher, "teacher", torch.bfloat16 if half else torch.float32)
-    where, net = device(), master.net.to(device())
+    where = device()
+    master = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
+    net = master.net.to(where)
     talks = "dit" in master.record and master.net.cfg.extra_channels > 0
     source = open_data(data, reference=talks)
     frames = frames or master.record["shape"]["frames"]
@@ -93,7 +95,7 @@ def trajectories(
 
     with (
         tqdm(total=clips, desc="trajectories", disable=None) as bar,
-        torch.autocast(where.type, torch.bfloat16, enabled=half),
+        autocast(precision, where),
     ):
         write_trajectories(out, net, batch_of, meta, at_once, bar)
     shown = ",".join(f"{level:.4f}" for level in kept)

@@ -105,8 +105,7 @@ class StreamTimer:
             self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
             self.lookahead_ms = session.audio_lookahead_ms if session.audio_rate else None
             self.memory_config = session.memory_config
-            reach = self.memory_config.frames + self.memory_config.history
-            self.fill = -(-reach // bundle.net.cfg.chunk) + 1  # chunks until memory has begun to forget
+            self.fill = self.memory_config.chunks_to_fill(bundle.net.cfg.chunk)
 
     def default_image(self) -> np.ndarray:
         """A grey start picture: what is in it costs nothing."""

@@ -220,7 +220,7 @@ class Contender:
     def growth(self, progress: Progress) -> list[dict[str, Any]]:
         """Chunk times and bytes after some minutes of one stream, in turn with a young one."""
         with self.open() as young:
-            fill = self.cfg.chunks + -(-self.cfg.history // self.cfg.chunk) + 1
+            fill = self.session.memory_config.chunks_to_fill(self.cfg.chunk)
             return growth_rows(self.session, young, fill, self.cfg, progress)
 
 

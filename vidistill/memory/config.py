@@ -81,6 +81,10 @@ class MemoryConfig:
         """Whether frames that leave the window are kept in compressed form."""
         return self.policy in REMEMBERING
 
+    def chunks_to_fill(self, chunk: int) -> int:
+        """Chunks of `chunk` frames until memory has begun to forget; a pass costs the same from then on."""
+        return -(-(self.frames + self.history) // chunk) + 1
+
     def factor(self, index: int) -> int:
         """The factor a side of the frame with this number since the last reset, once it has left the window."""
         return self.pattern[index % len(self.pattern)]
