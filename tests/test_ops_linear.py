@@ -55,6 +55,15 @@ def test_a_packed_layer_takes_the_gelu_behind_it_along():
 
 
 @torch.no_grad()
+def test_packed_layers_compile_into_one_graph():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(20, 63), nn.GELU(approximate="tanh"), nn.Linear(63, 9)), torch.randn(129, 20)
+    pack_linears(net, rows=129)
+    compiled = torch.compile(net, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_int8_weights_cost_less_than_one_percent():
     pytest.importorskip("torchao")
     torch.manual_seed(0)

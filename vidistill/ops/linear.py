@@ -13,6 +13,22 @@ logger = logging.getLogger("vidistill")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+def multiplied(x: Tensor, packed: Tensor, bias: Tensor | None, width: int, gelu: bool) -> Tensor:
+    """`x` [..., n] times a packed weight, plus `bias`: [..., width]; `gelu` follows in the same kernel."""
+    then: tuple[str, list, str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, *then)
+    return y
+
+
+# torch.compile knows the operator inside and lowers it for weights that are constants of its graph, which ours are not.
+packed_linear = torch.library.custom_op("vidistill::packed_linear", multiplied, mutates_args=())
+
+
+@packed_linear.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, width: int, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], width)
+
+
 class PackedLinear(nn.Module):
     """A linear layer that multiplies by a packed copy of its weight; the weight itself stays for whoever reads it.
 
@@ -31,8 +47,8 @@ class PackedLinear(nn.Module):
         if torch.is_grad_enabled():
             y = F.linear(x, self.weight, self.bias)
             return F.gelu(y, approximate="tanh") if self.gelu else y
-        then: tuple[str, list, str] = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-        y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self._packed_bias, *then)
+        multiply = packed_linear if torch.compiler.is_compiling() else multiplied
+        y: Tensor = multiply(x.to(self.dtype), self._packed, self._packed_bias, len(self.weight), self.gelu)
         return y.to(x.dtype)
 
 
