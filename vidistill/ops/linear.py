@@ -45,8 +45,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            y = F.linear(x, self.weight, self.bias)
-            return F.gelu(y, approximate="tanh") if self.gelu else y
+            plain = F.linear(x, self.weight, self.bias)
+            return F.gelu(plain, approximate="tanh") if self.gelu else plain
         multiply = packed_linear if torch.compiler.is_compiling() else multiplied
         y: Tensor = multiply(x.to(self.dtype), self._packed, self._packed_bias, len(self.weight), self.gelu)
         return y.to(x.dtype)
