@@ -114,6 +114,25 @@ def test_a_teacher_is_trained_on_poses_through_a_curriculum_and_streams_need_no_
     assert CameraConfig.of(bundle.record["world"]["camera"]) == CAMERA and bundle.net.cfg.yarn.ratio == 2.0
 
 
+def test_a_stage_that_starts_from_a_student_gains_its_sites_and_recomputes_its_blocks(root):
+    student = CausalStudent(random_dit(DIT), REMEMBERING, LatentShape(7, 4, 4, 4, DIT.patch))
+    record = {"schedule": {"levels": [1.0]}, "shape": {"frames": 7, "channels": 4, "height": 4, "width": 4}, "card": {}}
+    checkpoint.export(root / "student", student, record)
+    dit = replace(POSED, checkpoint=True)
+    stage = flow_stage(
+        root,
+        objective="teacher_forcing",
+        init=str(root / "student"),
+        dit=dit,
+        camera=CAMERA,
+        student=REMEMBERING,
+        frames=7,
+    )
+    trainer = Trainer(stage)
+    assert trainer.roles.student.net.cfg == replace(DIT.grown(dit), checkpoint=True)
+    assert load(trainer.run().with_suffix("")).net.net.cfg.sites.keys() == POSED.sites.keys()
+
+
 @pytest.mark.parametrize("objective", ["teacher_forcing", "diffusion_forcing"])
 def test_hybrid_forcing_scores_only_the_noisy_end(root, objective):
     stage = flow_stage(

@@ -104,17 +104,14 @@ class Trainer:
             return Roles(codec.requires_grad_(True).train()), None
         name = cfg.init or cfg.teacher
         net = self.load(name) if name else VideoDiT(cfg.dit)
-        if isinstance(net, VideoDiT):
-            net = grown(net, cfg.dit)
-        if not isinstance(core(net), VideoDiT):
+        if not isinstance(net, VideoDiT):
             raise checkpoint.CheckpointError(f"{name} is a {type(net).__name__}; one network is needed to start from")
-        dit = core(net).cfg
-        self.check_network(name or "dit", dit)
-        shape = LatentShape(cfg.frames, *self.latent_size(dit.channels), dit.patch)
+        net = grown(net, cfg.dit).requires_grad_(True).train()
+        self.check_network(name or "dit", net.cfg)
+        shape = LatentShape(cfg.frames, *self.latent_size(net.cfg.channels), net.cfg.patch)
         if cfg.objective == "flow":
-            return Roles(net.requires_grad_(True).train()), shape
-        inner = net.net if isinstance(net, CausalStudent) else net
-        student = CausalStudent(inner.requires_grad_(True), cfg.student, shape).train()
+            return Roles(net), shape
+        student = CausalStudent(net, cfg.student, shape).train()
         if not self.objective.critic:
             return Roles(student), shape
         assert cfg.teacher
@@ -131,8 +128,8 @@ class Trainer:
         return Roles(student, teacher.net, critic, head), shape
 
     def load(self, name: str, kind: str | None = None) -> Any:
-        """The network of a checkpoint; it recomputes its blocks if this stage does."""
-        net = checkpoint.load(name, kind).net
+        """The network of a checkpoint, or inside its student; it recomputes its blocks if this stage does."""
+        net = core(checkpoint.load(name, kind).net)
         return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
     @property
