@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vidistill.ops import attention as ops
 from vidistill.ops import fused, quant
@@ -56,6 +57,21 @@ def test_products_leave_out_what_a_mask_hides_from_whole_runs(name, monkeypatch)
     assert sum(sizes) == int(mask.dense.sum()) < mask.dense.numel()
     monkeypatch.undo()
     found = [torch.autograd.grad(f(q, k, v, mask).square().sum(), (q, k, v)) for f in (ops.products, ops.reference)]
+    for got, wanted in zip(*found):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fused_kernel_sees_no_keys_that_a_mask_hides_from_whole_runs(monkeypatch):
+    mask, sizes, fused = FrameMask(masks(9, 3)["teacher forcing"], 48), [], F.scaled_dot_product_attention
+
+    def counted(q, k, v, attn_mask):
+        sizes.append(q.shape[2] * k.shape[2])
+        return fused(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(ops.F, "scaled_dot_product_attention", counted)
+    q, k, v = (random(1, s, 1, 8, seed=i).requires_grad_() for i, s in enumerate((mask.shape[0], *[mask.shape[1]] * 2)))
+    found = [torch.autograd.grad(f(q, k, v, mask).square().sum(), (q, k, v)) for f in (ops.sdpa, ops.reference)]
+    assert sum(sizes) == int(mask.dense.sum()) < mask.dense.numel()
     for got, wanted in zip(*found):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 

@@ -30,7 +30,24 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
+def _in_runs(q: Tensor, mask: FrameMask) -> bool:
+    """Whether the runs of alike query frames in `mask` are long enough to be attended one by one: on a CPU."""
+    return q.device.type == "cpu" and not torch.compiler.is_compiling() and q.shape[1] >= RUN * len(mask.runs[0])
+
+
+def _by_runs(backend: Backend, q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
+    """Attention run by run of alike query frames, over the keys that they see and no others."""
+    queries, keys, seen = mask.runs
+    k_runs, v_runs, parts = k.split(keys, 1), v.split(keys, 1), []
+    for run, which in zip(q.split(queries, 1), seen, strict=True):
+        k, v = (torch.cat([x[i] for i in which], 1) for x in (k_runs, v_runs))
+        parts.append(backend(run, k, v, None))
+    return torch.cat(parts, 1)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
+    if isinstance(mask, FrameMask) and _in_runs(q, mask):
+        return _by_runs(sdpa, q, k, v, mask)
     dense = mask.dense if isinstance(mask, FrameMask) else mask
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=dense)
     return out.transpose(1, 2)
@@ -63,16 +80,6 @@ def _long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _by_runs(q: Tensor, k: Tensor, v: Tensor, mask: FrameMask) -> Tensor:
-    """Attention run by run of alike query frames, over the keys that they see and no others."""
-    queries, keys, seen = mask.runs
-    k_runs, v_runs = k.split(keys, 1), v.split(keys, 1)
-    pieces = zip(q.split(queries, 1), seen, strict=True)
-    return torch.cat(
-        [products(q, *(torch.cat([x[i] for i in which], 1) for x in (k_runs, v_runs))) for q, which in pieces], 1
-    )
-
-
 def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Attention in the open where that beats torch's fused kernel on a CPU with a fast matrix library (`float32`).
 
@@ -85,8 +92,8 @@ def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     if torch.compiler.is_compiling() or not (recording or q.dtype == torch.float32):
         return sdpa(q, k, v, mask)
     mask = None if mask is None else frame_mask(mask)
-    if mask is not None and sq >= RUN * len(mask.runs[0]):
-        return _by_runs(q, k, v, mask)
+    if mask is not None and _in_runs(q, mask):
+        return _by_runs(products, q, k, v, mask)
     whole = size <= KEPT if recording else b * h * size <= WHOLE
     if not whole and size >= LONG and mask is None and not recording:
         return _long(q, k, v)
