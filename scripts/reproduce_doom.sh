@@ -31,7 +31,7 @@ loops() { vidistill data doom data/doom/loops --episodes 768 --palindromes 0.5 -
 relic() { # a student that remembers: its teacher, causal init, and the same training with three memories
   loops
   stage doom-relic-teacher configs/doom/relic-teacher.yaml
-  stage doom-relic-hybrid configs/doom/relic-hybrid.yaml
+  finished doom-relic-hybrid || vidistill train configs/doom/relic-hybrid.yaml
   for memory in relic relic-window relic-full; do stage "doom-$memory" "configs/doom/$memory.yaml"; done
   vidistill eval doom-relic --suite memory --json
 }

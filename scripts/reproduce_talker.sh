@@ -21,7 +21,7 @@ starts() { # pictures to begin from: held-out people
   python -c 'from pathlib import Path; from vidistill.sources.talker import write_starts; write_starts(Path("vidistill/zoo/talker-starts"), 6)'
 }
 teacher() { stage talker-teacher configs/talker/teacher.yaml; }
-init() { stage talker-init configs/talker/init.yaml; }
+init() { [ -f runs/talker-init/talker-init.json ] || vidistill train configs/talker/init.yaml; }
 selfforcing() { stage talker-selfforcing configs/talker/selfforcing.yaml; }
 talker() { stage talker configs/talker/talker.yaml; }
 
