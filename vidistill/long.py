@@ -107,7 +107,10 @@ class LongRollout:
         self.memory = student.new_memory(b, dtype=self.dtype)
         self.seed, self.length, self.told = draw.randrange(2**31), frames, batch.cond
         out = self.roll(passes, batch, 0, batch.cond, rng, grad, record)
-        self.tail = out.x0.detach()
+        if self.limit:
+            self.tail = out.x0.detach()
+        else:
+            self.memory = None  # nothing goes on from here: a replay has a memory of its own
         return out
 
     def go_on(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
