@@ -142,6 +142,22 @@ def test_left_and_right_turn_the_picture_opposite_ways(browser, name):
     assert all(float(figure) > 0 for figure in figures.values()), figures
 
 
+@pytest.mark.skipif("doom-relic" not in zoo_names(), reason="doom-relic is not bundled")
+def test_a_world_that_remembers_draws_its_map_and_leads_back(browser):
+    drawn = """() => {
+      const sheet = document.getElementById("map"), { data } = sheet.getContext("2d").getImageData(0, 0, sheet.width, sheet.height);
+      return data.filter((value, i) => i % 4 === 0 && value > 200).length;
+    }"""
+    with running(load_world("doom-relic")) as address, opened(browser, address) as page:
+        page.wait_for_selector("#overlay", state="hidden")
+        assert page.is_visible("#map")
+        page.keyboard.down("ArrowUp")
+        wait(page, f"({drawn})() > 0")
+        page.keyboard.up("ArrowUp")
+        page.click("#home")
+        page.screenshot(path=OUT / "play-doom-relic.png")
+
+
 def test_a_picture_of_ones_own_a_seed_and_a_recording(browser, tmp_path):
     (tmp_path / "green.png").write_bytes(png(200, 120, (10, 200, 30)))
     with running(WORLDS["fake"]()) as address, opened(browser, address) as page:

@@ -32,6 +32,7 @@ def session(memory=MEMORY, camera=CAMERA):
 
 def test_the_map_shows_here_and_what_is_kept_of_every_frame():
     with session() as stream:
+        assert stream.roamer.placed and not stream.roamer.map
         stream.set(action={"forward": 1.0})
         latents = stream.latents()
         for _ in range(3):
@@ -84,7 +85,7 @@ def test_what_a_student_cannot_do_is_said():
     with session(MemoryConfig("window", frames=6)) as stream, pytest.raises(ValueError, match="no history"):
         stream.roamer.show_history(False)
     with session(MemoryConfig("window", frames=6), camera=None) as stream:
-        assert not stream.roamer.map
+        assert not stream.roamer.placed and not stream.roamer.map
         with pytest.raises(ValueError, match="not told where it goes"):
             stream.roamer.go_home()
 
@@ -100,8 +101,8 @@ def test_a_place_is_read_back_from_what_a_network_is_told():
 
 class FakeRoamer:
     def __init__(self):
-        self.remembers, self.calls = True, []
-        self.map = {"here": [1.0, 2.0, 0.5], "stored": [[0.0, 0.0, 0.0, 4]], "history": True, "home": False}
+        self.placed, self.remembers, self.calls = True, True, []
+        self.map = {}  # as before the first chunk
 
     def go_home(self):
         self.calls.append("home")
@@ -131,6 +132,7 @@ def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
     with served(fake) as app, watching(app) as browser:
         hello = browser.note("hello")
         assert hello["places"] and hello["remembers"]
+        roamer.map = {"here": [1.0, 2.0, 0.5], "stored": [[0.0, 0.0, 0.0, 4]], "history": True, "home": False}
         shown = browser.note("map")
         assert shown["here"] == [1.0, 2.0, 0.5] and shown["stored"] == [[0.0, 0.0, 0.0, 4]]
         browser.say(type="home")

@@ -22,6 +22,11 @@ class Roamer:
         self.map: dict[str, Any] = {}
 
     @property
+    def placed(self) -> bool:
+        """Whether the stream knows where it is; its map is empty until the first chunk is made."""
+        return self._inputs.camera is not None
+
+    @property
     def remembers(self) -> bool:
         """Whether there is a history that can be switched off."""
         return self._memory.cfg.remembers

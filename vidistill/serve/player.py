@@ -47,7 +47,7 @@ class Session(Protocol):
     @property
     def frames_per_chunk(self) -> int: ...
     @property
-    def roamer(self) -> Any: ...  # map, go_home, show_history; None for a session that knows no places
+    def roamer(self) -> Any: ...  # placed, map, go_home, ...; None for a session that knows no places
     def set(
         self,
         *,

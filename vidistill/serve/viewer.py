@@ -202,7 +202,7 @@ class Viewer:
             nfe_per_chunk=session.nfe_per_chunk,
             frames_per_chunk=session.frames_per_chunk,
             memory_bytes=session.memory_bytes,
-            places=session.roamer is not None and bool(session.roamer.map),
+            places=session.roamer is not None and session.roamer.placed,
             remembers=session.roamer is not None and session.roamer.remembers,
             record_s=self.cfg.record_s,
             max_picture=protocol.MAX_PICTURE,
