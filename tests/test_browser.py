@@ -142,10 +142,10 @@ def test_left_and_right_turn_the_picture_opposite_ways(browser, name):
     assert all(float(figure) > 0 for figure in figures.values()), figures
 
 
-@pytest.mark.skipif("doom-relic" not in zoo_names(), reason="doom-relic is not bundled")
 def test_a_world_that_remembers_draws_its_map_and_leads_back(browser):
     drawn = """() => {
-      const sheet = document.getElementById("map"), { data } = sheet.getContext("2d").getImageData(0, 0, sheet.width, sheet.height);
+      const sheet = document.getElementById("map"), pen = sheet.getContext("2d");
+      const { data } = pen.getImageData(0, 0, sheet.width, sheet.height);
       return data.filter((value, i) => i % 4 === 0 && value > 200).length;
     }"""
     with running(load_world("doom-relic")) as address, opened(browser, address) as page:
