@@ -52,6 +52,12 @@ function say(message) {
   if (socket?.readyState === WebSocket.OPEN && world) socket.send(JSON.stringify(message));
 }
 
+const TAGLINES = {
+  walks: "Walk through a dream: a video model paints every picture from the keys you hold. There is no game behind it.",
+  hears: "Talk to somebody who does not exist: a video model paints every picture from the sound it hears.",
+  reads: "Say what happens: a video model paints every picture from the words you typed last.",
+};
+
 const HEARD = {
   hello(said) {
     world = said;
@@ -63,6 +69,8 @@ const HEARD = {
     latencies.length = 0;
     $("name").textContent = said.name;
     document.title = `${said.name} · vidistill`;
+    $("tagline").textContent = TAGLINES[said.rate ? "hears" : said.actions.length ? "walks" : "reads"];
+    $("latencybox").hidden = !said.actions.length;
     canvas.width = said.width;
     canvas.height = said.height;
     canvas.style.aspectRatio = `${said.width} / ${said.height}`;
