@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import time
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ import pytest
 from fake_world import FakeWorld, png, running
 from PIL import Image
 
+from vidistill.audio import to_pcm16
 from vidistill.checkpoint import zoo_names
 from vidistill.serve import load_world
+from vidistill.sources.talker_face import read_mouth
+from vidistill.speech import RATE, say
 
 OUT = Path(__file__).resolve().parent.parent / "out"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -52,7 +56,8 @@ def missing(reason):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def launch():
+    """Starts a browser with more flags."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -61,10 +66,19 @@ def browser():
     path = next(filter(None, map(shutil.which, [named] if named else BROWSERS)), None)
     if path is None:
         missing(f"no browser found (tried {named or ', '.join(BROWSERS)}); name one with VIDISTILL_BROWSER")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=60_000)
-        yield browser
-        browser.close()
+    with sync_playwright() as playwright, contextlib.ExitStack() as stack:
+
+        def started(*flags):
+            one = playwright.chromium.launch(executable_path=path, args=[*FLAGS, *flags], timeout=60_000)
+            stack.callback(one.close)
+            return one
+
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser(launch):
+    return launch()
 
 
 @contextlib.contextmanager
@@ -156,6 +170,42 @@ def test_a_world_that_remembers_draws_its_map_and_leads_back(browser):
         page.keyboard.up("ArrowUp")
         page.click("#home")
         page.screenshot(path=OUT / "play-doom-relic.png")
+
+
+def spoken(path):
+    """A sound file in which somebody speaks."""
+    pcm = say("Whatever happens now, everybody wants to buy a yellow boat by the river.").pcm
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(to_pcm16(pcm).tobytes())
+    return path
+
+
+def mouth(page, pictures):
+    """How far the mouth on the page was open in so many of its pictures, as the judge of talkers reads it."""
+    shown = []
+    for _ in range(pictures):
+        url = page.evaluate("document.getElementById('canvas').toDataURL('image/png')")
+        image = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")
+        shown.append(np.asarray(image, np.float32) / 255)
+        page.wait_for_timeout(60)
+    return read_mouth(np.stack(shown))[:, 0]
+
+
+def test_lips_follow_the_microphone(launch, tmp_path):
+    flags = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+    browser = launch(*flags, f"--use-file-for-fake-audio-capture={spoken(tmp_path / 'voice.wav')}")
+    with running(load_world("talker")) as address, opened(browser, address) as page:
+        wait_for_pictures(page)
+        silent = mouth(page, 20)
+        page.click("#mic")
+        wait(page, "Number(document.getElementById('lips').textContent) > 0")
+        page.wait_for_timeout(1000)
+        speaking = mouth(page, 60)
+        page.screenshot(path=OUT / "play-talker.png")
+    assert speaking.std() > 2 * silent.std(), (silent, speaking)
 
 
 def test_a_picture_of_ones_own_a_seed_and_a_recording(browser, tmp_path):
