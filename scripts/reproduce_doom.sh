@@ -8,9 +8,9 @@ command -v vidistill >/dev/null || { echo "activate an environment with vidistil
 
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: steps are 5 to 10 % shorter
 
-finished() { [ -f "runs/$1/$1.json" ]; }
-stage() { # name config: train unless finished, then bundle
-  finished "$1" || vidistill train "$2"
+train() { [ -f "runs/$1/$1.json" ] || vidistill train "$2"; } # name config: unless it is finished
+stage() { # name config: train, then bundle
+  train "$1" "$2"
   cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
 }
 
@@ -21,7 +21,7 @@ probe() { # the judge of vidistill eval
 }
 latents() { vidistill data doom data/doom/latents --episodes 768 --codec doom-codec; }
 teacher() {
-  finished doom-teacher-short || vidistill train configs/doom/teacher-short.yaml
+  train doom-teacher-short configs/doom/teacher-short.yaml
   stage doom-teacher configs/doom/teacher.yaml
 }
 tf() { stage doom-tf configs/doom/tf.yaml; }
@@ -31,7 +31,7 @@ loops() { vidistill data doom data/doom/loops --episodes 768 --palindromes 0.5 -
 relic() { # a student that remembers: its teacher, causal init, and the same training with three memories
   loops
   stage doom-relic-teacher configs/doom/relic-teacher.yaml
-  finished doom-relic-hybrid || vidistill train configs/doom/relic-hybrid.yaml
+  train doom-relic-hybrid configs/doom/relic-hybrid.yaml
   for memory in relic relic-window relic-full; do stage "doom-$memory" "configs/doom/$memory.yaml"; done
   vidistill eval doom-relic --suite memory --json
 }

@@ -6,8 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v vidistill >/dev/null || { echo "activate an environment with vidistill first: pip install -e '.[audio,eval]'" >&2; exit 1; }
 
-stage() { # name config: train unless finished, then bundle
-  [ -f "runs/$1/$1.json" ] || vidistill train "$2"
+train() { [ -f "runs/$1/$1.json" ] || vidistill train "$2"; } # name config: unless it is finished
+stage() { # name config: train, then bundle
+  train "$1" "$2"
   cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
 }
 
@@ -21,7 +22,7 @@ starts() { # pictures to begin from: held-out people
   python -c 'from pathlib import Path; from vidistill.sources.talker import write_starts; write_starts(Path("vidistill/zoo/talker-starts"), 6)'
 }
 teacher() { stage talker-teacher configs/talker/teacher.yaml; }
-init() { [ -f runs/talker-init/talker-init.json ] || vidistill train configs/talker/init.yaml; }
+init() { train talker-init configs/talker/init.yaml; }
 selfforcing() { stage talker-selfforcing configs/talker/selfforcing.yaml; }
 talker() { stage talker configs/talker/talker.yaml; }
 

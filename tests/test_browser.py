@@ -168,7 +168,9 @@ def test_a_world_that_remembers_draws_its_map_and_leads_back(browser):
         page.keyboard.down("ArrowUp")
         wait(page, f"({drawn})() > 0")
         page.keyboard.up("ArrowUp")
+        page.wait_for_timeout(1500)
         page.click("#home")
+        wait(page, "document.getElementById('home').getAttribute('aria-pressed') === 'true'")
         page.screenshot(path=OUT / "play-doom-relic.png")
 
 

@@ -70,7 +70,6 @@ const HEARD = {
     $("name").textContent = said.name;
     document.title = `${said.name} · vidistill`;
     $("tagline").textContent = TAGLINES[said.rate ? "hears" : said.actions.length ? "walks" : "reads"];
-    $("latencybox").hidden = !said.actions.length;
     canvas.width = said.width;
     canvas.height = said.height;
     canvas.style.aspectRatio = `${said.width} / ${said.height}`;
@@ -207,6 +206,7 @@ function sendKeys() {
 }
 
 function buildPad() {
+  $("walking").hidden = !world.actions.length;
   $("pad").replaceChildren();
   $("more").replaceChildren();
   actions.clear();
@@ -238,7 +238,6 @@ function buildPad() {
 
 function buildPrompt() {
   $("saying").hidden = !world.switches.length;
-  $("walking").hidden = !world.actions.length;
   $("prompt").maxLength = world.max_prompt;
   $("switch").replaceChildren(...world.switches.map((name) => new Option(name)));
 }
@@ -459,7 +458,6 @@ let speaker = null, playhead = 0, microphone = null, heard = 0;
 function buildTalk() {
   $("talking").hidden = $("lipsbox").hidden = !world.rate;
   $("speakform").hidden = !world.speaks;
-  if (world.rate) $("walking").hidden = !world.actions.length;
   $("words").maxLength = world.max_prompt;
 }
 
