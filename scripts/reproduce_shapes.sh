@@ -6,8 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v vidistill >/dev/null || { echo "activate an environment with vidistill first: pip install -e '.[eval]'" >&2; exit 1; }
 
-stage() { # name config: train unless finished, then bundle
-  [ -f "runs/$1/$1.json" ] || vidistill train "$2"
+train() { [ -f "runs/$1/$1.json" ] || vidistill train "$2"; } # name config: unless it is finished
+stage() { # name config: train, then bundle
+  train "$1" "$2"
   cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
 }
 
@@ -16,9 +17,9 @@ codec() { stage shapes-codec configs/shapes/codec.yaml; }
 probe() { # the judge of vidistill eval
   [ -f vidistill/zoo/probes/shapes-probe.json ] || python -c 'from vidistill.probes import SHAPES_PROBE, make_probe; print(make_probe("data/shapes-judge/frames", "data/shapes-heldout/frames", "vidistill/zoo/probes/shapes-probe", cfg=SHAPES_PROBE))'
 }
-latents() { vidistill data shapes data/shapes/latents --episodes 2048 --codec shapes-codec; }
+latents() { vidistill data shapes data/shapes/latents --episodes 2048 --frames 81 --codec shapes-codec; }
 teacher() { stage shapes-teacher configs/shapes/teacher.yaml; }
-tf() { stage shapes-tf configs/shapes/tf.yaml; }
+tf() { train shapes-tf configs/shapes/tf.yaml; }
 selfforcing() { stage shapes-selfforcing configs/shapes/selfforcing.yaml; }
 diagonal() { stage shapes-diagonal configs/shapes/diagonal.yaml; }
 

@@ -197,6 +197,7 @@ def test_long_streams_on_prompts_score_no_frame_as_given(wan, prompts, tmp_path)
         ({"latent_size": (0, 0)}, "set latent_size"),
         ({"objective": "teacher_forcing", "teacher": None}, "holds prompts alone, clips are needed"),
         ({"on_policy": False}, "holds prompts alone, clips are needed"),
+        ({"loss": LossConfig(forcing=1.0)}, "need recorded clips"),
         ({"latent_size": (3, 6)}, "in patches of"),
         ({"teacher_precision": "bf16"}, "needs precision=bf16"),
         ({"schedule": ScheduleConfig(levels=LEVELS, given_chunks=1)}, "given_chunks must be 0"),

@@ -163,6 +163,22 @@ def test_self_forcing_remembers_is_replayed_and_moves_the_pose_sites(root):
     assert not torch.equal(before, trainer.roles.student.net.sites["qk"].embed[0].weight)
 
 
+@pytest.mark.parametrize("replay", [False, True])
+def test_recorded_clips_teach_beside_the_rollout_what_it_never_asks_for(root, replay):
+    posed_teacher(root)
+
+    def gradients(**weights):
+        loss = LossConfig(guidance=2.0, noisy_chunks=1, **weights)
+        memory = dict(student=REMEMBERING, camera=CAMERA, dit=POSED, frames=10)
+        trainer = Trainer(dmd_stage(root, loss=loss, replay=replay, critic_warmup=0, **memory))
+        logs = trainer.gradients("student")
+        return torch.cat([p.grad.flatten() for p in trainer.roles.student.parameters()]), logs
+
+    (alone, _), (both, logs), (data, _) = (gradients(**w) for w in ({}, {"forcing": 2.0}, {"dmd": 0.0, "forcing": 1.0}))
+    assert logs["forcing"] > 0 and data.norm() > 0
+    assert torch.allclose(both - alone, 2 * data, atol=1e-4 * float(both.abs().max()))
+
+
 def test_a_replayed_step_keeps_what_one_chunk_needs_however_long_the_clip(root):
     """Bytes autograd keeps for the student's backward pass: 80 latents against 20, through the compressed memory."""
     posed_data(root, episodes=1, length=79)

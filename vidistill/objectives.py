@@ -68,6 +68,7 @@ class LossConfig:
     regression: float = 0.0  # weight of regression to a teacher sample
     distance: str = "mse"  # of that regression
     target_steps: int = 50  # sampler steps of the teacher sample
+    forcing: float = 0.0  # weight of teacher forcing on the recorded clip, beside what the rollout teaches
     broken: float = 1.0  # weight of rollouts that are empty, frozen or flicker (1: as all others), see `soundness`
 
     def __post_init__(self) -> None:
@@ -87,7 +88,7 @@ class LossConfig:
             raise ValueError(f"loss.noisy_chunks must not be negative, got {self.noisy_chunks}")
         if self.distance not in DISTANCES:
             raise ValueError(f"loss.distance {self.distance!r} is unknown; choose one of {sorted(DISTANCES)}")
-        if min(self.dmd, self.motion, self.motion_head, self.regression) < 0 or not 0 <= self.motion_dynamic <= 1:
+        if min(self.dmd, self.motion, self.motion_head, self.regression, self.forcing) < 0 or not 0 <= self.motion_dynamic <= 1:
             raise ValueError("loss weights must not be negative, and motion_dynamic lies in [0, 1]")
         if self.motion_growth <= 0 or self.target_steps < 1:
             raise ValueError("loss.motion_growth must be positive and loss.target_steps at least 1")
@@ -297,6 +298,7 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     """Distribution matching: pull the rollout `x0` along the difference of the scores. Source: 2311.18828, 2506.08009.
 
     Motion and regression terms are added where their weights are not zero. Source: Diagonal Distillation 2603.09488.
+    So is teacher forcing on the recorded clip `batch.x`, whose history may be longer than what a rollout asks for.
     """
     score = score_difference(roles, x0.detach(), batch, cfg, rng)
     grad = score["grad"]
@@ -317,6 +319,9 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     if cfg.motion_head:
         logs["motion_head"] = roles.motion(motion(x0, batch.given), motion(batch.target, batch.given))
         value = value + cfg.motion_head * logs["motion_head"]
+    if cfg.forcing:
+        logs["forcing"] = teacher_forcing(roles, batch.x, batch, cfg, rng).value
+        value = value + cfg.forcing * logs["forcing"]
     return Loss(value, {k: v.detach() for k, v in logs.items()})
 
 

@@ -134,10 +134,12 @@ class TrainConfig:
         scored = OBJECTIVES[self.objective].on_policy
         if scored and not self.teacher:
             raise ValueError(f"objective {self.objective!r} needs a `teacher`")
-        if self.objective != "dmd" and (self.loss.motion or self.loss.needs_target):
+        if self.objective != "dmd" and (self.loss.motion or self.loss.needs_target or self.loss.forcing):
             raise ValueError(
-                f"loss.motion, motion_head and regression belong to objective 'dmd', not {self.objective!r}"
+                f"loss.motion, motion_head, regression and forcing belong to objective 'dmd', not {self.objective!r}"
             )
+        if self.loss.forcing and self.long_frames:
+            raise ValueError("loss.forcing learns from recorded clips, not from streams that go on: set long_frames=0")
         rolls = scored and self.on_policy
         if (self.watch.judge_every or self.watch.diagnose_every) and not rolls:
             raise ValueError(f"watch looks at rollouts; objective {self.objective!r} here trains on data")

@@ -53,6 +53,8 @@ class Trainer:
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         rolls = self.objective.on_policy and cfg.on_policy
         self.data = open_data(cfg.data, cfg.episodes, rolls, cfg.camera, cfg.reference, cfg.curate)
+        if isinstance(self.data, Prompts) and (cfg.loss.forcing or cfg.loss.broken < 1):
+            raise ValueError(f"{cfg.data} holds prompts alone: loss.forcing and loss.broken need recorded clips")
         self.peak, self.losses = watch.Peak(), list[float]()  # best judgement so far; the loss of every logged row
         if cfg.init and cfg.init_plateau:
             watch.check_plateau(cfg.init, checkpoint.read_record(checkpoint.locate(cfg.init))["card"], cfg.init_plateau)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from vidistill.memory.history import ENTRIES, RELIC_PATTERN
 from vidistill.memory.pooling import POOLS, num_cells
@@ -146,5 +147,10 @@ def stream_memory(cfg: MemoryConfig, chunk: int) -> MemoryConfig:
         return replace(cfg, policy="endless")
     if cfg.policy != "full":
         return cfg
-    log.info("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", cfg.frames)
+    say_that_full_ends(cfg.frames)
     return replace(cfg, policy="window")
+
+
+@cache
+def say_that_full_ends(frames: int) -> None:
+    log.info("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", frames)

@@ -171,7 +171,7 @@ setInterval(() => {
   $("fps").textContent = span ? (((drawn.length - 1) * 1000) / span).toFixed(1) : "–";
   const median = [...latencies].sort((a, b) => a - b)[latencies.length >> 1];
   $("latency").textContent = median ? Math.round(median) : "–";
-  $("latencyunit").textContent = median ? "ms" : "press a key";
+  $("latencyunit").textContent = median ? "ms" : world?.actions.length ? "press a key" : "say something";
 }, 400);
 
 function showStats({ memory_bytes: bytes, nfe_per_chunk: nfe, lips_ms: lips }) {
