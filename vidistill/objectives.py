@@ -88,7 +88,10 @@ class LossConfig:
             raise ValueError(f"loss.noisy_chunks must not be negative, got {self.noisy_chunks}")
         if self.distance not in DISTANCES:
             raise ValueError(f"loss.distance {self.distance!r} is unknown; choose one of {sorted(DISTANCES)}")
-        if min(self.dmd, self.motion, self.motion_head, self.regression, self.forcing) < 0 or not 0 <= self.motion_dynamic <= 1:
+        if (
+            min(self.dmd, self.motion, self.motion_head, self.regression, self.forcing) < 0
+            or not 0 <= self.motion_dynamic <= 1
+        ):
             raise ValueError("loss weights must not be negative, and motion_dynamic lies in [0, 1]")
         if self.motion_growth <= 0 or self.target_steps < 1:
             raise ValueError("loss.motion_growth must be positive and loss.target_steps at least 1")
