@@ -12,7 +12,7 @@ from tiny_talker import AUDIO, TALKER, talker_stage, write_talker, write_talks
 from vidistill import watch
 from vidistill.checkpoint import load, load_codec_of, load_student
 from vidistill.conditioning import AUDIO_SITE, Condition, branches, reference_channels
-from vidistill.data import Clips
+from vidistill.data import Batch, Clips
 from vidistill.objectives import LossConfig, soundness
 from vidistill.sampling import guided
 from vidistill.stream import StreamConfig, StreamSession
@@ -256,6 +256,24 @@ def test_training_ends_after_its_peak_with_the_best_weights(tmp_path, monkeypatc
     assert [row["error"] for row in rows if "error" in row] == [0.2, 0.9, 0.5, 0.4]
     assert load(path).record["card"]["steps"] == 4
     assert train(cfg) == path  # nothing goes on after the peak
+
+
+def test_the_sync_score_prefers_mouths_that_move_and_pictures_that_do_not_flicker(monkeypatch):
+    class Pixels:
+        decode = staticmethod(lambda x: x)
+
+    rng = torch.Generator().manual_seed(0)
+    mouth = torch.rand(2, 24, 2, generator=rng).cumsum(1).sin().abs()
+    real = 0.5 * torch.rand(2, 1, 3, 8, 8, generator=rng).expand(-1, 24, -1, -1, -1).clone()
+    real[:, :, :2, 0, 0] = mouth
+    monkeypatch.setattr(watch, "read_mouth", lambda px: px[:, :, 0, 0, :2])
+    held = watch.HeldOut(Batch(real, Condition()), mouth, 0)
+    still, noisy = real.clone(), real + 0.3 * torch.rand(real.shape, generator=rng)
+    still[:, :, :2, 0, 0] *= 0.3
+    noisy[:, :, :2, 0, 0] = mouth
+    scores = [watch.sync_score(px, held, Pixels) for px in (real, still, noisy)]
+    assert scores[0] == pytest.approx(1, abs=1e-4) and scores[1] == pytest.approx(0.5, abs=1e-3)
+    assert scores[2] < scores[0] - 0.1
 
 
 def test_the_error_score_prefers_the_recorded_clip(tmp_path):

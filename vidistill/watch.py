@@ -109,14 +109,17 @@ def roll(student: CausalStudent, schedule: ScheduleConfig, held: HeldOut) -> Ten
 
 
 def sync_score(x: Tensor, held: HeldOut, codec: Any) -> float:
-    """How well the mouth that is read follows the true one, less what the pictures flicker more than real ones do."""
+    """How well the mouth that is read follows the true one, less what pictures flicker more, and mouths move less, than
+    real ones do: a blurred mouth that hardly opens follows best."""
     if held.mouth is None or codec is None:
         raise ValueError("watch.score 'sync' needs clips with a mouth and the `codec` of their latents")
     px, real = (codec.decode(v.float()) for v in (x, held.batch.x))
     read = torch.from_numpy(read_mouth(px.permute(0, 1, 3, 4, 2).numpy())[..., 0])
-    corr, offset = metrics.sync(read, held.mouth[..., 0])
+    own = held.mouth[..., 0]
+    corr, offset = metrics.sync(read, own)
     flicker = metrics.ratio(float(metrics.flicker(px).mean()), float(metrics.flicker(real).mean()))
-    return corr - 0.1 * max(0, abs(offset) - 1) - 0.2 * max(0.0, flicker - 1.1)
+    moved = metrics.ratio(float(read.diff(dim=1).abs().mean()), float(own.diff(dim=1).abs().mean()))
+    return corr - 0.1 * max(0, abs(offset) - 1) - 0.2 * max(0.0, flicker - 1.1) - max(0.0, 0.8 - moved)
 
 
 def error_score(x: Tensor, held: HeldOut, codec: Any) -> float:
