@@ -46,7 +46,7 @@ class ShapesConfig:
     size: int = 32
     fps: float = 12.0
     num_frames: int = 129
-    speed: tuple[float, float] = (1.0, 1.0)
+    speed: tuple[float, float] = (0.5, 0.5)
     radius: tuple[float, float] = (5.5, 7.5)
 
     def __post_init__(self) -> None:
