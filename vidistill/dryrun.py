@@ -227,7 +227,7 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     if cfg.reference and AUDIO_SITE in dit.sites:
         tensors["audio"] = torch.randn(CLIPS, cfg.frames, dit.sites[AUDIO_SITE].dim)
         tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
-    if kind == "trajectories" or (dit.text_dim and not recorded(cfg, dit)):
+    if kind == "trajectories" or (dit.text_dim and not recorded(cfg, dit) and cfg.objective != "flow"):
         tensors["states"] = torch.randn(CLIPS, len(cfg.loss.levels) + 1, *clip[1:])
     else:
         tensors |= {"latents": torch.randn(clip), "images": torch.randn(clip)}
