@@ -140,6 +140,12 @@ def test_ratio_has_no_answer_without_a_reference():
     assert math.isnan(metrics.ratio(3.0, 0.0))
 
 
+def test_pace_compares_steps_and_has_no_answer_beside_what_stands_still():
+    curve = torch.tensor([[0.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    assert metrics.pace(0.5 * curve + 3, curve) == pytest.approx(0.5)
+    assert math.isnan(metrics.pace(curve, torch.zeros(2, 4)))
+
+
 def test_drift_compares_the_end_with_the_beginning():
     values = torch.tensor([[1.0, 3.0, 9.0, 3.0, 3.0], [2.0, 2.0, 9.0, 6.0, 0.0]])
     assert metrics.drift(values, 2) == pytest.approx(3 / 2)

@@ -170,7 +170,7 @@ def test_recorded_clips_teach_beside_the_rollout_what_it_never_asks_for(root, re
     def gradients(**weights):
         loss = LossConfig(guidance=2.0, noisy_chunks=1, **weights)
         memory = {"student": REMEMBERING, "camera": CAMERA, "dit": POSED, "frames": 10}
-        trainer = Trainer(dmd_stage(root, loss=loss, replay=replay, critic_warmup=0, **memory))
+        trainer = Trainer(dmd_stage(root, loss=loss, replay=replay, **memory))
         logs = trainer.gradients("student")
         return torch.cat([p.grad.flatten() for p in trainer.roles.student.parameters()]), logs
 

@@ -161,7 +161,7 @@ def figures(px: Tensor, real: Tensor, truth: Tensor) -> dict[str, float]:
         "black_frames": float((metrics.luma(px).mean((-2, -1)) < BLACK).double().mean()),
         "frozen_frames": frozen(px, float(metrics.motion(real).mean())),
         "flicker_ratio": metrics.ratio(float(metrics.flicker(px).mean()), float(metrics.flicker(real).mean())),
-        "mouth_motion_ratio": metrics.ratio(float(read.diff(dim=1).abs().mean()), float(own.diff(dim=1).abs().mean())),
+        "mouth_motion_ratio": metrics.pace(read, own),
     }
 
 

@@ -127,6 +127,11 @@ def sync(a: Tensor, b: Tensor, reach: int = 5) -> tuple[float, int]:
     return best[0], best[2]
 
 
+def pace(a: Tensor, b: Tensor) -> float:
+    """Mean step from frame to frame of curves `a` [B, T], over that of `b`; nan where `b` stands still."""
+    return ratio(float(a.diff(dim=1).abs().mean()), float(b.diff(dim=1).abs().mean()))
+
+
 def balanced_accuracy(predicted: Tensor, true: Tensor, classes: int) -> float:
     """Mean over the classes that occur of the share recognised; labels below 0 do not count, nan if none is left."""
     shares = []

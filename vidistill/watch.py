@@ -118,8 +118,8 @@ def sync_score(x: Tensor, held: HeldOut, codec: Any) -> float:
     own = held.mouth[..., 0]
     corr, offset = metrics.sync(read, own)
     flicker = metrics.ratio(float(metrics.flicker(px).mean()), float(metrics.flicker(real).mean()))
-    moved = metrics.ratio(float(read.diff(dim=1).abs().mean()), float(own.diff(dim=1).abs().mean()))
-    return corr - 0.1 * max(0, abs(offset) - 1) - 0.2 * max(0.0, flicker - 1.1) - max(0.0, 0.8 - moved)
+    still = max(0.0, 0.8 - metrics.pace(read, own))
+    return corr - 0.1 * max(0, abs(offset) - 1) - 0.2 * max(0.0, flicker - 1.1) - still
 
 
 def error_score(x: Tensor, held: HeldOut, codec: Any) -> float:
