@@ -16,6 +16,7 @@ from vidistill.objectives import (
     LossConfig,
     MotionHead,
     Roles,
+    changing,
     chunk_levels,
     critic_flow,
     diffusion_forcing,
@@ -28,6 +29,7 @@ from vidistill.objectives import (
     motion_weights,
     noised_sample,
     pull,
+    reconstruction,
     regression,
     score_difference,
     sid,
@@ -515,3 +517,28 @@ def test_a_noised_sample_keeps_given_frames_and_carries_gradient(student):
 def test_impossible_losses_are_refused(settings):
     with pytest.raises(ValueError):
         LossConfig(**settings)
+
+
+# --- codec -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_change_of_an_error_counts_and_the_error_that_stays_does_not():
+    still = randn(B, 1, 3, 16, 16).expand(-1, F, -1, -1, -1)
+    assert changing(still).item() == 0 == changing(still[:, :1]).item()
+    blink = torch.zeros(B, F, 3, 16, 16)
+    blink[:, 1::2] = 0.25  # every pixel, so blocks as much as pixels
+    assert changing(blink).item() == pytest.approx(0.5)
+    checks = 0.25 * (-1.0) ** (torch.arange(16)[:, None] + torch.arange(16))  # pixels change, no block does
+    assert changing(blink.sign() * checks).item() == pytest.approx(0.25)
+    assert changing(blink[..., :3, :5]).item() == pytest.approx(0.5), "pictures smaller than a block"
+
+
+def test_a_codec_is_told_of_flicker_as_strongly_as_asked():
+    px, off = randn(B, 5, 3, 16, 16), torch.zeros(B, 5, 3, 16, 16)
+    off[:, 2] = 0.25
+    roles = Roles(student=lambda x, noise, rng: (x + off.requires_grad_(), torch.zeros(1)))
+    quiet, loud = (reconstruction(roles, px, None, LossConfig(steady=w), rng()) for w in (0.0, 2.0))
+    assert (loud.value - quiet.value).item() == pytest.approx(2 * 0.25)  # two of four changes, in pixels and in blocks
+    assert loud.logs["changes"].item() == pytest.approx(0.25)
+    grads = [torch.autograd.grad(each.value, off)[0] for each in (quiet, loud)]
+    assert grads[1][:, 2].mean() > 2 * grads[0][:, 2].mean()

@@ -18,6 +18,7 @@ from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
 from vidistill.conditioning import Inputs, parse_script, scripted
 from vidistill.dit import DiTConfig, SiteConfig
 from vidistill.memory import MemoryConfig
+from vidistill.memory.config import say_that_full_ends
 from vidistill.schedules import endless
 from vidistill.stream import Frame, SpeedConfig, StreamConfig, StreamSession, faster
 from vidistill.student import CausalStudent
@@ -363,6 +364,7 @@ def test_a_stream_of_200_chunks_costs_what_a_short_one_costs(session):
 
 
 def test_a_full_memory_becomes_a_window_and_the_stream_goes_on(session, caplog):
+    say_that_full_ends.cache_clear()  # it is said once a process, and another test may have heard it
     with caplog.at_level(logging.INFO, "vidistill"):
         stream = session(replace(INLINE, memory=MemoryConfig("full", frames=7)))
     assert "keeps a window of 7 frames" in caplog.text

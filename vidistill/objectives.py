@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidistill.conditioning import Condition, branches
@@ -57,6 +58,7 @@ class LossConfig:
     latent_penalty: float = 1e-3  # codec: keeps raw latents near unit size
     edge: float = 1.0  # codec: weight of the gradient term beside L1
     square: float = 0.0  # codec: weight of the squared error beside L1
+    steady: float = 0.0  # codec: weight of the error's change between frames: what stands still should not flicker
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # regression: the student's noise levels
     context_noise: float = 0.0  # teacher forcing: noise on the clean history
     noisy_chunks: int = 0  # teacher and diffusion forcing: only so many chunks at the end are noisy; 0: all
@@ -138,15 +140,26 @@ def hold(sigma: Tensor, given: int) -> Tensor:
 
 
 def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """L1 and gradient error of a codec's reconstruction of pixels `x0` [B, f, 3, H, W]."""
+    """L1, gradients in space and changes in time of the error of reconstructed pixels `x0` [B, f, 3, H, W]."""
     out, raw = roles.student(x0, cfg.latent_noise, rng)
     error = out - x0
     l1 = error.abs().mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    changes = changing(error)
     penalty = raw.square().mean()
-    mse = error.square().mean().detach()
-    value = l1 + cfg.edge * edges + cfg.square * error.square().mean() + cfg.latent_penalty * penalty
-    return Loss(value, {"l1": l1.detach(), "edges": edges.detach(), "psnr": -10 * mse.log10(), "raw": penalty.detach()})
+    mse = error.square().mean()
+    value = l1 + cfg.edge * edges + cfg.square * mse + cfg.steady * changes + cfg.latent_penalty * penalty
+    parts = {"l1": l1, "edges": edges, "changes": changes, "psnr": -10 * mse.log10(), "raw": penalty}
+    return Loss(value, {name: part.detach() for name, part in parts.items()})
+
+
+def changing(error: Tensor) -> Tensor:
+    """Mean change [] of an error [B, f, 3, H, W] from frame to frame, of pixels and of blocks as `metrics.flicker` sees
+    them; 0 for a single frame."""
+    if error.shape[1] < 2:
+        return error.new_zeros(())
+    moved = error.diff(dim=1).flatten(0, 1)
+    return moved.abs().mean() + F.avg_pool2d(moved, min(8, *moved.shape[-2:])).abs().mean()
 
 
 def flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
