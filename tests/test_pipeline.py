@@ -1,9 +1,12 @@
 """Worker threads of a stream: one does both jobs on few cores, and gives the same frames."""
 
+import os
+import threading
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
 from vidistill.checkpoint import load_codec_of, load_student
 from vidistill.stream import StreamConfig, StreamSession
@@ -16,6 +19,21 @@ def test_workers_give_the_frames_of_a_plain_stream(tiny_student_path, tiny_image
         with StreamSession(bundle, load_codec_of(bundle), cfg, image=tiny_image) as session:
             made.append(np.stack([frame.px for frame in islice(session.frames(), 40)]))
     assert np.array_equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("caller", "cores", "want"),
+    [(2, 2, [1, 1]), (1, 2, [1, 1]), (8, 8, [6, 2]), (1, 1, [1]), (8, 4, [6])],
+    ids=["two cores", "one thread asked for", "eight cores", "one core", "more threads than cores"],
+)
+def test_workers_share_the_threads_of_the_caller(tiny_student_path, tiny_image, monkeypatch, caller, cores, want):
+    """Threads of the denoiser, and of the decoder where it has a worker of its own."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: caller)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    bundle, seen = load_student(tiny_student_path), []
+    monkeypatch.setattr(threading, "Thread", lambda target, args, **_: seen.append(args[1]))
+    StreamSession(bundle, load_codec_of(bundle), image=tiny_image)
+    assert seen == want
 
 
 def test_one_worker_begins_again_and_closes_in_the_middle_of_a_dream(tiny_student_path, tiny_image):

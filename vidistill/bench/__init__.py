@@ -117,14 +117,17 @@ class StreamTimer:
         return StreamSession(self.bundle, self.codec, cfg, image=self.image)
 
     def gate(self) -> None:
-        """GateError unless streamed latents equal the rollout and pipelined frames equal plain ones, bit for bit."""
+        """GateError unless streamed latents equal the rollout and pipelined frames equal plain ones, bit for bit.
+
+        With one thread each, because the order of sums in a product is that of its threads.
+        """
         chunks = self.cfg.gate_chunks or self.bundle.schedule.given_chunks + self.fill + 1
         with self.open(pipelined=False) as session:
             expected = session.reference(chunks)
             if not torch.equal(torch.cat(list(islice(session.latents(), chunks)), dim=1), expected):
                 raise GateError(f"{self.name}: the stream's latents differ from its rollout; nothing was timed")
         count = chunks * self.frames_per_chunk
-        with self.open(pipelined=False) as plain, self.open(pipelined=True) as ahead:
+        with threads(1), self.open(pipelined=False) as plain, self.open(pipelined=True) as ahead:
             for a, b in zip(islice(plain.frames(), count), islice(ahead.frames(), count), strict=True):
                 if not np.array_equal(a.px, b.px):
                     raise GateError(f"{self.name}: frame {a.index} changes when pipelined; nothing was timed")

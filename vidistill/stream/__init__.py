@@ -35,8 +35,8 @@ class StreamConfig:
     otherwise everything happens in the thread that asks for frames. `queue_frames`: frames that may wait for the
     consumer (0: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits, so
     1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
-    `decode_threads` (0: as the caller's) are intra-op threads of the two workers; where they are more than the cores of
-    a CPU one worker does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of
+    `decode_threads` are intra-op threads of the two workers (0: the caller's shared out, a quarter of them, at least
+    one, for decoding); where they are more than the cores of a CPU one worker does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of
     SWITCHES; `rewarm` replaces the schedule's own.
     """
 
@@ -91,8 +91,8 @@ class StreamSession:
         engine.begin(Dream(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
-            threads = cfg.threads or torch.get_num_threads()
-            decode_threads = cfg.decode_threads or threads
+            decode_threads = cfg.decode_threads or max(1, torch.get_num_threads() // 4)
+            threads = cfg.threads or max(1, torch.get_num_threads() - decode_threads)
             capacity = cfg.queue_frames or 2 * self.frames_per_chunk
             crowded = engine.device.type == "cpu" and threads + decode_threads > (os.cpu_count() or 1)
             self._pipeline = Pipeline(engine, capacity, threads, decode_threads, crowded)
