@@ -36,8 +36,8 @@ class StreamConfig:
     consumer (0: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits, so
     1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
     `decode_threads` are intra-op threads of the two workers (0: the caller's shared out, a quarter of them, at least
-    one, for decoding); where they are more than the cores of a CPU one worker does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of
-    SWITCHES; `rewarm` replaces the schedule's own.
+    one, for decoding); where they are more than the cores of a CPU one worker does both. `switch`: what a change of the
+    prompt does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own.
     """
 
     seed: int = 0
