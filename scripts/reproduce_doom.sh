@@ -14,8 +14,12 @@ stage() { # name config: train, then bundle
   cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
 }
 
-frames() { vidistill data doom data/doom/frames --episodes 256; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
+frames() { vidistill data doom data/doom/frames --episodes 640; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
 codec() { stage doom-codec configs/doom/codec.yaml; }
+decoder() { # of the same codec: latents stay as they are
+  train doom-codec-decoder configs/doom/codec-decoder.yaml
+  for end in json safetensors; do cp "runs/doom-codec-decoder/doom-codec-decoder.$end" "vidistill/zoo/doom-codec.$end"; done
+}
 probe() { # the judge of vidistill eval
   [ -f vidistill/zoo/probes/doom-probe.json ] || python -c 'from vidistill.probes import make_probe; print(make_probe("data/doom/frames", "data/doom-heldout/frames", "vidistill/zoo/probes/doom-probe"))'
 }
@@ -38,8 +42,8 @@ relic() { # a student that remembers: its teacher, causal init, and the same tra
 
 for name in "${@:-}"; do
   case "$name" in
-    "") for s in frames codec probe latents teacher tf selfforcing diagonal; do echo "== $s"; $s; done ;;
-    frames | codec | probe | latents | teacher | tf | selfforcing | diagonal | loops | relic) echo "== $name"; $name ;;
-    *) echo "unknown stage $name; stages: frames codec probe latents teacher tf selfforcing diagonal loops relic" >&2; exit 2 ;;
+    "") for s in frames codec decoder probe latents teacher tf selfforcing diagonal; do echo "== $s"; $s; done ;;
+    frames | codec | decoder | probe | latents | teacher | tf | selfforcing | diagonal | loops | relic) echo "== $name"; $name ;;
+    *) echo "unknown stage $name; stages: frames codec decoder probe latents teacher tf selfforcing diagonal loops relic" >&2; exit 2 ;;
   esac
 done
