@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     # L2
     "rollout": {"student", "memory", "schedules", "conditioning", "diffusion", "shapes"},
     "sampling": {"diffusion", "conditioning", "shapes"},
-    "objectives": {"sampling", "student", "conditioning", "diffusion", "shapes"},
+    "objectives": {"sampling", "student", "conditioning", "diffusion", "metrics", "shapes"},
     "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
     | {"diffusion", "dit", "schedules"},
     "data": {"audio", "curation", "poses", "sources", "conditioning", "shapes", "video"},

@@ -38,15 +38,20 @@ def motion(px: Tensor) -> Tensor:
     return px.diff(dim=-4).abs().mean((-3, -2, -1))
 
 
+def blocks(px: Tensor, block: int = 8) -> Tensor:
+    """Means [..., 3, H // block, W // block] of blocks of px [..., 3, H, W], which are clipped to the picture."""
+    height, width = px.shape[-2:]
+    means = F.avg_pool2d(px.reshape(-1, 3, height, width), (min(block, height), min(block, width)))
+    return means.unflatten(0, px.shape[:-3])
+
+
 def flicker(px: Tensor, block: int = 8) -> Tensor:
     """Mean |x[t+1] - 2 x[t] + x[t-1]| of [..., T, 3, H, W] after averaging blocks of pixels: [..., T - 2].
 
     A steady change has none, and the blocks (clipped to the picture) are large enough that things which move by a few
     pixels a frame count little: what is left is brightness that comes and goes.
     """
-    height, width = px.shape[-2:]
-    blocks = F.avg_pool2d(px.reshape(-1, 3, height, width), (min(block, height), min(block, width)))
-    return blocks.unflatten(0, px.shape[:-3]).diff(n=2, dim=-4).abs().mean((-3, -2, -1))
+    return blocks(px, block).diff(n=2, dim=-4).abs().mean((-3, -2, -1))
 
 
 def mse(px: Tensor, reference: Tensor) -> Tensor:

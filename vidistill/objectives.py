@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidistill import metrics
 from vidistill.conditioning import Condition, branches
 from vidistill.diffusion import Denoiser, NoiseSchedule, add_noise, expand, randn_like, v_from, x0_from_v
 from vidistill.sampling import guided
@@ -158,8 +158,8 @@ def changing(error: Tensor) -> Tensor:
     them; 0 for a single frame."""
     if error.shape[1] < 2:
         return error.new_zeros(())
-    moved = error.diff(dim=1).flatten(0, 1)
-    return moved.abs().mean() + F.avg_pool2d(moved, min(8, *moved.shape[-2:])).abs().mean()
+    moved = error.diff(dim=1)
+    return moved.abs().mean() + metrics.blocks(moved).abs().mean()
 
 
 def flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
