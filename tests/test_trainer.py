@@ -72,7 +72,7 @@ def test_six_steps_equal_three_then_save_load_and_three(root, stage):
     assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])][:5]
 
 
-def test_compiled_blocks_train_the_same_networks(root, monkeypatch):
+def test_compiled_blocks_train_the_same_networks_but_for_a_student_that_rolls_out(root, monkeypatch):
     compiled, compile_ = [], torch.compile
 
     def watch(function, **settings):
@@ -81,7 +81,7 @@ def test_compiled_blocks_train_the_same_networks(root, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", watch)
     plain, fast = (Trainer(dmd_stage(root, name=name, compile=name == "fast")) for name in ("plain", "fast"))
-    blocks = sum(len(net.blocks) for net in (plain.roles.student.net, plain.roles.critic, plain.roles.teacher))
+    blocks = sum(len(net.blocks) for net in (plain.roles.critic, plain.roles.teacher))
     assert sorted(compiled) == sorted(["before", "after"] * blocks)
     for a, b in zip(steps(plain, 3), steps(fast, 3), strict=True):
         assert a == pytest.approx(b, rel=1e-4)

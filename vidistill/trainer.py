@@ -86,6 +86,7 @@ class Trainer:
     def prepare(self) -> None:
         """Add LoRA where it is asked for, move networks to this process's device, shard them if the run does."""
         cfg, roles = self.cfg, self.roles
+        rolls = self.objective.on_policy and cfg.on_policy
         for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
             if net is None:
                 continue
@@ -93,7 +94,7 @@ class Trainer:
             add_lora(inner, lora)
             if cfg.parallel == "shard":
                 distributed.shard(inner, inner.blocks)
-            if cfg.compile:
+            if cfg.compile and not (net is roles.student and rolls):  # whose every length of memory is another shape
                 inner.compile_regions()
         if roles.motion is not None:
             roles.motion.to(distributed.device())

@@ -81,15 +81,19 @@ def _long(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-    """Attention in the open where that beats torch's fused kernel on a CPU with a fast matrix library (`float32`).
+    """Attention in the open where that beats torch's fused kernel on a CPU.
 
-    That is: whatever is differentiated, up to KEPT scores a head; in float32 also what has up to WHOLE scores, and a
-    long chunk over a long memory. All else goes to `sdpa`. What a mask hides from whole runs of frames is left out.
+    That is: half precision that is differentiated, up to KEPT scores a head; with a fast matrix library
+    (`precision.fast_float32`) float32 that is, or has up to WHOLE scores, and a long chunk over a long memory. All else
+    goes to `sdpa`. What a mask hides from whole runs of frames is left out.
     """
     b, sq, h, d = q.shape
     size = sq * k.shape[1]
     recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if torch.compiler.is_compiling() or not (recording or q.dtype == torch.float32):
+    if torch.compiler.is_compiling():
+        return sdpa(q, k, v, mask)
+    exact = q.dtype == torch.float32
+    if not (recording or exact) or (exact and torch.get_float32_matmul_precision() != "medium"):
         return sdpa(q, k, v, mask)
     mask = None if mask is None else frame_mask(mask)
     if mask is not None and _in_runs(q, mask):
@@ -204,8 +208,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 @cache
 def _resolve(name: str, device: str) -> str:
-    if name == "auto" and device == "cpu" and torch.get_float32_matmul_precision() == "medium":
-        name, reason = "products", "float32 products run on oneDNN, which beats torch's fused kernel"
+    if name == "auto" and device == "cpu":
+        name, reason = "products", "batched products where they beat torch's fused kernel, the kernel elsewhere"
     elif name == "auto":
         name, reason = "sdpa", "torch's own kernels, nothing to install; scripts/verify_kernels.py compares the others"
     else:
