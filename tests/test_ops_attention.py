@@ -25,6 +25,12 @@ def _own_choice():
         yield
 
 
+@pytest.fixture
+def fast_library(monkeypatch):
+    """float32 products as on a CPU whose matrix library `fast_float32` has chosen."""
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+
+
 @pytest.mark.parametrize("name", [None, "block-causal", "window and sink", "teacher forcing"])
 @pytest.mark.parametrize("backend", ["sdpa", "products", "flex"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -34,15 +40,13 @@ def test_every_cpu_backend_equals_the_reference(backend, name):
     torch.testing.assert_close(ops.BACKENDS[backend](q, k, v, mask), ops.reference(q, k, v, mask), rtol=1e-5, atol=2e-6)
 
 
-def test_products_equal_the_reference_on_a_long_memory(monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # as on a fast matrix library
+def test_products_equal_the_reference_on_a_long_memory(fast_library):
     q, k, v = random(2, 515, 2, 8), random(2, 1031, 2, 8, seed=1), random(2, 1031, 2, 8, seed=2)
     assert q.shape[1] * k.shape[1] > ops.LONG
     torch.testing.assert_close(ops.products(q, k, v), ops.reference(q, k, v), rtol=1e-5, atol=1e-6)
 
 
-def test_products_have_the_gradients_of_the_reference_in_several_pieces(monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+def test_products_have_the_gradients_of_the_reference_in_several_pieces(fast_library):
     leaves = [random(5, s, 3, 8, seed=i).requires_grad_() for i, s in enumerate((301, 607, 607))]
     assert ops.KEPT < 15 * 301 * 607
     found = [torch.autograd.grad(f(*leaves).square().sum(), leaves) for f in (ops.products, ops.reference)]
@@ -51,15 +55,13 @@ def test_products_have_the_gradients_of_the_reference_in_several_pieces(monkeypa
 
 
 @pytest.mark.parametrize("name", ["block-causal", "window and sink", "teacher forcing"])
-def test_products_leave_out_what_a_mask_hides_from_whole_runs(name, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+def test_products_leave_out_what_a_mask_hides_from_whole_runs(name, monkeypatch, fast_library):
     mask, sizes = FrameMask(masks(9, 3)[name], 48), []
-    monkeypatch.setattr(ops, "_piece", lambda q, k, v, bias: (sizes.append(q.shape[1] * k.shape[1]), q)[1])
     q, k, v = (random(1, s, 1, 8, seed=i).requires_grad_() for i, s in enumerate((mask.shape[0], *[mask.shape[1]] * 2)))
-    ops.products(q, k, v, mask)
+    with monkeypatch.context() as counting:
+        counting.setattr(ops, "_piece", lambda q, k, v, bias: (sizes.append(q.shape[1] * k.shape[1]), q)[1])
+        ops.products(q, k, v, mask)
     assert sum(sizes) == int(mask.dense.sum()) < mask.dense.numel()
-    monkeypatch.undo()
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     found = [torch.autograd.grad(f(q, k, v, mask).square().sum(), (q, k, v)) for f in (ops.products, ops.reference)]
     for got, wanted in zip(*found):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)

@@ -180,8 +180,7 @@ def kind_of(cfg: TrainConfig, dit: DiTConfig) -> str:
         return data.open_data(cfg.data).kind
     if cfg.objective == "regression":
         return "trajectories"
-    rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy
-    return data.PROMPTS if rolls and dit.text_dim and not recorded(cfg, dit) else "latents"
+    return data.PROMPTS if cfg.rolls and dit.text_dim and not recorded(cfg, dit) else "latents"
 
 
 def recorded(cfg: TrainConfig, dit: DiTConfig) -> bool:
@@ -331,10 +330,9 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
     n, memory = shape.tokens_per_frame, cfg.student.memory
     with torch.device("meta"):
         student = CausalStudent(VideoDiT(dit), cfg.student, shape)
-    rolls = OBJECTIVES[cfg.objective].on_policy and cfg.on_policy
     causal = cfg.objective not in ("flow",)
-    frames = cfg.student.chunk if rolls else cfg.frames * (2 if cfg.objective in DOUBLED else 1)
-    seen = min(memory.tokens(shape.grid), cfg.frames * n) if rolls else cfg.frames * n
+    frames = cfg.student.chunk if cfg.rolls else cfg.frames * (2 if cfg.objective in DOUBLED else 1)
+    seen = min(memory.tokens(shape.grid), cfg.frames * n) if cfg.rolls else cfg.frames * n
     row: dict[str, Any] = {
         "latents": [cfg.frames, dit.channels, *size],
         "tokens_per_frame": n,
@@ -343,7 +341,7 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
         "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg),
         "recomputed_blocks": cfg.dit.checkpoint,
     }
-    if rolls:
+    if cfg.rolls:
         passes = list(training(cfg.schedule, student.num_chunks(cfg.frames), Random(cfg.seed)))
         row["passes_per_rollout"] = len(passes)
         row["passes_with_gradient_at_once"] = 1 if cfg.replay else sum(p.grad for p in passes)

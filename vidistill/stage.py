@@ -113,6 +113,11 @@ class TrainConfig:
         self.check_policy()
         self.check_curriculum()
 
+    @property
+    def rolls(self) -> bool:
+        """Whether the student's own rollouts are what the stage learns from."""
+        return OBJECTIVES[self.objective].on_policy and self.on_policy
+
     def frames_at(self, step: int) -> int:
         """Latent frames of the clips of a step."""
         return next((frames for first, frames in reversed(self.curriculum) if step >= first), self.frames)
@@ -131,8 +136,7 @@ class TrainConfig:
 
     def check_policy(self) -> None:
         """Raise ValueError where settings of student rollouts cannot work together."""
-        scored = OBJECTIVES[self.objective].on_policy
-        if scored and not self.teacher:
+        if OBJECTIVES[self.objective].on_policy and not self.teacher:
             raise ValueError(f"objective {self.objective!r} needs a `teacher`")
         if self.objective != "dmd" and (self.loss.motion or self.loss.needs_target or self.loss.forcing):
             raise ValueError(
@@ -140,12 +144,11 @@ class TrainConfig:
             )
         if self.loss.forcing and self.long_frames:
             raise ValueError("loss.forcing learns from recorded clips, not from streams that go on: set long_frames=0")
-        rolls = scored and self.on_policy
-        if (self.watch.judge_every or self.watch.diagnose_every) and not rolls:
+        if (self.watch.judge_every or self.watch.diagnose_every) and not self.rolls:
             raise ValueError(f"watch looks at rollouts; objective {self.objective!r} here trains on data")
-        if self.loss.broken < 1 and (not rolls or self.objective != "dmd" or self.long_frames):
+        if self.loss.broken < 1 and (not self.rolls or self.objective != "dmd" or self.long_frames):
             raise ValueError("loss.broken compares rollouts of objective dmd with recorded clips, without long_frames")
-        if (self.replay or self.long_frames) and not (scored and self.on_policy):
+        if (self.replay or self.long_frames) and not self.rolls:
             raise ValueError(f"replay and long_frames need rollouts; objective {self.objective!r} here trains on data")
         memory = self.student.memory
         if self.long_frames and not (self.frames <= self.long_frames and self.schedule.name == "chunkwise"):
@@ -154,7 +157,7 @@ class TrainConfig:
             raise ValueError(
                 f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
             )
-        if self.critic_reuse > 1 and (self.long_frames or not rolls):
+        if self.critic_reuse > 1 and (self.long_frames or not self.rolls):
             raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")
         if self.long_frames > memory.frames and memory.policy == "full":
             raise ValueError(

@@ -51,8 +51,7 @@ class Trainer:
         self.journal = Journal(self.folder / METRICS)
         self.step_count = 0
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
-        rolls = self.objective.on_policy and cfg.on_policy
-        self.data = open_data(cfg.data, cfg.episodes, rolls, cfg.camera, cfg.reference, cfg.curate)
+        self.data = open_data(cfg.data, cfg.episodes, cfg.rolls, cfg.camera, cfg.reference, cfg.curate)
         if isinstance(self.data, Prompts) and (cfg.loss.forcing or cfg.loss.broken < 1):
             raise ValueError(f"{cfg.data} holds prompts alone: loss.forcing and loss.broken need recorded clips")
         self.peak, self.losses = watch.Peak(), list[float]()  # best judgement so far; the loss of every logged row
@@ -68,7 +67,7 @@ class Trainer:
         critic, motion = self.roles.critic, self.roles.motion
         self.critic = None if critic is None else Learner(critic, cfg.critic_optim, max(1, cfg.steps - updates))
         self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
-        self.samplers = [self.make_sampler() if rolls else None for _ in self.parts]  # one a micro-batch
+        self.samplers = [self.make_sampler() if cfg.rolls else None for _ in self.parts]  # one a micro-batch
         self.sampler = self.samplers[0]
         self.kept: dict[int, tuple[int, Rollout]] = {}  # sampler -> the rollout of a step, for critic_reuse
         self.held: watch.HeldOut | None = None
@@ -86,7 +85,6 @@ class Trainer:
     def prepare(self) -> None:
         """Add LoRA where it is asked for, move networks to this process's device, shard them if the run does."""
         cfg, roles = self.cfg, self.roles
-        rolls = self.objective.on_policy and cfg.on_policy
         for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
             if net is None:
                 continue
@@ -94,7 +92,7 @@ class Trainer:
             add_lora(inner, lora)
             if cfg.parallel == "shard":
                 distributed.shard(inner, inner.blocks)
-            if cfg.compile and not (net is roles.student and rolls):  # whose every length of memory is another shape
+            if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
                 inner.compile_regions()
         if roles.motion is not None:
             roles.motion.to(distributed.device())

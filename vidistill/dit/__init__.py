@@ -16,6 +16,8 @@ from vidistill.memory.pooling import average
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.rope import composed, rope_table, rotate, view_table
 
+SHAPES = 64  # graphs of one region, one a shape of clip, before torch takes more for a mistake (its own limit is 8)
+
 __all__ = ["NO_GRID", "DiTConfig", "SiteConfig", "VideoDiT", "grown", "recomputing", "twin"]
 
 X0_ERROR = 0.03  # variance up to which a head that predicts x0 is believed; below, the noisy latents are
@@ -72,7 +74,8 @@ class VideoDiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def compile_regions(self, mode: str = "default") -> None:
-        """Compile the blocks around their attention: two graphs, whatever the memory holds."""
+        """Compile the blocks around their attention: two graphs, whatever the memory holds, one a shape."""
+        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
             block.compile_regions(mode)
 

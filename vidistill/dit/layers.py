@@ -20,7 +20,7 @@ from vidistill.ops.rope import FLAT, Panorama, Yarn, rotate
 
 PLACES = ("before", "after_attention")
 ACTIVATIONS = {"silu": lambda width: nn.SiLU(), "norm": nn.LayerNorm}
-SHAPES = 64  # graphs of one region, one a shape of clip, before torch takes more for a mistake (its own limit is 8)
+
 
 PREDICTS = ("velocity", "x0")
 NO_GRID = (0, 0)
@@ -247,8 +247,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
     def compile_regions(self, mode: str) -> None:
-        """Run what lies before and after the attention as two graphs, the same two for all blocks, one a shape."""
-        torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
+        """Run what lies before and after the attention as two graphs, the same two for all blocks."""
         self._before = torch.compile(Block.before, fullgraph=True, dynamic=False, mode=mode)
         self._after = torch.compile(Block.after, fullgraph=True, dynamic=False, mode=mode)
 

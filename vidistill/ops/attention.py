@@ -92,8 +92,8 @@ def products(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     recording = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if torch.compiler.is_compiling():
         return sdpa(q, k, v, mask)
-    exact = q.dtype == torch.float32
-    if not (recording or exact) or (exact and torch.get_float32_matmul_precision() != "medium"):
+    fast = torch.get_float32_matmul_precision() == "medium" if q.dtype == torch.float32 else recording
+    if not fast:
         return sdpa(q, k, v, mask)
     mask = None if mask is None else frame_mask(mask)
     if mask is not None and _in_runs(q, mask):
