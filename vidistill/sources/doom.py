@@ -99,7 +99,8 @@ class _Engine:
         _configure(vizdoom, self.game, cfg)
         self.game.set_doom_scenario_path(wad)
         self.game.set_doom_config_path(os.path.join(self.folder.name, "engine.ini"))
-        self.game.init()
+        with contextlib.chdir(self.folder.name):  # where the engine starts it makes a folder, as any other beside it would
+            self.game.init()
 
     def __enter__(self):
         return self
@@ -107,10 +108,6 @@ class _Engine:
     def __exit__(self, *_):
         self.game.close()
         self.folder.cleanup()
-        with contextlib.suppress(
-            OSError
-        ):  # the engine makes this folder where it is started; kept if something is in it
-            os.rmdir("_vizdoom")
 
     def start(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (frame, pose) at the start of a map; pose is x, y in map units and the heading in degrees."""
