@@ -1,6 +1,8 @@
 """Codecs: streams equal whole clips, causality, published weights, Wan's recorded numbers."""
 
+import itertools
 import json
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from vidistill.codecs import CODECS, GEOMETRIES, Compiled, codec_record, load_codec, visibility
-from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds
+from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds, smoothed
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig, _diffusers_name
 
 GOLDEN = Path(__file__).parent / "goldens" / "wan_vae"
@@ -60,6 +62,7 @@ WAN_RESIDUAL = WanCodecConfig(
 )
 CONFIGS = {
     "tiny": TINY,
+    "smooth": replace(TINY, smooth=0.1),
     "strided": STRIDED,
     "half_time": HALF_TIME,
     "still": STILL,
@@ -230,11 +233,33 @@ def test_unknown_names_and_keys_are_refused():
         {"encoder_time": (4, 1)},
         {"encoder_pad": "both"},
         {"latent_channels": 0},
+        {"smooth": -0.1},
     ],
 )
 def test_impossible_tiny_configs_are_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         TinyCodecConfig(**changes)
+
+
+def test_smoothing_takes_grain_and_leaves_edges():
+    rng = torch.Generator().manual_seed(0)
+    flat = torch.zeros(1, 2, 3, 12, 10)
+    flat[..., 6:, :] = 0.5
+    grainy = flat + 0.03 * torch.randn(flat.shape, generator=rng)
+    out = smoothed(grainy, 0.08)
+    assert (out - flat).square().mean() < 0.15 * (grainy - flat).square().mean()
+    torch.testing.assert_close(smoothed(flat, 0.08), flat, rtol=0, atol=1e-6)
+
+
+def test_smoothing_is_a_mean_weighted_by_likeness():
+    rng = torch.Generator().manual_seed(1)
+    px, spread, reach = torch.rand(2, 3, 5, 6, generator=rng), 0.3, 2
+    expected = torch.zeros_like(px)
+    for n, y, x in itertools.product(range(2), range(5), range(6)):
+        near = px[n, :, max(y - reach, 0) : y + reach + 1, max(x - reach, 0) : x + reach + 1].flatten(1)
+        weight = torch.exp(-(near - px[n, :, y, x, None]).square().sum(0) / (2 * spread**2))
+        expected[n, :, y, x] = (near * weight).sum(1) / weight.sum()
+    torch.testing.assert_close(smoothed(px, spread, reach), expected, rtol=0, atol=1e-6)
 
 
 def mem_block(name: str, width: int) -> dict[str, tuple[int, ...]]:

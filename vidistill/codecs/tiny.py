@@ -37,6 +37,7 @@ class TinyCodecConfig:
     decoder_space: Ints = (1, 1)
     decoder_blocks: Ints = (2, 1)
     encoder_pad: str = "front"  # "back": published weights, whose latent i looks ahead (to px frame t*i + t - 1)
+    smooth: float = 0.0  # decoded frames pass `smoothed` with this range (after training: no loss sees it); 0: they do not
 
     def __post_init__(self):
         _check_half("encoder", self.encoder_widths, self.encoder_time, self.encoder_space, self.encoder_blocks)
@@ -51,6 +52,8 @@ class TinyCodecConfig:
             )
         if self.encoder_pad not in ("front", "back"):
             raise ValueError(f"encoder_pad is {self.encoder_pad!r}; allowed: 'front', 'back'")
+        if not 0 <= self.smooth < math.inf:
+            raise ValueError(f"smooth is {self.smooth}; it is a difference of colours: 0 (off) or above, 0.08 is usual")
         if self.patch_size < 1 or self.latent_channels < 1:
             raise ValueError(f"patch_size {self.patch_size} and latent_channels {self.latent_channels} must be >= 1")
 
@@ -178,7 +181,8 @@ class TinyCodec(nn.Module):
         """Px frames of the next latents and the new state: the first latent of a stream is 1 px frame, others t."""
         check_latents(latents, self.latent_channels)
         px, state = self._decode_raw(self._denormalise(latents), state)
-        return px.clamp(0, 1), state
+        px = px.clamp(0, 1)
+        return (smoothed(px, self.cfg.smooth) if self.cfg.smooth else px), state
 
     def forward(
         self, px: Tensor, noise_std: float = 0.0, generator: torch.Generator | None = None
@@ -216,6 +220,27 @@ class TinyCodec(nn.Module):
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
+
+def smoothed(px: Tensor, spread: float, reach: int = 2) -> Tensor:
+    """px [..., C, H, W] where every pixel is the mean of those within `reach` that look like it: grain goes, edges stay.
+
+    The weight of a neighbour is exp(-d^2 / (2 spread^2)), d the distance of the two colours: a bilateral filter (Tomasi
+    and Manduchi, 1998) with a flat window, as video codecs run one in their loop.
+    """
+    height, width = px.shape[-2:]
+    total, weights = px.clone(), torch.ones_like(px[..., :1, :, :])
+    for down in range(reach + 1):
+        for right in range(-reach if down else 1, reach + 1):  # each pair of pixels once
+            here = (..., slice(height - down), slice(max(-right, 0), width - max(right, 0)))
+            there = (..., slice(down, None), slice(max(right, 0), width + min(right, 0)))
+            distance = (px[there] - px[here]).square().sum(-3, keepdim=True)
+            weight = torch.exp(distance * (-0.5 / spread**2))
+            total[here] += weight * px[there]
+            total[there] += weight * px[here]
+            weights[here] += weight
+            weights[there] += weight
+    return total / weights
 
 
 class Clamp(nn.Module):
