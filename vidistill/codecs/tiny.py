@@ -37,7 +37,7 @@ class TinyCodecConfig:
     decoder_space: Ints = (1, 1)
     decoder_blocks: Ints = (2, 1)
     encoder_pad: str = "front"  # "back": published weights, whose latent i looks ahead (to px frame t*i + t - 1)
-    smooth: float = 0.0  # decoded frames pass `smoothed` with this range (after training: no loss sees it); 0: they do not
+    smooth: float = 0.0  # spread of `smoothed`, which decoded frames pass (in training they do not); 0: off
 
     def __post_init__(self):
         _check_half("encoder", self.encoder_widths, self.encoder_time, self.encoder_space, self.encoder_blocks)
@@ -223,7 +223,7 @@ class TinyCodec(nn.Module):
 
 
 def smoothed(px: Tensor, spread: float, reach: int = 2) -> Tensor:
-    """px [..., C, H, W] where every pixel is the mean of those within `reach` that look like it: grain goes, edges stay.
+    """px [..., C, H, W] , each pixel the mean of those within `reach` that look like it: grain goes, edges stay.
 
     The weight of a neighbour is exp(-d^2 / (2 spread^2)), d the distance of the two colours: a bilateral filter (Tomasi
     and Manduchi, 1998) with a flat window, as video codecs run one in their loop.

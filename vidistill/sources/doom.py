@@ -99,7 +99,7 @@ class _Engine:
         _configure(vizdoom, self.game, cfg)
         self.game.set_doom_scenario_path(wad)
         self.game.set_doom_config_path(os.path.join(self.folder.name, "engine.ini"))
-        with contextlib.chdir(self.folder.name):  # where the engine starts it makes a folder, as any other beside it would
+        with contextlib.chdir(self.folder.name):  # it makes a folder where it starts, one for each of them
             self.game.init()
 
     def __enter__(self):
