@@ -13,13 +13,14 @@ stage() { # name config: train, then bundle
   train "$1" "$2"
   cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
 }
+refine() { # name config bundled: train further what is bundled already, and bundle it under the same name
+  train "$1" "$2"
+  for end in json safetensors; do cp "runs/$1/$1.$end" "vidistill/zoo/$3.$end"; done
+}
 
 frames() { vidistill data doom data/doom/frames --episodes 640; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
 codec() { stage doom-codec configs/doom/codec.yaml; }
-decoder() { # of the same codec: latents stay as they are
-  train doom-codec-decoder configs/doom/codec-decoder.yaml
-  for end in json safetensors; do cp "runs/doom-codec-decoder/doom-codec-decoder.$end" "vidistill/zoo/doom-codec.$end"; done
-}
+decoder() { refine doom-codec-decoder configs/doom/codec-decoder.yaml doom-codec; } # latents stay as they are
 probe() { # the judge of vidistill eval
   [ -f vidistill/zoo/probes/doom-probe.json ] || python -c 'from vidistill.probes import make_probe; print(make_probe("data/doom/frames", "data/doom-heldout/frames", "vidistill/zoo/probes/doom-probe"))'
 }
@@ -29,8 +30,14 @@ teacher() {
   stage doom-teacher configs/doom/teacher.yaml
 }
 tf() { stage doom-tf configs/doom/tf.yaml; }
-selfforcing() { stage doom-selfforcing configs/doom/selfforcing.yaml; }
-diagonal() { stage doom-diagonal configs/doom/diagonal.yaml; }
+selfforcing() {
+  stage doom-selfforcing configs/doom/selfforcing.yaml
+  refine doom-long configs/doom/long.yaml doom-selfforcing
+}
+diagonal() {
+  stage doom-diagonal configs/doom/diagonal.yaml
+  refine doom-diagonal-long configs/doom/diagonal-long.yaml doom-diagonal
+}
 loops() { vidistill data doom data/doom/loops --episodes 768 --palindromes 0.5 --codec doom-codec; }
 relic() { # a student that remembers: its teacher, causal init, and the same training with three memories
   loops

@@ -1,6 +1,5 @@
 """Worker threads of a stream: one does both jobs on few cores, and gives the same frames."""
 
-import os
 import threading
 from itertools import islice
 
@@ -29,7 +28,7 @@ def test_workers_give_the_frames_of_a_plain_stream(tiny_student_path, tiny_image
 def test_workers_share_the_threads_of_the_caller(tiny_student_path, tiny_image, monkeypatch, caller, cores, want):
     """Threads of the denoiser, and of the decoder where it has a worker of its own."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: caller)
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("vidistill.stream.cores", lambda: cores)
     bundle, seen = load_student(tiny_student_path), []
     monkeypatch.setattr(threading, "Thread", lambda target, args, **_: seen.append(args[1]))
     StreamSession(bundle, load_codec_of(bundle), image=tiny_image)

@@ -27,6 +27,11 @@ from vidistill.stream.switch import SWITCHES
 __all__ = ["SWITCHES", "Chunk", "Frame", "SpeedConfig", "StreamConfig", "StreamSession", "faster", "load_fast"]
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """How a session runs.
@@ -94,7 +99,7 @@ class StreamSession:
             decode_threads = cfg.decode_threads or max(1, torch.get_num_threads() // 4)
             threads = cfg.threads or max(1, torch.get_num_threads() - decode_threads)
             capacity = cfg.queue_frames or 2 * self.frames_per_chunk
-            crowded = engine.device.type == "cpu" and threads + decode_threads > (os.cpu_count() or 1)
+            crowded = engine.device.type == "cpu" and threads + decode_threads > cores()
             self._pipeline = Pipeline(engine, capacity, threads, decode_threads, crowded)
         self._source = self._pipeline.frames() if self._pipeline else inline(engine)
         self._use = ""  # "frames" or "latents", once one was asked for
