@@ -30,6 +30,17 @@ def test_guidance_is_the_unconditional_velocity_plus_the_scaled_difference():
 
 
 @torch.no_grad()
+def test_clips_below_the_floor_are_not_guided():
+    net, x, cond = tiny_dit(), clip(batch=2), condition(batch=2)
+    sigma = torch.tensor([[0.0] + 8 * [0.9], [0.0] + 8 * [0.7]])  # the first frame is given
+    plain = net.velocity(x, sigma, cond)
+    fully = guided(net, x, sigma, cond, [cond.null()], [4.0])
+    got = guided(net, x, sigma, cond, [cond.null()], [4.0], floor=0.8)
+    assert not torch.allclose(fully[1], plain[1], atol=1e-3)
+    torch.testing.assert_close(got, torch.stack((fully[0], plain[1])))
+
+
+@torch.no_grad()
 def test_a_scale_of_one_asks_the_network_once():
     net = Counting(tiny_dit())
     guided(net, clip(), SIGMA, condition(), [condition().null()], [1.0])

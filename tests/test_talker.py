@@ -165,6 +165,8 @@ def test_guidance_follows_its_schedule():
     assert LossConfig(guidance=3.0).at(7).guidance == 3.0
     with pytest.raises(ValueError, match="guidance_schedule"):
         LossConfig(guidance_schedule=((10, 1.0), (0, 2.0)))
+    with pytest.raises(ValueError, match="guidance_floor"):
+        LossConfig(guidance_floor=1.5)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

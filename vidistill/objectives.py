@@ -39,7 +39,8 @@ class LossConfig:
 
     `guidance` and `teacher_shift` belong to the scores of DMD and SiD: v = u + guidance (c - u), levels warped by the
     shift and clamped to [`sigma_min`, `sigma_max`]. `audio_guidance`: a scale of audio alone (0: as `guidance`, which
-    is then that of text alone). `guidance_schedule` lists (step, guidance), straight lines between them.
+    is then that of text alone). `guidance_schedule` lists (step, guidance), straight lines between them. Levels below
+    `guidance_floor` are not guided: high ones decide what is seen, low ones how sharp it is.
     """
 
     noise: NoiseSchedule = NoiseSchedule()
@@ -49,6 +50,7 @@ class LossConfig:
     guidance: float = 1.0
     audio_guidance: float = 0.0
     guidance_schedule: tuple[tuple[int, float], ...] = ()
+    guidance_floor: float = 0.0
     critic_guidance: float = 1.0
     score_noise: NoiseSchedule = NoiseSchedule(logit_normal=False)
     sigma_min: float = 0.02
@@ -84,6 +86,8 @@ class LossConfig:
                 "loss.drop_audio lies in [0, 1), loss.broken in [0, 1], and the steps of guidance_schedule rise; got "
                 f"{self.drop_audio}, {self.broken} and {list(self.guidance_schedule)}"
             )
+        if not 0 <= self.guidance_floor <= 1:
+            raise ValueError(f"loss.guidance_floor is a noise level from 0 to 1, got {self.guidance_floor}")
         if not 0 < self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"loss needs 0 < sigma_min < sigma_max <= 1, got {self.sigma_min}, {self.sigma_max}")
         if self.noisy_chunks < 0:
@@ -277,10 +281,17 @@ def score_level(x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) ->
 
 
 def predict(
-    net: Denoiser, x: Tensor, told: Tensor, sigma: Tensor, cond: Condition, guidance: float, audio: float = 0.0
+    net: Denoiser,
+    x: Tensor,
+    told: Tensor,
+    sigma: Tensor,
+    cond: Condition,
+    guidance: float,
+    audio: float = 0.0,
+    floor: float = 0.0,
 ) -> Tensor:
     """Prediction x0 [B, F, C, H, W] of a score network, with guidance; `told` may differ from the noise `sigma`."""
-    return x0_from_v(x, guided(net, x, told, cond, *branches(cond, guidance, audio)), sigma)
+    return x0_from_v(x, guided(net, x, told, cond, *branches(cond, guidance, audio), floor), sigma)
 
 
 @torch.no_grad()
@@ -295,7 +306,7 @@ def score_difference(
     sigma = hold(cfg.score_noise.level(told), batch.given)
     noisy = add_noise(x, randn_like(x, rng), sigma)
     fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance)
+    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor)
     g = batch.given
     scale = (x - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     grad = torch.nan_to_num((fake - real) / scale.clamp_min(1e-6))
@@ -443,7 +454,7 @@ def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     sigma = hold(cfg.score_noise.level(told), batch.given)
     noisy = add_noise(x0, randn_like(x0, rng), sigma)
     fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance)
+    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor)
     g = batch.given
     scale = (x0 - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach().clamp_min(1e-6)
     gap = real - fake

@@ -12,23 +12,31 @@ from vidistill.diffusion import Denoiser, euler, x0_from_v
 
 
 def guided(
-    net: Denoiser, x: Tensor, sigma: Tensor, cond: Condition, nulls: Sequence[Condition], scales: Sequence[float]
+    net: Denoiser,
+    x: Tensor,
+    sigma: Tensor,
+    cond: Condition,
+    nulls: Sequence[Condition],
+    scales: Sequence[float],
+    floor: float = 0.0,
 ) -> Tensor:
     """Velocity with classifier-free guidance, all branches batched in one forward.
 
     `nulls` lists ever poorer conditions, `scales` the weight of each difference: v = v_last + sum_i s_i (v_i - v_i+1);
     one null and scale s is u + s (c - u), and s = 1 is the conditional velocity alone. Source: 2207.12598, eq. 6.
+    Clips whose level lies below `floor` are not guided (a limited interval, 2404.07724).
     """
     if len(nulls) != len(scales):
         raise ValueError(f"guidance needs one scale per null condition, got {len(scales)} for {len(nulls)}")
     if all(s == 1.0 for s in scales):
         return net.velocity(x, sigma, cond)
+    high = sigma.amax(1) >= floor
     branches = [cond, *nulls]
     n = len(branches)
     v = net.velocity(x.repeat(n, 1, 1, 1, 1), sigma.repeat(n, 1), concat(branches)).chunk(n)
     out = v[-1]
     for better, poorer, scale in zip(v[:-1], v[1:], scales, strict=True):
-        out = out + scale * (better - poorer)
+        out = out + torch.where(high, scale, 1.0).to(out.dtype).view(-1, 1, 1, 1, 1) * (better - poorer)
     return out
 
 
