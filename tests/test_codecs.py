@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from vidistill.codecs import CODECS, GEOMETRIES, Compiled, codec_record, load_codec, visibility
-from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds, smoothed
+from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds, smoothed, steadied
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig, _diffusers_name
 
 GOLDEN = Path(__file__).parent / "goldens" / "wan_vae"
@@ -260,6 +260,19 @@ def test_smoothing_is_a_mean_weighted_by_likeness():
         weight = torch.exp(-(near - px[n, :, y, x, None]).square().sum(0) / (2 * spread**2))
         expected[n, :, y, x] = (near * weight).sum(1) / weight.sum()
     torch.testing.assert_close(smoothed(px, spread, reach), expected, rtol=0, atol=1e-6)
+
+
+def test_what_stands_still_does_not_shimmer_and_what_moves_leaves_no_trail():
+    rng = torch.Generator().manual_seed(2)
+    still = 0.5 + 0.015 * torch.randn(1, 20, 3, 8, 8, generator=rng)
+    out = steadied(still, None, 0.08)
+    assert torch.equal(out[:, 0], still[:, 0])
+    assert out.diff(dim=1).square().mean() < 0.25 * still.diff(dim=1).square().mean()
+    cut = torch.zeros(1, 2, 3, 8, 8)
+    cut[:, 1] = 0.6
+    torch.testing.assert_close(steadied(cut, None, 0.08), cut, rtol=0, atol=1e-6)
+    again = steadied(still[:, 5:], out[:, 4], 0.08)
+    assert torch.equal(again, out[:, 5:])
 
 
 def mem_block(name: str, width: int) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vidistill.codecs.frames import check_latents, check_px, check_sides, to_latent_frames, to_px_frames
 
 Ints = tuple[int, ...]
-State = tuple[Tensor, ...]  # last input frame of every MemBlock, each [B, D, h, w]
+State = tuple[Tensor, ...]  # last input frame of every MemBlock [B, D, h, w]; last shown frame [B, 3, H, W] if smooth
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TinyCodecConfig:
     decoder_space: Ints = (1, 1)
     decoder_blocks: Ints = (2, 1)
     encoder_pad: str = "front"  # "back": published weights, whose latent i looks ahead (to px frame t*i + t - 1)
-    smooth: float = 0.0  # spread of `smoothed`, which decoded frames pass (in training they do not); 0: off
+    smooth: float = 0.0  # spread of `smoothed` and `steadied`, which decoded frames pass (not in training); 0: off
 
     def __post_init__(self):
         _check_half("encoder", self.encoder_widths, self.encoder_time, self.encoder_space, self.encoder_blocks)
@@ -180,9 +180,16 @@ class TinyCodec(nn.Module):
     def decode_stream(self, latents: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Px frames of the next latents and the new state: the first latent of a stream is 1 px frame, others t."""
         check_latents(latents, self.latent_channels)
+        smooth, shown = self.cfg.smooth, None
+        if smooth and state is not None:
+            *layers, shown = state
+            state = tuple(layers)
         px, state = self._decode_raw(self._denormalise(latents), state)
         px = px.clamp(0, 1)
-        return (smoothed(px, self.cfg.smooth) if self.cfg.smooth else px), state
+        if not smooth:
+            return px, state
+        px = steadied(smoothed(px, smooth), shown, smooth)
+        return px, (*state, px[:, -1].clone())
 
     def forward(
         self, px: Tensor, noise_std: float = 0.0, generator: torch.Generator | None = None
@@ -241,6 +248,23 @@ def smoothed(px: Tensor, spread: float, reach: int = 2) -> Tensor:
             weights[here] += weight
             weights[there] += weight
     return total / weights
+
+
+def steadied(px: Tensor, shown: Tensor | None, spread: float) -> Tensor:
+    """px [B, T, C, H, W], each pixel averaged with what was shown there a frame before, as far as that looks like it.
+
+    `shown` [B, C, H, W] is what was shown before px (None: nothing). The filter of `smoothed`, in time: what stands
+    still does not shimmer.
+    """
+    frames = []
+    for frame in px.unbind(1):
+        if shown is not None:
+            distance = (frame - shown).square().sum(-3, keepdim=True)
+            weight = torch.exp(distance * (-0.5 / spread**2))
+            frame = (frame + weight * shown) / (1 + weight)
+        frames.append(frame)
+        shown = frame
+    return torch.stack(frames, 1)
 
 
 class Clamp(nn.Module):
