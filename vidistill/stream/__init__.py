@@ -29,7 +29,10 @@ __all__ = ["SWITCHES", "Chunk", "Frame", "SpeedConfig", "StreamConfig", "StreamS
 
 def cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system: all there are
+        return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
