@@ -294,6 +294,17 @@ def predict(
     return x0_from_v(x, guided(net, x, told, cond, *branches(cond, guidance, audio), floor), sigma)
 
 
+def both_scores(
+    roles: Roles, x: Tensor, told: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The noise level [B, F] that is told as `told`, and what critic and teacher predict from `x` noised to it."""
+    sigma = hold(cfg.score_noise.level(told), batch.given)
+    noisy = add_noise(x, randn_like(x, rng), sigma)
+    fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
+    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor)
+    return sigma, fake, real
+
+
 @torch.no_grad()
 def score_difference(
     roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, told: Tensor | None = None
@@ -303,10 +314,7 @@ def score_difference(
     Source: DMD 2311.18828, eq. 7 and 8; normaliser of DMD2 2405.14867.
     """
     told = score_level(x, batch, cfg, rng) if told is None else told
-    sigma = hold(cfg.score_noise.level(told), batch.given)
-    noisy = add_noise(x, randn_like(x, rng), sigma)
-    fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor)
+    sigma, fake, real = both_scores(roles, x, told, batch, cfg, rng)
     g = batch.given
     scale = (x - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     grad = torch.nan_to_num((fake - real) / scale.clamp_min(1e-6))
@@ -451,10 +459,7 @@ class MotionHead(nn.Module):
 def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
     """Score identity distillation, gradients through both scores. Source: 2404.04057, eq. 23; 2506.08009."""
     told = score_level(x0, batch, cfg, rng)
-    sigma = hold(cfg.score_noise.level(told), batch.given)
-    noisy = add_noise(x0, randn_like(x0, rng), sigma)
-    fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor)
+    _, fake, real = both_scores(roles, x0, told, batch, cfg, rng)
     g = batch.given
     scale = (x0 - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach().clamp_min(1e-6)
     gap = real - fake

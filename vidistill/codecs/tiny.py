@@ -230,10 +230,9 @@ class TinyCodec(nn.Module):
 
 
 def smoothed(px: Tensor, spread: float, reach: int = 2) -> Tensor:
-    """px [..., C, H, W] , each pixel the mean of those within `reach` that look like it: grain goes, edges stay.
+    """px [..., C, H, W], each pixel the mean of those within `reach` that look like it: grain goes, edges stay.
 
-    The weight of a neighbour is exp(-d^2 / (2 spread^2)), d the distance of the two colours: a bilateral filter (Tomasi
-    and Manduchi, 1998) with a flat window, as video codecs run one in their loop.
+    A bilateral filter (Tomasi and Manduchi, 1998) with a flat window, as video codecs run one in their loop.
     """
     height, width = px.shape[-2:]
     total, weights = px.clone(), torch.ones_like(px[..., :1, :, :])
@@ -241,8 +240,7 @@ def smoothed(px: Tensor, spread: float, reach: int = 2) -> Tensor:
         for right in range(-reach if down else 1, reach + 1):  # each pair of pixels once
             here = (..., slice(height - down), slice(max(-right, 0), width - max(right, 0)))
             there = (..., slice(down, None), slice(max(right, 0), width + min(right, 0)))
-            distance = (px[there] - px[here]).square().sum(-3, keepdim=True)
-            weight = torch.exp(distance * (-0.5 / spread**2))
+            weight = _likeness(px[there], px[here], spread)
             total[here] += weight * px[there]
             total[there] += weight * px[here]
             weights[here] += weight
@@ -259,12 +257,16 @@ def steadied(px: Tensor, shown: Tensor | None, spread: float) -> Tensor:
     frames = []
     for frame in px.unbind(1):
         if shown is not None:
-            distance = (frame - shown).square().sum(-3, keepdim=True)
-            weight = torch.exp(distance * (-0.5 / spread**2))
+            weight = _likeness(frame, shown, spread)
             frame = (frame + weight * shown) / (1 + weight)
         frames.append(frame)
         shown = frame
     return torch.stack(frames, 1)
+
+
+def _likeness(a: Tensor, b: Tensor, spread: float) -> Tensor:
+    """exp(-d^2 / (2 spread^2)) [..., 1, H, W], d the distance of the colours of a and b [..., C, H, W]."""
+    return torch.exp((a - b).square().sum(-3, keepdim=True) * (-0.5 / spread**2))
 
 
 class Clamp(nn.Module):
