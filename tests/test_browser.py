@@ -116,8 +116,11 @@ def held(page, key, num=16):
     page.evaluate("window.seen.length = 0")
     page.keyboard.down(key)
     wait(page, f"window.seen.filter((frame) => frame.input > {before}).length >= {num}", 60.0)
-    frames = page.evaluate(f"window.seen.filter((frame) => frame.input > {before}).map((frame) => frame.grey)")
+    frames, heard = page.evaluate(
+        f"[window.seen.filter((frame) => frame.input > {before}).map((frame) => frame.grey), window.seen.at(-1).input]"
+    )
     page.keyboard.up(key)
+    wait(page, f"window.seen.at(-1).input > {heard}", 60.0)  # or the next key would see pictures that stand still
     width, height = page.evaluate("[canvas.width, canvas.height]")
     return np.stack([np.frombuffer(base64.b64decode(frame), np.uint8).reshape(height, width) for frame in frames])
 
