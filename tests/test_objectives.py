@@ -1,5 +1,6 @@
 """Losses against closed forms, and what each of them may and may not send a gradient to."""
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -263,6 +264,36 @@ def test_the_motion_gradient_is_the_adjoint_difference_of_the_weighted_score():
     assert got.abs().max() > 0
 
 
+def test_motion_matching_between_gaussians_is_the_closed_form():
+    """The gradient of the loss that trains, on every frame: the adjoint of what the scores ask of each transition."""
+    x = clip().x.double().requires_grad_()
+    batch, cfg = replace(clip(), x=x), replace(CFG, dmd=0.0, motion=0.7)
+    fake, real = Gaussian(-1.0, 0.5), Gaussian(0.5, 1.5)
+    score = score_difference(Roles(None, real, fake), x.detach(), batch, CFG, rng(3))
+    level = expand(score["sigma"], x)
+    noisy = (score["fake"] - fake.mean) / fake.gain(level) + (1 - level) * fake.mean  # what both saw
+    shown = [net.mean + net.gain(level) * (noisy - (1 - level) * net.mean) for net in (fake, real)]
+    moves = [torch.cat((x.detach()[:, :1], clean[:, 1:]), dim=1).diff(dim=1) for clean in (*shown, x.detach())]
+    grad = (moves[0] - moves[1]) / (moves[2] - moves[1]).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    weight = motion_weights(grad, cfg.motion_growth, cfg.motion_dynamic)
+    want = 0.7 * transpose_difference(2 * weight * grad) / grad.numel()
+    got = torch.autograd.grad(dmd(Roles(None, real, fake), x, batch, cfg, rng(3)).value, x)[0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-7)
+    assert got[:, 1:].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("term", ["regression", "motion_head"])
+def test_terms_towards_a_teacher_sample_pull_the_rollout(term):
+    batch = replace(clip(), target=randn(*clip().x.shape, seed=5))
+    x = batch.x.clone().requires_grad_()
+    roles = Roles(None, Gaussian(0.5), Gaussian(-1.0, 0.5), MotionHead(SHAPE.channels))
+    got = torch.autograd.grad(dmd(roles, x, batch, replace(CFG, dmd=0.0, **{term: 0.5}), rng()).value, x)[0]
+    apart = batch.x - batch.target
+    if term == "motion_head":  # starts as the identity: squared differences of motion
+        apart = transpose_difference(apart.diff(dim=1))
+    torch.testing.assert_close(got[:, 1:], 0.5 * 2 * apart[:, 1:] / batch.x[:, 1:].numel(), rtol=1e-4, atol=1e-8)
+
+
 def test_motion_terms_ignore_a_constant_offset_in_time_and_the_unit():
     x, fake, real = (randn(B, F, 2, 3, 3, seed=k).double() for k in range(3))
     offset = randn(B, 1, 2, 3, 3, seed=9).double()
@@ -381,18 +412,19 @@ def test_every_step_is_an_exit_equally_often(exit_):
     cfg = ScheduleConfig(levels=(1.0, 0.9, 0.8, 0.6), pattern="42", exit=exit_, given_chunks=1)
     draw, counts, differ = Random(0), {1: np.zeros(4), 2: np.zeros(2)}, 0
     for _ in range(2000):
-        by_chunk = {}
+        by_chunk, walked = {}, Counter()
         for p in training(cfg, 3, draw):
             if p.next_sigma is not None:
-                assert not by_chunk.get(p.chunk, {}).get("grad"), "an exit is the last denoising pass of a chunk"
-                step = by_chunk.get(p.chunk, {"step": -1})["step"] + 1
-                by_chunk[p.chunk] = {"step": step, "grad": p.grad}
-                assert p.grad == p.emit
+                assert p.grad == p.emit and not (p.grad and p.chunk in by_chunk), "one exit a chunk"
+                if p.grad:
+                    by_chunk[p.chunk] = walked[p.chunk]
+                walked[p.chunk] += 1
             else:
                 assert not p.grad and p.commit
-        for c, row in by_chunk.items():
-            counts[c][row["step"]] += 1
-        differ += by_chunk[1]["step"] // 2 != by_chunk[2]["step"]
+        assert exit_ == "shared" or walked == {1: 4, 2: 2}, "a chunk of its own exit is denoised to its end"
+        for c, step in by_chunk.items():
+            counts[c][step] += 1
+        differ += by_chunk[1] // 2 != by_chunk[2]
     for observed, limit in ((counts[1], 11.34), (counts[2], 6.63)):  # chi-square, p = 0.01
         expected = 2000 / len(observed)
         assert ((observed - expected) ** 2 / expected).sum() < limit, observed
@@ -428,6 +460,18 @@ def test_given_frames_are_shown_clean_and_never_trained(student, fn):
     assert torch.equal(x[:, :2], batch.x[:, :2]) and not sigma[:, :2].any()
     assert not grad[:, :2].any() and grad[:, 2:].abs().min() > 0
     assert sigma[:, 2:].min() > 0
+
+
+def test_channel_weights_and_soundness_weigh_motion_as_they_weigh_scores(monkeypatch):
+    batch, weights = clip(), tuple(0.5 + c for c in range(SHAPE.channels))
+    monkeypatch.setattr("vidistill.objectives.soundness", lambda x, real, given: torch.tensor([1.0] + [0.0] * (B - 1)))
+    grads = []
+    for cfg in (CFG, replace(CFG, channel_weights=weights, broken=0.25)):
+        x = batch.x.clone().requires_grad_()
+        roles = Roles(None, Gaussian(0.5), Gaussian(-1.0, 0.5))
+        grads.append(torch.autograd.grad(dmd(roles, x, batch, replace(cfg, dmd=0.0, motion=1.0), rng()).value, x)[0])
+    trust = torch.tensor([1.0] + [0.25] * (B - 1)).view(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(grads[1], trust * grads[0] * torch.tensor(weights)[:, None, None])
 
 
 @pytest.mark.parametrize("fn", [flow, teacher_forcing, diffusion_forcing, dmd])

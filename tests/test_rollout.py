@@ -119,8 +119,8 @@ def test_only_passes_that_promise_gradient_carry_it():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_training_leaves_the_memory_of_streaming(name):
-    """`last_step` whatever the exit, the other contexts where training does not stop early."""
-    schedule = replace(SCHEDULES[name], exit="per_chunk" if name == "last step" else "none")
+    """With an exit for each chunk, whatever the context."""
+    schedule = replace(SCHEDULES[name], exit="per_chunk")
     memories = []
     for passes, grad in (
         (finite(endless(schedule), 3), False),

@@ -136,11 +136,14 @@ def test_every_step_of_every_list_is_an_exit_equally_often(exit_rule):
         assert len(counts[chunk]) == n and chi2 < 16
 
 
-def test_training_stops_at_the_exit_step_and_last_step_context_runs_on():
+def test_training_stops_at_a_shared_exit_and_runs_on_past_an_exit_of_one_chunk_or_with_last_step_context():
     stops = list(training(SELF_FORCING, 1, Random(3)))
     assert [p.grad for p in stops].count(True) == 1 and stops[-1].commit and stops[-2].emit and stops[-2].grad
     runs = list(training(DIAGONAL, 1, Random(3)))
     assert len(runs) == 4 and runs[-1].commit and [p.emit for p in runs] == [p.grad for p in runs]
+    alone = list(training(replace(SELF_FORCING, exit="per_chunk"), 1, Random(3)))
+    assert [p.next_sigma for p in alone] == [(0.8,), (0.5,), (0.0,), None] and alone[-1].commit
+    assert [p.emit for p in alone] == [p.grad for p in alone] and [p.grad for p in alone].count(True) == 1
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,8 @@ def test_training_stops_at_the_exit_step_and_last_step_context_runs_on():
         ({"rewarm": -1}, "schedule.rewarm"),
         ({"rewarm": 1, "name": "rolling"}, "schedule.rewarm"),
         ({"context_sigma": 1.0}, "context_sigma"),
+        ({"context": "noised"}, "context_sigma above 0"),
+        ({"context": "last_step", "context_sigma": 0.1}, "has no pass"),
         ({"given_chunks": -1}, "given_chunks"),
         ({"steps": ((1.0, 0.5),), "told": ((1.0,),)}, "schedule.told"),
     ],

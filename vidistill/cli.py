@@ -287,6 +287,9 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.frontier:
         from vidistill import frontier
 
+        given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
+        if foreign := [key for key, value in given.items() if value]:
+            raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
         result = frontier.frontier(args.frontier)
         Console(stderr=True).print(frontier.table(result))
     elif args.suite == "memory":

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from vidistill import checkpoint, report
 from vidistill.adherence import AdherenceConfig
 from vidistill.adherence import glance as glance_at_text
 from vidistill.checkpoint import Bundle
-from vidistill.config import build, load_config
+from vidistill.config import load_config
 from vidistill.evaluate import EvalConfig
 from vidistill.evaluate import glance as glance_at_walks
 from vidistill.schedules import ScheduleConfig, evaluations
@@ -24,6 +24,7 @@ log = logging.getLogger("vidistill")
 
 CHUNKS = 7  # over which evaluations are counted, as in the papers
 SHARED = "shared"  # weights of the checkpoint that every trained cell starts from
+WORKING = ("compile", "threads", "save_every", "log_every")  # how a cell is trained, not what comes out of it
 SHOWN = ("frechet", "motion_ratio", "sharpness_ratio", "saturation_ratio")
 
 
@@ -31,11 +32,13 @@ SHOWN = ("frechet", "motion_ratio", "sharpness_ratio", "saturation_ratio")
 class Cell:
     """One schedule x context. `weights`: a trained cell, or "shared", to run without tuning; empty: it is tuned.
 
-    `settings`: further `key=value` overrides of its stage, such as loss.motion=0.
+    `context_sigma`: noise of context `noised`. `settings`: further `key=value` overrides of its stage, such as
+    loss.motion=0.
     """
 
     pattern: str = ""
     context: str = "last_step"
+    context_sigma: float = 0.0
     weights: str = ""
     settings: tuple[str, ...] = ()
 
@@ -71,21 +74,30 @@ def stage_of(cfg: FrontierConfig, name: str) -> TrainConfig:
     stage = load_config(TrainConfig, cfg.stage, [*cfg.settings, *cell.settings])
     if not stage.init:
         raise ValueError(f"{cfg.stage} names no `init`: the cells of a frontier start from one shared checkpoint")
-    schedule = replace(stage.schedule, pattern=cell.pattern, steps=(), told=(), context=cell.context)
+    context, sigma = cell.context, cell.context_sigma
+    schedule = replace(stage.schedule, pattern=cell.pattern, steps=(), told=(), context=context, context_sigma=sigma)
     return replace(stage, name=name, out=cfg.out, steps=cfg.steps, schedule=schedule)
 
 
 def tuned(cfg: FrontierConfig, name: str) -> Bundle:
-    """The student of a trained cell; trained now unless it is finished."""
-    path = Path(cfg.out) / name / name
+    """The student of a trained cell; trained now unless it is finished.
+
+    ValueError if it was finished with other settings: figures of unequal cells are not comparable.
+    """
+    path, stage = Path(cfg.out) / name / name, stage_of(cfg, name)
     if not checkpoint.beside(path, ".json").is_file():
-        train(stage_of(cfg, name))
+        train(stage)
+    found, asked = (report.plain(kept) for kept in (checkpoint.read_record(path)["card"]["train"], asdict(stage)))
+    changed = sorted(key for key in asked if found.get(key) != asked[key] and key not in WORKING)
+    if changed:
+        raise ValueError(f"{path} was trained with other {', '.join(changed)}; remove that folder, or change `out`")
     return checkpoint.load(path, "student")
 
 
 def with_schedule(student: Bundle, schedule: ScheduleConfig) -> Bundle:
     """The same weights run by another schedule."""
-    changed = {"pattern": schedule.pattern, "context": schedule.context, "steps": [], "told": []}
+    seen = {"context": schedule.context, "context_sigma": schedule.context_sigma}
+    changed = {"levels": list(schedule.levels), "pattern": schedule.pattern, "steps": [], "told": [], **seen}
     return replace(student, record={**student.record, "schedule": {**student.record["schedule"], **changed}})
 
 
@@ -120,14 +132,11 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     students[SHARED] = checkpoint.load(start.init, "student")
     rows = []
     for name, cell in cfg.cells.items():
-        schedule = build(
-            ScheduleConfig, {"levels": list(start.schedule.levels), "pattern": cell.pattern, "context": cell.context}
-        )
-        rows.append(row_of(cfg, name, with_schedule(students[cell.weights or name], schedule)))
+        rows.append(row_of(cfg, name, with_schedule(students[cell.weights or name], stage_of(cfg, name).schedule)))
         log.info("%s: %s", name, {key: rows[-1].get(key) for key in ("nfe_7_chunks", *cfg.measures)})
-    result: dict[str, Any] = report.plain({"shared": start.init, "steps": cfg.steps})
+    result: dict[str, Any] = report.plain({"shared": start.init, "steps": cfg.steps, "measures": cfg.measures})
     result["cells"] = [{**report.plain(row), "trained": row["trained"]} for row in rows]
-    write(Path(cfg.out), result, cfg.measures)
+    write(Path(cfg.out), result)
     return result
 
 
@@ -135,7 +144,8 @@ def label(row: Mapping[str, Any]) -> str:
     return "tuned" if row["trained"] else f"inference only, weights of {row['weights']}"
 
 
-def table(result: Mapping[str, Any], measures: tuple[str, ...] = SHOWN) -> Table:
+def table(result: Mapping[str, Any]) -> Table:
+    measures = result["measures"]
     out = Table(title=f"{result['steps']} steps each from {result['shared']}")
     for name in ("cell", "steps a chunk", "context", "weights", "evaluations, 7 chunks", *measures):
         out.add_column(name)
@@ -145,8 +155,9 @@ def table(result: Mapping[str, Any], measures: tuple[str, ...] = SHOWN) -> Table
     return out
 
 
-def write(folder: Path, result: Mapping[str, Any], measures: tuple[str, ...]) -> None:
+def write(folder: Path, result: Mapping[str, Any]) -> None:
     """The figures as JSON, as a table in Markdown, and as one plot."""
+    measures = result["measures"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
     heads = ("cell", "steps a chunk", "context", "weights", "evaluations, 7 chunks", *measures)
@@ -162,8 +173,10 @@ def write(folder: Path, result: Mapping[str, Any], measures: tuple[str, ...]) ->
             colour = {"clean": "C0", "noised": "C2", "last_step": "C1"}[row["context"]]
             face = colour if row["trained"] else "none"
             axes.scatter(row["nfe_7_chunks"], row["frechet"], facecolors=face, edgecolors=colour)
-            axes.annotate(row["cell"], (row["nfe_7_chunks"], row["frechet"]), fontsize=7)
-        axes.set(xlabel="evaluations for 7 chunks", ylabel="Frechet distance (lower is better)", ylim=(0, None))
+            at = (row["nfe_7_chunks"], row["frechet"])
+            axes.annotate(row["cell"], at, xytext=(5, -2), textcoords="offset points", fontsize=7)
+        axes.set(xlabel="evaluations for 7 chunks", ylabel="Frechet distance (lower is better)")
+        axes.margins(0.12)
         axes.set_title("filled: tuned equally; hollow: inference only; orange: last_step, blue: clean", fontsize=8)
 
     report.figure(draw, folder / "frontier.png", width=8.0)

@@ -338,14 +338,16 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     score = score_difference(roles, x0.detach(), batch, cfg, rng)
     grad = score["grad"]
     logs = {"dmd_grad": grad[:, batch.given :].abs().mean()}
+    trust = torch.ones(len(x0), 1, 1, 1, 1, device=x0.device)
     if cfg.broken < 1:
         sound = soundness(x0.detach(), batch.x, batch.given)
         logs["broken"] = 1 - sound.mean()
-        grad = grad * (cfg.broken + (1 - cfg.broken) * sound).view(-1, 1, 1, 1, 1)
-    value = cfg.dmd * pull(x0, by_channel(grad, cfg.channel_weights), batch.given).float()
+        trust = (cfg.broken + (1 - cfg.broken) * sound).view(-1, 1, 1, 1, 1)
+    value = cfg.dmd * pull(x0, trust * by_channel(grad, cfg.channel_weights), batch.given).float()
     if cfg.motion:
         wanted = motion_gradient(x0.detach(), score["fake"], score["real"], batch.given)
         weight = motion_weights(wanted, cfg.motion_growth, cfg.motion_dynamic)
+        wanted = trust * by_channel(wanted, cfg.channel_weights)
         value = value + cfg.motion * motion_pull(x0, wanted, weight, batch.given)
         logs["motion_grad"] = wanted.abs().mean()
     if cfg.regression:

@@ -33,9 +33,9 @@ class ScheduleConfig:
     spells the lists out instead. `rewarm`: so many chunks from a prompt or scene switch on walk the first lists again
     (with "4322222" and 2: 4 and 3 steps, then 2). `context`: `clean` (an extra pass on the clean chunk, told
     `context_sigma`), `noised` (an extra pass on the chunk at `context_sigma`), `last_step` (what the last denoising
-    pass itself wrote, no extra pass). `exit` (training only): stop at a random step, the same relative step for all
-    chunks of a rollout (`shared`) or one each (`per_chunk`); with `last_step` context the chunk is still denoised to
-    its end for memory.
+    pass itself wrote, no extra pass). `exit` (training only): take the output at a random step, the same relative step
+    for all chunks of a rollout (`shared`: what is taken is what memory sees, as in Self Forcing) or one each
+    (`per_chunk`: the chunk is still denoised to its end for memory, as it always is with `last_step` context).
     """
 
     name: str = "chunkwise"
@@ -61,6 +61,10 @@ class ScheduleConfig:
             raise ValueError(f"schedule.told must match schedule.steps list by list, got {self.told} and {self.steps}")
         if not 0 <= self.context_sigma < 1:
             raise ValueError(f"schedule.context_sigma must lie in [0, 1), got {self.context_sigma}")
+        if self.context == "noised" and not self.context_sigma:
+            raise ValueError("schedule.context noised needs a context_sigma above 0; without noise it is clean")
+        if self.context == "last_step" and self.context_sigma:
+            raise ValueError(f"schedule.context last_step has no pass that {self.context_sigma} could be told to")
         for name in ("given_chunks", "rewarm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} must not be negative, got {getattr(self, name)}")
@@ -194,9 +198,9 @@ def finite(passes: Iterable[Pass], chunks: int) -> Iterator[Pass]:
 def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
     """The passes of one training rollout of `chunks` chunks: a random exit step per chunk keeps its gradient.
 
-    With a separate context pass the rollout stops at the exit step and shows that prediction to memory (Self
-    Forcing); with `last_step` context the denoising runs on without gradient to the end of its list, so that memory
-    holds exactly what streaming will write. Every step of every list is drawn with probability 1 / len(list).
+    With one exit for all chunks and a context pass, the rollout stops at the exit step and shows that prediction to
+    memory (Self Forcing); else the denoising runs on without gradient to the end of its list, so that memory holds
+    exactly what streaming will write. Every step of every list is drawn with probability 1 / len(list).
     """
     if cfg.name == "rolling":
         yield from (replace(trim(p, chunks), grad=p.emit) for p in finite(endless(cfg), chunks))
@@ -211,7 +215,7 @@ def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
             continue
         u = {"none": 0.9999, "shared": shared, "per_chunk": rng.random()}[cfg.exit]
         exit_step = len(steps) - 1 if cfg.exit == "none" else int(u * len(steps))
-        yield from exit_at(passes, exit_step, complete=cfg.context == "last_step")
+        yield from exit_at(passes, exit_step, complete=cfg.context == "last_step" or cfg.exit == "per_chunk")
 
 
 def trim(p: Pass, chunks: int) -> Pass:
