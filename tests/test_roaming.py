@@ -43,13 +43,14 @@ def test_the_map_shows_here_and_what_is_kept_of_every_frame():
         assert [s[3] for s in stored] == [1, 2, 1, 2, 1, 2]  # the chunk in flight is not kept yet
         assert all(a[0] < b[0] for a, b in itertools.pairwise(stored)) and stored[-1][0] < shown["here"][0]
         assert shown["here"][0] == pytest.approx(0.15 * 32, abs=0.01)  # 8 latents of 4 frames; the first stands still
+        assert shown["path"][-1] == shown["here"][:2] and len(shown["path"]) == 4
+        assert [x for x, _ in shown["path"]] == sorted(x for x, _ in shown["path"])
 
 
 def test_the_way_home_undoes_the_way_and_a_key_ends_it():
     with session() as stream:
         latents = stream.latents()
-        next(latents)
-        for action in ({"forward": 1.0}, {"turn_left": 1.0}, {"forward": 1.0, "turn_right": 0.5}):
+        for action in ({"forward": 1.0}, {"turn_left": 1.0}, {"forward": 1.0, "turn_right": 0.5}):  # from the first on
             stream.set(action=action)
             next(latents)
         there = stream.roamer.map["here"]
@@ -58,8 +59,8 @@ def test_the_way_home_undoes_the_way_and_a_key_ends_it():
         for _ in range(5):
             next(latents)
             seen.append(stream.roamer.map)
-        assert np.hypot(*there[:2]) > 1 and np.hypot(*seen[3]["here"][:2]) < 0.2
-        assert abs(seen[3]["here"][2]) < 1e-3 and seen[0]["home"] and not seen[4]["home"]
+        assert np.hypot(*there[:2]) > 1 and np.hypot(*seen[2]["here"][:2]) < 0.2
+        assert abs(seen[2]["here"][2]) < 1e-3 and seen[0]["home"] and not seen[3]["home"]
         stream.set(action={"forward": 1.0})
         next(latents)
         stream.roamer.go_home()
@@ -132,7 +133,13 @@ def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
     with served(fake) as app, watching(app) as browser:
         hello = browser.note("hello")
         assert hello["places"] and hello["remembers"]
-        roamer.map = {"here": [1.0, 2.0, 0.5], "stored": [[0.0, 0.0, 0.0, 4]], "history": True, "home": False}
+        roamer.map = {
+            "here": [1.0, 2.0, 0.5],
+            "path": [[0.0, 0.0]],
+            "stored": [[0.0, 0.0, 0.0, 4]],
+            "history": True,
+            "home": False,
+        }
         shown = browser.note("map")
         assert shown["here"] == [1.0, 2.0, 0.5] and shown["stored"] == [[0.0, 0.0, 0.0, 4]]
         browser.say(type="home")

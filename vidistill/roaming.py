@@ -8,6 +8,8 @@ from vidistill.memory import KVMemory
 from vidistill.poses import opposite, place_of, walk_of
 
 LONGEST_WAY = 4096  # chunks that can be walked back
+LONGEST_TRAIL = 1024  # places that the map draws of the way
+Step = tuple[tuple[float, ...], int]  # actions, and for how many latents they were held
 
 
 class Roamer:
@@ -15,8 +17,9 @@ class Roamer:
 
     def __init__(self, memory: KVMemory, inputs: Inputs) -> None:
         self._memory, self._inputs = memory, inputs
-        self._way: deque[tuple[float, ...]] = deque(maxlen=LONGEST_WAY)  # actions of the chunks so far
-        self._home: list[tuple[float, ...]] | None = None  # actions still to come on the way home, last one first
+        self._way: deque[Step] = deque(maxlen=LONGEST_WAY)  # what the chunks so far did
+        self._trail: deque[list[float]] = deque(maxlen=LONGEST_TRAIL)  # [x, y] after each
+        self._home: list[Step] | None = None  # what is still to be undone on the way home, last one first
         self._home_id = 0  # number of the wish that was set last on the way home
         self._noted = -1
         self.map: dict[str, Any] = {}
@@ -35,6 +38,7 @@ class Roamer:
         """A new dream: nothing was walked yet, nothing is remembered."""
         self._memory.reset()
         self._way.clear()
+        self._trail.clear()
         self._home, self._noted = None, -1
         self.update()
 
@@ -48,41 +52,47 @@ class Roamer:
         """From the next chunk on undo what was done, last things first, until the start; keys pressed meanwhile win."""
         if self._inputs.camera is None:
             raise ValueError("this student is not told where it goes, so it cannot be led back")
-        names = self._inputs.actions
-        self._home = [opposite(names, action) for action in self._way]
+        self._home = list(self._way)
         self._home_id = self._inputs.wish.id
 
-    def wish(self, start: int) -> Wish:
-        """What the chunk from latent `start` on is made with: the user's wish, or the next step on the way home."""
+    def wish(self, start: int, stop: int) -> Wish:
+        """What latents `start`..`stop` - 1, a chunk, are made with: the user's wish, or the next step on the way home."""
         if start > self._noted:
             self._noted = start
+            held = stop - max(start, 1)  # the camera stands still through the first latent
             if self._home is not None:
-                self._step_home()
-            elif start:  # the first chunk is given, nothing was done
-                self._way.append(self._inputs.wish.action)
+                self._step_home(held)
+            elif held:
+                self._way.append((self._inputs.wish.action, held))
         return self._inputs.wish
 
-    def _step_home(self) -> None:
+    def _step_home(self, held: int) -> None:
         if self._inputs.wish.id != self._home_id:  # somebody pressed a key
             self._home = None
-            self._way.append(self._inputs.wish.action)
+            self._way.append((self._inputs.wish.action, held))
         elif self._home:
-            self._home_id = self._inputs.set(self._home.pop(), None, None)
+            action, shorter = self._home.pop()
+            undone = opposite(self._inputs.actions, action)
+            self._home_id = self._inputs.set([min(1.0, shorter / held) * value for value in undone], None, None)
             self._way.pop()
         else:
             self._home = None
             self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
 
     def update(self) -> None:
-        """Draw the map anew: here, and every remembered frame with what is left of it, as [x, y, heading, factor]."""
+        """Draw the map anew: here, the way, every remembered frame and what is left of it as [x, y, heading, factor]."""
         camera = self._inputs.camera
         if camera is None:
             return
         poses = self._memory.poses
         stored = [[*place_of(poses[s.frame][0], camera), s.factor] for s in self._memory.stored if s.frame in poses]
-        here = self._inputs.pose
+        pose = self._inputs.pose
+        here = [0.0, 0.0, 0.0] if pose is None else [round(float(v), 3) for v in walk_of(pose)[0, -1]]
+        if not self._trail or self._trail[-1] != here[:2]:
+            self._trail.append(here[:2])
         self.map = {
-            "here": [0.0, 0.0, 0.0] if here is None else [round(float(v), 3) for v in walk_of(here)[0, -1]],
+            "here": here,
+            "path": list(self._trail),
             "stored": stored,
             "history": self._memory.history_shown,
             "home": self._home is not None,

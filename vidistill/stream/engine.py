@@ -256,7 +256,7 @@ class Engine:
             start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
             if start not in taken:
                 self._follow_script(start)
-                wish = self.roamer.wish(start)
+                wish = self.roamer.wish(start, stop)
                 taken[start] = (wish, self.inputs.condition(wish, start, stop))
         self._taken = taken
         switched = fresh and told is not None and self._taken[first][0].tokens is not told

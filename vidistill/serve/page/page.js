@@ -339,9 +339,9 @@ window.addEventListener("drop", (event) => {
 
 let recalling = true;
 
-function drawMap({ here, stored, history, home }) {
+function drawMap({ here, path, stored, history, home }) {
   const sheet = $("map"), pen = sheet.getContext("2d");
-  const places = [here, [0, 0, 0], ...stored];
+  const places = [here, [0, 0, 0], ...path, ...stored];
   const [left, right] = [Math.min(...places.map((p) => p[0])) - 2, Math.max(...places.map((p) => p[0])) + 2];
   const [low, high] = [Math.min(...places.map((p) => p[1])) - 2, Math.max(...places.map((p) => p[1])) + 2];
   const scale = Math.min(sheet.width / (right - left), sheet.height / (high - low));
@@ -359,6 +359,10 @@ function drawMap({ here, stored, history, home }) {
     pen.stroke();
   };
   pen.lineWidth = 2;
+  pen.strokeStyle = "#565e6b";
+  pen.beginPath();
+  for (const place of path) pen.lineTo(...at(place));
+  pen.stroke();
   pen.fillStyle = pen.strokeStyle = "#ffb454";
   for (const place of stored) mark(place, 5, (history ? 1 : 0.3) * ({ 1: 1, 2: 0.6 }[place[3]] ?? 0.3));
   pen.fillStyle = pen.strokeStyle = "#98a1b0";
