@@ -56,7 +56,7 @@ class Roamer:
         self._home_id = self._inputs.wish.id
 
     def wish(self, start: int, stop: int) -> Wish:
-        """What latents `start`..`stop` - 1, a chunk, are made with: the user's wish, or the next step on the way home."""
+        """What a chunk of latents `start`..`stop` - 1 is made with: the wish that is set, or the next step home."""
         if start > self._noted:
             self._noted = start
             held = stop - max(start, 1)  # the camera stands still through the first latent
@@ -80,7 +80,7 @@ class Roamer:
             self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
 
     def update(self) -> None:
-        """Draw the map anew: here, the way, every remembered frame and what is left of it as [x, y, heading, factor]."""
+        """Draw the map anew: here, the way, and each remembered frame with its factor as [x, y, heading, factor]."""
         camera = self._inputs.camera
         if camera is None:
             return
