@@ -13,6 +13,7 @@ from vidistill.checkpoint import load
 from vidistill.conditioning import Condition, Inputs, walked
 from vidistill.data import Clips, read_meta, write_shards
 from vidistill.dit import SiteConfig, grown
+from vidistill.dit.layers import Block, SelfAttention
 from vidistill.long import LongRollout, SavedBytes, replayed_backward
 from vidistill.memory import MemoryConfig
 from vidistill.objectives import LossConfig
@@ -61,6 +62,31 @@ def posed_teacher(root):
     shape = {"frames": FRAMES, "channels": 4, "height": 4, "width": 4}
     record = {"noise": {"shift": 2.0}, "shape": shape, "codec": None, "card": {}}
     checkpoint.export(root / "teacher", net, record, torch.float32)
+
+
+def test_poses_turn_queries_and_keys_and_moves_are_added_after_self_attention():
+    """Values know nothing of poses; cross-attention and feed-forward see the moves, self-attention does not."""
+    layer, x = SelfAttention(DIT), torch.randn(1, 2, 4, DIT.width)
+    table = rope_table(torch.cartesian_prod(*map(torch.arange, (2, 2, 2))), DIT.width // DIT.heads)
+    told = [layer.project(x, table, key, True, None) for key in (None, torch.randn(1, 2, 1, DIT.width))]
+    same = [torch.allclose(a, b) for a, b in zip(*told, strict=True)]
+    assert same == [False, False, False, True]
+
+    block, e = Block(replace(DIT, text_dim=8)), torch.randn(1, 2, 6, DIT.width)
+    inside, out = torch.randn(1, 2, 1, DIT.width), torch.randn(1, 8, DIT.heads, DIT.width // DIT.heads)
+    seen = []
+    block.norm3.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    prompt = block.cross_attn.read(torch.randn(1, 3, DIT.width))
+    for moves in (None, inside):
+        block.after(x, out, e, prompt, moves)
+    torch.testing.assert_close(seen[1] - seen[0], inside.expand_as(x))
+
+
+def test_a_stream_of_other_clips_actions_tells_no_poses(root):
+    camera = replace(CAMERA, tells=("view",))
+    with pytest.raises(ValueError, match="whose poses begin elsewhere"):
+        dmd_stage(root, long_frames=13, camera=CAMERA)
+    assert dmd_stage(root, long_frames=13, camera=camera).long_frames == 13
 
 
 def test_a_batch_tells_where_the_camera_was(root):

@@ -18,7 +18,7 @@ from vidistill.stream import StreamConfig, StreamSession
 from vidistill.student import CausalStudent, StudentConfig
 
 
-def session(memory=MEMORY, camera=CAMERA):
+def session(memory=MEMORY, camera=CAMERA, gain=1.0):
     dit = replace(DIT, sites=SITES if camera else DIT.sites)
     student = CausalStudent(random_dit(dit), StudentConfig(3, 0, memory), SHAPE).eval().requires_grad_(False)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def session(memory=MEMORY, camera=CAMERA):
     world = {**WORLD, "camera": asdict(camera)} if camera else WORLD
     described = {"sites": {n: {"dim": s.dim} for n, s in dit.sites.items()}, "text_dim": 0, "extra_channels": 0}
     record = {"dit": described, "schedule": {**SCHEDULE, "given_chunks": 0}, "world": world}
-    return StreamSession(Bundle("roamer", "student", student, record), None, StreamConfig(pipelined=False))
+    return StreamSession(Bundle("roamer", "student", student, record), None, StreamConfig(pipelined=False, gain=gain))
 
 
 def test_the_map_shows_here_and_what_is_kept_of_every_frame():
@@ -67,6 +67,22 @@ def test_the_way_home_undoes_the_way_and_a_key_ends_it():
         stream.set(action={"backward": 1.0})
         next(latents)
         assert not stream.roamer.map["home"] and stream.roamer.map["here"][0] < seen[4]["here"][0] + 1
+
+
+def test_a_gain_scales_the_way():
+    ends = []
+    for gain in (1.0, 2.5):
+        with session(gain=gain) as stream:
+            stream.set(action={"forward": 1.0, "turn_left": 0.5})
+            latents = stream.latents()
+            for _ in range(2):
+                next(latents)
+            ends.append(np.array(stream.roamer.map["here"]))
+    assert ends[1][:2] == pytest.approx(2.5 * ends[0][:2], abs=2e-3) and ends[1][2] == ends[0][2] != 0
+    with pytest.raises(ValueError, match="no gain"):
+        session(camera=None, gain=2.0)
+    with pytest.raises(ValueError, match=r"stream\.gain"):
+        StreamConfig(gain=0.0)
 
 
 def test_history_is_switched_while_the_stream_goes_on():

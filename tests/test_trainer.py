@@ -170,6 +170,19 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(root):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
 
 
+@pytest.mark.parametrize("role", ["teacher", "critic"])
+@pytest.mark.parametrize("weights", [{"motion": 0.0}, {"dmd": 0.0, "motion": 1.0}])
+def test_a_score_that_is_not_finite_stops_the_student(root, role, weights):
+    cfg = dmd_stage(root)
+    trainer = Trainer(replace(cfg, loss=replace(cfg.loss, **weights)))
+    with torch.no_grad():
+        next(getattr(trainer.roles, role).parameters()).fill_(float("nan"))
+    before = [p.clone() for p in trainer.learner.params]
+    with pytest.raises(FloatingPointError):
+        trainer.step()  # the student's turn
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
+
+
 def test_a_full_disk_keeps_the_last_saved_state(root, monkeypatch):
     trainer = Trainer(flow_stage(root))
     trainer.step()

@@ -19,7 +19,7 @@ from vidistill.poses import (
     latent_rate,
     moves,
     numbers,
-    planar,
+    pose_of,
     relative,
     walk_of,
     wanted,
@@ -185,8 +185,8 @@ def pack_camera(moved: Tensor, pose: Pose, cfg: CameraConfig, factor: int) -> di
 
 
 def walked(poses: Tensor, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:
-    """The same from a walker's recorded poses [B, F, 3] at latent rate, seen from the first of them."""
-    moved = moves(planar(poses))
+    """The same from recorded poses [B, F, 3 or 12] at latent rate, seen from the first of them: see `pose_of`."""
+    moved = moves(pose_of(poses))
     return pack_camera(moved, integrate(moved), cfg, factor)
 
 
@@ -272,6 +272,12 @@ class Inputs:
         audio = AudioConfig(**record["audio"]) if record.get("audio") else None
         pictured = dit["extra_channels"] > 0
         return cls(sites, dit["text_dim"], world.get("actions", ()), factor, device, encode, camera, audio, pictured)
+
+    def speed_up(self, gain: float) -> None:
+        """From now on an action goes `gain` times as far; ValueError for a network that is not told where it goes."""
+        if gain != 1 and self.camera is None:
+            raise ValueError("this student is not told where its camera goes, so it has no gain: leave it 1")
+        self.gain = gain
 
     def begin(self, given: Tensor | None) -> None:
         """A stream begins with latents `given` [1, F, C, H, W]; ValueError if the network is to be told a picture."""

@@ -317,7 +317,7 @@ def score_difference(
     sigma, fake, real = both_scores(roles, x, told, batch, cfg, rng)
     g = batch.given
     scale = (x - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    grad = torch.nan_to_num((fake - real) / scale.clamp_min(1e-6))
+    grad = (fake - real) / scale.clamp_min(1e-6)
     grad[:, :g] = 0.0
     return {"sigma": sigma, "fake": fake, "real": real, "grad": grad}
 
@@ -400,7 +400,7 @@ def motion_gradient(x: Tensor, fake: Tensor, real: Tensor, given: int) -> Tensor
     """Normalised score difference of motion [B, T, C, H, W]. Source: Diagonal Distillation 2603.09488, flow DMD."""
     moved, wanted = motion(x, given), motion(real, given)
     scale = (moved - wanted).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return torch.nan_to_num((motion(fake, given) - wanted) / scale.clamp_min(1e-6))
+    return (motion(fake, given) - wanted) / scale.clamp_min(1e-6)
 
 
 def motion_weights(grad: Tensor, growth: float, dynamic: float) -> Tensor:

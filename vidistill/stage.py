@@ -157,6 +157,11 @@ class TrainConfig:
             raise ValueError(
                 f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
             )
+        if self.long_frames and self.camera and "qk" in self.camera.tells:
+            raise ValueError(
+                "long_frames goes on with the actions of another clip, whose poses begin elsewhere: tell no poses "
+                "(camera.tells without qk), or leave long_frames 0 and roll out longer clips"
+            )
         if self.critic_reuse > 1 and (self.long_frames or not self.rolls):
             raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")
         if self.long_frames > memory.frames and memory.policy == "full":

@@ -35,6 +35,9 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+MAX_GAIN = 10.0
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """How a session runs.
@@ -45,7 +48,8 @@ class StreamConfig:
     1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
     `decode_threads` are intra-op threads of the two workers (0: the caller's shared out, a quarter of them, at least
     one, for decoding); where they are more than the cores of a CPU one worker does both. `switch`: what a change of the
-    prompt does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own.
+    prompt does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own. `gain`:
+    how far a walker goes by the same action, for students that are told where the camera goes.
     """
 
     seed: int = 0
@@ -56,8 +60,11 @@ class StreamConfig:
     decode_threads: int = 0
     switch: str = "keep"
     rewarm: int | None = None
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.gain <= MAX_GAIN:
+            raise ValueError(f"stream.gain must be above 0 and at most {MAX_GAIN:g}, got {self.gain}")
         for name in ("queue_frames", "threads", "decode_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stream.{name} must not be negative, got {getattr(self, name)}")
@@ -96,6 +103,7 @@ class StreamSession:
         self.fps: float = world["fps"]
         self.cfg = cfg = cfg or StreamConfig()
         self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
+        engine.inputs.speed_up(cfg.gain)
         engine.begin(Dream(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
