@@ -20,8 +20,9 @@ from vidistill.learner import Learner, OptimConfig
 from vidistill.long import SavedBytes
 from vidistill.memory import MemoryConfig
 from vidistill.objectives import Loss
+from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
-from vidistill.trainer import METRICS, STATE, Trainer, TrainingError
+from vidistill.trainer import METRICS, STATE, Trainer, TrainingError, train
 
 STAGES = {
     "flow": flow_stage,
@@ -181,6 +182,15 @@ def test_a_score_that_is_not_finite_stops_the_student(root, role, weights):
     with pytest.raises(FloatingPointError):
         trainer.step()  # the student's turn
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
+
+
+def test_a_stage_trains_with_the_attention_backend_it_names(root, monkeypatch):
+    used = []
+    monkeypatch.setattr(Trainer, "run", lambda self: used.append(attention.choice()))
+    train(flow_stage(root, backend="sdpa"))
+    assert used == ["sdpa"] and attention.choice() == "auto"
+    with pytest.raises(ValueError, match="backend 'cudnn' is unknown"):
+        flow_stage(root, backend="cudnn")
 
 
 def test_a_full_disk_keeps_the_last_saved_state(root, monkeypatch):

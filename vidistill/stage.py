@@ -11,6 +11,7 @@ from vidistill.dit import DiTConfig
 from vidistill.learner import OptimConfig
 from vidistill.lora import LoraConfig
 from vidistill.objectives import OBJECTIVES, LossConfig
+from vidistill.ops.attention import BACKENDS
 from vidistill.ops.precision import DTYPES, PRECISIONS
 from vidistill.poses import CameraConfig
 from vidistill.schedules import ScheduleConfig
@@ -69,6 +70,7 @@ class TrainConfig:
     ema_start: int = 0
     precision: str = "fp32"  # or bf16, or auto: bf16 where the hardware multiplies it
     teacher_precision: str = "fp32"  # of the frozen teacher's weights
+    backend: str = "auto"  # attention: auto or a key of ops.attention.BACKENDS
     compile: bool = False  # torch.compile the blocks around their attention
     threads: int = 0  # 0: all
     out: str = "runs"
@@ -78,7 +80,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
-        for name, known in (("precision", PRECISIONS), ("teacher_precision", DTYPES)):
+        choices = ("precision", PRECISIONS), ("teacher_precision", DTYPES), ("backend", ("auto", *BACKENDS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {tuple(known)}")
         if self.teacher_precision == "bf16" and self.precision != "bf16":

@@ -23,6 +23,7 @@ from vidistill.learner import Learner
 from vidistill.long import LongRollout, Rollout, last_picture, replayed_backward, whole_chunks
 from vidistill.lora import LoraConfig, add_lora, merge_lora
 from vidistill.objectives import OBJECTIVES, Loss, MotionHead, Roles, noised_sample
+from vidistill.ops.attention import use_backend
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import sample as sample_teacher
 from vidistill.shapes import LatentShape
@@ -492,5 +493,5 @@ def train(cfg: TrainConfig) -> Path:
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    with distributed.group():
+    with distributed.group(), use_backend(cfg.backend):
         return Trainer(cfg).run()

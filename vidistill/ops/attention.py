@@ -211,7 +211,7 @@ def _resolve(name: str, device: str) -> str:
     if name == "auto" and device == "cpu":
         name, reason = "products", "batched products where they beat torch's fused kernel, the kernel elsewhere"
     elif name == "auto":
-        name, reason = "sdpa", "torch's own kernels, nothing to install; scripts/verify_kernels.py compares the others"
+        name, reason = "sdpa", "torch's own kernels, nothing to install"
     else:
         reason = "asked for"
         if name in NEEDS:
