@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Makes the bundled doom checkpoints from nothing: record, codec, encode, teacher, causal init, Self Forcing, diagonal.
 # Every stage resumes where it stopped when the script runs again; finished stages are skipped.
-# Usage: scripts/reproduce_doom.sh [STAGE ...]   (default: all stages in order)
+# Usage: scripts/reproduce_doom.sh [STAGE ...]
+# Default: frames codec decoder probe latents teacher tf selfforcing diagonal. The worlds that remember are left out, name
+# their stages: relic, which records loops first; loops records alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v vidistill >/dev/null || { echo "activate an environment with vidistill first: pip install -e '.[doom,eval]'" >&2; exit 1; }

@@ -363,7 +363,7 @@ def load_student(name: str | Path) -> Bundle:
 
 
 def summary(name: str | Path) -> dict[str, Any]:
-    """What a checkpoint is: kind, sizes, schedule with its evaluations per chunk, card."""
+    """What a checkpoint is: kind, sizes, schedule with its evaluations per chunk, card, whose alias its name is."""
     path = locate(name)
     record = read_record(path)
     with torch.device("meta"):
@@ -374,6 +374,8 @@ def summary(name: str | Path) -> dict[str, Any]:
         "bytes": beside(path, ".safetensors").stat().st_size,
         "card": record.get("card", {}),
     }
+    if str(name) in zoo_names() and path.name != str(name):
+        row["alias_of"] = path.name
     if record["kind"] == "student":
         schedule = build(ScheduleConfig, record["schedule"])
         row["schedule"] = record["schedule"]
