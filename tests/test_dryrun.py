@@ -12,6 +12,7 @@ from tiny_training import dmd_stage
 from vidistill import dryrun
 from vidistill.cli import main
 from vidistill.config import load_config
+from vidistill.data import Clips
 from vidistill.dit import DiTConfig, VideoDiT
 from vidistill.lora import LoraConfig, add_lora
 from vidistill.stage import TrainConfig
@@ -71,6 +72,15 @@ def test_the_miniature_keeps_what_the_stage_is_about(tmp_path):
     ):
         assert getattr(small, name) == getattr(cfg, name), name
     assert small.dit.checkpoint and small.dit.width == dryrun.WIDTH and small.latent_size == (4, 4)
+
+
+@pytest.mark.parametrize(("path", "size"), [("wan/relic-14b", 12), ("doom/relic", 3)])
+def test_the_random_clips_of_a_rehearsal_move_as_the_camera_of_the_stage_can(path, size, tmp_path):
+    cfg = load_config(TrainConfig, CONFIGS / f"{path}.yaml")
+    dryrun.miniature(cfg, dryrun.roles_of(cfg), tmp_path)
+    clips = Clips(tmp_path / "data", camera=cfg.camera)
+    told = clips.latents(2, cfg.frames, 0, 0).cond.per_frame["hidden"]
+    assert clips.width_of("poses") == size and (told[..., :-1].amax((0, 1)) > 0).all()
 
 
 def test_a_setting_that_cannot_work_fails_in_the_dry_run_as_it_would_in_training(capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vidistill.conditioning import walked
 from vidistill.poses import (
     MOVES,
     PLANAR,
@@ -20,7 +21,9 @@ from vidistill.poses import (
     numbers,
     origin,
     planar,
+    pose_of,
     relative,
+    rows_of,
     signed,
     walk_of,
     wanted,
@@ -48,6 +51,55 @@ def test_actions_and_poses_turn_into_each_other():
     assert actions.shape == (2, 60, 13) and actions.min() >= 0
     assert error(integrate(signed(actions.double(), FREE, 1)), pose) < 1e-4  # float32 actions
     assert error(from_start(whole), whole) < 1e-9
+
+
+def joined(start: Pose, pose: Pose):
+    return Pose(*(torch.cat(parts, 1) for parts in zip(start, pose, strict=True)))
+
+
+def test_recorded_rows_of_a_free_camera_give_their_poses_back_through_moves():
+    first = integrate(random_moves(frames=1, seed=1))  # neither at the origin nor level
+    rows = rows_of(joined(first, integrate(random_moves(), first)))
+    pose = pose_of(rows)
+    assert rows.shape == (2, 61, 12) and torch.equal(rows_of(pose), rows)
+    assert error(integrate(moves(pose)[:, 1:], first), Pose(pose.position[:, 1:], pose.rotation[:, 1:])) < 1e-9
+    assert torch.allclose(moves(pose_of(rows.float())), moves(pose), atol=1e-5)
+
+
+@pytest.mark.parametrize(("up", "pitch", "names"), [(1, 1, ("up", "look_up")), (-1, -1, ("down", "look_down"))])
+def test_a_clip_that_moves_up_or_down_and_pitches_is_told_so_and_nothing_else(up, pitch, names):
+    moved = torch.zeros(1, 5, 6, dtype=torch.float64)
+    moved[..., 2], moved[..., 4] = up * FREE.step, pitch * FREE.turn
+    clip = rows_of(joined(origin(1), integrate(moved))).float()
+    told = walked(clip, FREE, 1)["hidden"][0]
+    want = torch.zeros(6, 13)
+    want[1:, [RELIC.index(name) for name in names]] = 1
+    want[0, RELIC.index("static")] = 1
+    torch.testing.assert_close(told, want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cfg", [DOOM, FREE], ids=["planar", "free"])
+def test_a_walk_is_told_the_same_in_either_layout(cfg):
+    cfg = replace(cfg, tells=("hidden", "qk", "view"))
+    walk = torch.rand(2, 7, 3, dtype=torch.float64)
+    flat, full = walked(walk, cfg, 4), walked(rows_of(planar(walk)), cfg, 4)
+    assert flat.keys() == full.keys() == {"hidden", "qk", "view"}
+    assert all(torch.equal(flat[site], full[site]) for site in flat)
+
+
+@pytest.mark.parametrize("cfg", [DOOM, FREE], ids=["planar", "free"])
+def test_random_poses_have_the_layout_of_their_camera(cfg):
+    poses = cfg.wander(2, 9)
+    assert poses.shape == (2, 9, 3 if cfg.planar else 12) and poses.dtype == torch.float32
+    rotation = pose_of(poses).rotation
+    eye = torch.eye(3, dtype=torch.float64).expand_as(rotation)
+    assert torch.allclose(rotation @ rotation.transpose(-1, -2), eye, atol=1e-5)
+    assert (walked(poses, cfg, 1)["hidden"][..., :-1].amax((0, 1)) > 0).all()  # every move occurs
+
+
+def test_rows_of_neither_layout_are_refused_with_both():
+    with pytest.raises(ValueError, match=r"3 numbers .* or 12 .* got 7"):
+        pose_of(torch.zeros(2, 4, 7))
 
 
 @pytest.mark.parametrize("name", [*MOVES, "static"])

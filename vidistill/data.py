@@ -94,7 +94,7 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
 
 
 def frame_shards(episodes: Iterable[Episode], per_shard: int = 64) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
-    """Shards of recorded episodes of one length: frames uint8 [N, T, H, W, 3], actions [N, T, A], poses [N, T, 3]."""
+    """Shards of episodes of one length: frames uint8 [N, T, H, W, 3], actions [N, T, A], poses [N, T, 3 or 12]."""
     episodes = iter(episodes)
     while held := list(itertools.islice(episodes, per_shard)):
         yield stacked(held, "frames", "actions", "poses"), [{"seed": e.seed, "walls": e.walls} for e in held]
@@ -254,8 +254,9 @@ class Clips:
     ) -> None:
         """`episodes`: how many to use, from the first (rounded up to whole shards); 0 uses all.
 
-        `camera`: latents also come with what this camera did, from the recorded poses. `reference`: with their first
-        picture as channels. `curate`: only clips whose measures lie in these ranges are drawn, see `dropped`.
+        `camera`: latents also come with what this camera did, from the recorded poses (of either layout of
+        `poses.pose_of`). `reference`: with their first picture as channels. `curate`: only clips whose measures lie in
+        these ranges are drawn, see `dropped`.
         """
         self.camera, self.reference = camera, reference
         self.folder = Path(folder)
@@ -396,8 +397,8 @@ def start_of_clip(cond: Condition) -> Condition:
 
 @torch.no_grad()
 def latent_shard(shard: Shard, codec: Any) -> Shard:
-    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses [N, F, 3],
-    tokens [N, L, D], what there is of them.
+    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses
+    [N, F, 3 or 12], tokens [N, L, D], what there is of them.
 
     `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
     that picture alone, which is what a clip starts from.

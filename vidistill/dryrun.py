@@ -220,7 +220,7 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     if actions:
         tensors["actions"] = torch.rand(CLIPS, cfg.frames, actions)
     if cfg.camera is not None:
-        tensors["poses"] = torch.rand(CLIPS, cfg.frames, 3)
+        tensors["poses"] = cfg.camera.wander(CLIPS, cfg.frames)
     if dit.text_dim:
         tensors["tokens"] = torch.randn(CLIPS, TOKENS, dit.text_dim)
     if cfg.reference and AUDIO_SITE in dit.sites:

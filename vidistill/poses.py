@@ -95,6 +95,34 @@ class CameraConfig:
         """A full action in each of the six signed moves (float64)."""
         return torch.tensor([self.step] * 3 + [self.turn] * 3, dtype=torch.float64)
 
+    def wander(self, clips: int, frames: int) -> Tensor:
+        """Random poses (float32) as clips of this camera hold them: [clips, frames, 3] in a plane, else 12 numbers."""
+        pose = integrate(torch.randn(clips, frames, 6) * self.units)
+        return (walk_of(pose) if self.planar else rows_of(pose)).float()
+
+
+def pose_of(rows: Tensor) -> Pose:
+    """The poses (float64) of recorded clips, in either layout that clips may hold.
+
+    [..., T, 3]: a walker's x, y and heading, as in `planar`. [..., T, 12]: positions, then the nine numbers of the
+    rotations from world to camera, row by row. ValueError for another size.
+    """
+    size = rows.shape[-1]
+    if size == 3:
+        return planar(rows)
+    if size == 12:
+        rows = rows.double()
+        return Pose(rows[..., :3], rows[..., 3:].unflatten(-1, (3, 3)))
+    raise ValueError(
+        f"poses of clips are 3 numbers a frame (x, y, heading) or 12 (position, then the rotation from world to camera "
+        f"row by row), got {size}; write them in one of these layouts"
+    )
+
+
+def rows_of(pose: Pose) -> Tensor:
+    """Poses as clips hold them [..., T, 12]: the inverse of `pose_of`."""
+    return torch.cat((pose.position, pose.rotation.flatten(-2)), -1)
+
 
 def planar(poses: Tensor) -> Pose:
     """Poses of a walker from [..., T, 3]: x, y and the heading in radians, counter-clockwise."""
