@@ -12,7 +12,7 @@ from test_relic_training import CAMERA, MEMORY, SITES
 
 from vidistill.checkpoint import Bundle
 from vidistill.memory import MemoryConfig
-from vidistill.poses import numbers, opposite, place_of, planar
+from vidistill.poses import RELIC, numbers, opposite, place_of, planar
 from vidistill.serve import protocol
 from vidistill.stream import StreamConfig, StreamSession
 from vidistill.student import CausalStudent, StudentConfig
@@ -109,7 +109,10 @@ def test_what_a_student_cannot_do_is_said():
 
 def test_a_place_is_read_back_from_what_a_network_is_told():
     pose = planar(torch.tensor([[3.0, -2.0, 0.7]]))
-    assert place_of(numbers(pose, CAMERA)[0], CAMERA) == pytest.approx([3, -2, 0.7], abs=1e-3)
+    free = replace(CAMERA, actions=RELIC)
+    assert CAMERA.planar and not free.planar
+    for camera in (CAMERA, free):
+        assert place_of(numbers(pose, camera)[0], camera) == pytest.approx([3, -2, 0.7], abs=1e-3)
     assert opposite(ACTIONS, (0.2, 0.0, 1.0, 0.0)) == (0.0, 0.2, 0.0, 1.0)
 
 

@@ -255,8 +255,8 @@ def numbers(pose: Pose, cfg: CameraConfig) -> Tensor:
 
 
 def place_of(told: Tensor, cfg: CameraConfig) -> list[float]:
-    """x, y and heading back from `numbers` [pose_dim] of a planar pose."""
-    look = 2 * (1 + 2 * len(cfg.wavelengths))
+    """x, y and heading back from `numbers` [pose_dim]."""
+    look = (2 if cfg.planar else 3) * (1 + 2 * len(cfg.wavelengths))
     x, y = (told[:2] * max(cfg.wavelengths, default=1.0)).tolist()
     return [round(x, 3), round(y, 3), round(float(torch.atan2(told[look + 1], told[look])), 3)]
 
