@@ -4,21 +4,34 @@ import io
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DIT, random_dit
+from conftest import ACTIONS, DIT, WORLD, random_dit
 from rich.console import Console
 from safetensors.torch import save_file
+from test_relic_training import CAMERA
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill import bench as bench_module
-from vidistill.bench import BenchConfig, BenchResult, GateError, RandomConfig, bench, machine, random_bench
-from vidistill.bench.growth import growth_rows
+from vidistill.bench import (
+    BenchConfig,
+    BenchResult,
+    GateError,
+    RandomConfig,
+    StreamTimer,
+    bench,
+    machine,
+    opponent,
+    random_bench,
+    random_weights,
+)
+from vidistill.bench.growth import growth_rows, walk
 from vidistill.bench.random_weights import Contender
 from vidistill.checkpoint import load, load_codec_of, load_student
+from vidistill.cli import main
 from vidistill.conditioning import Condition
 from vidistill.diffusion import add_noise, x0_from_v
 from vidistill.dit import SiteConfig, VideoDiT
@@ -93,7 +106,7 @@ def test_an_old_stream_is_timed_in_turn_with_a_young_one():
     """Only chunks that count have a partner; twice as slow a stream is told from a machine that slows down."""
 
     class Stream:
-        fps, frames_per_chunk, memory_bytes = 4.0, 4, 1
+        fps, frames_per_chunk, memory_bytes, actions = 4.0, 4, 1, ()
 
         def __init__(self, cost: float) -> None:
             self.cost, self.made = cost, []
@@ -111,11 +124,107 @@ def test_an_old_stream_is_timed_in_turn_with_a_young_one():
     assert row["beside_young"] == pytest.approx(2.0, rel=0.01)
 
 
+def test_old_and_young_stream_walk_alike():
+    class Stream:
+        fps, frames_per_chunk, memory_bytes, actions = 4.0, 4, 1, ACTIONS
+
+        def __init__(self) -> None:
+            self.held, self.done = None, []
+
+        def set(self, action) -> None:
+            self.held = action
+
+        def advance(self, minutes) -> None:
+            pass
+
+        def chunks(self):
+            for index in itertools.count():
+                self.done.append(self.held)
+                yield SimpleNamespace(index=index, stats={"chunk_ms": 1.0})
+
+    def walked(seed):
+        old, young = Stream(), Stream()
+        growth_rows(old, young, 3, replace(SHORT, seed=seed, growth_minutes=(1.0,), growth_chunks=20), lambda *_: None)
+        assert old.done[-20:] == young.done[3:]
+        return old.done
+
+    way = walked(0)
+    assert {name for action in way for name in action} == {"forward", "turn_left", "turn_right"}
+    assert way == walked(0) != walked(1)
+    assert max(len(list(same)) for _, same in itertools.groupby(way)) >= 4
+
+
+def test_a_walker_gets_somewhere_while_it_grows(student):
+    world = {**WORLD, "camera": asdict(CAMERA)}
+    timer = StreamTimer(
+        replace(student, record={**student.record, "world": world}), load_codec_of(student), SHORT, None
+    )
+    with timer.open(pipelined=False) as old, timer.open(pipelined=False) as young:
+        cfg = replace(SHORT, growth_minutes=(0.1,), growth_chunks=3)
+        growth_rows(old, young, timer.fill, cfg, lambda *_: None)
+        assert all(len({tuple(place) for place in session.roamer.map["path"]}) > 2 for session in (old, young))
+
+
+def test_a_student_whose_actions_are_its_own_does_them():
+    told = []
+    session = SimpleNamespace(actions=("jump",), set=lambda action: told.append(action))
+    walk(session, 0, 5)
+    walk(SimpleNamespace(actions=()), 0, 5)
+    assert told == [{"jump": 1.0}]
+
+
+def test_as_many_minutes_as_were_asked_for_really_run_before_the_clock_is_advanced(student, monkeypatch):
+    made, advanced = [], []
+    chunks, advance = StreamSession.chunks, StreamSession.advance
+
+    def watched(session):
+        for chunk in chunks(session):
+            made.append(chunk.index)
+            yield chunk
+
+    def advance_after(session, minutes):
+        advanced.append(made[-1])
+        return advance(session, minutes)
+
+    monkeypatch.setattr(StreamSession, "chunks", watched)
+    monkeypatch.setattr(StreamSession, "advance", advance_after)
+    timer = StreamTimer(student, load_codec_of(student), SHORT, None)
+    with timer.open(pipelined=False) as old, timer.open(pipelined=False) as young:
+        cfg = replace(SHORT, growth_minutes=(5.0,), growth_chunks=3, growth_run=0.2)
+        (row,) = growth_rows(old, young, timer.fill, cfg, lambda *_: None)
+    assert not row["ran"] and row["minutes"] == pytest.approx(5, abs=0.1)
+    assert advanced == [int(0.2 * 60 * student.record["world"]["fps"] / timer.frames_per_chunk)]
+
+
 def test_people_get_a_table(timed):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(timed.table())
     text = console.export_text()
     assert "x real time" in text and "4 a chunk" in text and "after 0.1" in text
+    assert f"{timed.warmup_ms:.0f} ms for the first chunks" in text
+
+
+def test_the_first_chunks_are_the_warm_up_and_the_rival_comes_after_the_peak(
+    tiny_student_path, tiny_teacher_path, monkeypatch
+):
+    order = []
+
+    def note(place, name):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **kw: order.append(name) or original(*args, **kw))
+
+    for name in ("load", "peak_bytes"):
+        note(bench_module, name)
+    for name in ("warm_up", "gate", "round"):
+        note(StreamTimer, name)
+    bench(tiny_student_path, replace(SHORT, rounds=1, inputs=0), vs=tiny_teacher_path)
+    assert order == ["warm_up", "gate", "peak_bytes", "load", "round"]
+
+
+def test_a_rival_that_is_nowhere_is_told_before_anything_runs(student, monkeypatch):
+    monkeypatch.setattr(StreamTimer, "warm_up", lambda timer: pytest.fail("ran"))
+    with pytest.raises(ValueError, match="no checkpoint 'nobody'"):
+        bench(student, SHORT, vs="nobody")
 
 
 def test_a_teacher_is_timed_in_the_same_run(tiny_student_path, tiny_teacher_path, monkeypatch):
@@ -142,6 +251,45 @@ def test_two_students_are_held_against_each_other(student):
     fewer = replace(student, record={**student.record, "schedule": {"levels": [1.0], "given_chunks": 1}})
     result = bench(fewer, replace(SHORT, pipelined=False), vs=student)
     assert result.nfe_per_chunk == 2 and result.vs["nfe_ratio"] == 2.0 and result.vs["name"] == "student"
+
+
+def test_a_rival_is_computed_as_the_student_is(student, tiny_teacher_path):
+    fewer = replace(student, record={**student.record, "schedule": {"levels": [1.0], "given_chunks": 1}})
+    once, packed = replace(SHORT, rounds=1, inputs=0), SpeedConfig(linears="packed")
+    for vs, name in ((fewer, "student (packed)"), (load(tiny_teacher_path), "teacher (packed)")):
+        result = bench(student, once, vs=vs, speed=packed)
+        assert result.name == "student (packed)" and result.vs["name"] == name
+        assert result.env["speed"] == result.vs["speed"] == {"linears": "packed", "compile": False}
+
+
+def test_a_student_beside_itself_shows_what_a_speed_setting_gains(student):
+    result = bench(student, replace(SHORT, rounds=1, inputs=0), vs=student, speed=SpeedConfig(linears="packed"))
+    assert result.vs["name"] == "student" and result.vs["speed"]["linears"] == "plain"
+    assert 0 <= result.vs["latents_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_network_and_decoder_of_a_rival_are_compiled_too(student, tiny_teacher_path, kind, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **kw: compiled.append(function) or function)
+    fewer = replace(student, record={**student.record, "schedule": {"levels": [1.0], "given_chunks": 1}})
+    own = StreamTimer(student, load_codec_of(student), SHORT, None, SpeedConfig(compile=True))
+    ours = [function.__name__ for function in compiled]
+    compiled.clear()
+    vs = fewer if kind == "student" else load(tiny_teacher_path)
+    other = opponent(own, vs, SHORT, None)
+    assert [function.__name__ for function in compiled] == ours and other.speed.compile
+    decode, clips = other.codec.decode_stream, []
+    monkeypatch.setattr(other.codec, "decode_stream", lambda *args: clips.append(args) or decode(*args))
+    other.warm_up()
+    assert clips
+
+
+def test_a_rival_that_cannot_run_alike_is_refused(student, tiny_teacher_path):
+    teacher = replace(load(tiny_teacher_path), net=torch.nn.Linear(1, 1))
+    own = StreamTimer(student, load_codec_of(student), SHORT, None, SpeedConfig(linears="packed"))
+    with pytest.raises(ValueError, match=r"teacher is a Linear.*leave --compile and --linears out, or bench without"):
+        opponent(own, teacher, SHORT, None)
 
 
 def test_a_codec_is_no_opponent(student, tiny_codec_path):
@@ -172,6 +320,7 @@ def test_the_gate_sees_memory_forget(student, monkeypatch):
         ({"rounds": 0}, "bench.rounds must be at least 1, got 0"),
         ({"inputs": -1}, "bench.inputs must not be negative, got -1"),
         ({"growth_minutes": (1.0, 0.0)}, "growth_minutes must be positive"),
+        ({"growth_run": math.nan}, "bench.growth_run must not be negative, got nan"),
     ],
 )
 def test_impossible_settings_are_refused(changed, message):
@@ -271,6 +420,15 @@ def test_a_faster_network_is_timed_beside_the_plain_one_and_its_error_is_told():
     Console(file=io.StringIO()).print(result.table())
 
 
+def test_random_weights_at_a_speed_setting_are_timed_beside_plain_ones(monkeypatch):
+    peaks = iter([1000, 2000])
+    monkeypatch.setattr(random_weights, "peak_bytes", lambda device: next(peaks))
+    result = random_bench(replace(SMALL, rounds=1), speed=SpeedConfig(linears="packed"))
+    assert result.name == "random weights (packed)" and result.vs["name"] == "random weights"
+    assert result.env["speed"]["linears"] == "packed" and result.vs["speed"]["linears"] == "plain"
+    assert result.peak_bytes == 1000
+
+
 @pytest.mark.parametrize("memory", [{"sinks": 2}, {"history": 4}, {"history": 4, "entries": "int8"}])
 def test_every_bounded_memory_of_random_weights_grows_no_bytes(memory):
     cfg = replace(SMALL, rounds=1, growth_chunks=2, **memory)
@@ -313,8 +471,8 @@ def test_weights_that_do_not_fit_the_shape_name_the_shape_they_have():
 
 
 def test_a_shape_is_read_from_the_command_line():
-    read = RandomConfig.parse(["dim=24", "text=", "latent=4x4x6", "steps=2"])
-    assert read == RandomConfig(dim=24, text="", latent="4x4x6", steps=2)
+    read = RandomConfig.parse(["dim=24", "text=", "latent=4x4x6", "steps=2", "growth_run=0.5"])
+    assert read == RandomConfig(dim=24, text="", latent="4x4x6", steps=2, growth_run=0.5)
     assert RandomConfig.parse([]) == RandomConfig()
 
 
@@ -325,6 +483,8 @@ def test_a_shape_is_read_from_the_command_line():
         ("dim", "not KEY=VALUE"),
         ("dim=big", "dim must be a whole number, got 'big'"),
         ("layers=0", "layers must be at least 1, got 0"),
+        ("growth_run=long", "growth_run must be a number, got 'long'"),
+        ("growth_run=-1", "growth_run must not be negative, got -1.0"),
         ("latent=16x16", "latent must be CHANNELSxHEIGHTxWIDTH, got '16x16'"),
         ("text=512x0", "text must be TOKENSxWIDTH"),
     ],
@@ -332,3 +492,33 @@ def test_a_shape_is_read_from_the_command_line():
 def test_a_shape_that_makes_no_sense_is_refused(item, message):
     with pytest.raises(ValueError, match=message):
         RandomConfig.parse([item])
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["doom", "--weights", "w.safetensors", "--profile"], "--weights, --profile would be ignored without --random"),
+        (["doom", "--family", "self-forcing"], "--family would be ignored without --random-weights"),
+        (["doom", "--vs", "doom-teacher", "--random-weights", "dim=24"], "NAME, --vs would be ignored by --random"),
+        (["--allow-pickle", "--random-weights"], "--allow-pickle would be ignored: name the file"),
+        (["doom", "--growth-run", "2"], "--growth-run would be ignored without --growth"),
+        ([], "name a student, or give --random-weights"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(args, message, capsys):
+    assert main(["bench", *args]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [[], ["--growth-run", "2.5"]])
+def test_the_command_line_says_how_long_a_stream_really_runs(args, tiny_student_path, monkeypatch, timed):
+    seen = []
+    monkeypatch.setattr(bench_module, "bench", lambda name, cfg, **kw: seen.append((cfg, kw)) or timed)
+    monkeypatch.setattr(bench_module, "random_bench", lambda cfg, *_, **kw: seen.append((cfg, kw)) or timed)
+    assert main(["bench", str(tiny_student_path), "--growth", "--linears", "packed", *args]) == 0
+    assert main(["bench", "--growth", "--linears", "packed", *args, "--random-weights", "dim=24", "heads=2"]) == 0
+    assert [cfg.growth_run for cfg, _ in seen] == [2.5 if args else BenchConfig().growth_run] * 2
+    assert all(kw["speed"] == SpeedConfig("packed") and kw["growth"] for _, kw in seen)

@@ -1,11 +1,14 @@
 """The command line: exit codes, what is said on errors, and stages run from it."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 import yaml
 from conftest import DIT
 from safetensors.torch import save_file
+from tiny_talker import write_talker
 from tiny_training import FRAMES, NUM_ACTIONS, write_latents, write_teacher
 
 from vidistill import checkpoint
@@ -13,6 +16,7 @@ from vidistill.bench import RandomConfig
 from vidistill.cli import main
 from vidistill.data import Clips
 from vidistill.interop.keys import to_original
+from vidistill.video import save_png
 
 
 def call(capsys, *args):
@@ -86,6 +90,8 @@ def test_a_stage_that_cannot_run_says_why_in_one_line_and_returns_one(stage, cap
         (["generate", "x", "--scale", "-1"], "argument --scale: must be at least 1, got -1"),
         (["data", "doom", "d", "--episodes", "0"], "argument --episodes: must be at least 1, got 0"),
         (["data", "doom", "d", "--frames", "-3"], "argument --frames: must be at least 1"),
+        (["data", "doom", "d", "--first", "-5"], "argument --first: must not be negative, got -5"),
+        (["data", "talker", "d", "--first", "-1"], "argument --first: must not be negative, got -1"),
         (["data", "trajectories", "d"], "required: --teacher, --data"),
         (["eval", "x", "--clips", "0"], "argument --clips"),
         (["serve", "x", "--max-viewers", "0"], "argument --max-viewers"),
@@ -155,3 +161,114 @@ def test_trajectories_are_written_from_a_teacher_and_trained_on(stage, capsys, t
     assert code == 0 and "is there already" in said
     code, _, err = call(capsys, *args[:2], tmp_path / "b", *args[3:], "--steps", 2, "--levels", "1,0.61")
     assert code == 1 and "lie on no sampler" in err
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture(tmp_path, tiny_image):
+    """A start picture."""
+    save_png(tmp_path / "start.png", tiny_image)
+    return tmp_path / "start.png"
+
+
+def test_a_student_that_listens_is_streamed_without_a_prompt(capsys, tmp_path, picture):
+    film = ["-o", tmp_path / "s.mp4", "--seconds", "0.5", "--scale", "1"]
+    code, out, err = call(capsys, "generate", "shapes", *film)
+    assert code == 0 and "(6 frames)" in out, err
+    write_talker(tmp_path)
+    code, out, err = call(capsys, "generate", tmp_path / "student", *film, "--image", picture)
+    assert code == 0 and "(8 frames)" in out, err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("walk.png", "walk.png is no video file: let its name end in .mp4, .mkv"),
+        ("v1.0", "v1.0 is no video file"),
+        ("walk", "walk is no video file"),
+        ("none/walk.mp4", "there is no folder"),
+        ("folder.mp4", "folder.mp4 is a folder"),
+    ],
+)
+def test_a_film_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    capsys, tmp_path, monkeypatch, name, message
+):
+    (tmp_path / "folder.mp4").mkdir()
+    monkeypatch.setattr("vidistill.stream.load_fast", None)  # calling it would fail
+    code, _, err = call(capsys, "generate", "doom", "-o", tmp_path / name)
+    assert code == 1 and message in err and "vidistill generate: --out" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_a_bar_counts_the_frames_while_they_are_made(capsys, tmp_path, tiny_student_path, picture, monkeypatch):
+    import tqdm
+
+    real, bars = tqdm.tqdm, []
+
+    def bar(*args, **kw):
+        bars.append(real(*args, **{**kw, "disable": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(tqdm, "tqdm", bar)
+    args = ["generate", tiny_student_path, "-o", tmp_path / "a.mp4", "--seconds", "1", "--image", picture]
+    code, out, err = call(capsys, *args)
+    assert code == 0 and "frames" in err and "frames:" not in out
+    assert [(b.n, b.total) for b in bars] == [(18, 18)]
+
+
+def test_a_picture_for_a_student_that_takes_none_is_refused(capsys, tmp_path, picture):
+    code, _, err = call(capsys, "generate", "shapes", "--image", picture, "-o", tmp_path / "a.mp4")
+    assert code == 1 and "--image" in err and "shapes starts from noise" in err
+    code, _, err = call(capsys, "serve", "shapes", "--starts", tmp_path)
+    assert code == 1 and "--starts" in err and "shapes starts from noise" in err
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shapes-codec", "vidistill eval shapes"),
+        ("talker-codec", "vidistill eval talker"),
+        ("shapes-teacher", "vidistill eval shapes --teacher shapes-teacher"),
+    ],
+)
+def test_what_learned_from_another_world_is_not_judged_on_walks_of_doom(capsys, name, message):
+    code, _, err = call(capsys, "eval", name, "--clips", "2")
+    assert code == 1 and f"{name} did not learn from doom but from {name.split('-')[0]}" in err and message in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--window", "x"], "--window and --full name baselines of --suite memory"),
+        (["--full", "x"], "--window and --full name baselines of --suite memory"),
+        (["--suite", "memory", "--glance"], "--glance and --teacher say nothing to --suite memory"),
+        (["--suite", "memory", "--teacher", "x"], "--glance and --teacher say nothing to --suite memory"),
+        (["--glance", "--teacher", "x"], "--teacher says nothing to --glance"),
+    ],
+)
+def test_options_of_another_evaluation_are_refused(capsys, args, message):
+    code, _, err = call(capsys, "eval", "doom", *args)
+    assert code == 1 and message in err
+
+
+@pytest.mark.parametrize("args", [["doom"], ["doom-teacher"], ["doom-codec"], ["doom-relic", "--suite", "memory"]])
+def test_a_report_that_cannot_be_drawn_is_said_before_the_work(capsys, tmp_path, monkeypatch, args):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("vidistill.evaluate.judge", None)  # calling these would fail
+    monkeypatch.setattr("vidistill.revisit.evaluate_memory", None)
+    code, _, err = call(capsys, "eval", *args, "--out", tmp_path)
+    assert code == 1 and 'plots need matplotlib: pip install "vidistill[eval]"' in err
+
+
+def test_a_diagnosis_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    table = np.eye(2).tolist()
+    found = {"levels": [0.1, 0.9], "chunks": [1, 2], "norm": table, "gap": table, "cosine": table}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "diagnosis": found}) + "\n")
+    code, _, err = call(capsys, "diagnose", tmp_path)
+    assert code == 1 and 'pip install "vidistill[eval]"' in err

@@ -146,6 +146,21 @@ def test_a_teacher_and_a_codec_can_be_judged_alone(cfg, tiny_teacher_path, tiny_
     assert codec["codec"]["psnr"] > 0 and not any(g.kept for g in report.gates(codec))  # it is untrained
 
 
+def test_only_what_learned_from_doom_is_judged_on_its_walks(cfg, tiny_student_path, tiny_codec_path):
+    student, codec = checkpoint.load(tiny_student_path), checkpoint.load(tiny_codec_path)
+    evaluate.check(student)
+    evaluate.check(codec)  # trained by somebody else: its card names no data
+    student.record["card"] = {"data": {"source": "cats"}}
+    codec.record["card"] = {"data": {"source": "cats"}}
+    with pytest.raises(ValueError, match="student did not learn from doom but from cats"):
+        evaluate.glance(student, cfg)
+    with pytest.raises(ValueError, match="vidistill eval STUDENT"):
+        evaluate.check(codec)
+    student.record |= {"card": {}, "world": {"fps": 12.0}}
+    with pytest.raises(ValueError, match="a world its card does not name"):
+        evaluate.check(student)
+
+
 def test_run_judges_a_checkpoint_by_its_kind_and_shows_people_a_table(
     cfg, tiny_codec_path, tiny_student_path, monkeypatch, capsys
 ):

@@ -79,7 +79,7 @@ def test_a_gain_scales_the_way():
                 next(latents)
             ends.append(np.array(stream.roamer.map["here"]))
     assert ends[1][:2] == pytest.approx(2.5 * ends[0][:2], abs=2e-3) and ends[1][2] == ends[0][2] != 0
-    with pytest.raises(ValueError, match="no gain"):
+    with pytest.raises(ValueError, match="gain has no effect"):
         session(camera=None, gain=2.0)
     with pytest.raises(ValueError, match=r"stream\.gain"):
         StreamConfig(gain=0.0)

@@ -143,6 +143,14 @@ def test_a_real_student_is_served_from_its_files(tiny_student_path, tiny_image, 
         assert header["input_id"] == 3 and not np.array_equal(walked, other)
 
 
+def test_a_gain_is_for_students_that_are_told_how_far_they_go():
+    world = load_world("doom-relic", gain=2.0)
+    with world.open(0, next(iter(world.starts.values()))) as session:
+        assert session.cfg.gain == 2.0
+    with pytest.raises(ValueError, match="gain has no effect"):
+        load_world("doom", gain=2.0)
+
+
 def test_a_student_that_begins_from_a_picture_says_when_there_is_none(tiny_student_path):
     with pytest.raises(ValueError, match="--starts FOLDER"):
         load_world(str(tiny_student_path))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from vidistill import video
 from vidistill.video import contact_sheet, read_video, save_png, to_float, to_uint8, write_video
 
 
@@ -48,6 +49,22 @@ def test_video_comes_back_nearly_as_written(tmp_path, scale):
     assert frames.shape == (12, 32 * scale, 32 * scale, 3) and fps == pytest.approx(17.5, abs=0.01)
     assert np.abs(frames[:, ::scale, ::scale].astype(int) - clip()).mean() < 6
     assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_a_long_clip_is_enlarged_frame_by_frame(tmp_path, monkeypatch):
+    shapes = []
+    real = video.upscale
+    monkeypatch.setattr(video, "upscale", lambda px, factor: shapes.append(px.shape) or real(px, factor))
+    write_video(tmp_path / "clip.mp4", clip(), fps=12, scale=2)
+    assert shapes == [(32, 32, 3)] * 12
+
+
+@pytest.mark.parametrize("suffix", video.SUFFIXES)
+def test_every_suffix_that_is_said_to_work_does(tmp_path, suffix):
+    video.check_film(tmp_path / f"clip{suffix}")
+    write_video(tmp_path / f"clip{suffix}", clip(), fps=12)
+    frames, fps = read_video(tmp_path / f"clip{suffix}")
+    assert frames.shape == (12, 32, 32, 3) and fps == pytest.approx(12, abs=0.1)
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -5,13 +5,15 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vidistill import __version__
-from vidistill.cli_data import add_data, amount, count, sides
+from vidistill.cli_data import add_convert, add_data, amount, count
 
 log = logging.getLogger("vidistill")
+GAIN = "how far a walker goes by the same action, where the camera is told (default: 1)"
 COMPUTING = ("train", "generate", "serve", "bench", "eval", "data")
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, OSError)
 
@@ -112,23 +114,31 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
         "policies: keep, recache, cut",
     )
     p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
+    p.add_argument("--gain", type=amount, default=1.0, help=GAIN)
     add_speed(p)
     p.set_defaults(run=run_generate)
     return p
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     from vidistill import checkpoint, video
     from vidistill.conditioning import parse_cues, parse_script
     from vidistill.stream import StreamConfig, StreamSession, load_fast
 
+    video.check_film(args.out)
+    script, cues = parse_script(args.action), parse_cues(args.prompt)
     bundle, codec = load_fast(args.name, speed_of(args))
+    if args.image and not bundle.given_frames:
+        raise ValueError(f"--image {args.image}: {args.name} starts from noise, takes no picture; leave --image out")
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
     image = video.read_image(picture, size) if picture and bundle.given_frames else None
-    with StreamSession(bundle, codec, StreamConfig(seed=args.seed), image=image) as session:
+    with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:
         total = max(1, round(args.seconds * session.fps))
-        frames = session.record(total, parse_script(args.action), parse_cues(args.prompt))
+        with tqdm(desc="frames", total=total, disable=None) as bar:
+            frames = session.record(total, script, cues, bar.update)
         video.write_video(args.out, frames, session.fps, scale=args.scale)
         sheet = args.out.with_suffix(".png")
         video.save_png(sheet, video.contact_sheet([frames], every=max(1, total // 12), scale=2))
@@ -167,6 +177,7 @@ def add_serve(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--max-viewers", type=count, default=2, help="viewers at a time, a dream each (default: 2)")
     p.add_argument("--starts", type=Path, help="folder of PNG pictures to begin from (default: the bundled ones)")
     p.add_argument("--origin", action="append", default=[], help="further web address the page is opened under")
+    p.add_argument("--gain", type=amount, default=1.0, help=GAIN)
     add_speed(p)
     p.set_defaults(run=run_serve)
     return p
@@ -183,6 +194,7 @@ def run_serve(args: argparse.Namespace) -> None:
         starts=args.starts,
         max_viewers=args.max_viewers,
         origins=args.origin,
+        gain=args.gain,
         ready=lambda url: print(f"{args.name} is at {url} - stop with Ctrl-C", flush=True),
     )
 
@@ -194,15 +206,16 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
         description="Time a streaming student, beside another student or a teacher in the same run.",
     )
     p.add_argument("name", nargs="?", help="a bundled name or the path of a student")
-    p.add_argument("--vs", help="a student or teacher to measure in the same run")
+    p.add_argument("--vs", help="a student or teacher to measure in the same run, computed alike; NAME itself: plain")
     p.add_argument(
         "--growth",
         action="store_true",
-        help="chunk time and bytes after 1, 10 and 60 minutes of stream; past the first minute the clock is advanced",
+        help="chunk time and bytes after 1, 10 and 60 minutes of stream; past --growth-run the clock is advanced",
     )
+    p.add_argument("--growth-run", type=amount, metavar="MINUTES", help="with --growth: what really runs (default: 1)")
     p.add_argument("--random-weights", nargs="*", metavar="key=value", help="bench any shape without a checkpoint")
     p.add_argument("--weights", type=Path, help="with --random-weights: a published file whose weights fit the shape")
-    p.add_argument("--family", default="self-forcing", help="format of --weights (default: self-forcing)")
+    p.add_argument("--family", help="format of --weights (default: self-forcing)")
     p.add_argument("--allow-pickle", action="store_true", help="read --weights from a .pt file (weights only)")
     p.add_argument("--profile", action="store_true", help="with --random-weights: which operators take the time")
     p.add_argument("--batch", type=count, default=1, help="also time so many streams in one pass, beside one alone")
@@ -216,8 +229,8 @@ def run_bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from vidistill import bench
-    from vidistill.stream import load_fast
 
+    check_bench(args)
     console = Console(stderr=True)
     with console.status("warming up") as status:
 
@@ -226,31 +239,49 @@ def run_bench(args: argparse.Namespace) -> None:
 
         if args.random_weights is not None:
             result = run_random(args, progress)
-        elif args.name:
-            bundle, codec = load_fast(args.name, speed_of(args))
-            cfg = bench.BenchConfig(batch=args.batch)
-            result = bench.bench(bundle, cfg, vs=args.vs, codec=codec, growth=args.growth, progress=progress)
         else:
-            raise ValueError("name a student, or give --random-weights")
+            cfg = bench.BenchConfig(batch=args.batch, **growth_run(args))
+            more = {"speed": speed_of(args), "growth": args.growth, "progress": progress}
+            result = bench.bench(args.name, cfg, vs=args.vs, **more)
     Console().print(result.table())
     if args.json:
         print(result.to_json())
+
+
+def check_bench(args: argparse.Namespace) -> None:
+    """ValueError for options that the bench that was asked for does not read."""
+    checkpoints = {"NAME": args.name, "--vs": args.vs}
+    reading = {"--family": args.family, "--allow-pickle": args.allow_pickle}
+    shapes = {"--weights": args.weights, **reading, "--profile": args.profile}
+    if args.random_weights is not None:
+        if foreign := [key for key, value in checkpoints.items() if value]:
+            raise ValueError(f"{', '.join(foreign)} would be ignored by --random-weights, which loads no checkpoint")
+        if not args.weights and (foreign := [key for key, value in reading.items() if value]):
+            raise ValueError(f"{', '.join(foreign)} would be ignored: name the file to read as --weights")
+    elif not args.name:
+        raise ValueError("name a student, or give --random-weights")
+    elif foreign := [key for key, value in shapes.items() if value]:
+        raise ValueError(f"{', '.join(foreign)} would be ignored without --random-weights: add it, or leave them out")
+    if args.growth_run and not args.growth:
+        raise ValueError("--growth-run would be ignored without --growth: add it, or leave --growth-run out")
+
+
+def growth_run(args: argparse.Namespace) -> dict[str, Any]:
+    """The setting of --growth-run, if it was given."""
+    return {"growth_run": args.growth_run} if args.growth_run else {}
 
 
 def run_random(args: argparse.Namespace, progress: Any) -> Any:
     """A bench without a checkpoint; what was asked to be faster runs beside the plain network."""
     from vidistill import bench
     from vidistill.interop.formats import read_student
-    from vidistill.stream import SpeedConfig, faster
 
-    cfg, speed = bench.RandomConfig.parse(args.random_weights), speed_of(args)
-    net = None
+    cfg, net = replace(bench.RandomConfig.parse(args.random_weights), **growth_run(args)), None
     if args.weights:
-        net = read_student(args.weights, args.family, allow_pickle=args.allow_pickle, heads=cfg.heads).net()
-    plain = cfg.bundle(net)
-    vs = None if speed == SpeedConfig() else plain
-    own, more = faster(plain, speed), {"growth": args.growth, "batch": args.batch, "profiled": args.profile}
-    return bench.random_bench(cfg, own, vs=vs, progress=progress, **more)
+        family = args.family or "self-forcing"
+        net = read_student(args.weights, family, allow_pickle=args.allow_pickle, heads=cfg.heads).net()
+    more = {"growth": args.growth, "batch": args.batch, "profiled": args.profile}
+    return bench.random_bench(cfg, cfg.bundle(net), speed=speed_of(args), progress=progress, **more)
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:
@@ -280,7 +311,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 def run_eval(args: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from vidistill import adherence, checkpoint, evaluate
+    from vidistill import adherence, checkpoint, evaluate, report
 
     if not args.name and not args.frontier:
         raise ValueError("name a checkpoint, or give --frontier")
@@ -288,12 +319,18 @@ def run_eval(args: argparse.Namespace) -> None:
         from vidistill import frontier
 
         given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
+        given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory"}
         if foreign := [key for key, value in given.items() if value]:
             raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
+        report.check_plots()
         result = frontier.frontier(args.frontier)
         Console(stderr=True).print(frontier.table(result))
     elif args.suite == "memory":
         result = run_memory_suite(args)
+    elif args.window or args.full:
+        raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
+    elif args.glance and args.teacher:
+        raise ValueError("--teacher says nothing to --glance, which shows the student alone; leave one of them out")
     elif checkpoint.talks(args.name):
         from vidistill import avatar
 
@@ -319,8 +356,11 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_memory_suite(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
-    from vidistill import revisit
+    from vidistill import report, revisit
 
+    if args.glance or args.teacher:
+        raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
+    report.check_plots()
     cfg = revisit.RevisitConfig(paths=args.clips or 24, out=str(args.out))
     result = revisit.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
     Console(stderr=True).print(revisit.table(result))
@@ -354,59 +394,6 @@ def run_diagnose(args: argparse.Namespace) -> None:
     for level, cosines in zip(last["levels"], last["cosine"], strict=True):
         print(f"step {rows[-1]['step']}  level {level:.2f}  cosine " + " ".join(f"{c:+.2f}" for c in cosines))
     print(out)
-
-
-def add_convert(commands: Any) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "convert",
-        help="read or write a published student",
-        description="Turn a published student into a checkpoint that streams, or one of those back (--back).",
-        epilog="example: vidistill convert self_forcing_dmd.pt sf --family self-forcing --allow-pickle --codec "
-        "hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers --text Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    )
-    p.add_argument("source", type=Path, help="published file (or folder of shards); with --back: our checkpoint")
-    p.add_argument("out", type=Path, help="where to write")
-    p.add_argument("--family", help="whose format it is: self-forcing, causvid, longlive, diagonal, livetalk, ...")
-    p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
-    p.add_argument("--size", type=sides, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)")
-    p.add_argument("--codec", default="wan", help="its codec: a diffusers folder with `vae`, hf://ORG/NAME, or a file")
-    p.add_argument("--text", help="its text encoder: a diffusers folder or hub id with text_encoder and tokenizer")
-    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
-    p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
-    p.add_argument("--lora", type=Path, help="adapter file, merged into the weights for good")
-    p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
-    p.add_argument("--given", type=int, default=0, help="chunks given at the start (image or video to continue)")
-    p.add_argument("--allow-pickle", action="store_true", help="read .pt files (weights only)")
-    p.set_defaults(run=run_convert)
-    return p
-
-
-def run_convert(args: argparse.Namespace) -> None:
-    from vidistill.convert import convert, revert
-    from vidistill.interop.families import FAMILIES
-
-    if args.back:
-        revert(args.source, args.out)
-        print(args.out)
-        return
-    if args.family not in FAMILIES:
-        wrong = "is needed: whose format is it?" if args.family is None else f"{args.family!r} is unknown;"
-        raise ValueError(f"--family {wrong} Known: {', '.join(FAMILIES)}")
-    card = convert(
-        args.source,
-        args.family,
-        args.out,
-        size=args.size,
-        codec=args.codec,
-        text=args.text,
-        text_tokens=args.tokens,
-        allow_pickle=args.allow_pickle,
-        heads=args.heads,
-        entry=args.entry,
-        lora=args.lora,
-        given_chunks=args.given,
-    )
-    print(json.dumps(card, indent=1))
 
 
 def add_info(commands: Any) -> argparse.ArgumentParser:

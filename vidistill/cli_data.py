@@ -1,6 +1,7 @@
-"""`vidistill data`: record, draw and encode clips, sample a teacher's trajectories."""
+"""`vidistill data`: record, draw and encode clips, sample a teacher's trajectories. `vidistill convert`."""
 
 import argparse
+import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,14 @@ def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def place(text: str) -> int:
+    """A place in a row of things, counted from 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return number
 
 
@@ -45,7 +54,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom.add_argument("out", type=Path, help="folder to write")
     doom.add_argument("--split", choices=("train", "held_out"), default="train")
     doom.add_argument("--episodes", type=count, default=256)
-    doom.add_argument("--first", type=int, default=0, help="first episode of the split to record (default: 0)")
+    doom.add_argument("--first", type=place, default=0, help="first episode of the split to record (default: 0)")
     doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
     doom.add_argument(
@@ -120,7 +129,7 @@ def add_talker(kinds: Any) -> None:
     p.add_argument("out", type=Path, help="folder to write")
     p.add_argument("--split", choices=("train", "held_out"), default="train")
     p.add_argument("--episodes", type=count, default=1024)
-    p.add_argument("--first", type=int, default=0, help="first episode of the split (default: 0)")
+    p.add_argument("--first", type=place, default=0, help="first episode of the split (default: 0)")
     p.add_argument("--frames", type=count, default=161, help="pixel frames an episode (default: 161)")
     p.add_argument("--faults", type=float, default=0.0, help="share of clips with something wrong (default: 0)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
@@ -260,3 +269,56 @@ def run_data_doom(args: argparse.Namespace) -> None:
     shards = data.frame_shards(doom.with_palindromes(cfg, episodes, args.palindromes))
     data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
     print(f"{args.out}: {len(seeds)} episodes of {args.frames} frames")
+
+
+def add_convert(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "convert",
+        help="read or write a published student",
+        description="Turn a published student into a checkpoint that streams, or one of those back (--back).",
+        epilog="example: vidistill convert self_forcing_dmd.pt sf --family self-forcing --allow-pickle --codec "
+        "hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers --text Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    )
+    p.add_argument("source", type=Path, help="published file (or folder of shards); with --back: our checkpoint")
+    p.add_argument("out", type=Path, help="where to write")
+    p.add_argument("--family", help="whose format it is: self-forcing, causvid, longlive, diagonal, livetalk, ...")
+    p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
+    p.add_argument("--size", type=sides, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)")
+    p.add_argument("--codec", default="wan", help="its codec: a diffusers folder with `vae`, hf://ORG/NAME, or a file")
+    p.add_argument("--text", help="its text encoder: a diffusers folder or hub id with text_encoder and tokenizer")
+    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
+    p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
+    p.add_argument("--lora", type=Path, help="adapter file, merged into the weights for good")
+    p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
+    p.add_argument("--given", type=int, default=0, help="chunks given at the start (image or video to continue)")
+    p.add_argument("--allow-pickle", action="store_true", help="read .pt files (weights only)")
+    p.set_defaults(run=run_convert)
+    return p
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from vidistill.convert import convert, revert
+    from vidistill.interop.families import FAMILIES
+
+    if args.back:
+        revert(args.source, args.out)
+        print(args.out)
+        return
+    if args.family not in FAMILIES:
+        wrong = "is needed: whose format is it?" if args.family is None else f"{args.family!r} is unknown;"
+        raise ValueError(f"--family {wrong} Known: {', '.join(FAMILIES)}")
+    card = convert(
+        args.source,
+        args.family,
+        args.out,
+        size=args.size,
+        codec=args.codec,
+        text=args.text,
+        text_tokens=args.tokens,
+        allow_pickle=args.allow_pickle,
+        heads=args.heads,
+        entry=args.entry,
+        lora=args.lora,
+        given_chunks=args.given,
+    )
+    print(json.dumps(card, indent=1))

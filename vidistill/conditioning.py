@@ -275,8 +275,8 @@ class Inputs:
 
     def speed_up(self, gain: float) -> None:
         """From now on an action goes `gain` times as far; ValueError for a network that is not told where it goes."""
-        if gain != 1 and self.camera is None:
-            raise ValueError("this student is not told where its camera goes, so it has no gain: leave it 1")
+        if gain != 1 and (self.camera is None or not {MOVE_SITE, POSE_SITE} & set(self.camera.tells)):
+            raise ValueError("this student is not told how far its camera goes, so gain has no effect: leave it 1")
         self.gain = gain
 
     def begin(self, given: Tensor | None) -> None:
@@ -339,9 +339,11 @@ class Inputs:
 
     def read_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Tokens [B, L, D] of prompts; ValueError if nothing reads them here."""
-        if prompts and self.encode is None:
+        if not prompts:
+            return torch.zeros(0, 1, self.text_dim)
+        if self.encode is None:
             raise ValueError("this student has no text encoder: it takes no prompt; pass `tokens` if it cross-attends")
-        return torch.zeros(0, 1, self.text_dim) if self.encode is None else self.encode(prompts)
+        return self.encode(prompts)
 
     def read_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens [L, D] as [1, L, D] on the network's device."""

@@ -337,6 +337,34 @@ def teacher_of(bundle: Bundle) -> Bundle:
     raise CheckpointError(f"the card of {bundle.name} names no teacher; say which one to compare it with")
 
 
+def source_of(bundle: Bundle) -> str | None:
+    """What a checkpoint's clips were recorded from, as its card says; "doom" for a walker whose card says nothing."""
+    data = bundle.record.get("card", {}).get("data")
+    if isinstance(data, Mapping) and "source" in data:
+        return str(data["source"])
+    return "doom" if bundle.record.get("world", {}).get("actions") else None
+
+
+def check(bundle: Bundle, cfg: EvalConfig | None = None) -> None:
+    """ValueError if held-out walks of doom cannot judge `bundle`; a codec whose card names no source may be judged.
+
+    With the `cfg` of a report also ImportError if it could not be drawn.
+    """
+    source = source_of(bundle)
+    if source != "doom" and not (source is None and bundle.kind == "codec"):
+        student = source if source in checkpoint.zoo_names() else "STUDENT"
+        hint = {
+            "codec": f"judge a student that dreams in its latents: vidistill eval {student}",
+            "teacher": f"judge it beside a student: vidistill eval {student} --teacher {bundle.name}",
+        }
+        raise ValueError(
+            f"{bundle.name} did not learn from doom but from {source or 'a world its card does not name'}: walks of "
+            f"doom say nothing about it; {hint.get(bundle.kind, 'students that walk, listen or talk can be judged')}"
+        )
+    if cfg and cfg.out:
+        report.check_plots()
+
+
 def judge(rows: Mapping[str, Source], codec: Codec, cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures, pictures) of `real` and every row on the held-out clips."""
     if cfg.threads:
@@ -372,6 +400,7 @@ def evaluate(student: str, teacher: str | None = None, cfg: EvalConfig = EvalCon
     """Figures of student, teacher and real video on the same held-out episodes, written as a report into `cfg.out`."""
     began = time.time()
     pupil = checkpoint.load(student, "student")
+    check(pupil, cfg)
     master = checkpoint.load(teacher, "teacher") if teacher else teacher_of(pupil)
     if pupil.record["codec"] != master.record["codec"]:
         raise ValueError(
@@ -401,6 +430,7 @@ def evaluate_teacher(teacher: str, cfg: EvalConfig = EvalConfig()) -> dict[str, 
     """Figures of a teacher alone against codec reconstructions, real video and its start image."""
     began = time.time()
     master = checkpoint.load(teacher, "teacher")
+    check(master, cfg)
     codec = checkpoint.load_codec_of(master)
     rows = {"teacher": teacher_row(master, codec, cfg), "codec": codec_row(codec), "repeat": repeat_row}
     result, pictures = judge(rows, codec, cfg)
@@ -411,6 +441,7 @@ def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]
     """Figures of a codec's reconstructions against real video; `psnr` is the mean over clips and frames."""
     began = time.time()
     bundle = checkpoint.load(codec, "codec")
+    check(bundle, cfg)
     result, pictures = judge({"codec": codec_row(bundle.net)}, bundle.net, cfg)
     return finish(result, pictures, {"codec": bundle.name}, cfg, began)
 
@@ -418,6 +449,7 @@ def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]
 def glance(student: str | Bundle, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
     """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training."""
     pupil = student if isinstance(student, Bundle) else checkpoint.load(student, "student")
+    check(pupil)
     codec = checkpoint.load_codec_of(pupil)
     result, _ = judge({"student": student_row(pupil, codec, cfg)}, codec, cfg)
     return report.plain(result["student"])

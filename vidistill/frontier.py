@@ -24,7 +24,7 @@ log = logging.getLogger("vidistill")
 
 CHUNKS = 7  # over which evaluations are counted, as in the papers
 SHARED = "shared"  # weights of the checkpoint that every trained cell starts from
-WORKING = ("backend", "compile", "threads", "save_every", "log_every")  # how a cell is trained, not what comes out of it
+WORKING = ("backend", "compile", "threads", "save_every", "log_every")  # how it is trained, not what comes out
 SHOWN = ("frechet", "motion_ratio", "sharpness_ratio", "saturation_ratio")
 
 

@@ -183,15 +183,26 @@ def sheets(folder: Path, pictures: Mapping[str, Any]) -> list[tuple[str, str]]:
     return made
 
 
-def figure(draw: Callable[[Any], None], path: Path, width: float = 6.0) -> None:
-    """Draw one matplotlib figure into a file."""
+def canvas(width: float, height: float) -> Any:
+    """An empty matplotlib figure, sides in inches; ImportError names the extra where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "vidistill[eval]"') from error
-    made = Figure(figsize=(width, 3.4), layout="constrained")
+    made = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(made)
+    return made
+
+
+def check_plots() -> None:
+    """ImportError if a report could not be drawn: to be asked before the work that it reports."""
+    canvas(1.0, 1.0)
+
+
+def figure(draw: Callable[[Any], None], path: Path, width: float = 6.0) -> None:
+    """Draw one matplotlib figure into a file."""
+    made = canvas(width, 3.4)
     draw(made)
     made.savefig(path, dpi=100)
 
@@ -277,12 +288,10 @@ def draw_diagnosis(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     A map of chunk and noise level for norm, gap and cosine, at the first, a middle and the last of the diagnosed steps.
     """
-    from matplotlib.figure import Figure
-
     shown = [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1})]
     names = {"norm": "gradient (rms)", "gap": "critic - teacher, relative", "cosine": "cosine with regression"}
-    figure = Figure(figsize=(4 * len(shown), 9), layout="constrained")
-    axes = figure.subplots(len(names), len(shown), squeeze=False)
+    made = canvas(4 * len(shown), 9)
+    axes = made.subplots(len(names), len(shown), squeeze=False)
     for line, (name, title) in zip(axes, names.items(), strict=True):
         tables = [row["diagnosis"][name] for row in shown]
         low, high = (-1, 1) if name == "cosine" else (0, max(max(map(max, table)) for table in tables))
@@ -293,5 +302,5 @@ def draw_diagnosis(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             ax.set_xticks(range(len(found["chunks"])), found["chunks"])
             ax.set_yticks(range(len(found["levels"])), found["levels"])
             ax.set(title=f"{title}, step {row['step']}", xlabel="chunk", ylabel="noise level")
-        figure.colorbar(image, ax=line)
-    figure.savefig(path, dpi=110)
+        made.colorbar(image, ax=line)
+    made.savefig(path, dpi=110)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 MAX_SIDE = 4096  # pixels along a side of a picture that is read
+SUFFIXES = (".mp4", ".mkv", ".mov", ".avi")  # of videos that are written
 
 
 def to_float(frames: np.ndarray) -> torch.Tensor:
@@ -40,6 +41,16 @@ def upscale(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, -3).repeat(factor, -2) if factor > 1 else frames
 
 
+def check_film(path: Path) -> None:
+    """ValueError, in the words of a command line, unless a video can be written at `path`: its folder is there."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out {path} is no video file: let its name end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {path}: there is no folder {path.parent}; make it, or name another --out")
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file")
+
+
 def write_video(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
     """Writes uint8 [T, H, W, 3] as H.264 (yuv420p); `scale` enlarges every pixel.
 
@@ -49,13 +60,14 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames is {frames.dtype} {list(frames.shape)}; needed is uint8 [T, H, W, 3]")
-    frames = upscale(frames, scale)
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"frames times scale are {frames.shape[1]}x{frames.shape[2]}; yuv420p needs even sizes")
+    height, width = (side * max(scale, 1) for side in frames.shape[1:3])
+    if height % 2 or width % 2:
+        raise ValueError(f"frames times scale are {height}x{width}; yuv420p needs even sizes")
     options: dict[str, Any] = dict(
         fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=1, output_params=["-crf", "14"]
     )
-    _atomically(path, lambda temporary: iio.imwrite(temporary, frames, plugin="FFMPEG", **options))
+    enlarged: Any = (upscale(px, scale) for px in frames)
+    _atomically(path, lambda temporary: iio.imwrite(temporary, enlarged, plugin="FFMPEG", is_batch=True, **options))
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:

@@ -23,11 +23,13 @@ from vidistill.bench.machine import (
 )
 from vidistill.bench.random_weights import RandomConfig, random_bench
 from vidistill.bench.result import SPREAD, BenchResult, Progress
-from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
-from vidistill.codecs import Codec
+from vidistill.checkpoint import Bundle, is_published, load, load_codec_of, load_student, locate
+from vidistill.codecs import Codec, Compiled
 from vidistill.conditioning import Condition, Inputs, branches
+from vidistill.dit import VideoDiT, twin
+from vidistill.ops.linear import convert_linears
 from vidistill.sampling import sample
-from vidistill.stream import Frame, StreamConfig, StreamSession
+from vidistill.stream import Frame, SpeedConfig, StreamConfig, StreamSession, faster
 
 __all__ = ["BenchConfig", "BenchResult", "GateError", "RandomConfig", "bench", "random_bench"]
 
@@ -44,9 +46,9 @@ class BenchConfig:
     `gate_chunks` are compared with the rollout first (0: until memory has begun to forget). A teacher makes clips of
     `clip_frames` latents in `clip_steps` steps; `guidance` (None: its checkpoint's) doubles its evaluations unless it
     is 1. A student that hears is spoken to for `speech_s` seconds in real time. `growth_minutes`: also time
-    `growth_chunks` chunks up to each of these minutes of one stream, which really runs for the first `growth_run` of
-    them; past that its clock is advanced, its memory as full as it is, and rows say so. `batch`: also time so many
-    streams in one pass, beside one alone.
+    `growth_chunks` chunks up to each of these minutes of one stream that walks, if it takes actions. It really runs for
+    the first `growth_run` minutes; past that its clock is advanced, its memory as full as it is, and rows say so.
+    `batch`: also time so many streams in one pass, beside one alone.
     """
 
     rounds: int = 5
@@ -70,8 +72,8 @@ class BenchConfig:
         for name in ("rounds", "chunks", "clip_frames", "clip_steps", "growth_chunks", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"bench.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("inputs", "warmup_chunks", "gate_chunks", "threads"):
-            if getattr(self, name) < 0:
+        for name in ("inputs", "warmup_chunks", "gate_chunks", "threads", "growth_run"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"bench.{name} must not be negative, got {getattr(self, name)}")
         if any(minutes <= 0 for minutes in self.growth_minutes):
             raise ValueError(f"bench.growth_minutes must be positive, got {list(self.growth_minutes)}")
@@ -94,10 +96,14 @@ class Timings:
 
 
 class StreamTimer:
-    """Times streams of one student."""
+    """Times streams of one student, computed as `speed` says; `origin` tells which student it is, however computed."""
 
-    def __init__(self, bundle: Bundle, codec: Codec, cfg: BenchConfig, image: np.ndarray | None) -> None:
-        self.name, self.bundle, self.codec, self.cfg = bundle.name, bundle, codec, cfg
+    def __init__(
+        self, bundle: Bundle, codec: Codec, cfg: BenchConfig, image: np.ndarray | None, speed: SpeedConfig | None = None
+    ) -> None:
+        self.speed, self.cfg, self.origin = speed or SpeedConfig(), cfg, (bundle.folder, bundle.name, bundle.record)
+        self.codec, bundle = fast_decoder(codec, self.speed), faster(bundle, self.speed)
+        self.name, self.bundle = bundle.name, bundle
         self.image = self.default_image() if image is None and bundle.schedule.given_chunks else image
         self.timings, self.device = Timings(), bundle.net.net.head.head.weight.device
         with self.open() as session:
@@ -143,7 +149,7 @@ class StreamTimer:
         return bool(self.actions or self.bundle.record["dit"]["text_dim"])
 
     def warm_up(self) -> float:
-        """Milliseconds of two chunks of a cold process."""
+        """Milliseconds of two chunks; of a cold process if called first, what they have compiled included."""
         began = time.perf_counter()
         with self.open() as session:
             next(f for f in session.frames() if f.chunk == self.bundle.schedule.given_chunks + 1)
@@ -212,10 +218,15 @@ class StreamTimer:
 
 
 class ClipTimer:
-    """Times whole clips of a teacher, started from the student's own start."""
+    """Times whole clips of a teacher, computed as `speed` says and started from the student's own start."""
 
-    def __init__(self, bundle: Bundle, codec: Codec, cfg: BenchConfig, given: Tensor | None) -> None:
-        self.name, self.bundle, self.codec, self.cfg, self.given = bundle.name, bundle, codec, cfg, given
+    def __init__(
+        self, bundle: Bundle, codec: Codec, cfg: BenchConfig, given: Tensor | None, speed: SpeedConfig | None = None
+    ) -> None:
+        self.speed, self.cfg, self.given = speed or SpeedConfig(), cfg, given
+        frames = cfg.clip_frames + (0 if given is None else given.shape[1])
+        self.codec, bundle = fast_decoder(codec, self.speed), faster_teacher(bundle, self.speed, frames)
+        self.name, self.bundle = bundle.name, bundle
         own = bundle.record.get("guidance", 1.0), bundle.record.get("audio_guidance", 0.0)
         self.guidance = own if cfg.guidance is None else (cfg.guidance, 0.0)
         self.nfe = cfg.clip_steps * (1 + len(branches(Condition(), *self.guidance)[1]))
@@ -245,7 +256,7 @@ class ClipTimer:
         sigmas = self.bundle.noise.steps(steps)
         latents = sample(net, noise, sigmas, cond, given=self.given, nulls=nulls, scales=scales)
         with torch.no_grad():
-            px = self.codec.decode(latents).cpu()
+            px = self.codec.decode_stream(latents)[0].cpu()
         return px.shape[1] - (self.codec.px_frames(given) if given else 0)
 
 
@@ -256,33 +267,39 @@ def bench(
     vs: str | Path | Bundle | None = None,
     codec: Codec | None = None,
     image: np.ndarray | None = None,
+    speed: SpeedConfig | None = None,
     growth: bool = False,
     progress: Progress = lambda part, what: None,
 ) -> BenchResult:
     """Times a student, and `vs` (another student, or a teacher) in alternating rounds. Raises GateError before timing.
 
     `codec` (default: its own) and `image` (default: grey) are the student's; another student uses its own codec.
-    `growth`: also after 1, 10 and 60 minutes of stream, where `cfg` names no others.
+    `speed`: how networks and decoders of both are computed, ValueError where one cannot be; a student held against
+    itself is plain there, which shows what `speed` gains. `growth`: also after 1, 10 and 60 minutes of stream, where
+    `cfg` names no others.
     """
     cfg = cfg or BenchConfig()
     if growth and not cfg.growth_minutes:
         cfg = replace(cfg, growth_minutes=(1.0, 10.0, 60.0))
     bundle = student if isinstance(student, Bundle) else load_student(student)
-    rival = vs if isinstance(vs, Bundle) or vs is None else load(vs)
+    if isinstance(vs, str | Path) and not is_published(vs):
+        locate(vs)  # a name that is not there is told before anything runs
     with threads(cfg.threads):
-        own = StreamTimer(bundle, codec or load_codec_of(bundle), cfg, image)
+        own = StreamTimer(bundle, codec or load_codec_of(bundle), cfg, image, speed)
+        del bundle  # plain weights are not kept beside those of another kind
+        progress(0.0, "warming up")
+        warmup_ms = own.warm_up()
         progress(0.0, "correctness gate")
         own.gate()
-        other = opponent(own, rival, cfg, image) if rival else None
-        warmup_ms, peak = own.warm_up(), 0
-        if isinstance(other, StreamTimer):
-            other.gate()
+        peak = peak_bytes(own.device)
+        other = None if vs is None else opponent(own, vs if isinstance(vs, Bundle) else load(vs), cfg, image)
         if other:
             other.warm_up()
+        if isinstance(other, StreamTimer):
+            other.gate()
         for number in range(cfg.rounds):
             progress(number / cfg.rounds, f"round {number + 1} of {cfg.rounds}")
             own.round(number)
-            peak = peak or peak_bytes(own.device)
             if other:
                 other.round(number)
         rows = own.growth(progress) if cfg.growth_minutes else None
@@ -290,20 +307,46 @@ def bench(
         streams = None
         if cfg.batch > 1:
             progress(0.9, f"{cfg.batch} streams in one pass")
-            streams = batch_row(bundle, cfg.batch, cfg.rounds, own.fill, cfg.chunks)
+            streams = batch_row(own.bundle, cfg.batch, cfg.rounds, own.fill, cfg.chunks)
         return summary(own, other, warmup_ms, peak, rows, streams)
 
 
 def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray | None) -> StreamTimer | ClipTimer:
+    """What the student is held against, computed at its own speed setting; plainly if it is the very same student."""
     codec = load_codec_of(vs)
     if vs.kind == "student":
-        return StreamTimer(vs, codec, cfg, image)
+        itself = (vs.folder, vs.name, vs.record) == own.origin
+        return StreamTimer(vs, codec, cfg, image, SpeedConfig() if itself else own.speed)
     if vs.kind != "teacher":
         raise ValueError(f"{vs.name} is a {vs.kind}; a student is held against a student or a teacher")
     chunks = own.bundle.schedule.given_chunks
     with own.open() as session:
         given = session.reference(chunks) if chunks else None
-    return ClipTimer(vs, codec, cfg, given)
+    return ClipTimer(vs, codec, cfg, given, own.speed)
+
+
+def fast_decoder(codec: Codec, speed: SpeedConfig) -> Codec:
+    return Compiled(codec) if speed.compile else codec
+
+
+def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
+    """The teacher `bundle` of the same weights, computed as `speed` says in passes of `frames` latent frames.
+
+    ValueError where that cannot run here.
+    """
+    if speed == SpeedConfig():
+        return bundle
+    if not isinstance(bundle.net, VideoDiT):
+        raise ValueError(
+            f"{bundle.name} is a {type(bundle.net).__name__}, which cannot be compiled or get other linear layers, and "
+            "both sides must run alike: leave --compile and --linears out, or bench without --vs"
+        )
+    net = twin(bundle.net, bundle.net.cfg).eval().requires_grad_(False)
+    convert_linears(net.blocks, speed.linears, frames * bundle.shape.tokens_per_frame)
+    if speed.compile:
+        net.compile_regions()
+    words = [speed.linears] * (speed.linears != "plain") + ["compiled"] * speed.compile
+    return replace(bundle, name=f"{bundle.name} ({', '.join(words)})", net=net)
 
 
 def summary(
@@ -343,7 +386,8 @@ def summary(
         model_flops_utilisation=needed / (1e6 * t.part("chunk_ms")) / gflops,
         warmup_ms=warmup_ms,
         ranges={name: (min(v), max(v)) for name, v in (("fps", t.fps), ("first_frame_ms", t.first_frame_ms))},
-        env=environment(net) | {"shape": asdict(net.shape), "chunk": chunk, "bench": asdict(own.cfg)},
+        env=environment(net)
+        | {"shape": asdict(net.shape), "chunk": chunk, "bench": asdict(own.cfg), "speed": asdict(own.speed)},
         audio_lookahead_ms=own.lookahead_ms,
         audio_to_lip_ms_p95=float(np.percentile(t.speech_ms, 95)) if t.speech_ms else None,
         vs=compare(own, other) if other else None,
@@ -358,6 +402,7 @@ def compare(own: StreamTimer, other: StreamTimer | ClipTimer) -> dict[str, Any]:
     firsts = zip(own.timings.first_frame_ms, other.timings.first_frame_ms, strict=True)
     return {
         "name": other.name,
+        "speed": asdict(other.speed),
         **difference(own, other),
         "fps_ratio": statistics.median(fps),
         "first_frame_ratio": statistics.median(b / a for a, b in firsts),

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from random import Random
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +18,15 @@ from vidistill.schedules import endless, finite
 from vidistill.stream import StreamSession
 from vidistill.stream.engine import Stopwatch
 
+WALK = ("forward", "turn_left", "turn_right")
+HELD_CHUNKS = 4  # chunks for which a walker does the same
+
 
 class GrowthConfig(Protocol):
     """What `growth_rows` reads of a bench's config; explained there."""
+
+    @property
+    def seed(self) -> int: ...
 
     @property
     def growth_minutes(self) -> tuple[float, ...]: ...
@@ -37,23 +44,32 @@ def growth_rows(
     """A row for each of `growth_minutes` of the stream `old`: median time of a chunk's passes, and bytes, there.
 
     Every chunk that counts is made in turn with one of `young`, the same stream after the `fill` chunks that fill its
-    memory: `beside_young`, the median ratio of their times, is free of a machine that slows down. `ran` is false where
-    the clock was advanced. Nothing is decoded: a decoder's state does not grow.
+    memory: `beside_young`, the median ratio of their times, is free of a machine that slows down. Both walk, and do the
+    same in chunks made in turn. `ran` is false where the clock was advanced, after `growth_run` minutes that really
+    ran. Nothing is decoded: a decoder's state does not grow.
     """
     aged, fresh = old.chunks(), young.chunks()
     seconds, rows, chunk = old.frames_per_chunk / old.fps, [], 0
-    for _ in range(fill):
+    for number in range(fill):
+        walk(young, cfg.seed, number)
         next(fresh)
     for minutes in sorted(cfg.growth_minutes):
         ran, times, others = minutes <= cfg.growth_run, [], []  # type: bool, list[float], list[float]
         last = int(minutes * 60 / seconds)
         start = last - cfg.growth_chunks
         if not ran:
+            while chunk < min(start, int(cfg.growth_run * 60 / seconds)):
+                walk(old, cfg.seed, chunk + 1)
+                chunk = next(aged).index
+                progress(chunk / last, f"{minutes:g} minutes of stream")
             old.advance(max(0.0, start - chunk) * seconds / 60)
         while chunk < last or len(times) < 2:
+            number = chunk + 1
+            walk(old, cfg.seed, number)
             made = next(aged)
             chunk = made.index
             if chunk > start:
+                walk(young, cfg.seed, number)
                 times.append(made.stats["chunk_ms"])
                 others.append(next(fresh).stats["chunk_ms"])
             progress(min(1.0, chunk / max(1, last)), f"{minutes:g} minutes of stream")
@@ -69,6 +85,15 @@ def growth_rows(
             }
         )
     return rows
+
+
+def walk(session: StreamSession, seed: int, chunk: int) -> None:
+    """Tell `session` what to do in `chunk`: an action drawn from `seed` anew every `HELD_CHUNKS` chunks.
+
+    One of `WALK` where the student knows any, else one of its actions; a student without actions is told nothing.
+    """
+    if known := [name for name in WALK if name in session.actions] or list(session.actions):
+        session.set(action={Random(seed * 1_000_003 + chunk // HELD_CHUNKS).choice(known): 1.0})
 
 
 @torch.no_grad()

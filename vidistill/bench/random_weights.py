@@ -18,7 +18,7 @@ from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
 from vidistill.dit import DiTConfig, VideoDiT
 from vidistill.rollout import Drawn
-from vidistill.stream import Chunk, StreamConfig, StreamSession
+from vidistill.stream import Chunk, SpeedConfig, StreamConfig, StreamSession, faster
 
 GROWTH_MINUTES = (1.0, 10.0, 60.0)
 
@@ -29,7 +29,7 @@ class RandomConfig:
     `steps` denoising passes and one context pass a chunk, memory as long as `chunks` chunks of `chunk` frames, of which
     `sinks` never leave; `history` frames behind it are remembered in compressed form, as `entries` (see MemoryConfig).
     `noise`: a safetensors file of numbers drawn elsewhere, `noise` [F, C, H, W] and maybe `fresh` [N, f, C, H, W], both
-    as in `rollout.Drawn`, and `text` [L, D].
+    as in `rollout.Drawn`, and `text` [L, D]. `growth_chunks` and `growth_run`: see BenchConfig.
     """
 
     dim: int = 384
@@ -48,21 +48,20 @@ class RandomConfig:
     history: int = 0
     entries: str = "dense"
     growth_chunks: int = 50
+    growth_run: float = GROWTH_MINUTES[0]
     noise: str = ""
 
     @property
     def growth_minutes(self) -> tuple[float, ...]:
         return GROWTH_MINUTES
 
-    @property
-    def growth_run(self) -> float:
-        return GROWTH_MINUTES[0]
-
     def __post_init__(self) -> None:
         for f in fields(self):
             lowest = 0 if f.name in ("seed", "threads", "sinks", "history") else 1
             if f.type is int and getattr(self, f.name) < lowest:
                 raise ValueError(f"random weights: {f.name} must be at least {lowest}, got {getattr(self, f.name)}")
+        if not self.growth_run >= 0:
+            raise ValueError(f"random weights: growth_run must not be negative, got {self.growth_run}")
         sizes("latent", self.latent, "CHANNELSxHEIGHTxWIDTH")
         if self.text:
             sizes("text", self.text, "TOKENSxWIDTH")
@@ -71,18 +70,18 @@ class RandomConfig:
     def parse(cls, items: Sequence[str]) -> "RandomConfig":
         """From `key=value` words of a command line."""
         kinds = {f.name: f.type for f in fields(cls)}
-        values: dict[str, int | str] = {}
+        values: dict[str, Any] = {}
         for item in items:
             key, mark, value = item.partition("=")
             if not mark or key not in kinds:
                 raise ValueError(f"random weights: {item!r} is not KEY=VALUE with a key of {', '.join(kinds)}")
-            if kinds[key] is str:
-                values[key] = value
-            elif value.lstrip("-").isdigit():
-                values[key] = int(value)
-            else:
-                raise ValueError(f"random weights: {key} must be a whole number, got {value!r}")
-        return cls(**values)  # type: ignore[arg-type]
+            kind: Any = kinds[key]
+            try:
+                values[key] = kind(value)
+            except ValueError as error:
+                whole = "a whole number" if kind is int else "a number"
+                raise ValueError(f"random weights: {key} must be {whole}, got {value!r}") from error
+        return cls(**values)
 
     @property
     def text_tokens(self) -> int:
@@ -162,12 +161,15 @@ def sizes(name: str, text: str, form: str) -> tuple[int, ...]:
 
 
 class Contender:
-    """A student of a random shape, and what its chunks took, round by round."""
+    """A student of a random shape, computed as `speed` says, and what its chunks took, round by round."""
 
-    def __init__(self, cfg: RandomConfig, bundle: Bundle) -> None:
-        self.cfg, self.bundle = cfg, bundle
+    def __init__(self, cfg: RandomConfig, bundle: Bundle, speed: SpeedConfig | None = None) -> None:
+        self.cfg, self.speed = cfg, speed or SpeedConfig()
+        self.bundle = faster(bundle, self.speed)
+        self.device = self.bundle.net.net.head.head.weight.device
         self.session = self.open()
         self.rounds: list[list[Chunk]] = []
+        self.peak_bytes = 0  # after its first round
 
     def open(self) -> StreamSession:
         """A new stream of the drawn or recorded noise and text."""
@@ -183,6 +185,7 @@ class Contender:
     def round(self) -> None:
         """One chunk more than is timed: the context pass of a chunk runs before the next one."""
         self.rounds.append(list(islice(self.session.chunks(), self.cfg.chunks + 1)))
+        self.peak_bytes = self.peak_bytes or peak_bytes(self.device)
 
     def part(self, name: str) -> np.ndarray:
         """Milliseconds [rounds, chunks], the first round, which warmed up, left out."""
@@ -229,6 +232,7 @@ def random_bench(
     bundle: Bundle | None = None,
     *,
     vs: Bundle | None = None,
+    speed: SpeedConfig | None = None,
     growth: bool = False,
     batch: int = 1,
     profiled: bool = False,
@@ -237,15 +241,22 @@ def random_bench(
     """Times `rounds` rollouts of `chunks` chunks; `cfg` may be `key=value` words.
 
     `bundle`: a student of that shape (default: random weights); `vs` is timed beside it, in alternating rounds.
+    `speed`: how `bundle` is computed; where that is not plain it is timed beside itself, plain, unless `vs` is given.
     `growth`: also after 1, 10 and 60 minutes. `batch`: also so many streams in one pass. `profiled`: also one chunk's
     operators.
     """
     cfg = cfg if isinstance(cfg, RandomConfig) else RandomConfig.parse(cfg)
     with threads(cfg.threads):
-        own = Contender(cfg, bundle or cfg.bundle())
-        other = Contender(cfg, vs) if vs else None
-        for number in range(cfg.rounds + 1):
-            progress(number / (cfg.rounds + 1), f"round {number} of {cfg.rounds}" if number else "warming up")
+        bundle = bundle or cfg.bundle()
+        progress(0.0, "warming up")
+        own = Contender(cfg, bundle, speed)
+        own.round()
+        rival = bundle if vs is None and own.speed != SpeedConfig() else vs
+        other = Contender(cfg, rival) if rival else None
+        if other:
+            other.round()
+        for number in range(1, cfg.rounds + 1):
+            progress(number / (cfg.rounds + 1), f"round {number} of {cfg.rounds}")
             own.round()
             if other:
                 other.round()
@@ -264,7 +275,7 @@ def result(
     """The figures of all rounds but the first, which warmed up."""
     cfg, net = own.cfg, own.bundle.net
     denoise, context, chunk_ms = own.part("denoise"), own.part("context"), own.chunk_ms
-    gflops = matmul_peak_gflops(net.net.head.head.weight.device)
+    gflops = matmul_peak_gflops(own.device)
     latents = cfg.chunk * cfg.chunks / (chunk_ms.sum(1) / 1000)
     p50, p95 = float(np.percentile(chunk_ms, 50)), float(np.percentile(chunk_ms, 95))
     by_chunk = np.median(chunk_ms, axis=0)
@@ -279,14 +290,15 @@ def result(
         nfe_per_chunk=own.session.nfe_per_chunk,
         latents_per_s=float(np.median(latents)),
         memory_bytes=own.session.memory_bytes,
-        peak_bytes=peak_bytes(),
+        peak_bytes=own.peak_bytes,
         parts_ms={"denoise": float(np.median(denoise)), "context": float(np.median(context))},
         steady=p95 <= SPREAD * p50,
         matmul_peak_gflops=gflops,
         model_flops_utilisation=own.flops_per_s / 1e9 / gflops,
         warmup_ms=own.warmup_ms,
         ranges={"latents_per_s": (float(latents.min()), float(latents.max()))},
-        env=environment(net) | {"random_weights": asdict(cfg), "chunk_ms": by_chunk.tolist()},
+        env=environment(net)
+        | {"random_weights": asdict(cfg), "speed": asdict(own.speed), "chunk_ms": by_chunk.tolist()},
         vs=compare(own, other, gflops) if other else None,
         profile=shares,
         growth=growth,
@@ -300,6 +312,7 @@ def compare(own: Contender, other: Contender, gflops: float) -> dict[str, Any]:
     x, y = own.rounds[0][0].latents, other.rounds[0][0].latents
     return {
         "name": other.bundle.name,
+        "speed": asdict(other.speed),
         "chunk_ratio": float(np.median(ratios)),
         "chunk_ratio_range": (float(ratios.min()), float(ratios.max())),
         "chunk_ms_p50": float(np.median(other.chunk_ms)),

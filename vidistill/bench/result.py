@@ -26,12 +26,12 @@ class BenchResult:
     nfe_per_chunk: int  # network evaluations, context passes included
     latents_per_s: float
     memory_bytes: int  # KV memory
-    peak_bytes: int  # highest resident size of the process (CUDA: allocated on the device) until then
+    peak_bytes: int  # highest resident size of the process (CUDA: allocated on the device) before a rival is loaded
     parts_ms: Mapping[str, float]  # medians a chunk: denoise, context, decode, host
     steady: bool  # chunk_ms_p95 <= 1.5 chunk_ms_p50; else the figures are of a disturbed machine
     matmul_peak_gflops: float  # best median of square float32 products, same threads
     model_flops_utilisation: float  # FLOPs that the passes need over their time, over that peak
-    warmup_ms: float  # first chunks of the process, not in any other figure
+    warmup_ms: float  # first chunks of the process, compilation included, not in any other figure
     ranges: Mapping[str, tuple[float, float]]
     env: Mapping[str, Any]
     audio_lookahead_ms: float | None = None  # sound after a frame that must be there before it is drawn
@@ -73,6 +73,7 @@ class BenchResult:
         if self.audio_to_lip_ms_p95 is not None:
             look = f"{self.audio_lookahead_ms:.0f} ms of look-ahead among them"
             yield "audio to lip", f"p95 {self.audio_to_lip_ms_p95:.0f} ms, {look}"
+        yield "warm-up", f"{self.warmup_ms:.0f} ms for the first chunks, in no other figure"
         yield "evaluations", f"{self.nfe_per_chunk} a chunk"
         yield "parts of a chunk", ", ".join(f"{k} {v:.1f} ms" for k, v in self.parts_ms.items())
         yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"

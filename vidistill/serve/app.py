@@ -228,21 +228,29 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
     return {path.stem: read_image(path, size, formats=("PNG",)) for path in sorted(Path(folder).glob("*.png"))}
 
 
-def load_world(name: str, starts: str | Path | None = None, speed: "SpeedConfig | None" = None) -> World:
+def load_world(
+    name: str, starts: str | Path | None = None, speed: "SpeedConfig | None" = None, gain: float = 1.0
+) -> World:
     """The world of a student by bundled name or path, computed as `speed` says.
 
-    `starts`: a folder of PNG files to begin from; by default what `checkpoint.start_pictures` finds.
+    `starts`: a folder of PNG files to begin from; by default what `checkpoint.start_pictures` finds. `gain`: how far a
+    walker goes by the same action. ValueError for pictures to a student that begins from noise, and for a gain to one
+    that is not told where it goes.
     """
     from vidistill.checkpoint import start_pictures, text_encoder
-    from vidistill.stream import SpeedConfig, StreamConfig, StreamSession, load_fast
+    from vidistill.stream import SpeedConfig, StreamConfig, StreamSession, check_gain, load_fast
 
     bundle, codec = load_fast(name, speed or SpeedConfig())
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
     given = bundle.given_frames  # latent frames a dream begins with
+    if starts is not None and not given:
+        raise ValueError(f"--starts {starts}: {name} starts from noise and takes no picture; leave --starts out")
+
+    check_gain(bundle, codec, gain)  # here rather than when somebody opens the page
 
     def open_session(seed: int, image: np.ndarray | None) -> Any:
         # one queued frame: a chunk begins as late as possible and hears the latest keys
-        return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1), image=image)
+        return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1, gain=gain), image=image)
 
     images = None
     if given and starts is not None:
@@ -279,11 +287,12 @@ def serve(
     starts: str | Path | None = None,
     max_viewers: int = 4,
     origins: Sequence[str] = (),
+    gain: float = 1.0,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves the student `name` until interrupted. `ready` is called with the page's address once it answers."""
     cfg = ServeConfig(host=host, port=port, max_viewers=max_viewers, origins=tuple(origins))
-    run(load_world(name, starts, speed), cfg, ready)
+    run(load_world(name, starts, speed, gain), cfg, ready)
 
 
 def run(world: World, cfg: ServeConfig, ready: Callable[[str], None] | None = None) -> None:

@@ -4,7 +4,7 @@ import itertools
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning import Cue, Script
+from vidistill.conditioning import Cue, Inputs, Script
 from vidistill.memory import MemoryConfig
 from vidistill.roaming import Roamer
 from vidistill.rollout import Drawn, rollout
@@ -24,7 +24,17 @@ from vidistill.stream.pipeline import Pipeline, inline
 from vidistill.stream.speed import SpeedConfig, faster, load_fast
 from vidistill.stream.switch import SWITCHES
 
-__all__ = ["SWITCHES", "Chunk", "Frame", "SpeedConfig", "StreamConfig", "StreamSession", "faster", "load_fast"]
+__all__ = [
+    "SWITCHES",
+    "Chunk",
+    "Frame",
+    "SpeedConfig",
+    "StreamConfig",
+    "StreamSession",
+    "check_gain",
+    "faster",
+    "load_fast",
+]
 
 
 def cores() -> int:
@@ -36,6 +46,11 @@ def cores() -> int:
 
 
 MAX_GAIN = 10.0
+
+
+def check_gain(bundle: Bundle, codec: Codec, gain: float) -> None:
+    """ValueError if a session of this student would refuse `gain`."""
+    Inputs.of(bundle.record, codec.temporal_factor, "cpu").speed_up(gain)
 
 
 @dataclass(frozen=True)
@@ -229,10 +244,13 @@ class StreamSession:
         if not self._engine.closed:
             raise RuntimeError("this stream failed before; open another session")
 
-    def record(self, count: int, script: Script = (), cues: Sequence[Cue] = ()) -> np.ndarray:
+    def record(
+        self, count: int, script: Script = (), cues: Sequence[Cue] = (), made: Callable[[], object] = lambda: None
+    ) -> np.ndarray:
         """The next `count` frames, uint8 [T, H, W, 3], of a dream that has not begun yet.
 
-        Each chunk takes the actions of `script` at its first frame, and the cues that are due there.
+        Each chunk takes the actions of `script` at its first frame, and the cues that are due there. `made` is called
+        after every frame.
         """
         for action, _ in script:
             self._engine.inputs.read_action(action)
@@ -241,7 +259,11 @@ class StreamSession:
         engine.inputs.read_prompts([cue.prompt for cue in cues])
         engine.script, engine.cues = script, deque(sorted(timed, key=lambda item: item[0]))
         try:
-            return np.stack([frame.px for frame in itertools.islice(self.frames(), count)])
+            frames = []
+            for frame in itertools.islice(self.frames(), count):
+                frames.append(frame.px)
+                made()
+            return np.stack(frames)
         finally:
             engine.script = ()
             engine.cues.clear()
