@@ -40,6 +40,20 @@ def test_every_cpu_backend_equals_the_reference(backend, name):
     torch.testing.assert_close(ops.BACKENDS[backend](q, k, v, mask), ops.reference(q, k, v, mask), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [None, "block-causal", "window and sink", "teacher forcing"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "xformers", "triton"])
+def test_every_gpu_backend_equals_the_reference(backend, name):
+    if backend == "xformers":
+        pytest.importorskip("xformers", reason="xformers is not installed: pip install 'vidistill[cuda]'")
+    mask = None if name is None else FrameMask(masks(9, 3)[name].cuda(), 16)
+    length = 144 if mask is None else mask.shape[0]
+    q, k, v = (random(2, length, 3, 64, seed=i).cuda().half() for i in range(3))
+    wanted = ops.reference(q.float(), k.float(), v.float(), mask)
+    with ops.use_backend(backend):
+        torch.testing.assert_close(ops.attention(q, k, v, mask).float(), wanted, rtol=5e-3, atol=5e-3)
+
+
 def test_products_equal_the_reference_on_a_long_memory(fast_library):
     q, k, v = random(2, 515, 2, 8), random(2, 1031, 2, 8, seed=1), random(2, 1031, 2, 8, seed=2)
     assert q.shape[1] * k.shape[1] > ops.LONG
