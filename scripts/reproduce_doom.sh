@@ -2,7 +2,7 @@
 # Makes the bundled doom checkpoints from nothing: record, codec, encode, teacher, causal init, Self Forcing, diagonal.
 # Every stage resumes where it stopped when the script runs again; finished stages are skipped.
 # Usage: scripts/reproduce_doom.sh [STAGE ...]
-# Default: frames codec decoder probe latents teacher tf selfforcing diagonal. The worlds that remember are left out, name
+# Default: frames starts codec decoder probe latents teacher tf selfforcing diagonal. The worlds that remember are left out, name
 # their stages: relic, which records loops first; loops records alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +17,16 @@ stage() { # name config [bundled]: train, then bundle under its own name, or in 
 }
 
 frames() { vidistill data doom data/doom/frames --episodes 640; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
+starts() { # pictures to begin from: frames of held-out walks
+  python - <<'PYTHON'
+from vidistill.data import Clips
+from vidistill.video import save_png
+
+frames = Clips("data/doom-heldout/frames").tensors["frames"]
+for k, (walk, t) in enumerate([(60, 4), (43, 4), (54, 0), (57, 0), (38, 0), (47, 0), (49, 0), (36, 0)]):
+    save_png(f"vidistill/zoo/doom-starts/{k:02d}.png", frames[walk, t].numpy())
+PYTHON
+}
 codec() { stage doom-codec configs/doom/codec.yaml; }
 decoder() { stage doom-codec-decoder configs/doom/codec-decoder.yaml doom-codec; } # latents stay as they are
 probe() { # the judge of vidistill eval
@@ -45,10 +55,10 @@ relic() { # a student that remembers: its teacher, causal init, and the same tra
   vidistill eval doom-relic --suite memory --json
 }
 
+default="frames starts codec decoder probe latents teacher tf selfforcing diagonal"
 for name in "${@:-}"; do
-  case "$name" in
-    "") for s in frames codec decoder probe latents teacher tf selfforcing diagonal; do echo "== $s"; $s; done ;;
-    frames | codec | decoder | probe | latents | teacher | tf | selfforcing | diagonal | loops | relic) echo "== $name"; $name ;;
-    *) echo "unknown stage $name; stages: frames codec decoder probe latents teacher tf selfforcing diagonal loops relic" >&2; exit 2 ;;
+  case " $default loops relic  " in
+    *" $name "*) for s in ${name:-$default}; do echo "== $s"; $s; done ;;
+    *) echo "unknown stage $name; stages: $default loops relic" >&2; exit 2 ;;
   esac
 done
