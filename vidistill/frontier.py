@@ -177,6 +177,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
             axes.annotate(row["cell"], at, xytext=(5, -2), textcoords="offset points", fontsize=7)
         axes.set(xlabel="evaluations for 7 chunks", ylabel="Frechet distance (lower is better)")
         axes.margins(0.12)
-        axes.set_title("filled: tuned equally; hollow: inference only; orange: last_step, blue: clean", fontsize=8)
+        colours = "orange: last_step, blue: clean, green: noised"
+        axes.set_title(f"filled: tuned equally; hollow: inference only; {colours}", fontsize=8)
 
     report.figure(draw, folder / "frontier.png", width=8.0)
