@@ -256,9 +256,15 @@ def test_options_of_another_evaluation_are_refused(capsys, args, message):
     assert code == 1 and message in err
 
 
+def without_matplotlib(monkeypatch):
+    """As if it were not installed, even if an earlier test has loaded it."""
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
 @pytest.mark.parametrize("args", [["doom"], ["doom-teacher"], ["doom-codec"], ["doom-relic", "--suite", "memory"]])
 def test_a_report_that_cannot_be_drawn_is_said_before_the_work(capsys, tmp_path, monkeypatch, args):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    without_matplotlib(monkeypatch)
     monkeypatch.setattr("vidistill.evaluate.judge", None)  # calling these would fail
     monkeypatch.setattr("vidistill.revisit.evaluate_memory", None)
     code, _, err = call(capsys, "eval", *args, "--out", tmp_path)
@@ -266,7 +272,7 @@ def test_a_report_that_cannot_be_drawn_is_said_before_the_work(capsys, tmp_path,
 
 
 def test_a_diagnosis_without_matplotlib_names_the_extra(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    without_matplotlib(monkeypatch)
     table = np.eye(2).tolist()
     found = {"levels": [0.1, 0.9], "chunks": [1, 2], "norm": table, "gap": table, "cosine": table}
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "diagnosis": found}) + "\n")
