@@ -338,7 +338,7 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     score = score_difference(roles, x0.detach(), batch, cfg, rng)
     grad = score["grad"]
     logs = {"dmd_grad": grad[:, batch.given :].abs().mean()}
-    trust = torch.ones(len(x0), 1, 1, 1, 1, device=x0.device)
+    trust: Tensor | float = 1.0  # in each clip
     if cfg.broken < 1:
         sound = soundness(x0.detach(), batch.x, batch.given)
         logs["broken"] = 1 - sound.mean()

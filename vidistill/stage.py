@@ -6,7 +6,7 @@ from typing import Any
 
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
-from vidistill.conditioning import ACTION_SITE, AUDIO_SITE
+from vidistill.conditioning import ACTION_SITE, AUDIO_SITE, POSE_SITE
 from vidistill.dit import DiTConfig
 from vidistill.learner import OptimConfig
 from vidistill.lora import LoraConfig
@@ -160,7 +160,7 @@ class TrainConfig:
             raise ValueError(
                 f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
             )
-        if self.long_frames and self.camera and "qk" in self.camera.tells:
+        if self.long_frames and self.camera and POSE_SITE in self.camera.tells:
             raise ValueError(
                 "long_frames goes on with the actions of another clip, whose poses begin elsewhere: tell no poses "
                 "(camera.tells without qk), or leave long_frames 0 and roll out longer clips"

@@ -24,12 +24,12 @@ from vidistill.bench.machine import (
 from vidistill.bench.random_weights import RandomConfig, random_bench
 from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, is_published, load, load_codec_of, load_student, locate
-from vidistill.codecs import Codec, Compiled
+from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Inputs, branches
-from vidistill.dit import VideoDiT, twin
-from vidistill.ops.linear import convert_linears
+from vidistill.dit import VideoDiT
 from vidistill.sampling import sample
 from vidistill.stream import Frame, SpeedConfig, StreamConfig, StreamSession, faster
+from vidistill.stream.speed import fast_decoder, named
 
 __all__ = ["BenchConfig", "BenchResult", "GateError", "RandomConfig", "bench", "random_bench"]
 
@@ -325,10 +325,6 @@ def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray |
     return ClipTimer(vs, codec, cfg, given, own.speed)
 
 
-def fast_decoder(codec: Codec, speed: SpeedConfig) -> Codec:
-    return Compiled(codec) if speed.compile else codec
-
-
 def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
     """The teacher `bundle` of the same weights, computed as `speed` says in passes of `frames` latent frames.
 
@@ -341,12 +337,8 @@ def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
             f"{bundle.name} is a {type(bundle.net).__name__}, which cannot be compiled or get other linear layers, and "
             "both sides must run alike: leave --compile and --linears out, or bench without --vs"
         )
-    net = twin(bundle.net, bundle.net.cfg).eval().requires_grad_(False)
-    convert_linears(net.blocks, speed.linears, frames * bundle.shape.tokens_per_frame)
-    if speed.compile:
-        net.compile_regions()
-    words = [speed.linears] * (speed.linears != "plain") + ["compiled"] * speed.compile
-    return replace(bundle, name=f"{bundle.name} ({', '.join(words)})", net=net)
+    tokens = frames * bundle.shape.tokens_per_frame
+    return named(bundle, speed, bundle.net.faster(tokens, speed.linears, speed.compile))
 
 
 def summary(

@@ -13,6 +13,7 @@ from vidistill.diffusion import v_from_blend
 from vidistill.dit.layers import NO_GRID, Block, DiTConfig, Entries, Head, ImageEmbedding, Shown, Site, SiteConfig
 from vidistill.memory import KVMemory, Sketch, frame_positions
 from vidistill.memory.pooling import average
+from vidistill.ops.linear import convert_linears
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.rope import composed, rope_table, rotate, view_table
 
@@ -78,6 +79,15 @@ class VideoDiT(nn.Module):
         torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
         for block in self.blocks:
             block.compile_regions(mode)
+
+    def faster(self, tokens: int, linears: str = "plain", compiled: bool = False) -> "VideoDiT":
+        """A network of the same weights that only runs, in passes of `tokens`: the linear layers of its blocks are of
+        kind `linears` (see `ops.linear`), the blocks `compiled` around their attention. This one stays as it is."""
+        net = twin(self, self.cfg).eval().requires_grad_(False)
+        convert_linears(net.blocks, linears, tokens)
+        if compiled:
+            net.compile_regions()
+        return net
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity [B, F, C, H, W] of a whole clip seen in both directions."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from vidistill.checkpoint import Bundle, load_codec_of, load_student
 from vidistill.codecs import Codec, Compiled
 
@@ -21,14 +23,21 @@ class SpeedConfig:
 
 def faster(bundle: Bundle, cfg: SpeedConfig) -> Bundle:
     """The student `bundle` of the same weights, computed as `cfg` says; ValueError where that cannot run here."""
-    if cfg == SpeedConfig():
-        return bundle
+    return bundle if cfg == SpeedConfig() else named(bundle, cfg, bundle.net.faster(cfg.linears, cfg.compile))
+
+
+def named(bundle: Bundle, cfg: SpeedConfig, net: nn.Module) -> Bundle:
+    """`bundle` with the network `net`, computed as `cfg` says, which its name tells."""
     words = [cfg.linears] * (cfg.linears != "plain") + ["compiled"] * cfg.compile
-    return replace(bundle, name=f"{bundle.name} ({', '.join(words)})", net=bundle.net.faster(cfg.linears, cfg.compile))
+    return replace(bundle, name=f"{bundle.name} ({', '.join(words)})", net=net)
+
+
+def fast_decoder(codec: Codec, cfg: SpeedConfig) -> Codec:
+    """The codec, its decoder computed as `cfg` says."""
+    return Compiled(codec) if cfg.compile else codec
 
 
 def load_fast(name: str | Path, cfg: SpeedConfig) -> tuple[Bundle, Codec]:
     """The student `name` and its codec, computed as `cfg` says."""
     bundle = load_student(name)
-    codec = load_codec_of(bundle)
-    return faster(bundle, cfg), Compiled(codec) if cfg.compile else codec
+    return faster(bundle, cfg), fast_decoder(load_codec_of(bundle), cfg)
