@@ -279,6 +279,14 @@ def test_rotation_by_complex_products_has_the_bits_of_the_plain_formula(dim, inv
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dim", [6, 20, 56])
+def test_rotation_by_complex_products_is_the_plain_formula_where_vectors_are_not_whole(dim, inverse):
+    table, x = rope_table(random(63, 3) * 9, dim), random(2, 63, 3, dim)
+    plain = torch.compile(rotate, fullgraph=True, backend="eager")  # traced: the plain formula
+    torch.testing.assert_close(rotate(x, table, inverse), plain(x, table, inverse))
+
+
 # --- between the products ---------------------------------------------------------------------------------------------
 
 
@@ -292,6 +300,15 @@ def test_fused_operators_on_a_cpu_are_their_references():
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(fused.modulated_norm(x, s, s, 1e-6), normed * (1 + s) + s)
     torch.testing.assert_close(fused.gated_sum(x, y, s), x + y * s)
+
+
+def test_gelu_in_the_open_is_that_of_torch():
+    x = random(3, 2**15 + 7) * 6  # more than one piece
+    with torch.no_grad():
+        ours = fused.gelu(x)
+    wanted = torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-6)
+    assert torch.equal(fused.gelu(x), wanted)  # recorded by autograd: torch's own
 
 
 def test_fast_float32_is_float32():

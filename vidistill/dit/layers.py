@@ -233,6 +233,11 @@ class CrossAttention(nn.Module):
         return self.o(rearrange(out, "b (f n) h d -> b f n (h d)", f=x.shape[1]))
 
 
+class Gelu(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.gelu(x)
+
+
 class Block(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -243,7 +248,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(cfg) if cfg.text_dim else None
         affine = cfg.cross_attn_norm and cfg.text_dim > 0
         self.norm3 = nn.LayerNorm(width, cfg.eps) if affine else nn.Identity()
-        self.ffn = nn.Sequential(nn.Linear(width, cfg.ffn), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn, width))
+        self.ffn = nn.Sequential(nn.Linear(width, cfg.ffn), Gelu(approximate="tanh"), nn.Linear(cfg.ffn, width))
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
     def compile_regions(self, mode: str) -> None:

@@ -5,6 +5,7 @@ they run as one kernel each, forward and backward, and so they do with backend `
 """
 
 import logging
+import math
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from vidistill.ops.attention import choice, resolve
 from vidistill.ops.rope import rotate
 
 logger = logging.getLogger("vidistill")
+PIECE = 2**16  # numbers that stay in a core's cache from one operator to the next
 
 
 @cache
@@ -45,6 +47,17 @@ def kernels(device: str) -> bool:
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 at least: norms and modulation are not computed in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU. On a CPU in the open: torch's own operator is a third as fast there."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    slope, out = math.sqrt(2 / math.pi), torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, y in zip(x.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+        torch.mul(part, part, out=y)
+        y.mul_(0.044715 * slope).add_(slope).mul_(part).tanh_().add_(1).mul_(part).mul_(0.5)
+    return out
 
 
 def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, heads: int, eps: float) -> Tensor:

@@ -1,7 +1,9 @@
 """Which numbers are multiplied: bfloat16 where it is quick, float32 at the speed of the widest instructions."""
 
 import logging
+import platform
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -43,11 +45,20 @@ def _error() -> float:
     return float(((a @ b).double() - wanted).abs().max() / wanted.abs().max())
 
 
+def _maker() -> str:
+    """Who made this CPU, as far as the system says; looked up for the name "GenuineIntel"."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.processor()
+
+
 @cache
 def fast_float32() -> bool:
     """Hand float32 products on a CPU to oneDNN where that is faster and as exact; True if it is done, logged once.
 
     MKL, the default of torch on x86, stays with AVX2 on processors of other makers; oneDNN uses AVX-512, twice as fast.
+    On those of its own maker MKL is the quicker one, most of all where products are small.
     torch offers it only under the name of "medium" precision, which would mean bfloat16 on a CPU with AMX and TF32 on a
     GPU: there nothing is changed. Forward and backward passes change by rounding only, so training that resumes
     bitwise must call this before every run or before none.
@@ -56,6 +67,8 @@ def fast_float32() -> bool:
         reason = "a GPU is present, whose products the same switch would shorten"
     elif torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         reason = "no AVX-512 or no oneDNN"
+    elif torch.backends.mkl.is_available() and "GenuineIntel" in _maker():
+        reason = "MKL, on a CPU of its maker"
     elif torch.cpu._is_amx_tile_supported():
         reason = "this CPU has AMX, where it would mean bfloat16"
     else:
