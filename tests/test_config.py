@@ -122,6 +122,7 @@ def test_sizes_of_networks_are_checked_where_they_are_read():
         ("dit.layers=-1", "dit"),
         ("student.chunk=0", "student.chunk must be at least 1"),
         ("student.memory.frames=0", "memory needs frames >= 1"),
+        ("student.memory.stretch=0", "must be above 0"),
         ("schedule.levels=[0.5]", r"starts from pure noise"),
         ("schedule.pattern=9", "asks for 9 steps"),
         ("codec_config.latent_channels=0", "must be >= 1"),

@@ -145,6 +145,14 @@ def test_rescaled_keys_are_as_long_as_those_they_stand_for():
     assert torch.allclose(means, values.mean(1, keepdim=True), atol=1e-6)
 
 
+def test_stretched_keys_are_longer_whatever_they_stand_for_and_values_are_not():
+    keys, values = torch.randn(2, 1, 16, 2, 6)
+    for factor in (1, 2, 4):
+        plain, means = Pooling("rescaled", (4, 4))(0, keys, values, factor)
+        long, same = Pooling("rescaled", (4, 4), stretch=1.25)(0, keys, values, factor)
+        assert torch.allclose(long, plain * 1.25) and torch.equal(same, means)
+
+
 def test_learned_weights_start_as_the_average_and_pick_what_they_learn():
     keys, values = torch.randn(2, 1, 15, 2, 6)
     scores = torch.zeros(2, 2, 2)
@@ -171,7 +179,7 @@ def test_entries_of_one_byte_are_close():
 @pytest.mark.parametrize("pool", ["average", "rescaled", "learned"])
 @pytest.mark.parametrize("window", [3, 5])
 def test_chunk_by_chunk_with_compressed_memory_equals_one_masked_forward(pool, window):
-    memory = replace(COMPRESSED, pool=pool, frames=window)
+    memory = replace(COMPRESSED, pool=pool, frames=window, stretch=1.25)
     student = tiny_student(memory, sites=SITES, pool_factors=(2,))
     x, cond = clip(batch=2), condition(batch=2, sites=tuple(SITES))
     sigma = chunk_levels(student, 9, batch=2)

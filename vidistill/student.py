@@ -105,7 +105,7 @@ class CausalStudent(nn.Module):
 
     def pooling(self, cfg: MemoryConfig) -> Pooling:
         """What compresses frames for a memory of this student."""
-        return Pooling(cfg.pool, self.shape.grid, self.net.pool_scores)
+        return Pooling(cfg.pool, self.shape.grid, self.net.pool_scores, cfg.stretch)
 
     @torch.no_grad()
     def remember(self, x: Tensor, cond: Condition, memory: KVMemory, *, start: int) -> None:

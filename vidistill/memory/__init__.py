@@ -81,7 +81,7 @@ class KVMemory:
                 head_dim=head_dim,
                 grid=grid,
                 rotate=rotate,
-                pooling=pooling or Pooling(cfg.pool, grid),
+                pooling=pooling or Pooling(cfg.pool, grid, stretch=cfg.stretch),
                 shown=self._behind_window(),
                 device=device,
                 dtype=dtype,

@@ -1,6 +1,7 @@
 """What a memory keeps, in which form, and what that costs before anything is allocated."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -48,8 +49,9 @@ class MemoryConfig:
     what has left the window as well, pooled by `pattern` (tokens a side that become one, frame after frame), up to
     `history` frames; `endless` holds as many tokens, and lets frames go that others were seen from nearly the same
     pose as. `pool`: `average` of keys before rotation and of values; `rescaled`, with keys as long as before;
-    `learned` weights; `reencode`: the network sees the pooled latents themselves. `entries` of the history: `dense`,
-    `int8` or `fp8`. Source: RELIC 2512.04040, section on compressed memory; factors count a side (DECISIONS).
+    `learned` weights; `reencode`: the network sees the pooled latents themselves. `stretch`: keys of the history are so
+    many times as long, so that what is far back is looked at as sharply as what is near. `entries` of the history:
+    `dense`, `int8` or `fp8`. Source: RELIC 2512.04040, section on compressed memory; factors count a side (DECISIONS).
     """
 
     policy: str = "full"
@@ -59,6 +61,7 @@ class MemoryConfig:
     history: int = 0
     pattern: tuple[int, ...] = RELIC_PATTERN
     pool: str = "average"
+    stretch: float = 1.0
     entries: str = "dense"
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class MemoryConfig:
             raise ValueError(
                 f"memory.history {self.history} and sinks {self.sinks} do not fit policy {self.policy!r}: "
                 f"{' and '.join(REMEMBERING)} need history >= 1 and no sinks, the others no history"
+            )
+        if not 0 < self.stretch < math.inf:
+            raise ValueError(
+                f"memory.stretch is the length of keys, 1 as they are: it must be above 0, got {self.stretch}"
             )
         if not self.pattern or min(self.pattern) < 1:
             raise ValueError(f"memory.pattern holds factors of at least 1, got {list(self.pattern)}")

@@ -198,7 +198,9 @@ class History:
         at, factor = self.used, self.factor(frame)
         tokens = num_cells(self._grid, factor)
         for layer, (keys, values) in entries.items():
-            if not pooled:
+            if pooled:
+                keys = self._pooling.stretched(keys)
+            else:
                 keys, values = self._pooling(layer, keys, values, factor)
             put(self._keys[layer], self._values[layer], at, keys.detach(), values.detach())
         self.stored.append(Stored(frame, factor, tokens))

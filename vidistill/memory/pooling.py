@@ -76,17 +76,24 @@ POOLS: dict[str, Callable[..., tuple]] = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """The operator `name` on frames of `grid`; `weights` are those of a network that has learned them."""
+    """The operator `name` on frames of `grid`; `weights` are those of a network that has learned them.
+
+    Keys come out `stretch` times as long, those of frames that stay as they are too.
+    """
 
     name: str
     grid: tuple[int, int]
     weights: Weights | None = None
+    stretch: float = 1.0
 
     def __call__(self, layer: int, keys: Tensor, values: Tensor, factor: int) -> tuple[Tensor, Tensor]:
         """Fewer un-rotated keys and values [B, m, h, d] for those [B, n, h, d] of whole frames."""
-        if factor == 1:
-            return keys, values
-        if self.name == "learned" and self.weights is None:
-            raise ValueError("memory.pool 'learned' needs a network with dit.pool_factors")
-        scores = self.weights(layer, factor) if self.name == "learned" and self.weights else None
-        return POOLS[self.name](keys, values, self.grid, factor, scores)
+        if factor > 1:
+            if self.name == "learned" and self.weights is None:
+                raise ValueError("memory.pool 'learned' needs a network with dit.pool_factors")
+            scores = self.weights(layer, factor) if self.name == "learned" and self.weights else None
+            keys, values = POOLS[self.name](keys, values, self.grid, factor, scores)
+        return self.stretched(keys), values
+
+    def stretched(self, keys: Tensor) -> Tensor:
+        return keys if self.stretch == 1.0 else keys * self.stretch
