@@ -139,6 +139,8 @@ def test_the_suite_end_to_end_on_tiny_random_students(bench):
     assert result["student"]["memory_tokens"] < result["student"]["memory_bytes"]
     assert result["rpe_trans"] > 0 and result["rpe_rot"] > 0
     assert result["real"]["rpe_rot"] < result["student"]["rpe_rot"]
+    assert result["pose_error"]["told"] < 1e-4 and result["pose_error"]["seconds"] == pytest.approx(76 / 17.5)
+    assert result["pose_error"]["keys"] > 0.001  # walls, and the engine's rounding of angles
     files = {p.name for p in (bench / "out" / "relic-memory").iterdir()}
     assert files == {"memory.json", "memory.png", "away-2s.png"}
     assert json.loads((bench / "out" / "relic-memory" / "memory.json").read_text()) == result

@@ -26,7 +26,17 @@ from vidistill.data import Clips
 from vidistill.evaluate import EvalConfig, episodes_at, student_chunks, told
 from vidistill.memory import stream_memory
 from vidistill.ops.precision import working_dtype
-from vidistill.poses import moves, planar
+from vidistill.poses import (
+    CameraConfig,
+    Pose,
+    integrate,
+    latent_rate,
+    moves,
+    planar,
+    relative,
+    signed,
+    wanted,
+)
 from vidistill.probes import Probe, load_probe, read
 from vidistill.sources import Episode
 from vidistill.sources.doom import ACTIONS, DoomConfig, centre_texture, replay, seeds
@@ -254,6 +264,24 @@ def planar_motion(poses: Tensor) -> Tensor:
     return moves(planar(poses))[..., [0, 1, 3]]
 
 
+def pose_error(recorded: Clips, camera: CameraConfig, factor: int) -> dict[str, float]:
+    """How far integrated poses are from the engine's at the end of recorded walks, means in map units / 64.
+
+    `told`: from the relative actions of latents of `factor` px frames, as a network is told them. `keys`: from what the
+    keys ask for, as in a stream, which knows no walls. `seconds`: how long the walks are.
+    """
+    actions, true = recorded.tensors["actions"], planar(recorded.tensors["poses"])
+    frames = (actions.shape[1] - 1) // factor * factor
+    start, end = Pose(true.position[:, :1], true.rotation[:, :1]), true.position[:, frames]
+    at_latents, _ = latent_rate(moves(true)[:, 1 : 1 + frames], factor, start)
+    paths = {
+        "told": signed(relative(at_latents, camera, factor), camera, factor),
+        "keys": wanted(actions[:, 1 : 1 + frames], ACTIONS, camera),
+    }
+    off = {name: float((integrate(m, start).position[:, -1] - end).norm(dim=-1).mean()) for name, m in paths.items()}
+    return {"seconds": frames / recorded.meta["fps"], **off}
+
+
 class RevisitTally:
     """What one row showed at the revisits."""
 
@@ -357,6 +385,8 @@ def evaluate_memory(
     for row, bundle in bundles.items():
         result[row] |= {"name": bundle.name, **memory_of(bundle)}
     result |= {key: result["student"][key] for key in ("rpe_trans", "rpe_rot")}
+    camera = student.record["world"].get("camera")
+    result["pose_error"] = pose_error(recorded, CameraConfig.of(camera), codec.temporal_factor) if camera else None
     result["protocol"] = {**asdict(cfg), "counted": count, "texture_chance": 1 / probe.cfg.textures}
     plain: dict[str, Any] = report.plain(result)
     if cfg.out:
