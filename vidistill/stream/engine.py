@@ -30,9 +30,9 @@ class Frame:
 
     px: uint8 [H, W, 3]. index: pictures before it since the last reset. input_id: number of the last `set` that had a
     say in it, 0: none. dream: resets before it. made_at: `time.perf_counter()` when it was on the host. stats: what its
-    chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms, host_ms;
-    where speech is heard also audio_to_lip_ms, since its sound came. sound: float32 [n], what sounds while the picture
-    is shown; None for a student that hears nothing.
+    chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms and host_ms
+    (so far); where speech is heard also audio_to_lip_ms, since its sound came. sound: float32 [n], what sounds while
+    the picture is shown; None for a student that hears nothing.
     """
 
     px: np.ndarray
@@ -289,23 +289,29 @@ class Engine:
         return parts[0] if len(parts) == 1 else concat(parts, dim=1)
 
     @torch.no_grad()
-    def decode(self, chunk: Chunk) -> list[Frame]:
-        """The pictures of a chunk; the chunks of a dream must come in order."""
+    def decode(self, chunk: Chunk) -> Iterator[list[Frame]]:
+        """The pictures of a chunk, those of its first latent before the others, so that they need not wait.
+
+        The chunks of a dream must come in order.
+        """
         assert self.codec is not None
         if chunk.fresh:
             self._codec_state = None
         if chunk.index == 0:
             self._next_index = 0
-        began = time.perf_counter()
-        px, self._codec_state = self.codec.decode_stream(chunk.latents, self._codec_state)
-        decoded = time.perf_counter()
-        images = to_uint8(px[0])
-        made_at = time.perf_counter()
-        stats = {**chunk.stats, "decode_ms": 1000 * (decoded - began), "host_ms": 1000 * (made_at - decoded)}
-        first, self._next_index = self._next_index, self._next_index + len(images)
-        sounds = chunk.sounds or ((None, None),) * len(images)
-        frames = []
-        for i, (px, (sound, came)) in enumerate(zip(images, sounds, strict=True), first):
-            own = stats if came is None else {**stats, "audio_to_lip_ms": 1000 * (made_at - came)}
-            frames.append(Frame(px, i, chunk.index, chunk.input_id, chunk.dream, made_at, own, sound))
-        return frames
+        stats, sounds = {**chunk.stats, "decode_ms": 0.0, "host_ms": 0.0}, iter(chunk.sounds)
+        for latents in filter(lambda part: part.shape[1], (chunk.latents[:, :1], chunk.latents[:, 1:])):
+            began = time.perf_counter()
+            px, self._codec_state = self.codec.decode_stream(latents, self._codec_state)
+            decoded = time.perf_counter()
+            images = to_uint8(px[0])
+            made_at = time.perf_counter()
+            stats["decode_ms"] += 1000 * (decoded - began)
+            stats["host_ms"] += 1000 * (made_at - decoded)
+            frames = []
+            for image in images:
+                sound, came = next(sounds, (None, None))
+                own = dict(stats) if came is None else {**stats, "audio_to_lip_ms": 1000 * (made_at - came)}
+                index, self._next_index = self._next_index, self._next_index + 1
+                frames.append(Frame(image, index, chunk.index, chunk.input_id, chunk.dream, made_at, own, sound))
+            yield frames

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -15,7 +16,7 @@ def inline(engine: Engine) -> Iterator[Frame]:
     while not engine.closed:
         dream = engine.dream
         for chunk in engine.chunks(dream):
-            for frame in engine.decode(chunk):
+            for frame in chain.from_iterable(engine.decode(chunk)):
                 if dream.over:
                     break
                 yield frame
@@ -125,13 +126,14 @@ class Pipeline:
             self._decode_next()
 
     def _decode_next(self) -> None:
-        """Decode the oldest chunk that waits, if there is one."""
+        """Decode the oldest chunk that waits, if there is one, as long as its dream goes on."""
         with self._turn:
             if not self._todo or self._stopped:
                 return
             chunk = self._todo.popleft()
-        frames = self.engine.decode(chunk)
-        with self._turn:
-            if chunk.dream == self.engine.dream.number:
+        for frames in self.engine.decode(chunk):
+            with self._turn:
+                if chunk.dream != self.engine.dream.number:
+                    return
                 self._ready.extend(frames)
                 self._turn.notify_all()
