@@ -43,11 +43,18 @@ class Codec(Protocol):
 
 
 class Compiled:
-    """`codec` with its streamed decode as one graph; one more is made for every other length of a chunk."""
+    """`codec` with its streamed decode of one latent as one graph, and another for the first latent of a stream."""
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
-        self.decode_stream = torch.compile(codec.decode_stream, fullgraph=True, dynamic=False)
+        self._step = torch.compile(codec.decode_stream, fullgraph=True, dynamic=False)
+
+    def decode_stream(self, latents: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        parts = []
+        for latent in latents.split(1, dim=1):
+            px, state = self._step(latent, state)
+            parts.append(px)
+        return torch.cat(parts, dim=1), state
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._codec, name)

@@ -188,7 +188,7 @@ class TinyCodec(nn.Module):
         px = px.clamp(0, 1)
         if not smooth:
             return px, state
-        px = steadied(smoothed(px, smooth), shown, smooth)
+        px = (one_filter if torch.compiler.is_compiling() else filtered)(px, shown, smooth)
         return px, (*state, px[:, -1].clone())
 
     def forward(
@@ -227,6 +227,22 @@ class TinyCodec(nn.Module):
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+
+
+def filtered(px: Tensor, shown: Tensor | None, spread: float) -> Tensor:
+    """px [B, T, C, H, W], smoothed and then steadied, see there."""
+    return steadied(smoothed(px, spread), shown, spread)
+
+
+@torch.library.custom_op("vidistill::filtered", mutates_args=())
+def one_filter(px: Tensor, shown: Tensor | None, spread: float) -> Tensor:
+    """`filtered` as one operator: its hundreds of small steps would take a compiler minutes."""
+    return filtered(px, shown, spread)
+
+
+@one_filter.register_fake
+def _(px: Tensor, shown: Tensor | None, spread: float) -> Tensor:
+    return torch.empty_like(px)
 
 
 def smoothed(px: Tensor, spread: float, reach: int = 2) -> Tensor:
