@@ -321,6 +321,17 @@ def test_fast_float32_is_float32():
         torch.set_float32_matmul_precision(before)
 
 
+def test_fast_float32_leaves_mkl_on_a_cpu_of_its_maker(monkeypatch, caplog):
+    caplog.set_level("INFO", "vidistill")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr("vidistill.ops.precision._maker", lambda: "vendor_id : GenuineIntel")
+    before = torch.get_float32_matmul_precision()
+    assert not fast_float32.__wrapped__() and torch.get_float32_matmul_precision() == before
+    assert torch.cuda.is_available() or "MKL" in caplog.text
+
+
 @pytest.mark.parametrize(("quick", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_precision_auto_is_what_the_cpu_multiplies(monkeypatch, quick, wanted):
     _has_bfloat16.cache_clear()

@@ -137,6 +137,13 @@ def test_the_first_picture_is_the_decoded_start_picture(session, codec, tiny_ima
     assert frame.px.shape == (16, 16, 3) and frame.px.dtype == np.uint8
 
 
+def test_the_pictures_of_a_chunks_first_latent_do_not_wait_for_the_others(session):
+    frames = [f for f in take_chunks(session(), 3) if f.chunk == 2]
+    assert [f.made_at for f in frames] == [frames[0].made_at] * 4 + [frames[4].made_at] * 8
+    assert frames[0].made_at < frames[4].made_at
+    assert frames[0].stats["decode_ms"] < frames[4].stats["decode_ms"]  # what was spent so far
+
+
 def test_stats_count_what_a_chunk_cost(session):
     frame = take_chunks(session(StreamConfig()), 3)[-1]
     assert set(frame.stats) == {"denoise_ms", "context_ms", "chunk_ms", "decode_ms", "host_ms"}
