@@ -68,12 +68,12 @@ def norm_rope_reference(x: Tensor, weight: Tensor, table: Tensor, heads: int, ep
 
 def modulated_norm_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Layer norm of `x` [B, F, n, D] without weights, times 1 + `scale`, plus `shift` (both [B, F, 1, D])."""
-    return (F.layer_norm(wide(x), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+    return torch.addcmul(shift, F.layer_norm(wide(x), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
 
 
 def gated_sum_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """`x` + `y` * `gate`: [B, F, n, D] twice and [B, F, 1, D]."""
-    return x + (y * gate).to(x.dtype)
+    return torch.addcmul(x, y, gate) if x.dtype == y.dtype == gate.dtype else x + (y * gate).to(x.dtype)
 
 
 def norm_rope(
