@@ -303,12 +303,13 @@ def test_fused_operators_on_a_cpu_are_their_references():
 
 
 def test_gelu_in_the_open_is_that_of_torch():
-    x = random(3, 2**15 + 7) * 6  # more than one piece
-    with torch.no_grad():
-        ours = fused.gelu(x)
-    wanted = torch.nn.functional.gelu(x, approximate="tanh")
+    x = (random(3, 2**15 + 7) * 6).requires_grad_()  # more than one piece
+    ours, wanted = fused.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-6)
-    assert torch.equal(fused.gelu(x), wanted)  # recorded by autograd: torch's own
+    slopes = (torch.autograd.grad(y, x, random(*x.shape, seed=1)) for y in (ours, wanted))
+    assert torch.equal(*(s for (s,) in slopes))
+    with torch.no_grad():
+        assert torch.equal(fused.gelu(x), ours)  # recorded or not: a replayed rollout has the same bits
 
 
 def test_fast_float32_is_float32():

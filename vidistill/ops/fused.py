@@ -49,14 +49,27 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        slope, out = math.sqrt(2 / math.pi), torch.empty_like(x, memory_format=torch.contiguous_format)
+        for part, y in zip(x.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
+            torch.mul(part, part, out=y)
+            y.mul_(0.044715 * slope).add_(slope).mul_(part).tanh_().add_(1).mul_(part).mul_(0.5)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
 def gelu(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU. On a CPU in the open: torch's own operator is a third as fast there."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """The tanh approximation of GELU. On a CPU in the open: torch's own operator is half as fast there."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    slope, out = math.sqrt(2 / math.pi), torch.empty_like(x, memory_format=torch.contiguous_format)
-    for part, y in zip(x.reshape(-1).split(PIECE), out.view(-1).split(PIECE), strict=True):
-        torch.mul(part, part, out=y)
-        y.mul_(0.044715 * slope).add_(slope).mul_(part).tanh_().add_(1).mul_(part).mul_(0.5)
+    out: Tensor = _Gelu.apply(x)
     return out
 
 
