@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a playable world: installs, records fresh episodes, distils the bundled teacher for five minutes,
-# streams ten seconds from your student and from the bundled one, and compares speeds. About 15 minutes on two cores.
+# streams ten seconds from your student and from the bundled one, and compares speeds. 9 to 15 minutes on two cores.
 #
 # VIDISTILL_VENV   where the environment lives (default .venv)
 # VIDISTILL_TORCH  the torch to install (default torch==2.13.0)
