@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -299,7 +300,8 @@ class Engine:
             self._codec_state = None
         if chunk.index == 0:
             self._next_index = 0
-        stats, sounds = {**chunk.stats, "decode_ms": 0.0, "host_ms": 0.0}, iter(chunk.sounds)
+        stats = {**chunk.stats, "decode_ms": 0.0, "host_ms": 0.0}
+        sounds = iter(chunk.sounds or ((None, None),) * chunk.px_frames)
         for latents in filter(lambda part: part.shape[1], (chunk.latents[:, :1], chunk.latents[:, 1:])):
             began = time.perf_counter()
             px, self._codec_state = self.codec.decode_stream(latents, self._codec_state)
@@ -309,9 +311,9 @@ class Engine:
             stats["decode_ms"] += 1000 * (decoded - began)
             stats["host_ms"] += 1000 * (made_at - decoded)
             frames = []
-            for image in images:
-                sound, came = next(sounds, (None, None))
+            for image, (sound, came) in zip(images, islice(sounds, len(images)), strict=True):
                 own = dict(stats) if came is None else {**stats, "audio_to_lip_ms": 1000 * (made_at - came)}
                 index, self._next_index = self._next_index, self._next_index + 1
                 frames.append(Frame(image, index, chunk.index, chunk.input_id, chunk.dream, made_at, own, sound))
             yield frames
+        assert next(sounds, None) is None, "a sound for every picture, and no more"
