@@ -14,7 +14,6 @@ from vidistill.poses import (
     CameraConfig,
     Pose,
     euler,
-    from_start,
     integrate,
     latent_rate,
     moves,
@@ -50,7 +49,7 @@ def test_actions_and_poses_turn_into_each_other():
     actions = relative(moved, FREE, 1)
     assert actions.shape == (2, 60, 13) and actions.min() >= 0
     assert error(integrate(signed(actions.double(), FREE, 1)), pose) < 1e-4  # float32 actions
-    assert error(from_start(whole), whole) < 1e-9
+    assert error(integrate(moves(whole)), whole) < 1e-9
 
 
 def joined(start: Pose, pose: Pose):

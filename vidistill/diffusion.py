@@ -88,10 +88,6 @@ def x0_from_v(x: Tensor, v: Tensor, sigma: Tensor | Sequence[float] | float) -> 
     return (x.double() - expand(sigma, x.double()) * v.double()).to(x.dtype)
 
 
-def eps_from_v(x: Tensor, v: Tensor, sigma: Tensor | Sequence[float] | float) -> Tensor:
-    return x + (1 - expand(sigma, x)) * v
-
-
 def v_from(x0: Tensor, eps: Tensor) -> Tensor:
     return eps - x0
 
@@ -123,6 +119,3 @@ def renoise(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor,
         return x0
     assert rng is not None
     return add_noise(x0, randn_like(x0, rng), next_sigma)
-
-
-TRANSITIONS = {"euler": euler, "renoise": renoise}

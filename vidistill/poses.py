@@ -283,8 +283,3 @@ def walk_of(pose: Pose) -> Tensor:
     """x, y and heading [..., T, 3] of poses, seen from above."""
     heading = torch.atan2(pose.rotation[..., 0, 1], pose.rotation[..., 0, 0])
     return torch.cat((pose.position[..., :2], heading[..., None]), -1)
-
-
-def from_start(pose: Pose) -> Pose:
-    """Poses [..., T] seen from the first of them, by way of their moves."""
-    return integrate(moves(pose))
