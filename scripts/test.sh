@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                     everything a change must pass
 #   bash scripts/test.sh -k memory -x        arguments go to pytest
 #   bash scripts/test.sh -m "gpu or slow"    a later -m replaces the default selection
+#   bash scripts/test.sh -n 0                in one process (the default: one a core, four at most)
 #
 # VIDISTILL_VENV    where the environment lives (default .venv-test); reused while pyproject.toml stays the same
 # VIDISTILL_TORCH   the torch to install (default torch==2.13.0); installed first, so that nothing else picks a build
@@ -82,7 +83,10 @@ make_browser() {
 make_environment
 make_browser
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os; print(os.cpu_count() or 1)')}"
+# Tests run side by side, file by file, and share the cores: most are too small for a second thread.
+cores="$(python -c 'import os; print(os.cpu_count() or 1)')"
+workers="$((cores < 4 ? cores : 4))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / workers))}"
 
 say "ruff check"
 ruff check --quiet .
@@ -91,4 +95,4 @@ ruff format --quiet --check . || die "some files are not formatted; run: ruff fo
 say "mypy"
 mypy --no-error-summary
 say "pytest"
-exec python -m pytest -m "not gpu and not slow and not weights" "$@"
+exec python -m pytest -n "$workers" --dist loadfile -m "not gpu and not slow and not weights" "$@"
