@@ -10,10 +10,10 @@ command -v vidistill >/dev/null || { echo "activate an environment with vidistil
 
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" # huge pages: steps are 5 to 10 % shorter
 
-train() { [ -f "runs/$1/$1.json" ] || vidistill train "$2"; } # name config: unless it is finished
-stage() { # name config [bundled]: train, then bundle under its own name, or in place of what it refines
-  train "$1" "$2"
-  for end in json safetensors; do cp "runs/$1/$1.$end" "vidistill/zoo/${3:-$1}.$end"; done
+train() { [ -f "${3:-runs}/$1/$1.json" ] || vidistill train "$2"; } # name config [out]: unless it is finished
+stage() { # name config [out]: train, then bundle; a stage that refines a checkpoint has its name and a folder (out) of its own
+  train "$@"
+  cp "${3:-runs}/$1/$1.json" "${3:-runs}/$1/$1.safetensors" vidistill/zoo/
 }
 
 frames() { vidistill data doom data/doom/frames --episodes 640; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
@@ -28,7 +28,7 @@ for k, (walk, t) in enumerate([(60, 4), (43, 4), (54, 0), (57, 0), (38, 0), (47,
 PYTHON
 }
 codec() { stage doom-codec configs/doom/codec.yaml; }
-decoder() { stage doom-codec-decoder configs/doom/codec-decoder.yaml doom-codec; } # latents stay as they are
+decoder() { stage doom-codec configs/doom/codec-decoder.yaml runs/decoder; } # latents stay as they are
 probe() { # the judge of vidistill eval
   [ -f vidistill/zoo/probes/doom-probe.json ] || python -c 'from vidistill.probes import make_probe; print(make_probe("data/doom/frames", "data/doom-heldout/frames", "vidistill/zoo/probes/doom-probe"))'
 }
@@ -40,11 +40,11 @@ teacher() {
 tf() { stage doom-tf configs/doom/tf.yaml; }
 selfforcing() {
   stage doom-selfforcing configs/doom/selfforcing.yaml
-  stage doom-long configs/doom/long.yaml doom-selfforcing
+  stage doom-selfforcing configs/doom/long.yaml runs/long
 }
 diagonal() {
   stage doom-diagonal configs/doom/diagonal.yaml
-  stage doom-diagonal-long configs/doom/diagonal-long.yaml doom-diagonal
+  stage doom-diagonal configs/doom/diagonal-long.yaml runs/long
 }
 loops() { vidistill data doom data/doom/loops --episodes 768 --palindromes 0.5 --codec doom-codec; }
 relic() { # a student that remembers: its teacher, causal init, and the same training with three memories

@@ -6,10 +6,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v vidistill >/dev/null || { echo "activate an environment with vidistill first: pip install -e '.[eval]'" >&2; exit 1; }
 
-train() { [ -f "runs/$1/$1.json" ] || vidistill train "$2"; } # name config: unless it is finished
-stage() { # name config: train, then bundle
-  train "$1" "$2"
-  cp "runs/$1/$1.json" "runs/$1/$1.safetensors" vidistill/zoo/
+train() { [ -f "${3:-runs}/$1/$1.json" ] || vidistill train "$2"; } # name config [out]: unless it is finished
+stage() { # name config [out]: train, then bundle; a stage that refines a checkpoint has its name and a folder (out) of its own
+  train "$@"
+  cp "${3:-runs}/$1/$1.json" "${3:-runs}/$1/$1.safetensors" vidistill/zoo/
 }
 
 frames() { vidistill data shapes data/shapes/frames --episodes 512; vidistill data shapes data/shapes-heldout/frames --split held_out --episodes 64; vidistill data shapes data/shapes-judge/frames --split judge --episodes 8192 --frames 8; }
@@ -20,7 +20,10 @@ probe() { # the judge of vidistill eval
 latents() { vidistill data shapes data/shapes/latents --episodes 2048 --frames 81 --codec shapes-codec; }
 teacher() { stage shapes-teacher configs/shapes/teacher.yaml; }
 tf() { train shapes-tf configs/shapes/tf.yaml; }
-selfforcing() { stage shapes-selfforcing configs/shapes/selfforcing.yaml; }
+selfforcing() {
+  stage shapes-selfforcing configs/shapes/selfforcing.yaml
+  stage shapes-selfforcing configs/shapes/long.yaml runs/long
+}
 diagonal() { stage shapes-diagonal configs/shapes/diagonal.yaml; }
 
 stages="frames codec probe latents teacher tf selfforcing diagonal"
