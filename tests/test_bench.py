@@ -292,10 +292,12 @@ def test_a_rival_that_cannot_run_alike_is_refused(student, tiny_teacher_path):
         opponent(own, teacher, SHORT, None)
 
 
-def test_a_codec_is_no_opponent(student, tiny_codec_path):
-    codec = replace(load(tiny_codec_path), record={"codec": str(tiny_codec_path)})
+def test_a_codec_is_no_opponent(student, tiny_codec_path, monkeypatch):
     with pytest.raises(ValueError, match="is a codec; a student is held against"):
-        bench(student, SHORT, vs=codec)
+        bench(student, SHORT, vs=load(tiny_codec_path))
+    monkeypatch.setattr(StreamTimer, "warm_up", lambda timer: pytest.fail("ran"))
+    with pytest.raises(ValueError, match="is a codec; a student is held against"):
+        bench(student, SHORT, vs=tiny_codec_path)
 
 
 def test_nothing_is_timed_when_the_stream_differs_from_its_rollout(student, monkeypatch):

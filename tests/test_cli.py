@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,9 @@ def test_a_stage_that_cannot_run_says_why_in_one_line_and_returns_one(stage, cap
         (["data", "doom", "d", "--first", "-5"], "argument --first: must not be negative, got -5"),
         (["data", "talker", "d", "--first", "-1"], "argument --first: must not be negative, got -1"),
         (["data", "trajectories", "d"], "required: --teacher, --data"),
+        (["generate", "x", "--seconds", "abc"], "argument --seconds: 'abc' is not a number"),
+        (["generate", "x", "--scale", "2.5"], "argument --scale: '2.5' is not a whole number"),
+        (["generate", "x", "--seed", "99999999999999999999"], "argument --seed: must be below 2**63"),
         (["eval", "x", "--clips", "0"], "argument --clips"),
         (["serve", "x", "--max-viewers", "0"], "argument --max-viewers"),
     ],
@@ -145,6 +149,24 @@ def test_a_bench_of_given_weights_runs_the_faster_network_beside_the_plain_one(c
     assert row["vs"]["latents_difference"] < 1e-3
     code, _, err = call(capsys, "bench", "--random-weights", *SHAPE, "--linears", "int4")
     assert code == 1 and "linears 'int4' is unknown" in err
+
+
+def test_data_that_are_there_are_kept_only_if_they_are_what_is_asked_for(capsys, tmp_path):
+    args = ["data", "shapes", tmp_path / "d", "--episodes", 2, "--frames", 5]
+    assert [call(capsys, *args)[0] for _ in range(2)] == [0, 0]
+    code, _, err = call(capsys, *args, "--codec", "shapes-codec")
+    assert code == 1 and "codec None where 'shapes-codec' is asked for; remove it, or name another folder" in err
+    code, _, err = call(capsys, *args[:4], 3, *args[5:])
+    assert code == 1 and "episodes 2 where 3 is asked for" in err
+
+
+def test_the_folder_of_a_run_is_the_checkpoint_it_made(capsys, stage, tmp_path):
+    code, said, _ = call(capsys, "train", stage)
+    made = Path(said.strip()).with_suffix("")
+    assert code == 0 and checkpoint.locate(made.parent) == made and not checkpoint.is_published(made.parent)
+    assert checkpoint.load(made.parent).name == made.name
+    code, _, err = call(capsys, "info", tmp_path / "runs" / "another")
+    assert code == 1 and "train that stage first" in err
 
 
 def test_trajectories_are_written_from_a_teacher_and_trained_on(stage, capsys, tmp_path):
@@ -218,6 +240,24 @@ def test_a_bar_counts_the_frames_while_they_are_made(capsys, tmp_path, tiny_stud
     assert [(b.n, b.total) for b in bars] == [(18, 18)]
 
 
+def test_a_prompt_that_would_not_be_heard_is_refused(capsys, tmp_path):
+    film = ["-o", tmp_path / "a.mp4", "--seconds", "2"]
+    code, _, err = call(capsys, "generate", "shapes", *film, "--prompt", "3: a blue ring")
+    assert code == 1 and "'a blue ring' at 3 s would not be heard in 2 s" in err
+
+
+def test_a_student_that_hears_says_where_it_can_be_made_to_speak(capsys, tmp_path, picture):
+    write_talker(tmp_path)
+    film = ["-o", tmp_path / "s.mp4", "--seconds", "0.5", "--scale", "1", "--image", picture]
+    _, _, err = call(capsys, "generate", tmp_path / "student", *film)
+    assert "demos/avatar.py" in err
+
+
+def test_a_picture_that_is_not_there_is_not_called_broken(capsys, tmp_path, tiny_student_path):
+    code, _, err = call(capsys, "generate", tiny_student_path, "--image", tmp_path / "no.png", "-o", tmp_path / "a.mp4")
+    assert code == 1 and "there is no picture" in err
+
+
 def test_a_picture_for_a_student_that_takes_none_is_refused(capsys, tmp_path, picture):
     code, _, err = call(capsys, "generate", "shapes", "--image", picture, "-o", tmp_path / "a.mp4")
     assert code == 1 and "--image" in err and "shapes starts from noise" in err
@@ -249,6 +289,7 @@ def test_what_learned_from_another_world_is_not_judged_on_walks_of_doom(capsys, 
         (["--suite", "memory", "--glance"], "--glance and --teacher say nothing to --suite memory"),
         (["--suite", "memory", "--teacher", "x"], "--glance and --teacher say nothing to --suite memory"),
         (["--glance", "--teacher", "x"], "--teacher says nothing to --glance"),
+        (["--glance", "--out", "x"], "--out says nothing to --glance"),
     ],
 )
 def test_options_of_another_evaluation_are_refused(capsys, args, message):

@@ -203,16 +203,23 @@ def zoo_names() -> dict[str, str]:
 
 
 def locate(name: str | Path) -> Path:
-    """Path (without suffix) of a checkpoint: a bundled name, or a path to its .safetensors or .json file."""
-    path = Path(name).with_suffix("") if str(name).endswith((".safetensors", ".json")) else Path(name)
-    if beside(path, ".json").is_file():
+    """Path (without suffix) of a checkpoint: a bundled name, a file of it, or the folder of its run."""
+    if path := own_file(name):
         return path
     names = zoo_names()
     if str(name) in names:
         return zoo_folder() / names[str(name)]
     near = difflib.get_close_matches(str(name), names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"bundled names: {', '.join(names) or 'none'}"
+    if len(Path(name).parts) > 1:
+        hint = f"a run leaves it when it is finished: train that stage first, or name another; {hint}"
     raise CheckpointError(f"no checkpoint {str(name)!r}: neither a file nor a bundled name; {hint}")
+
+
+def own_file(name: str | Path) -> Path | None:
+    """Path (without suffix) of a checkpoint of ours on disk: a file of it, or the folder of the run that made it."""
+    path = Path(name).with_suffix("") if str(name).endswith((".safetensors", ".json")) else Path(name)
+    return next((p for p in (path, path / path.name) if beside(p, ".json").is_file()), None)
 
 
 def start_pictures(name: str | Path) -> list[Path]:
@@ -249,7 +256,7 @@ def load(name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.f
 def is_published(name: str | Path) -> bool:
     """Whether `name` is a folder, a hub id or a codec file of somebody else; our own checkpoints come first."""
     path = Path(name)
-    if beside(path.with_suffix("") if path.suffix == ".safetensors" else path, ".json").is_file():
+    if own_file(path):
         return False
     if str(name).startswith(HUB) or (path.is_dir() and str(name) not in zoo_names()):
         return True
@@ -259,7 +266,9 @@ def is_published(name: str | Path) -> bool:
 def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
     """A published teacher or codec as a bundle with the record that training and sampling read."""
     if kind == "student":
-        raise CheckpointError(f"{name} is a published network; make a student of it with `vidistill convert`")
+        raise CheckpointError(
+            f"{name} holds no checkpoint of ours; make a student of a published network with `vidistill convert`"
+        )
     try:
         if kind == "codec" or name.endswith(".safetensors"):
             codec: Any = open_codec(name.removeprefix(HUB))
@@ -363,7 +372,7 @@ def load_student(name: str | Path) -> Bundle:
 
 
 def summary(name: str | Path) -> dict[str, Any]:
-    """What a checkpoint is: kind, sizes, schedule with its evaluations per chunk, card, whose alias its name is."""
+    """What a checkpoint is: kind, sizes, world, schedule with evaluations per chunk, card, whose alias its name is."""
     path = locate(name)
     record = read_record(path)
     with torch.device("meta"):
@@ -373,6 +382,7 @@ def summary(name: str | Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in net.parameters()),
         "bytes": beside(path, ".safetensors").stat().st_size,
         "card": record.get("card", {}),
+        "world": record.get("world", {}),
     }
     if str(name) in zoo_names() and path.name != str(name):
         row["alias_of"] = path.name

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vidistill import __version__
-from vidistill.cli_data import add_convert, add_data, amount, count
+from vidistill.cli_data import add_convert, add_data, amount, count, place
 
 log = logging.getLogger("vidistill")
 GAIN = "how far a walker goes by the same action, where the camera is told (default: 1)"
@@ -100,10 +100,13 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("name", help="a bundled name or the path of a student")
     p.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="video file (default: out.mp4)")
     p.add_argument("--seconds", type=amount, default=10.0, help="length of the video (default: 10)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    p.add_argument("--seed", type=place, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--image", type=Path, help="start picture (PNG); default: a bundled one")
     p.add_argument(
-        "--action", default="", help="what to do, e.g. forward:20,turn_left+forward:16 (frames), repeated to the end"
+        "--action",
+        default="",
+        help="what to do, e.g. forward:20,turn_left+forward:16,still:8 (frames), repeated to the end; "
+        "`vidistill info NAME` lists a world's actions",
     )
     p.add_argument(
         "--prompt",
@@ -129,6 +132,10 @@ def run_generate(args: argparse.Namespace) -> None:
 
     video.check_film(args.out)
     script, cues = parse_script(args.action), parse_cues(args.prompt)
+    if late := next((cue for cue in cues if cue.seconds >= args.seconds), None):
+        raise ValueError(
+            f"--prompt {late.prompt!r} at {late.seconds:g} s would not be heard in {args.seconds:g} s; raise --seconds"
+        )
     bundle, codec = load_fast(args.name, speed_of(args))
     if args.image and not bundle.given_frames:
         raise ValueError(f"--image {args.image}: {args.name} starts from noise, takes no picture; leave --image out")
@@ -137,6 +144,8 @@ def run_generate(args: argparse.Namespace) -> None:
     image = video.read_image(picture, size) if picture and bundle.given_frames else None
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:
         total = max(1, round(args.seconds * session.fps))
+        if session.audio_rate:
+            print(f"{args.name} hears nothing here and keeps still; demos/avatar.py makes it speak", file=sys.stderr)
         with tqdm(desc="frames", total=total, disable=None) as bar:
             frames = session.record(total, script, cues, bar.update)
         video.write_video(args.out, frames, session.fps, scale=args.scale)
@@ -147,7 +156,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def add_speed(p: argparse.ArgumentParser) -> None:
     """Options of commands that run a student."""
-    p.add_argument("--backend", default="auto", help="attention: auto, sdpa, products, flex, xformers or triton")
+    p.add_argument(
+        "--backend", default="auto", help="attention: auto, reference, sdpa, products, flex, xformers or triton"
+    )
     p.add_argument(
         "--compile",
         action="store_true",
@@ -289,8 +300,10 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         "eval",
         help="judge a student beside its teacher and real video",
         description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
+        epilog="Distances compare at equal numbers of clips only: fewer clips, larger distance. Held-out episodes are "
+        "recorded into data/ the first time (a minute or two), and samples of a teacher are kept there.",
     )
-    p.add_argument("name", nargs="?", help="a bundled name or the path of a student or teacher")
+    p.add_argument("name", nargs="?", help="a bundled name or the path of a student, teacher or codec")
     p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
     p.add_argument("--suite", choices=("quality", "memory"), default="quality", help="what to judge (default: quality)")
@@ -302,7 +315,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
     p.add_argument("--full", help="suite memory: the baseline that keeps everything (default: NAME-full)")
     p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
-    p.add_argument("--out", type=Path, default=Path("out/eval"), help="folder of the report (default: out/eval)")
+    p.add_argument("--out", type=Path, help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.set_defaults(run=run_eval)
     return p
@@ -315,45 +328,51 @@ def run_eval(args: argparse.Namespace) -> None:
 
     if not args.name and not args.frontier:
         raise ValueError("name a checkpoint, or give --frontier")
+    out = args.out or Path("out/eval")
     if args.frontier:
         from vidistill import frontier
 
         given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
-        given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory"}
+        given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
         if foreign := [key for key, value in given.items() if value]:
             raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
         report.check_plots()
         result = frontier.frontier(args.frontier)
         Console(stderr=True).print(frontier.table(result))
     elif args.suite == "memory":
-        result = run_memory_suite(args)
+        result = run_memory_suite(args, out)
     elif args.window or args.full:
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
-    elif args.glance and args.teacher:
-        raise ValueError("--teacher says nothing to --glance, which shows the student alone; leave one of them out")
+    elif args.glance and (args.teacher or args.out):
+        option = "--teacher" if args.teacher else "--out"
+        raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
     elif checkpoint.talks(args.name):
         from vidistill import avatar
 
+        clips = args.clips or 64
         if args.glance:
-            result = avatar.glance(args.name, avatar.AvatarConfig(clips=args.clips or 64))
+            result = avatar.glance(args.name, avatar.AvatarConfig(clips=clips))
         else:
-            result = avatar.run(args.name, clips=args.clips or 64, out=args.out, teacher=args.teacher)
+            result = avatar.run(args.name, clips=clips, out=out, teacher=args.teacher)
     elif checkpoint.listens(args.name):
         clips = args.clips or 96
         if args.glance:
             result = adherence.glance(args.name, adherence.AdherenceConfig(clips=clips))
         else:
-            result = adherence.run(args.name, clips=clips, out=args.out, teacher=args.teacher)
+            result = adherence.run(args.name, clips=clips, out=out, teacher=args.teacher)
     elif args.glance:
-        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=args.clips or 256))
+        clips = args.clips or 256
+        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=clips))
         print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
     else:
-        result = evaluate.run(args.name, clips=args.clips or 256, out=args.out, teacher=args.teacher)
+        result = evaluate.run(args.name, clips=args.clips or 256, out=out, teacher=args.teacher)
+    if args.glance:
+        result["clips"] = clips
     if args.json:
         print(json.dumps(result))
 
 
-def run_memory_suite(args: argparse.Namespace) -> dict[str, Any]:
+def run_memory_suite(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     from rich.console import Console
 
     from vidistill import report, revisit
@@ -361,7 +380,7 @@ def run_memory_suite(args: argparse.Namespace) -> dict[str, Any]:
     if args.glance or args.teacher:
         raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
     report.check_plots()
-    cfg = revisit.RevisitConfig(paths=args.clips or 24, out=str(args.out))
+    cfg = revisit.RevisitConfig(paths=args.clips or 24, out=str(out))
     result = revisit.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
     Console(stderr=True).print(revisit.table(result))
     return result
@@ -420,7 +439,10 @@ def run_info(args: argparse.Namespace) -> None:
     rows = {name: checkpoint.summary(name) for name in names}
     for name, row in rows.items():
         nfe = f"  evaluations a chunk {row['nfe_per_chunk']}" if "nfe_per_chunk" in row else ""
-        print(f"{name:20s} {row['kind']:8s} {row['parameters'] / 1e6:6.2f}M  {row['bytes'] / 1e6:6.2f} MB{nfe}")
+        alias = f"  (another name of {row['alias_of']})" if "alias_of" in row else ""
+        print(f"{name:20s} {row['kind']:8s} {row['parameters'] / 1e6:6.2f}M  {row['bytes'] / 1e6:6.2f} MB{nfe}{alias}")
+        if args.name and (actions := row["world"].get("actions")):
+            print(f"actions {', '.join(actions)}; {row['world']['fps']:g} frames a second")
         if args.name and (memory := row.get("memory")):
             print(
                 f"memory {memory['policy']}: {memory['frames']} frames in {memory['tokens']} tokens, "

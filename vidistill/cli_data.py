@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,26 +11,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidistill.conditioning import Encode
 
+SPLIT = "whose clips: their seeds are disjoint (default: train)"
+
+
+def read_number(text: str, kind: type[int] | type[float]) -> Any:
+    """What `text` says, as a number of this kind; ArgumentTypeError if it says none."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+
 
 def count(text: str) -> int:
     """A number of things: an integer of at least 1."""
-    number = int(text)
+    number: int = read_number(text, int)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
 
 
 def place(text: str) -> int:
-    """A place in a row of things, counted from 0."""
-    number = int(text)
+    """A place in a row of things, counted from 0; also a seed."""
+    number: int = read_number(text, int)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}")
     return number
 
 
 def amount(text: str) -> float:
     """A positive, finite number."""
-    number = float(text)
+    number: float = read_number(text, float)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return number
@@ -52,8 +65,8 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
     doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
     doom.add_argument("out", type=Path, help="folder to write")
-    doom.add_argument("--split", choices=("train", "held_out"), default="train")
-    doom.add_argument("--episodes", type=count, default=256)
+    doom.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)
+    doom.add_argument("--episodes", type=count, default=256, help="clips to record (default: 256)")
     doom.add_argument("--first", type=place, default=0, help="first episode of the split to record (default: 0)")
     doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
@@ -72,8 +85,8 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
 def add_shapes(kinds: Any) -> None:
     p = kinds.add_parser("shapes", help="captioned moving shapes, drawn here")
     p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--split", choices=("train", "held_out", "judge"), default="train")
-    p.add_argument("--episodes", type=count, default=1024)
+    p.add_argument("--split", choices=("train", "held_out", "judge"), default="train", help=SPLIT)
+    p.add_argument("--episodes", type=count, default=1024, help="clips to record (default: 1024)")
     p.add_argument("--frames", type=count, default=129, help="pixel frames an episode (default: 129)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
     p.add_argument(
@@ -93,11 +106,7 @@ def run_data_shapes(args: argparse.Namespace) -> None:
     from vidistill.config import settings
     from vidistill.sources import shapes
 
-    if is_there(args.out):
-        return
     cfg, text = shapes.ShapesConfig(num_frames=args.frames), settings(args.text)
-    encode = reader(text)
-    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "shapes",
         "split": args.split,
@@ -108,6 +117,10 @@ def run_data_shapes(args: argparse.Namespace) -> None:
         "given": 0,
         "text": text,
     }
+    if is_there(args.out, {**meta, "episodes": args.episodes}):
+        return
+    encode = reader(text)
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     clips = tqdm(shapes.record_many(cfg, shapes.seeds(args.split, args.episodes)), total=args.episodes, disable=None)
     shards = data.captioned_shards(clips, encode)
     data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)
@@ -127,8 +140,8 @@ def reader(text: dict[str, Any]) -> "Encode":
 def add_talker(kinds: Any) -> None:
     p = kinds.add_parser("talker", help="people who talk, drawn here; their speech is espeak-ng's")
     p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--split", choices=("train", "held_out"), default="train")
-    p.add_argument("--episodes", type=count, default=1024)
+    p.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)
+    p.add_argument("--episodes", type=count, default=1024, help="clips to record (default: 1024)")
     p.add_argument("--first", type=place, default=0, help="first episode of the split (default: 0)")
     p.add_argument("--frames", type=count, default=161, help="pixel frames an episode (default: 161)")
     p.add_argument("--faults", type=float, default=0.0, help="share of clips with something wrong (default: 0)")
@@ -149,12 +162,8 @@ def run_data_talker(args: argparse.Namespace) -> None:
     from vidistill.config import build, settings
     from vidistill.sources import talker
 
-    if is_there(args.out):
-        return
     audio = build(AudioConfig, settings(args.audio))
     cfg, text = talker.TalkerConfig(num_frames=args.frames, faults=args.faults, audio=audio), settings(args.text)
-    encode = reader(text)
-    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "talker",
         "split": args.split,
@@ -165,6 +174,10 @@ def run_data_talker(args: argparse.Namespace) -> None:
         "text": text,
         "audio": asdict(audio),
     }
+    if is_there(args.out, {**meta, "episodes": args.episodes}):
+        return
+    encode = reader(text)
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     seeds = talker.seeds(args.split, args.first + args.episodes)[args.first :]
     clips = tqdm(talker.record_many(cfg, seeds, args.workers), total=len(seeds), desc="clips", disable=None)
     shards = data.talk_shards(clips, encode, audio, partial(talker.measures, cfg=cfg))
@@ -193,7 +206,7 @@ def add_trajectories(kinds: Any) -> None:
         "--levels", type=numbers, help="levels to keep, e.g. 1,0.9,0.75,0.5 (default: four even steps, warped)"
     )
     p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
-    p.add_argument("--seed", type=int, default=0, help="seed of noise and clips (default: 0)")
+    p.add_argument("--seed", type=place, default=0, help="seed of noise and clips (default: 0)")
     p.add_argument("--size", type=sides, default=(480, 832), help="pixels, where the data are prompts (480x832)")
     p.add_argument("--at-once", type=count, default=64, help="clips sampled together, a file each time (default: 64)")
     p.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="of products (default: fp32)")
@@ -212,7 +225,7 @@ def add_prompts(kinds: Any) -> None:
         "prompts",
         help="text alone, for students that learn without recorded video",
         description="Encode a list of prompts once, so that training needs no text encoder. Resumes after a stop.",
-        epilog="example: vidistill data prompts data/wan/prompts --file prompts.txt --text Wan2.1-T2V-1.3B-Diffusers",
+        epilog="example: vidistill data prompts data/wan/prompts --file prompts.txt --text WAN_FOLDER",
     )
     p.add_argument("out", type=Path, help="folder to write")
     p.add_argument("--file", type=Path, required=True, help="text file, one prompt a line")
@@ -234,13 +247,21 @@ def kwargs_of(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k, v in vars(args).items() if k not in ("command", "kind", "run", "verbose")}
 
 
-def is_there(folder: Path) -> bool:
-    """Whether a data folder is complete already; says so."""
+def is_there(folder: Path, asked: Mapping[str, Any] | None = None) -> bool:
+    """Whether a data folder is complete already; says so. ValueError if it is not what is `asked` for."""
     from vidistill import data
 
     if not (folder / data.META).is_file():
         return False
-    print(f"{folder} is there already ({data.read_meta(folder)['episodes']} episodes); remove it to make it anew")
+    found = data.read_meta(folder)
+    other = [
+        f"{key} {found.get(key)!r} where {value!r} is asked for"
+        for key, value in json.loads(json.dumps(asked or {})).items()
+        if found.get(key) != value
+    ]
+    if other:
+        raise ValueError(f"{folder} is there already, with {', '.join(other)}; remove it, or name another folder")
+    print(f"{folder} is there already ({found['episodes']} episodes); remove it to make it anew")
     return True
 
 
@@ -250,11 +271,7 @@ def run_data_doom(args: argparse.Namespace) -> None:
     from vidistill import checkpoint, data
     from vidistill.sources import doom
 
-    if is_there(args.out):
-        return
     cfg = doom.DoomConfig(num_frames=args.frames)
-    seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]
-    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {
         "source": "doom",
         "split": args.split,
@@ -265,6 +282,10 @@ def run_data_doom(args: argparse.Namespace) -> None:
         "codec": args.codec,
         "palindromes": args.palindromes,
     }
+    if is_there(args.out, {**meta, "episodes": args.episodes}):
+        return
+    seeds = doom.seeds(args.split, args.first + args.episodes)[args.first :]
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     episodes = tqdm(doom.record_many(cfg, seeds, args.workers), total=len(seeds), desc="episodes", disable=None)
     shards = data.frame_shards(doom.with_palindromes(cfg, episodes, args.palindromes))
     data.write_shards(args.out, (data.latent_shard(s, codec) for s in shards) if codec else shards, meta)

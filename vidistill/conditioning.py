@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -326,7 +327,7 @@ class Inputs:
             raise ValueError("this student takes no actions")
         if isinstance(action, Mapping):
             if unknown := [name for name in action if name not in self.actions]:
-                raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join(self.actions)}")
+                raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join((*self.actions, 'still'))}")
             values = [action.get(name, 0.0) for name in self.actions]
         else:
             values = list(action)
@@ -342,7 +343,7 @@ class Inputs:
         if not prompts:
             return torch.zeros(0, 1, self.text_dim)
         if self.encode is None:
-            raise ValueError("this student has no text encoder: it takes no prompt; pass `tokens` if it cross-attends")
+            raise ValueError("this student takes no prompt: it has no text encoder")
         return self.encode(prompts)
 
     def read_tokens(self, tokens: Tensor) -> Tensor:
@@ -448,11 +449,19 @@ CUE = re.compile(r"(?:(?P<seconds>\d+(?:\.\d+)?)s?(?:\s+(?P<switch>[a-z]+))?\s*:
 
 
 def parse_cues(lines: Sequence[str]) -> list[Cue]:
-    """The cues that lines like "a red ball", "5: a blue ball" and "9.5 cut: a green ball" spell, in order of time."""
+    """The cues that lines like "a red ball", "5: a blue ball" and "9.5 cut: a green ball" spell, in order of time.
+
+    ValueError for a line that says nothing, and for two at one time.
+    """
     cues = []
     for line in lines:
         found = CUE.fullmatch(line)
         if found is None:
             raise ValueError(f"{line!r} says nothing; a cue is a prompt, or SECONDS: prompt, or SECONDS POLICY: prompt")
         cues.append(Cue(float(found["seconds"] or 0), found["prompt"], found["switch"]))
-    return sorted(cues, key=lambda cue: cue.seconds)
+    cues.sort(key=lambda cue: cue.seconds)
+    for cue, later in pairwise(cues):
+        if cue.seconds == later.seconds:
+            both = f"{cue.prompt!r} and {later.prompt!r}"
+            raise ValueError(f"{both} are both said at {cue.seconds:g} s; give times, as in '5: {later.prompt}'")
+    return cues

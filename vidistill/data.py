@@ -136,7 +136,10 @@ def talk_shards(
 def read_meta(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / META
     if not path.is_file():
-        raise FileNotFoundError(f"no data in {folder} ({META} is missing): make it with `vidistill data`")
+        raise FileNotFoundError(
+            f"no data in {folder} ({META} is missing): make it with `vidistill data KIND {folder}`; "
+            "scripts/reproduce_*.sh say how for each world"
+        )
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -41,6 +41,8 @@ def device() -> torch.device:
 
 def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512) -> str:
     """Encode the prompts in `file`, one a line, into folder `out`; says what is there."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}; name a text file with a prompt a line")
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     cache = TextCache(text, out / TOKENS, length=tokens, device=str(device()))
     with tqdm(total=len(lines), desc="prompts", disable=None) as bar:

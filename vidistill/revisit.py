@@ -364,6 +364,8 @@ def evaluate_memory(
     doom = doom or DoomConfig()
     bundles = contenders(name, window, full)
     student = bundles["student"]
+    if ACTION_SITE not in student.net.dit_config.sites:
+        raise ValueError(f"{name} takes no actions; the memory suite walks away and back, in a world such as doom's")
     codec = checkpoint.load_codec_of(student)
     probe = load_probe(cfg.probe)
     recorded = episodes_at(Path(cfg.data) / "frames", (64, 321), (1, 8))

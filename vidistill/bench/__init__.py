@@ -23,7 +23,7 @@ from vidistill.bench.machine import (
 )
 from vidistill.bench.random_weights import RandomConfig, random_bench
 from vidistill.bench.result import SPREAD, BenchResult, Progress
-from vidistill.checkpoint import Bundle, is_published, load, load_codec_of, load_student, locate
+from vidistill.checkpoint import Bundle, is_published, load, load_codec_of, load_student, locate, read_record
 from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Inputs, branches
 from vidistill.dit import VideoDiT
@@ -283,7 +283,7 @@ def bench(
         cfg = replace(cfg, growth_minutes=(1.0, 10.0, 60.0))
     bundle = student if isinstance(student, Bundle) else load_student(student)
     if isinstance(vs, str | Path) and not is_published(vs):
-        locate(vs)  # a name that is not there is told before anything runs
+        check_rival(str(vs), read_record(locate(vs))["kind"])  # told before anything runs
     with threads(cfg.threads):
         own = StreamTimer(bundle, codec or load_codec_of(bundle), cfg, image, speed)
         del bundle  # plain weights are not kept beside those of another kind
@@ -311,14 +311,19 @@ def bench(
         return summary(own, other, warmup_ms, peak, rows, streams)
 
 
+def check_rival(name: str, kind: str) -> None:
+    """ValueError unless a checkpoint of this kind makes clips."""
+    if kind not in ("student", "teacher"):
+        raise ValueError(f"{name} is a {kind}; a student is held against a student or a teacher")
+
+
 def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray | None) -> StreamTimer | ClipTimer:
     """What the student is held against, computed at its own speed setting; plainly if it is the very same student."""
+    check_rival(vs.name, vs.kind)
     codec = load_codec_of(vs)
     if vs.kind == "student":
         itself = (vs.folder, vs.name, vs.record) == own.origin
         return StreamTimer(vs, codec, cfg, image, SpeedConfig() if itself else own.speed)
-    if vs.kind != "teacher":
-        raise ValueError(f"{vs.name} is a {vs.kind}; a student is held against a student or a teacher")
     chunks = own.bundle.schedule.given_chunks
     with own.open() as session:
         given = session.reference(chunks) if chunks else None
