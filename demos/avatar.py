@@ -13,16 +13,16 @@ import numpy as np
 
 from vidistill import speech
 from vidistill.audio import read_pcm16, to_pcm16
-from vidistill.checkpoint import load_codec_of, load_student, start_pictures
+from vidistill.checkpoint import load_codec_of, load_student, start_pictures, talks
 from vidistill.stream import StreamConfig, StreamSession
-from vidistill.video import contact_sheet, read_image, save_png, write_video
+from vidistill.video import check_film, contact_sheet, read_image, save_png, write_video
 
 
 def recorded(path: Path) -> np.ndarray:
     """A recording as float32 [S] at speech.RATE, its channels averaged."""
     with wave.open(str(path)) as file:
         if file.getsampwidth() != 2:
-            raise SystemExit(f"{path} holds {8 * file.getsampwidth()}-bit samples; 16-bit ones are needed")
+            raise ValueError(f"{path} holds {8 * file.getsampwidth()}-bit samples; 16-bit ones are needed")
         pcm = read_pcm16(file.readframes(file.getnframes())).reshape(-1, file.getnchannels()).mean(1)
         return speech.resample(pcm, file.getframerate(), speech.RATE)
 
@@ -49,14 +49,24 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("avatar.mp4"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        speak(args)
+    except (ValueError, OSError, EOFError, wave.Error) as error:
+        parser.error(str(error))
 
+
+def speak(args: argparse.Namespace) -> None:
+    """What was asked for, as a video with sound and a contact sheet."""
+    check_film(args.out)
+    if not talks(args.name):
+        raise ValueError(f"{args.name} hears nothing; talker does")
     student = load_student(args.name)
     codec = load_codec_of(student)
     pcm = recorded(args.wav) if args.wav else speech.say(args.text).pcm
     size = (student.shape.height * codec.spatial_factor, student.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(start_pictures(args.name)), None)
     if picture is None:
-        parser.error(f"{args.name} has no start pictures; give one with --image")
+        raise ValueError(f"{args.name} has no start pictures; give one with --image")
     with StreamSession(student, codec, StreamConfig(seed=args.seed), image=read_image(picture, size)) as session:
         if session.listens:
             session.set(prompt=args.prompt)

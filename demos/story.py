@@ -6,10 +6,10 @@ A line of STORY is `SECONDS [POLICY]: prompt`; POLICY is keep, recache or cut. `
 import argparse
 from pathlib import Path
 
-from vidistill.checkpoint import load_codec_of, load_student
+from vidistill.checkpoint import listens, load_codec_of, load_student
 from vidistill.conditioning import parse_cues
 from vidistill.stream import StreamConfig, StreamSession
-from vidistill.video import contact_sheet, save_png, write_video
+from vidistill.video import check_film, contact_sheet, save_png, write_video
 
 
 def main() -> None:
@@ -22,11 +22,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=int, default=8, help="enlarge pixels by this factor")
     args = parser.parse_args()
+    try:
+        tell(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
+
+def tell(args: argparse.Namespace) -> None:
+    """The story as a video and a contact sheet."""
+    check_film(args.out)
     lines = [line.split("#")[0].strip() for line in args.story.read_text().splitlines()]
     cues = parse_cues([line for line in lines if line])
     if not cues:
-        parser.error(f"{args.story} holds no prompts")
+        raise ValueError(f"{args.story} holds no prompts")
+    if not listens(args.name):
+        raise ValueError(f"{args.name} does not listen to text; shapes does")
     student = load_student(args.name)
     cfg = StreamConfig(seed=args.seed, switch=args.switch)
     with StreamSession(student, load_codec_of(student), cfg) as session:

@@ -79,8 +79,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_contact_sheet_has_a_row_for_each_clip_and_shows_every_nth_frame(tmp_path):
     sheet = contact_sheet([clip(12), clip(6)], every=3, labels=["a", "b"], scale=2)
-    assert sheet.size == (4 * 64, 2 * (64 + 14) + 2)
-    assert np.array_equal(np.asarray(sheet)[14 : 14 + 64 : 2, 64:128:2], clip()[3])
+    assert sheet.size == (4 * 64 + 3 * 2, 2 * (64 + 14) + 2)
+    assert np.array_equal(np.asarray(sheet)[14 : 14 + 64 : 2, 66:130:2], clip()[3])
+    assert (np.asarray(sheet)[14:78, 64:66] == 255).all()
     save_png(tmp_path / "sheet.png", sheet)
     assert (tmp_path / "sheet.png").stat().st_size > 100
     with pytest.raises(ValueError, match="labels"):

@@ -115,16 +115,17 @@ def contact_sheet(
         raise ValueError(
             f"{len(rows)} rows, {labels and len(labels)} labels, every {every}; needed: as many labels as rows"
         )
-    strips = [np.concatenate(list(upscale(np.asarray(clip)[::every], scale)), axis=1) for clip in rows]
+    strips = [list(upscale(np.asarray(clip)[::every], scale)) for clip in rows]
     head, gap = (14 if labels else 0), 2
-    width = max(s.shape[1] for s in strips)
-    sheet = Image.new("RGB", (width, sum(s.shape[0] + head + gap for s in strips) - gap), (255, 255, 255))
+    width = max(len(strip) * (strip[0].shape[1] + gap) for strip in strips) - gap
+    sheet = Image.new("RGB", (width, sum(strip[0].shape[0] + head + gap for strip in strips) - gap), (255, 255, 255))
     draw, y = ImageDraw.Draw(sheet), 0
     for k, strip in enumerate(strips):
         if labels:
             draw.text((2, y + 1), labels[k], fill=(0, 0, 0))
-        sheet.paste(Image.fromarray(strip), (0, y + head))
-        y += strip.shape[0] + head + gap
+        for i, picture in enumerate(strip):
+            sheet.paste(Image.fromarray(picture), (i * (picture.shape[1] + gap), y + head))
+        y += strip[0].shape[0] + head + gap
     return sheet
 
 
