@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints every speed figure that this project claims of a CPU: run it on a quiet machine, from the root of the repository.
-#   bash scripts/speed.sh [THREADS]      default: 2; about a quarter of an hour on two cores
+# Prints the speed figures of a CPU that README names: run it on a quiet machine, from the root of the repository.
+#   bash scripts/speed.sh [THREADS]      default: 2; doom-relic really walks for ten minutes
 # Each block is one run: contenders alternate, at least 5 rounds, medians and ranges; the matmul peak is of the same run.
 set -euo pipefail
 shape=(dim=384 layers=8 heads=6 ffn=1536 text=512x4096 latent=16x16x28 chunk=3 chunks=8 steps=4 threads="${1:-2}")
@@ -17,5 +17,13 @@ bench --random-weights "${shape[@]}" --compile                                  
 for memory in "sinks=0" "sinks=3" "history=60" "history=60 entries=int8"; do      # 1, 10 and 60 minutes of stream
     bench --random-weights "${shape[@]}" rounds=1 $memory --growth
 done
-bench doom                                                                        # the small world, decode included
+bench doom --vs doom-teacher                                                      # small worlds, decode included
+bench doom --compile --vs doom-teacher
 bench doom --linears packed --vs doom
+bench doom --growth
+bench doom-diagonal --vs doom-selfforcing
+bench doom-diagonal --vs doom-teacher
+bench doom-relic --growth --growth-run 10
+bench talker --vs talker-teacher
+bench shapes-diagonal --vs shapes-selfforcing
+bench shapes-diagonal --vs shapes-teacher
