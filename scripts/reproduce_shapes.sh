@@ -24,7 +24,7 @@ selfforcing() {
   stage shapes-selfforcing configs/shapes/selfforcing.yaml
   stage shapes-selfforcing configs/shapes/long.yaml runs/long
 }
-diagonal() { stage shapes-diagonal configs/shapes/diagonal.yaml; }
+diagonal() { stage shapes-diagonal configs/shapes/diagonal-long.yaml runs/long; }
 
 stages="frames codec probe latents teacher tf selfforcing diagonal"
 for name in "${@:-}"; do
