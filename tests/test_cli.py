@@ -160,6 +160,19 @@ def test_data_that_are_there_are_kept_only_if_they_are_what_is_asked_for(capsys,
     assert code == 1 and "episodes 2 where 3 is asked for" in err
 
 
+def test_data_are_never_written_over_what_is_not_data(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.setattr("vidistill.sources.shapes.draw", None)  # nothing is drawn in vain
+    code, _, err = call(capsys, "data", "shapes", folder, "--episodes", 2, "--frames", 5)
+    assert code == 1 and "holds no data of ours (meta.json is missing); name a new folder" in err
+    assert (folder / "notes.txt").read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["d"]
+    monkeypatch.undo()
+    (tmp_path / "empty").mkdir()
+    assert call(capsys, "data", "shapes", tmp_path / "empty", "--episodes", 2, "--frames", 5)[0] == 0
+
+
 def test_the_folder_of_a_run_is_the_checkpoint_it_made(capsys, stage, tmp_path):
     code, said, _ = call(capsys, "train", stage)
     made = Path(said.strip()).with_suffix("")

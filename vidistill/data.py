@@ -55,7 +55,8 @@ Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the 
 
 
 def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> None:
-    """Write shards and `meta` as a folder that appears only when complete."""
+    """Write shards and `meta` as a folder that appears only when complete; DataError if other things lie there."""
+    check_free(folder)
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -65,6 +66,13 @@ def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> 
         write_shard(partial / f"shard-{count - 1:05d}.safetensors", tensors)
         described += episodes
     finish_shards(folder, count, described, meta)
+
+
+def check_free(folder: str | Path) -> None:
+    """DataError if `folder` holds anything but the data that are to be written anew: that would be lost."""
+    path = Path(folder)
+    if path.exists() and not (path / META).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{folder} is there and holds no data of ours ({META} is missing); name a new folder")
 
 
 def partial_of(folder: str | Path) -> Path:
@@ -86,6 +94,7 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
     """Turn the partial folder of `folder` into the folder itself."""
     if not described:
         raise DataError(f"{folder} would hold no episodes; record at least one")
+    check_free(folder)
     partial = partial_of(folder)
     record = {**meta, "shards": shards, "episodes": len(described), "described": described}
     (partial / META).write_text(json.dumps(record))
