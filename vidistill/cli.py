@@ -360,12 +360,13 @@ def run_eval(args: argparse.Namespace) -> None:
             result = adherence.glance(args.name, adherence.AdherenceConfig(clips=clips))
         else:
             result = adherence.run(args.name, clips=clips, out=out, teacher=args.teacher)
-    elif args.glance:
-        clips = args.clips or 256
-        result = evaluate.glance(args.name, evaluate.EvalConfig(clips=clips))
-        print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
     else:
-        result = evaluate.run(args.name, clips=args.clips or 256, out=out, teacher=args.teacher)
+        clips = args.clips or 256
+        if args.glance:
+            result = evaluate.glance(args.name, evaluate.EvalConfig(clips=clips))
+            print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
+        else:
+            result = evaluate.run(args.name, clips=clips, out=out, teacher=args.teacher)
     if args.glance:
         result["clips"] = clips
     if args.json:

@@ -56,7 +56,6 @@ Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the 
 
 def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> None:
     """Write shards and `meta` as a folder that appears only when complete; DataError if other things lie there."""
-    check_free(folder)
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -68,16 +67,12 @@ def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> 
     finish_shards(folder, count, described, meta)
 
 
-def check_free(folder: str | Path) -> None:
-    """DataError if `folder` holds anything but the data that are to be written anew: that would be lost."""
+def partial_of(folder: str | Path) -> Path:
+    """Where the shards of `folder` lie until all are there; DataError if it holds other things than data."""
     path = Path(folder)
     if path.exists() and not (path / META).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{folder} is there and holds no data of ours ({META} is missing); name a new folder")
-
-
-def partial_of(folder: str | Path) -> Path:
-    """Where the shards of `folder` lie until all are there."""
-    return Path(folder).with_name(Path(folder).name + ".partial")
+    return path.with_name(path.name + ".partial")
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -94,7 +89,6 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
     """Turn the partial folder of `folder` into the folder itself."""
     if not described:
         raise DataError(f"{folder} would hold no episodes; record at least one")
-    check_free(folder)
     partial = partial_of(folder)
     record = {**meta, "shards": shards, "episodes": len(described), "described": described}
     (partial / META).write_text(json.dumps(record))

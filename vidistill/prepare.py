@@ -20,7 +20,6 @@ from vidistill.data import (
     Batch,
     DataError,
     Prompts,
-    check_free,
     finish_shards,
     open_data,
     partial_of,
@@ -180,7 +179,6 @@ def write_trajectories(
     `batch_of(size, i)` makes the clips of shard i, which are sampled together; their `given` must be `meta["given"]`.
     `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
     """
-    check_free(folder)
     partial, total = partial_of(folder), meta["clips"]
     settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
     if not (partial / SETTINGS).is_file() or (partial / SETTINGS).read_text() != settings:

@@ -23,7 +23,7 @@ from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
 from vidistill.conditioning import ACTION_SITE
 from vidistill.data import Clips
-from vidistill.evaluate import EvalConfig, episodes_at, student_chunks, told
+from vidistill.evaluate import EvalConfig, check, episodes_at, student_chunks, told
 from vidistill.memory import stream_memory
 from vidistill.ops.precision import working_dtype
 from vidistill.poses import (
@@ -364,8 +364,7 @@ def evaluate_memory(
     doom = doom or DoomConfig()
     bundles = contenders(name, window, full)
     student = bundles["student"]
-    if ACTION_SITE not in student.net.dit_config.sites:
-        raise ValueError(f"{name} takes no actions; the memory suite walks away and back, in a world such as doom's")
+    check(student)
     codec = checkpoint.load_codec_of(student)
     probe = load_probe(cfg.probe)
     recorded = episodes_at(Path(cfg.data) / "frames", (64, 321), (1, 8))
