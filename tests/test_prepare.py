@@ -191,6 +191,23 @@ def test_long_streams_on_prompts_score_no_frame_as_given(wan, prompts, tmp_path)
     assert torch.equal(later.x0[:, 1:3], first.x0[:, 4:6])
 
 
+def test_a_stream_that_goes_on_reads_its_prompt_and_levels_with_the_weights_of_now(wan, prompts, tmp_path):
+    memory = MemoryConfig("window", frames=6, sinks=1)
+    trainer = Trainer(stage(wan, prompts, tmp_path, long_frames=12, student=StudentConfig(chunk=3, memory=memory)))
+    net, read = trainer.roles.student.net, []
+    for module in (net.text_embedding, net.time_embedding):
+        module.register_forward_hook(lambda module, args, out: read.append((module, out)))
+    for step in range(2):
+        trainer.step_count = step
+        trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=False)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(1.1)
+    for module in (net.text_embedding, net.time_embedding):
+        outs = [out for m, out in read if m is module]
+        assert len(outs) > 1 and not any(torch.equal(outs[0], out) for out in outs[len(outs) // 2 :])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -165,6 +165,37 @@ def test_writing_finished_frames_again_under_the_same_prompt_keeps_the_newest_ch
     assert torch.allclose(keys, again[0], atol=1e-5) and torch.allclose(values, again[1], atol=1e-5)
 
 
+def test_a_scene_that_begins_late_has_sinks_of_its_own_and_each_frame_once():
+    student = tiny_student(MemoryConfig("window", frames=9, sinks=3))
+    memory, cond = student.new_memory(1), condition(30, seed=77)
+    with torch.no_grad():
+        list(run(student, finite(endless(CHUNKWISE), 2), memory=memory))
+        memory.reset(6)  # a cut
+        scene = torch.cat(list(run(student, finite(endless(CHUNKWISE, 2), 4), memory=memory)), dim=1)
+        before = memory.entries(1)[1]
+        reencode(student, scene, cond, memory, start=6)
+        after, frames = memory.entries(1)[1:]
+        assert frames == [6, 7, 8, 9, 10, 11] and not torch.allclose(before, after), "sinks are written again, too"
+        list(run(student, finite(endless(CHUNKWISE, 4), 6), memory=memory))
+    assert memory.frames == [6, 7, 8, 12, 13, 14, 15, 16, 17]
+
+
+def test_what_is_written_again_is_compressed_again_where_memory_encodes_it_coarsely():
+    cfg = MemoryConfig("endless", frames=6, history=6, pattern=(2,), pool="reencode")
+    old, new = tiny_student(cfg), tiny_student(cfg)
+    histories = []
+    with torch.no_grad():
+        for student, prompt in ((old, 2), (new, 77)):
+            memory = student.new_memory(1)
+            x = torch.cat(list(run(student, finite(endless(CHUNKWISE), 3), memory=memory)), dim=1)
+            reencode(student, x[:, 3:], condition(30, seed=prompt), memory, start=3)
+            list(run(student, finite(endless(CHUNKWISE, 3), 4), memory=memory))
+            assert [s.frame for s in memory.stored if s.factor == 2] == [0, 1, 2, 3, 4, 5]
+            histories.append(memory.past(1)[1][:, :6])  # one token a frame
+    (told, retold), (same, other) = (h.split(3, dim=1) for h in histories)
+    assert torch.equal(told, same) and not torch.allclose(retold, other)
+
+
 def test_a_prompt_switch_rewrites_what_is_remembered_but_not_the_sinks():
     student = tiny_student(MemoryConfig("window", frames=6, sinks=1))
     memory, n = student.new_memory(1), SHAPE.tokens_per_frame

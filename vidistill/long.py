@@ -114,7 +114,8 @@ class LongRollout:
         return out
 
     def go_on(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
-        assert self.tail is not None
+        assert self.tail is not None and self.memory is not None
+        self.memory.read_anew()
         student, frames = self.student, batch.x.shape[1]
         new = self.new_frames(frames)
         first = whole_chunks(student, self.length)

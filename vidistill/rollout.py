@@ -155,11 +155,11 @@ def reencode(
     """Write the newest finished frames `x` [B, F, C, H, W] (from frame `start` on) to memory again, under `cond`.
 
     What a prompt switch does to what is remembered. One pass: the frames see each other in both directions, and the
-    sinks, which stay unless they are rewritten themselves (`start` 0); without `keep_sinks` the first of the frames
+    sinks, which stay unless they are rewritten themselves (`start` at the origin of the memory); without `keep_sinks` the first of the frames
     become the new sinks. The frames are noised to `sigma` (drawn from `rng`), the network is told `told`.
     Source: LongLive 2509.22622, KV-recache.
     """
-    if keep_sinks and start > 0:
+    if keep_sinks and start > memory.origin:
         memory.rewind(start, keep_sinks=True)
     else:
         memory.reset(start)
@@ -169,6 +169,7 @@ def reencode(
     level = torch.full(x.shape[:2], told, dtype=torch.float64, device=x.device)
     student.velocity(x, level, cond, start=start, memory=memory, output=False)
     memory.commit()
+    student.remember(x, cond, memory, start=start)
 
 
 def replay(

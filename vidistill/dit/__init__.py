@@ -149,8 +149,7 @@ class VideoDiT(nn.Module):
             e = self.time_embedding(t.to(self.time_embedding[0].weight.dtype))
             return e, e if "modulation" in self.sites else self.modulation(e)
 
-        # in training levels outlive the weights
-        e, e6 = read() if memory is None or self.training else memory.read_once("levels", sigma, read)
+        e, e6 = read() if memory is None else memory.read_once("levels", sigma, read)
         if "modulation" in self.sites:
             e = e + self.sites["modulation"](cond.per_frame["modulation"])[:, :, 0]
             e6 = self.modulation(e)

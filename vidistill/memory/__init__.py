@@ -142,6 +142,11 @@ class KVMemory:
         self._history_shown = on
 
     @property
+    def origin(self) -> int:
+        """The frame that the first sink is, or will be: where the stream, or its newest scene, began."""
+        return self._origin
+
+    @property
     def next_frame(self) -> int:
         """The frame that the next chunk starts with."""
         return self._next
@@ -281,6 +286,10 @@ class KVMemory:
             found[id(of)] = of, read()
         return found[id(of)][1]
 
+    def read_anew(self) -> None:
+        """Forget what was read once: the weights that read it have moved."""
+        self._once = {}
+
     def commit(self) -> None:
         """Keep the chunk staged last."""
         for i, slot in enumerate(self._staged):
@@ -305,6 +314,7 @@ class KVMemory:
 
         self._slots = [f if stays(f) else -1 for f in self._slots]
         self._positions = {f: t for f, t in self._positions.items() if stays(f)}
+        self._sketches = {f: entries for f, entries in self._sketches.items() if f < frame}
         if self._history is not None:
             self._history.forget(frame)
         self._staged, self._next, self._rewriting = [], min(self._next, frame), keep_sinks

@@ -18,10 +18,7 @@ class Recall:
     def __init__(self, memory: "KVMemory", own_tokens: int) -> None:
         self._memory, self._own = memory, own_tokens
         self._past: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def wants_raw(self) -> bool:
-        return self._memory.wants_raw
+        self.wants_raw = memory.wants_raw  # of this pass, also once the memory has gone on
 
     def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
         return [Segment(*self.stage(layer, raw, keys, values))]
