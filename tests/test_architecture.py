@@ -74,7 +74,7 @@ ARROWS: dict[str, set[str]] = {
         "distributed",
         "lora",
     },
-    "prepare": {"checkpoint", "data", "diffusion", "sampling", "conditioning", "teachers", "ops"},
+    "prepare": {"checkpoint", "data", "diffusion", "sampling", "conditioning", "poses", "teachers", "ops"},
     "journal": {"checkpoint"},
     "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
     "roaming": {"conditioning", "memory", "poses"},

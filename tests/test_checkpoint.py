@@ -220,7 +220,7 @@ def test_a_student_of_another_size_is_not_silently_accepted(path):
     edit(path, student={"chunk": 2}, shape={**vars(replace(SHAPE, frames=4))})
     assert load(path).net.cfg.chunk == 2
     edit(path, student={"chunk": 99})
-    with pytest.raises(CheckpointError, match="cannot hold one chunk"):
+    with pytest.raises(CheckpointError, match="cannot hold 0 sinks and a chunk"):
         load(path)
 
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ACTIONS
 from tiny_ranks import assert_same, first_gradients, result, together
 from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
 from torch import nn
 
 from vidistill import checkpoint, distributed
 from vidistill.checkpoint import read_tensors
+from vidistill.data import open_data, write_shards
 from vidistill.distributed import Part, parts
 from vidistill.trainer import METRICS, STATE, Trainer, train
 
@@ -25,6 +27,7 @@ STAGES = {
 MORE = {
     "codec": lambda root, **kw: codec_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
     "everything": lambda root, **kw: everything(root, **kw),
+    "broken": lambda root, **kw: broken_stage(root, **kw),
     "sid": lambda root, **kw: STAGES["dmd"](root, objective="sid", **kw),
 }
 
@@ -33,6 +36,18 @@ def everything(root, **settings):
     """Distribution matching with every term, replayed, on continued streams."""
     loss = replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2)
     return STAGES["dmd"](root, replay=True, long_frames=13, save_every=3, loss=loss, **settings)
+
+
+def broken_stage(root, **settings):
+    """Distribution matching that learns little from rollouts far from the recorded clips, which differ in size."""
+    loss = replace(dmd_stage(root).loss, broken=0.25)
+    meta = {"fps": 17.5, "actions": list(ACTIONS), "px_size": 16}
+    data = open_data(root / "latents")
+    tensors = {name: data.parts[0][name] for name in ("latents", "images", "actions")}
+    size = torch.tensor([1.0, 30.0]).repeat(3).view(-1, 1, 1, 1, 1)
+    tensors["latents"], tensors["images"] = (size * tensors[n].float() for n in ("latents", "images"))
+    write_shards(root / "sizes", [(tensors, [{"seed": k} for k in range(6)])], meta)
+    return STAGES["dmd"](root, data=str(root / "sizes"), loss=loss, **settings)
 
 
 @pytest.fixture
@@ -85,7 +100,7 @@ def test_impossible_ways_of_sharing_are_refused(root, settings, message):
         STAGES["flow"](root, **settings)
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "codec", "everything"])
+@pytest.mark.parametrize("stage", [*STAGES, "codec", "everything", "broken"])
 def test_micro_batches_equal_the_whole_batch(root, stage):
     make = {**STAGES, **MORE}[stage]
     whole = result(make(root, name="whole"), 3, root / "whole")

@@ -1,17 +1,17 @@
 """Training a student that remembers: poses from data, sites that start without effect, curricula, hybrid forcing."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ACTIONS, DIT, random_dit
-from tiny_training import FRAMES, dmd_stage, flow_stage, write_latents
+from tiny_training import FRAMES, codec_stage, dmd_stage, flow_stage, write_latents
 
-from vidistill import checkpoint
+from vidistill import checkpoint, prepare
 from vidistill.checkpoint import load
 from vidistill.conditioning import Condition, Inputs, walked
-from vidistill.data import Clips, read_meta, write_shards
+from vidistill.data import Clips, DataError, read_meta, write_shards
 from vidistill.dit import SiteConfig, grown
 from vidistill.dit.layers import Block, SelfAttention
 from vidistill.long import LongRollout, SavedBytes, replayed_backward
@@ -20,12 +20,14 @@ from vidistill.objectives import LossConfig
 from vidistill.ops.attention import use_backend
 from vidistill.ops.rope import Yarn, rope_table, rotate
 from vidistill.poses import CameraConfig
+from vidistill.sampling import sample
 from vidistill.schedules import ScheduleConfig
 from vidistill.shapes import LatentShape
 from vidistill.sources import Episode
 from vidistill.sources.doom import DoomConfig, palindrome, with_palindromes
 from vidistill.student import CausalStudent, StudentConfig
-from vidistill.trainer import Trainer
+from vidistill.trainer import Trainer, train
+from vidistill.watch import WatchConfig
 
 CAMERA = CameraConfig(step=0.15, turn=0.1, wavelengths=(4.0, 16.0))
 SITES = {
@@ -54,14 +56,61 @@ def root(tmp_path):
     return tmp_path
 
 
-def posed_teacher(root):
+def posed_teacher(root, camera=None):
     net = random_dit(POSED, 1)
     with torch.no_grad():
         for p in net.sites.parameters():
             p.copy_(torch.randn_like(p) * 0.1)
     shape = {"frames": FRAMES, "channels": 4, "height": 4, "width": 4}
-    record = {"noise": {"shift": 2.0}, "shape": shape, "codec": None, "card": {}}
+    record = {"noise": {"shift": 2.0}, "shape": shape, "codec": None, "world": {"camera": camera}, "card": {}}
     checkpoint.export(root / "teacher", net, record, torch.float32)
+
+
+def test_trajectories_are_told_what_the_camera_did_and_a_regression_on_them_too(root):
+    posed_teacher(root, asdict(CAMERA))
+    out = root / "paths"
+    prepare.trajectories(out, str(root / "teacher"), root / "latents", clips=2, frames=FRAMES, steps=4, at_once=2)
+    made, source = (Clips(folder, camera=CAMERA) for folder in (out, root / "latents"))
+    recorded, teacher = source.latents(2, FRAMES, 0, 0), load(root / "teacher")
+    noise = torch.randn(recorded.x.shape, generator=torch.Generator().manual_seed(0))
+    wanted = sample(teacher.net, noise, teacher.noise.steps(4), recorded.cond, given=recorded.x[:, :1])
+    torch.testing.assert_close(made.tensors["states"][:, -1].float(), wanted, atol=2e-3, rtol=2e-3)
+    told = made.condition([(0, 0), (1, 0)], FRAMES).per_frame
+    assert told.keys() == recorded.cond.per_frame.keys() == {"modulation", "hidden", "qk"}
+    assert all(torch.equal(told[site], x) for site, x in recorded.cond.per_frame.items())
+    loss = LossConfig(levels=tuple(made.meta["levels"]))
+    cfg = dmd_stage(root, objective="regression", teacher=None, init=str(root / "teacher"), data=str(out), loss=loss)
+    assert Trainer(replace(cfg, dit=POSED, camera=CAMERA)).step()["student/loss"] > 0
+
+
+def test_a_camera_needs_recorded_poses(root):
+    with pytest.raises(DataError, match="has no poses"):
+        Clips(root / "plain", camera=CAMERA).latents(1, FRAMES, 0, 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"camera": CAMERA, "dit": POSED}], ids=["plain", "camera"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_training_is_watched_with_its_camera_and_with_or_without_an_average(root, settings, ema):
+    if settings:
+        posed_teacher(root)
+    look = WatchConfig(str(root / "latents"), clips=2, judge_every=2, score="error")
+    cfg = dmd_stage(root, **settings)
+    path = train(replace(cfg, watch=look, ema=ema, steps=4, save_every=2))
+    assert load(path).record["card"]["steps"] in (2, 4)
+
+
+def test_what_a_training_is_watched_on_lies_where_it_trains(root, monkeypatch):
+    monkeypatch.setattr("vidistill.distributed.device", lambda: torch.device("meta"))
+    look = WatchConfig(str(root / "latents"), clips=2, judge_every=2, score="error")
+    trainer = Trainer(dmd_stage(root, watch=look))
+    held = trainer.held.batch
+    assert held.x.device.type == "meta" and all(x.device.type == "meta" for x in held.cond.per_frame.values())
+    codec = Trainer(codec_stage(root))
+    seen = []
+    monkeypatch.setattr(codec.roles.student, "forward", lambda px: seen.append(px.device.type) or (px, px))
+    monkeypatch.setattr(codec.roles.student, "set_normalisation", lambda mean, std: None)
+    codec.normalise(codec.roles.student)
+    assert set(seen) == {"meta"}
 
 
 def test_poses_turn_queries_and_keys_and_moves_are_added_after_self_attention():

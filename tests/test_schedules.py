@@ -89,6 +89,19 @@ def test_rolling_fills_its_window_then_finishes_one_chunk_a_pass():
     ]
 
 
+def test_rolling_tells_each_chunk_the_level_that_belongs_to_its_own():
+    cfg = ScheduleConfig(name="rolling", steps=((1.0, 0.6, 0.3),), told=((0.9, 0.5, 0.2),))
+    assert [p.told for p in itertools.islice(endless(cfg), 5)] == [
+        (0.9,),
+        (0.5, 0.9),
+        (0.2, 0.5, 0.9),
+        None,
+        (0.2, 0.5, 0.9),
+    ]
+    ends = [p for p in training(cfg, 4, Random(0)) if p.next_sigma is not None]
+    assert all(len(p.told) == len(p.sigma) for p in ends) and ends[-1].told == (0.2,)
+
+
 def test_given_chunks_are_shown_clean_and_emitted_as_they_are():
     cfg = ScheduleConfig(levels=(1.0, 0.5), given_chunks=1, context="noised", context_sigma=0.1)
     assert list(finite(endless(cfg), 2)) == [
@@ -159,6 +172,9 @@ def test_training_stops_at_a_shared_exit_and_runs_on_past_an_exit_of_one_chunk_o
         ({"pattern": "4-"}, "schedule.pattern"),
         ({"rewarm": -1}, "schedule.rewarm"),
         ({"rewarm": 1, "name": "rolling"}, "schedule.rewarm"),
+        ({"pattern": "32", "name": "rolling"}, "schedule.pattern empty"),
+        ({"steps": ((1.0, 0.5), (1.0,)), "name": "rolling"}, "one list of steps"),
+        ({"context": "last_step", "name": "rolling"}, "clean or noised"),
         ({"context_sigma": 1.0}, "context_sigma"),
         ({"context": "noised"}, "context_sigma above 0"),
         ({"context": "last_step", "context_sigma": 0.1}, "has no pass"),

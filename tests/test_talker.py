@@ -280,7 +280,7 @@ def test_the_sync_score_prefers_mouths_that_move_and_pictures_that_do_not_flicke
 
 def test_the_error_score_prefers_the_recorded_clip(tmp_path):
     write_talks(tmp_path / "talks")
-    held = watch.held_out(Clips(tmp_path / "talks", reference=True), WatchConfig(clips=2), 7)
+    held = watch.held_out(Clips(tmp_path / "talks", reference=True), WatchConfig(clips=2), 7, torch.device("cpu"))
     assert held.mouth.shape == (2, 25, 2)
     assert watch.error_score(held.batch.x, held, None) == 0 > watch.error_score(held.batch.x + 1, held, None)
 

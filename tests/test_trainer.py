@@ -19,9 +19,10 @@ from vidistill.checkpoint import CheckpointError, read_tensors
 from vidistill.learner import Learner, OptimConfig
 from vidistill.long import SavedBytes
 from vidistill.memory import MemoryConfig
-from vidistill.objectives import Loss
+from vidistill.objectives import Loss, LossConfig
 from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
+from vidistill.student import StudentConfig
 from vidistill.trainer import METRICS, STATE, Trainer, TrainingError, train
 
 STAGES = {
@@ -447,6 +448,14 @@ def test_a_schedule_that_does_not_start_from_the_given_picture_is_refused(root):
         Trainer(replace(cfg, schedule=replace(cfg.schedule, given_chunks=0)))
 
 
+def kept(policy, **memory):
+    return StudentConfig(chunk=3, first_chunk=1, memory=MemoryConfig(policy, **memory))
+
+
+TARGETS = LossConfig(regression=1.0)
+COARSE = kept("compressed", frames=4, history=12, pattern=(2,), pool="reencode")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -461,7 +470,15 @@ def test_a_schedule_that_does_not_start_from_the_given_picture_is_refused(root):
         ({"precision": "fp8"}, "'fp8' is unknown"),
         ({"objective": "dmd"}, "needs a `teacher`"),
         ({"replay": True}, "replay and long_frames need rollouts"),
-        ({"objective": "dmd", "teacher": "t", "long_frames": 99}, "policy=window"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 99}, "99 latents do not fit .*policy=window"),
+        ({"objective": "dmd", "teacher": "t", "student": kept("full", frames=6)}, "7 latents do not fit"),
+        ({"objective": "dmd", "teacher": "t", "student": kept("compressed", frames=3, history=3)}, "7 latents do not"),
+        (
+            {"objective": "dmd", "teacher": "t", "loss": TARGETS, "on_policy": False},
+            "on_policy=true",
+        ),
+        ({"objective": "teacher_forcing", "student": COARSE}, "choose another pool"),
+        ({"objective": "dmd", "teacher": "t", "student": COARSE, "loss": LossConfig(forcing=1.0)}, "another pool"),
         ({"objective": "dmd", "teacher": "t", "long_frames": 3}, "at least frames 7"),
         ({"objective": "dmd", "teacher": "t", "long_frames": 9, "frames": 3}, "longer than a chunk of 3"),
     ],

@@ -43,12 +43,19 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Batch:
     """A training batch: a clip `x` (latents [B, F, C, H, W], or pixels for a codec), its condition, how many of its
-    first frames are given clean, and, where a loss asks for it, a teacher's sample `target` for the same noise."""
+    first frames are given clean, and, where a loss asks for it, a teacher's sample `target` for the same noise. A part
+    of a batch that is split has the latents of all its clips as `whole`. `poses` [B, F, 3 or 12] are as recorded."""
 
     x: Tensor
     cond: Condition = Condition()
     given: int = 0
     target: Tensor | None = None
+    whole: Tensor | None = None
+    poses: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The clips and their condition on a device."""
+        return replace(self, x=self.x.to(device), cond=self.cond.to(device))
 
 
 Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the episode, a description of each
@@ -331,13 +338,21 @@ class Clips:
             rows = [self.episode("actions", e)[s : s + length] for e, s in picked]
             per_frame[ACTION_SITE] = torch.stack(rows).float()
         if self.camera is not None:
-            poses = torch.stack([self.episode("poses", e)[s : s + length] for e, s in picked])
+            poses = self.poses(picked, length)
+            if poses is None:
+                raise DataError(f"{self.folder} has no poses, which a camera is told from; record it again")
             per_frame |= walked(poses, self.camera, self.factor)
         if self.width_of("audio"):
             per_frame[AUDIO_SITE] = torch.stack([self.episode("audio", e)[s : s + length] for e, s in picked]).float()
         if self.width_of("tokens"):
             tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
         return Condition(tokens, per_frame)
+
+    def poses(self, windows: Iterable[tuple[int, int]], length: int) -> Tensor | None:
+        """Recorded poses [B, length, 3 or 12] of windows; None where episodes have none."""
+        if not self.width_of("poses"):
+            return None
+        return torch.stack([self.episode("poses", e)[s : s + length] for e, s in windows])
 
     def windows(
         self, batch: int, length: int, seed: int, step: int, name: str, stride: int = 1
@@ -381,7 +396,8 @@ class Clips:
         picked = [self.kept[k] for k in np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
         cond = self.condition(((k, 0) for k in picked), states.shape[2])
-        return Batch(states, self.begun(cond, states[:, -1]), self.given)
+        poses = self.poses(((k, 0) for k in picked), states.shape[2])
+        return Batch(states, self.begun(cond, states[:, -1]), self.given, poses=poses)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
@@ -390,7 +406,8 @@ class Clips:
             clip = self.episode("latents", e)[s : s + length]
             latents.append(torch.cat((self.episode("images", e)[s : s + 1].float(), clip[1:].float())))
         x = torch.stack(latents)
-        return Batch(x, self.begun(start_of_clip(self.condition(picked, length)), x), self.given)
+        cond = self.begun(start_of_clip(self.condition(picked, length)), x)
+        return Batch(x, cond, self.given, poses=self.poses(picked, length))
 
 
 def start_of_clip(cond: Condition) -> Condition:

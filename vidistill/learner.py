@@ -160,8 +160,8 @@ class Learner:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange live and averaged weights."""
-        for p, a in zip(self.params, self.average, strict=True):
+        """Exchange live and averaged weights; without an average nothing."""
+        for a, p in zip(self.average, self.params, strict=bool(self.average)):
             held = p.detach().clone()
             p.copy_(a)
             a.copy_(held)

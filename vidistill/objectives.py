@@ -340,7 +340,7 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     logs = {"dmd_grad": grad[:, batch.given :].abs().mean()}
     trust: Tensor | float = 1.0  # in each clip
     if cfg.broken < 1:
-        sound = soundness(x0.detach(), batch.x, batch.given)
+        sound = soundness(x0.detach(), batch.x if batch.whole is None else batch.whole, batch.given)
         logs["broken"] = 1 - sound.mean()
         trust = (cfg.broken + (1 - cfg.broken) * sound).view(-1, 1, 1, 1, 1)
     value = cfg.dmd * pull(x0, trust * by_channel(grad, cfg.channel_weights), batch.given).float()

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from vidistill.data import (
 )
 from vidistill.diffusion import Denoiser, NoiseSchedule
 from vidistill.ops.precision import autocast, working_dtype
+from vidistill.poses import CameraConfig
 from vidistill.sampling import trajectory
 from vidistill.teachers.text import TextCache
 
@@ -72,7 +72,8 @@ def trajectories(
     master = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
     net = master.net.to(where)
     talks = "dit" in master.record and master.net.cfg.extra_channels > 0
-    source = open_data(data, reference=talks)
+    camera = master.record.get("world", {}).get("camera")
+    source = open_data(data, camera=camera and CameraConfig.of(camera), reference=talks)
     frames = frames or master.record["shape"]["frames"]
     noise = master.noise if "noise" in master.record else NoiseSchedule()
     steps, kept = sampler_levels(noise, steps, levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25)))
@@ -92,8 +93,7 @@ def trajectories(
     }
 
     def batch_of(count: int, i: int) -> Batch:
-        batch = draw(count, i)
-        return replace(batch, x=batch.x.to(where), cond=batch.cond.to(where))
+        return draw(count, i).to(where)
 
     with (
         tqdm(total=clips, desc="trajectories", disable=None) as bar,
@@ -193,7 +193,7 @@ def write_trajectories(
             rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
             scales = meta["guidance"], meta.get("audio_guidance", 0.0)
             states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
-            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens}
+            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens, "poses": batch.poses}
             told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
             kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}
             if "tokens" in kept:

@@ -155,8 +155,9 @@ def reencode(
     """Write the newest finished frames `x` [B, F, C, H, W] (from frame `start` on) to memory again, under `cond`.
 
     What a prompt switch does to what is remembered. One pass: the frames see each other in both directions, and the
-    sinks, which stay unless they are rewritten themselves (`start` at the origin of the memory); without `keep_sinks` the first of the frames
-    become the new sinks. The frames are noised to `sigma` (drawn from `rng`), the network is told `told`.
+    sinks, which stay unless they are rewritten themselves (`start` at the memory's origin); without `keep_sinks` the
+    first of the frames become the new sinks. The frames are noised to `sigma` (drawn from `rng`), the network is told
+    `told`.
     Source: LongLive 2509.22622, KV-recache.
     """
     if keep_sinks and start > memory.origin:

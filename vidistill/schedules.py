@@ -68,9 +68,11 @@ class ScheduleConfig:
         for name in ("given_chunks", "rewarm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} must not be negative, got {getattr(self, name)}")
-        if self.rewarm and self.name == "rolling":
+        if self.name == "rolling" and (self.rewarm or len(self.lists) > 1 or self.context == "last_step"):
             raise ValueError(
-                "schedule.rewarm needs chunks that are made one after the other; a rolling window has none"
+                "a rolling window walks one list of levels and shows each finished chunk in a pass of its own: leave "
+                "schedule.rewarm 0 and schedule.pattern empty, give at most one list of steps, and choose context "
+                "clean or noised"
             )
 
     @property
@@ -164,18 +166,22 @@ def rolling(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ()) -
     nothing: the chunks in flight walk on.
     Source: Rolling Forcing 2509.25161, section 3.
     """
-    levels = cfg.lists[0]
-    width = len(levels)
+    levels, told = cfg.lists[0], cfg.told[0] if cfg.told else None
+    ladder = (*levels, 0.0)
+
+    def window(chunk: int, width: int, emit: bool = False) -> Pass:
+        """The pass over `width` chunks, the newest of which is at the first level, the one before it at the second."""
+        rungs = range(width - 1, -1, -1)
+        sigma, lower = tuple(levels[i] for i in rungs), tuple(ladder[i + 1] for i in rungs)
+        return Pass(chunk, sigma, lower, None if told is None else tuple(told[i] for i in rungs), emit=emit)
+
     for chunk in range(start, cfg.given_chunks):
         yield context_pass(chunk, cfg)
     first = max(start, cfg.given_chunks)
-    ladder = (*levels, 0.0)
-    for fill in range(1, width):  # let chunks in until the window is full
-        sigma = tuple(levels[fill - 1 - c] for c in range(fill))
-        yield Pass(first, sigma, tuple(ladder[fill - c] for c in range(fill)))
+    for width in range(1, len(levels)):  # let chunks in until the window is full
+        yield window(first, width)
     for chunk in itertools.count(first):
-        sigma = tuple(reversed(levels))
-        yield Pass(chunk, sigma, (0.0, *sigma[:-1]), emit=True)
+        yield window(chunk, len(levels), emit=True)
         yield context_pass(chunk, cfg)
 
 
@@ -221,7 +227,12 @@ def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
 def trim(p: Pass, chunks: int) -> Pass:
     """`p` without the chunks past the end of a clip of `chunks` chunks."""
     keep = min(len(p.sigma), chunks - p.chunk)
-    return replace(p, sigma=p.sigma[:keep], next_sigma=None if p.next_sigma is None else p.next_sigma[:keep])
+    return replace(
+        p,
+        sigma=p.sigma[:keep],
+        next_sigma=None if p.next_sigma is None else p.next_sigma[:keep],
+        told=None if p.told is None else p.told[:keep],
+    )
 
 
 def exit_at(passes: Sequence[Pass], step: int, *, complete: bool) -> Iterator[Pass]:

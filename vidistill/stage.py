@@ -145,6 +145,8 @@ class TrainConfig:
             raise ValueError(
                 f"loss.motion, motion_head, regression and forcing belong to objective 'dmd', not {self.objective!r}"
             )
+        if self.loss.needs_target and not self.on_policy:
+            raise ValueError("loss.regression and motion_head compare rollouts with the teacher's: set on_policy=true")
         if self.loss.forcing and self.long_frames:
             raise ValueError("loss.forcing learns from recorded clips, not from streams that go on: set long_frames=0")
         if (self.watch.judge_every or self.watch.diagnose_every) and not self.rolls:
@@ -167,10 +169,16 @@ class TrainConfig:
             )
         if self.critic_reuse > 1 and (self.long_frames or not self.rolls):
             raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")
-        if self.long_frames > memory.frames and memory.policy == "full":
+        if self.rolls and (length := self.long_frames or self.frames) > memory.reach:
             raise ValueError(
-                f"long_frames {self.long_frames} do not fit a memory of {memory.frames} frames that never forgets; "
-                "set student.memory.policy=window"
+                f"rollouts of {length} latents do not fit student.memory, which holds {memory.reach} and forgets none; "
+                "set student.memory.policy=window (endless for a compressed one), or give it more frames"
+            )
+        masked = self.loss.forcing or not (self.rolls or self.objective in ("codec", "flow"))
+        if memory.remembers and memory.pool == "reencode" and masked:
+            raise ValueError(
+                "student.memory.pool 'reencode' encodes finished frames a second time, which a clip seen in one pass "
+                "(teacher or diffusion forcing, regression) cannot do; choose another pool here"
             )
 
 

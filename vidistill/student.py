@@ -26,8 +26,7 @@ class StudentConfig:
             raise ValueError(
                 f"student.chunk must be at least 1 and first_chunk at least 0, got {self.chunk}, {self.first_chunk}"
             )
-        if self.memory.frames < self.chunk:
-            raise ValueError(f"memory.frames {self.memory.frames} cannot hold one chunk of {self.chunk} frames")
+        self.memory.check_chunks(self.chunk, self.first_chunk)
 
 
 class CausalStudent(nn.Module):

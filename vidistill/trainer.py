@@ -73,9 +73,9 @@ class Trainer:
         self.kept: dict[int, tuple[int, Rollout]] = {}  # sampler -> the rollout of a step, for critic_reuse
         self.held: watch.HeldOut | None = None
         if cfg.watch.judge_every or cfg.watch.diagnose_every:
-            clips = Clips(cfg.watch.data, reference=cfg.reference)
-            self.held = watch.held_out(clips, cfg.watch, cfg.frames)
-            self.codec = checkpoint.load(cfg.codec, "codec").net if cfg.codec else None
+            clips = Clips(cfg.watch.data, reference=cfg.reference, camera=cfg.camera)
+            self.held = watch.held_out(clips, cfg.watch, cfg.frames, distributed.device())
+            self.codec = self.load_codec()
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -134,6 +134,10 @@ class Trainer:
         net = core(checkpoint.load(name, kind).net)
         return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
+    def load_codec(self) -> Any:
+        """The codec of the data's latents, if the stage names one."""
+        return checkpoint.load(self.cfg.codec, "codec").net.to(distributed.device()) if self.cfg.codec else None
+
     @property
     def clips(self) -> Clips:
         """The data of a stage that needs more than prompts."""
@@ -173,8 +177,8 @@ class Trainer:
             )
         student.num_chunks(cfg.frames)
         dtype = working_dtype(cfg.precision, distributed.device())
-        codec = checkpoint.load(cfg.codec, "codec").net if cfg.long_frames and cfg.codec else None
-        picture = None if codec is None else last_picture(codec.to(distributed.device()))
+        codec = self.load_codec() if cfg.long_frames else None
+        picture = None if codec is None else last_picture(codec)
         return LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
 
     def is_student_turn(self, step: int) -> bool:
@@ -261,7 +265,8 @@ class Trainer:
         cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
-            batch = replace(whole, x=part.rows(whole.x).to(device), cond=whole.cond.map(part.rows).to(device))
+            x, cond = part.rows(whole.x).to(device), whole.cond.map(part.rows).to(device)
+            batch = replace(whole, x=x, cond=cond, whole=whole.x.to(device) if self.loss.broken < 1 else None)
             half = autocast(self.cfg.precision, device, cache)
             with half, part.draws(batch.x.shape[0]):
                 loss = self.loss_of(turn, batch, self.rng_for(self.step_count))
@@ -410,15 +415,13 @@ class Trainer:
                 checkpoint.write_atomic(checkpoint.beside(path, suffix), lambda p, best=best: p.write_bytes(best))
         if self.peak.step:
             return checkpoint.beside(path, ".safetensors")
-        if self.learner.average:
-            self.learner.swap()
+        self.learner.swap()
         net = self.weights()
         if isinstance(net, TinyCodec) and not cfg.init:  # else its latents are in use
             self.normalise(net)
         if distributed.rank() == 0:
             checkpoint.export(path, net, self.record(), torch.float16)
-        if self.learner.average:
-            self.learner.swap()
+        self.learner.swap()
         return checkpoint.beside(path, ".safetensors")
 
     def weights(self) -> nn.Module:
@@ -475,7 +478,7 @@ class Trainer:
         raws = []
         for step in range(8):
             px = self.clips.frames(self.cfg.batch, self.cfg.frames, self.cfg.seed + 1, step)
-            raws.append(codec(px)[1])
+            raws.append(codec(px.to(distributed.device()))[1])
         raw = torch.cat(raws).float()
         mean, std = raw.mean(dim=(0, 1, 3, 4)), raw.std(dim=(0, 1, 3, 4))
         codec.set_normalisation(mean, std)

@@ -78,8 +78,8 @@ class HeldOut:
     seed: int
 
 
-def held_out(clips: Clips, cfg: WatchConfig, frames: int) -> HeldOut:
-    """`cfg.clips` windows of `frames` latents, the same ones every time."""
+def held_out(clips: Clips, cfg: WatchConfig, frames: int, device: torch.device) -> HeldOut:
+    """`cfg.clips` windows of `frames` latents on `device`, the same ones every time."""
     clips.need("latents")
     picked = clips.windows(cfg.clips, frames, cfg.seed, 0, "latents")
     mouth = None
@@ -88,7 +88,7 @@ def held_out(clips: Clips, cfg: WatchConfig, frames: int) -> HeldOut:
         mouth = torch.stack(
             [clips.episode("mouth", e)[factor * s : factor * (s + frames - 1) + 1].float() for e, s in picked]
         )
-    return HeldOut(clips.gather(picked, frames), mouth, cfg.seed)
+    return HeldOut(clips.gather(picked, frames).to(device), mouth, cfg.seed)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def sync_score(x: Tensor, held: HeldOut, codec: Any) -> float:
     real ones do: a blurred mouth that hardly opens follows best."""
     if held.mouth is None or codec is None:
         raise ValueError("watch.score 'sync' needs clips with a mouth and the `codec` of their latents")
-    px, real = (codec.decode(v.float()) for v in (x, held.batch.x))
+    px, real = (codec.decode(v.float()).cpu() for v in (x, held.batch.x))
     read = torch.from_numpy(read_mouth(px.permute(0, 1, 3, 4, 2).numpy())[..., 0])
     own = held.mouth[..., 0]
     corr, offset = metrics.sync(read, own)

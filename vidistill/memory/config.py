@@ -89,6 +89,20 @@ class MemoryConfig:
         """Whether frames that leave the window are kept in compressed form."""
         return self.policy in REMEMBERING
 
+    @property
+    def reach(self) -> float:
+        """Latent frames of the longest stream it takes: `full` and `compressed` memories never forget."""
+        return {"full": self.frames, "compressed": self.frames + self.history}.get(self.policy, math.inf)
+
+    def check_chunks(self, chunk: int, first_chunk: int = 0) -> None:
+        """Raise ValueError unless there is room for a chunk of so many frames beside the sinks."""
+        if self.frames < self.sinks + chunk:
+            raise ValueError(
+                f"memory.frames {self.frames} cannot hold {self.sinks} sinks and a chunk of {chunk} frames"
+            )
+        if self.frames < first_chunk:
+            raise ValueError(f"memory.frames {self.frames} cannot hold a first chunk of {first_chunk} frames")
+
     def chunks_to_fill(self, chunk: int) -> int:
         """Chunks of `chunk` frames until memory has begun to forget; a pass costs the same from then on."""
         return -(-(self.frames + self.history) // chunk) + 1
@@ -148,8 +162,7 @@ class MemoryConfig:
 def stream_memory(cfg: MemoryConfig, chunk: int) -> MemoryConfig:
     """The memory of a stream without end: a `full` one becomes a window of the same size, a `compressed` one `endless`
     with the same tokens; says so once."""
-    if cfg.frames < cfg.sinks + chunk:
-        raise ValueError(f"memory.frames {cfg.frames} cannot hold {cfg.sinks} sinks and a chunk of {chunk} frames")
+    cfg.check_chunks(chunk)
     if cfg.policy == "compressed":
         return replace(cfg, policy="endless")
     if cfg.policy != "full":
