@@ -1,5 +1,6 @@
 """Features of sound are causal but for a bounded look-ahead, and a stream's are those of the whole clip."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +22,10 @@ def noise(frames, seed=0):
     return np.random.default_rng(seed).uniform(-0.5, 0.5, frames * 1000).astype(np.float32)
 
 
-def tiny_wav2vec2(folder):
+def tiny_wav2vec2(folder, width=16):
     transformers = pytest.importorskip("transformers")
     config = transformers.Wav2Vec2Config(
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=16,
@@ -61,6 +62,15 @@ def test_a_streams_features_are_exactly_those_of_the_whole_clip(cfg, steps):
         parts.append(track.take(at, at + step))
         at += step
     assert np.array_equal(np.concatenate(parts), clip_features(pcm, at, cfg))
+
+
+def test_streams_that_hear_at_the_same_time_do_not_hear_each_other(tmp_path):
+    cfg = tiny_wav2vec2(tmp_path)
+    sounds = [noise(FRAMES, seed) for seed in range(2)]
+    alone = [clip_features(pcm, FRAMES, cfg) for pcm in sounds]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda k: clip_features(sounds[k % 2], FRAMES, cfg), range(12)))
+    assert all(np.array_equal(together[k], alone[k % 2]) for k in range(12))
 
 
 def test_wav2vec2_features_are_causal_and_stream(tmp_path):

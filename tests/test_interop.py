@@ -5,6 +5,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -364,6 +365,34 @@ def test_a_converted_student_streams_the_recorded_latents(tmp_path, case, varian
     revert(tmp_path / "ours", tmp_path / "again.pt")
     old, new = (torch.load(p, weights_only=True)["generator_ema"] for p in (source, tmp_path / "again.pt"))
     assert same(old, new)
+
+
+def test_a_converted_avatar_is_shown_a_picture_and_spoken_to(tmp_path):
+    from test_audio import tiny_wav2vec2
+
+    from vidistill import checkpoint, cli
+    from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
+    from vidistill.stream import StreamConfig, StreamSession
+
+    ears = tmp_path / "ears"
+    tiny_wav2vec2(ears, width=6)
+    codec = TinyCodec(TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))).eval()
+    source = publish(tmp_path / "published.safetensors", weights("livetalk_rollout"))
+    out = tmp_path / "ours"
+    command = ["convert", str(source), str(out), "--family", "livetalk", "--size", "32x64", "--heads", "2"]
+    assert cli.main([*command, "--audio", str(ears)]) == 0
+    bundle = checkpoint.load_student(out)
+    assert bundle.given_frames == 1 and bundle.schedule.given_chunks == 0
+    clips = []
+    for loud in (0.0, 0.3):
+        image = np.full((16, 32, 3), 90, np.uint8)  # this codec makes latents of 4 pixels a side
+        with StreamSession(bundle, codec, StreamConfig(pipelined=False), image=image) as session:
+            session.set(audio=loud * np.random.default_rng(0).uniform(-1, 1, 48_000).astype(np.float32))
+            clips.append(session.record(12))
+    assert clips[0].shape == (12, 16, 32, 3) and not np.array_equal(*clips)
+    deaf = publish(tmp_path / "deaf.safetensors", weights())
+    with pytest.raises(ValueError, match="hears nothing"):
+        convert(deaf, "self-forcing", tmp_path / "no", size=(32, 32), heads=4, audio=str(ears))
 
 
 def test_generate_streams_the_recorded_latents_of_a_converted_student(tmp_path, monkeypatch):

@@ -96,6 +96,9 @@ def log_mel(pcm: np.ndarray, cfg: AudioConfig) -> np.ndarray:
     return np.stack([rows[i * cfg.hops : i * cfg.hops + span].ravel() for i in range(cfg.block)])
 
 
+HEARING = threading.Lock()  # an encoder is shared by streams, and hooked while it listens to one
+
+
 @lru_cache(maxsize=2)
 def wav2vec2(source: str) -> Any:
     """A published wav2vec 2.0 encoder."""
@@ -119,15 +122,21 @@ def hidden_states(pcm: np.ndarray, cfg: AudioConfig) -> np.ndarray:
     frames = cfg.context + cfg.block + cfg.lookahead
     maps = torch.nn.functional.interpolate(maps, size=frames, mode="linear", align_corners=True)
     states, _ = net.feature_projection(maps.transpose(1, 2))
-    heard: list[torch.Tensor] = []  # what goes into each layer, then what comes out of the last one
-    hooks = [layer.register_forward_pre_hook(lambda _, args: heard.append(args[0])) for layer in net.encoder.layers]
-    hooks.append(net.encoder.layers[-1].register_forward_hook(lambda _, args, out: heard.append(_first(out))))
+    with HEARING:
+        last, heard = encoded(net.encoder, states)
+    return torch.cat((last, *heard), dim=-1)[0, cfg.context : cfg.context + cfg.block].numpy()
+
+
+def encoded(encoder: Any, states: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The last hidden state [1, T, D], and what goes into each layer, then what comes out of the last one."""
+    heard: list[torch.Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: heard.append(args[0])) for layer in encoder.layers]
+    hooks.append(encoder.layers[-1].register_forward_hook(lambda _, args, out: heard.append(_first(out))))
     try:
-        last = net.encoder(states)[0]
+        return encoder(states)[0], heard
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.cat((last, *heard), dim=-1)[0, cfg.context : cfg.context + cfg.block].numpy()
 
 
 def _first(out: Any) -> torch.Tensor:

@@ -308,6 +308,7 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--codec", default="wan", help="its codec: a diffusers folder with `vae`, hf://ORG/NAME, or a file")
     p.add_argument("--text", help="its text encoder: a diffusers folder or hub id with text_encoder and tokenizer")
     p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
+    p.add_argument("--audio", help="of one that listens: its wav2vec 2.0 encoder, a transformers folder or hub id")
     p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
     p.add_argument("--lora", type=Path, help="adapter file, merged into the weights for good")
     p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
@@ -336,6 +337,7 @@ def run_convert(args: argparse.Namespace) -> None:
         codec=args.codec,
         text=args.text,
         text_tokens=args.tokens,
+        audio=args.audio,
         allow_pickle=args.allow_pickle,
         heads=args.heads,
         entry=args.entry,

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from vidistill.audio import AudioConfig
 from vidistill.checkpoint import CheckpointError, beside, export, locate, read_record, read_tensors, rebuild
+from vidistill.conditioning import AUDIO_SITE
 from vidistill.diffusion import NoiseSchedule
 from vidistill.interop.families import TRAINED_FRAMES, family
 from vidistill.interop.formats import Published, read_student, write_student
@@ -15,6 +17,7 @@ from vidistill.student import CausalStudent, StudentConfig
 
 PIXELS_PER_LATENT, FRAMES_PER_LATENT = 8, 4
 FPS = 16.0  # of every Wan 2.1 network
+HEARD = {"block": 4, "context": 32, "lookahead": 4}  # px frames that speech is encoded in, a latent and 2 s around it
 
 
 def student_of(published: Published, height: int, width: int, frames: int = TRAINED_FRAMES) -> CausalStudent:
@@ -37,6 +40,7 @@ def convert(
     codec: str = "wan",
     text: str | None = None,
     text_tokens: int = 512,
+    audio: str | None = None,
     allow_pickle: bool = False,
     heads: int = 0,
     entry: str | None = None,
@@ -45,20 +49,25 @@ def convert(
 ) -> dict[str, Any]:
     """Write the published student at `path` as our checkpoint OUT.safetensors and OUT.json; returns its card.
 
-    `name` is its family, `size` the pixels (height, width) it will stream, `codec` and `text` where the codec and the
-    text encoder (padded to `text_tokens`) of its world are found, both kept as full paths or hub ids. Every weight
-    keeps its precision. Raises ValueError, as `read_student` does, before anything is written.
+    `name` is its family, `size` the pixels (height, width) it will stream; `codec`, `text` and `audio` are where the
+    codec, the text encoder (padded to `text_tokens`) and, for one that listens, the wav2vec 2.0 encoder of its world
+    are found, all kept as full paths or hub ids. Every weight keeps its precision. Raises ValueError, as `read_student`
+    does, before anything is written.
     """
     published = read_student(path, name, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora)
     if any(side % PIXELS_PER_LATENT for side in size):
         raise ValueError(f"size {size[0]}x{size[1]} must be whole latents of {PIXELS_PER_LATENT} pixels")
+    if audio and AUDIO_SITE not in published.config.sites:
+        raise ValueError(f"a student of family {name} hears nothing: leave out the audio encoder {audio}")
     student = student_of(published, size[0] // PIXELS_PER_LATENT, size[1] // PIXELS_PER_LATENT, frames)
     card = published.card()
     record = {
         "schedule": asdict(published.family.schedule(given_chunks)),
+        "given_frames": student.first_frame(given_chunks) or int(published.family.pinned_first_frame),
         "noise": asdict(NoiseSchedule(shift=published.family.shift)),
         "codec": kept(codec, out),
         "text": {"kind": "umt5", "source": kept(text, out), "length": text_tokens} if text else None,
+        "audio": asdict(AudioConfig("wav2vec2", fps=FPS, source=kept(audio, out), **HEARD)) if audio else None,
         "world": {"fps": FPS, "temporal": FRAMES_PER_LATENT},
         "card": card,
         "published": {"family": name, "entry": published.entry, "names": published.names},
