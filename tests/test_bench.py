@@ -13,6 +13,7 @@ from conftest import ACTIONS, DIT, WORLD, random_dit
 from rich.console import Console
 from safetensors.torch import save_file
 from test_relic_training import CAMERA
+from tiny_talker import write_talker
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill import bench as bench_module
@@ -35,8 +36,10 @@ from vidistill.cli import main
 from vidistill.conditioning import Condition
 from vidistill.diffusion import add_noise, x0_from_v
 from vidistill.dit import SiteConfig, VideoDiT
+from vidistill.memory import MemoryConfig
 from vidistill.ops.attention import use_backend
 from vidistill.stream import SpeedConfig, StreamSession, faster
+from vidistill.student import CausalStudent, StudentConfig
 
 SHORT = BenchConfig(rounds=2, chunks=2, inputs=1, warmup_chunks=0, gate_chunks=2, clip_frames=5, clip_steps=2)
 KEYS = {"fps", "real_time_factor", "first_frame_ms", "chunk_ms_p50", "chunk_ms_p95", "input_to_frame_ms_p95"}
@@ -100,6 +103,20 @@ def test_past_the_first_minutes_the_clock_is_advanced_and_rows_say_so(student):
     text = console.export_text()
     assert "after 30.0 min (clock advanced)" in text and "2 streams in one pass" in text
     assert result.batch["gain"] == pytest.approx(2 * result.batch["one_chunk_ms"] / result.batch["chunk_ms"])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_an_avatar_is_timed_alone_and_with_others_and_beside_its_teacher(tmp_path, chunk):
+    """Its picture is a chunk of its own, or, as in LiveTalk, pinned inside the first whole one."""
+    write_talker(tmp_path)
+    avatar = load_student(tmp_path / "student")
+    memory = MemoryConfig("window", frames=9, sinks=3)
+    net = CausalStudent(avatar.net.net, StudentConfig(chunk=3, first_chunk=chunk % 3, memory=memory), avatar.net.shape)
+    schedule = {**avatar.record["schedule"], "given_chunks": chunk % 3}
+    avatar = replace(avatar, net=net, record={**avatar.record, "given_frames": 1, "schedule": schedule})
+    teacher = load(tmp_path / "teacher")
+    result = bench(avatar, replace(SHORT, rounds=1, batch=2, speech_s=1.0), vs=teacher)
+    assert result.batch["chunk_ms"] > 0 and result.vs["fps"] > 0 and result.audio_to_lip_ms_p95 > 0
 
 
 def test_an_old_stream_is_timed_in_turn_with_a_young_one():

@@ -104,7 +104,7 @@ class StreamTimer:
         self.speed, self.cfg, self.origin = speed or SpeedConfig(), cfg, (bundle.folder, bundle.name, bundle.record)
         self.codec, bundle = fast_decoder(codec, self.speed), faster(bundle, self.speed)
         self.name, self.bundle = bundle.name, bundle
-        self.image = self.default_image() if image is None and bundle.schedule.given_chunks else image
+        self.image = self.default_image() if image is None and bundle.given_frames else image
         self.timings, self.device = Timings(), bundle.net.net.head.head.weight.device
         with self.open() as session:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
@@ -114,9 +114,13 @@ class StreamTimer:
             self.fill = self.memory_config.chunks_to_fill(bundle.net.cfg.chunk)
 
     def default_image(self) -> np.ndarray:
-        """A grey start picture: what is in it costs nothing."""
-        shape, scale = self.bundle.shape, self.codec.spatial_factor
-        return np.full((shape.height * scale, shape.width * scale, 3), 128, np.uint8)
+        """A grey picture, or clip, to start from: what is in it costs nothing."""
+        shape, scale, frames = (
+            self.bundle.shape,
+            self.codec.spatial_factor,
+            self.codec.px_frames(self.bundle.given_frames),
+        )
+        return np.full((frames, shape.height * scale, shape.width * scale, 3), 128, np.uint8)
 
     def open(self, pipelined: bool | None = None) -> StreamSession:
         cfg = StreamConfig(self.cfg.seed, self.cfg.pipelined if pipelined is None else pipelined)
@@ -307,7 +311,7 @@ def bench(
         streams = None
         if cfg.batch > 1:
             progress(0.9, f"{cfg.batch} streams in one pass")
-            streams = batch_row(own.bundle, cfg.batch, cfg.rounds, own.fill, cfg.chunks)
+            streams = batch_row(own.bundle, own.codec.temporal_factor, cfg.batch, cfg.rounds, own.fill, cfg.chunks)
         return summary(own, other, warmup_ms, peak, rows, streams)
 
 
@@ -324,10 +328,8 @@ def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray |
     if vs.kind == "student":
         itself = (vs.folder, vs.name, vs.record) == own.origin
         return StreamTimer(vs, codec, cfg, image, SpeedConfig() if itself else own.speed)
-    chunks = own.bundle.schedule.given_chunks
     with own.open() as session:
-        given = session.reference(chunks) if chunks else None
-    return ClipTimer(vs, codec, cfg, given, own.speed)
+        return ClipTimer(vs, codec, cfg, session.given, own.speed)
 
 
 def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:

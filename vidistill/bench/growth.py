@@ -97,21 +97,21 @@ def walk(session: StreamSession, seed: int, chunk: int) -> None:
 
 
 @torch.no_grad()
-def batch_row(bundle: Bundle, batch: int, rounds: int, fill: int, chunks: int) -> dict[str, Any]:
+def batch_row(bundle: Bundle, factor: int, batch: int, rounds: int, fill: int, chunks: int) -> dict[str, Any]:
     """Time of a pass of `batch` streams at once beside that of one, alternating rounds; no decoding.
 
-    Each round rolls out `fill` chunks and then times `chunks` more.
+    Each round rolls out `fill` chunks and then times `chunks` more. A latent stands for `factor` px frames.
     """
-    found = [[_chunk_ms(bundle, n, fill, chunks) for n in (1, batch)] for _ in range(rounds)]
+    found = [[_chunk_ms(bundle, factor, n, fill, chunks) for n in (1, batch)] for _ in range(rounds)]
     one, many = (statistics.median(row[i] for row in found) for i in (0, 1))
     return {"streams": batch, "chunk_ms": many, "one_chunk_ms": one, "gain": batch * one / many}
 
 
-def _chunk_ms(bundle: Bundle, batch: int, fill: int, chunks: int) -> float:
+def _chunk_ms(bundle: Bundle, factor: int, batch: int, fill: int, chunks: int) -> float:
     """Median milliseconds of the passes of a chunk of a rollout of `batch` streams."""
     student, schedule, watch = bundle.net, bundle.schedule, Stopwatch()
     shape, device = student.shape, student.net.head.head.weight.device
-    inputs = Inputs.of(bundle.record, bundle.record["world"].get("temporal", 1), device)
+    inputs = Inputs.of(bundle.record, factor, device)
     conds: dict[int, Condition] = {}
 
     def cond(start: int, stop: int) -> Condition:
@@ -127,10 +127,11 @@ def _chunk_ms(bundle: Bundle, batch: int, fill: int, chunks: int) -> float:
             yield p
             watch.stop()
 
-    given = torch.zeros(batch, bundle.given_frames, shape.channels, shape.height, shape.width, device=device)
+    size = batch, bundle.given_frames, shape.channels, shape.height, shape.width
+    given = torch.zeros(size, device=device) if bundle.given_frames else None
+    inputs.begin(None if given is None else given[:1])
     memory = student.new_memory(batch, cfg=stream_memory(student.cfg.memory, student.cfg.chunk))
-    noise = chunk_noise(student, batch, 0, given if bundle.given_frames else None)
-    rng = torch.Generator().manual_seed(0)
-    made = rollout(student, timed(), noise=noise, cond=cond, memory=memory, rng=rng)
+    noise, rng = chunk_noise(student, batch, 0, given), torch.Generator().manual_seed(0)
+    made = rollout(student, timed(), noise=noise, cond=cond, memory=memory, rng=rng, pinned=given)
     times = [watch.take()["chunk_ms"] for _ in made]
     return statistics.median(times[-chunks:])

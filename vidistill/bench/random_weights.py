@@ -261,7 +261,7 @@ def random_bench(
             if other:
                 other.round()
         rows = own.growth(progress) if growth else None
-        streams = batch_row(own.bundle, batch, cfg.rounds, 1, cfg.chunks - 1) if batch > 1 else None
+        streams = batch_row(own.bundle, 1, batch, cfg.rounds, 1, cfg.chunks - 1) if batch > 1 else None
         return result(own, other, rows, streams, own.profile() if profiled else None)
 
 

@@ -168,6 +168,11 @@ class StreamSession:
             self._engine.inputs.track.hush()
 
     @property
+    def given(self) -> Tensor | None:
+        """The latents [1, F, C, H, W] that the dream starts from; None for one from noise."""
+        return self._engine.dream.given
+
+    @property
     def frames_per_chunk(self) -> int:
         """Px frames of every chunk but the first."""
         return self._engine.px_frames(1)
