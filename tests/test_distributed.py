@@ -9,14 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ACTIONS
+from tiny_nets import clip, tiny_dit
 from tiny_ranks import assert_same, first_gradients, result, together
+from tiny_talker import talker_stage
 from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
 from torch import nn
 
 from vidistill import checkpoint, distributed
-from vidistill.checkpoint import read_tensors
+from vidistill.checkpoint import read_tensors, save_tensors
+from vidistill.conditioning import Condition
 from vidistill.data import open_data, write_shards
 from vidistill.distributed import Part, parts
+from vidistill.teachers.ltx import LTX
+from vidistill.teachers.wan import Experts
 from vidistill.trainer import METRICS, STATE, Trainer, train
 
 ADAMW = replace(OPTIM, muon="")
@@ -28,6 +33,7 @@ MORE = {
     "codec": lambda root, **kw: codec_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
     "everything": lambda root, **kw: everything(root, **kw),
     "broken": lambda root, **kw: broken_stage(root, **kw),
+    "avatar": lambda root, **kw: talker_stage(root, **{"batch": 4, "critic_optim": ADAMW, **kw}),
     "sid": lambda root, **kw: STAGES["dmd"](root, objective="sid", **kw),
 }
 
@@ -117,13 +123,51 @@ def test_recomputed_blocks_give_the_same_training(root, stage):
     assert_same(result(again, 3, root / "recomputed"), result(cfg, 3, root / "kept"))
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "sid"])
+@pytest.mark.parametrize("stage", [*STAGES, "sid", "avatar"])
 def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
     make = {**STAGES, **MORE}[stage]
     one = result(make(root, name="one"), 3, root / "one")
     for parallel in distributed.PARALLEL:
         two = result(make(root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
         assert_same(two, one)
+
+
+def experts():
+    nets = [tiny_dit(seed=k).requires_grad_(False) for k in range(2)]
+    return Experts(*nets, 0.9), Condition(torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def ltx():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = diffusers.LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=8,
+        )
+    return LTX(net.requires_grad_(False)), Condition(torch.ones(1, 6, 8))
+
+
+def velocity_in_shards(make, out):
+    net, cond = make()
+    if distributed.world_size() > 1:
+        distributed.shard(net, net.units)
+    v = net.velocity(clip(), torch.full((1, 9), 0.5), cond)
+    if distributed.rank() == 0:
+        save_tensors(out, {"v": v}, {})
+
+
+@pytest.mark.parametrize("make", [experts, ltx])
+def test_teachers_of_several_networks_or_of_another_library_are_sharded_too(tmp_path, make):
+    velocity_in_shards(make, tmp_path / "one")
+    together(2, velocity_in_shards, make, tmp_path / "two")
+    one, two = (read_tensors(tmp_path / name)[0]["v"] for name in ("one", "two"))
+    torch.testing.assert_close(two, one)
 
 
 @pytest.mark.parametrize("settings", [{}, {"replay": True}, {"objective": "teacher_forcing", "teacher": None}])

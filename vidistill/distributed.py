@@ -146,8 +146,11 @@ def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
         g.copy_(total.view_as(g) / world_size())
 
 
-def shard(net: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Spread the parameters of `net` over all ranks, in place, gathered block by block; alone, nothing.
+def shard(net: nn.Module, units: Iterable[list[nn.Module]]) -> None:
+    """Spread the parameters of `net` over all ranks, in place, gathered unit by unit; alone, nothing.
+
+    Modules of a unit run one after the other, and units lie in `net`, inner ones first. What is left of it is gathered
+    by its own forward, through which it must be called.
 
     Source: FSDP2, `torch.distributed.fsdp.fully_shard`.
     """
@@ -158,10 +161,13 @@ def shard(net: nn.Module, blocks: Iterable[nn.Module]) -> None:
 
     where = device().type
     mesh = init_device_mesh(where, (world_size(),))
-    for module in (*blocks, net):
-        wrapped: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        if where == "cpu":  # gloo has no mean
-            wrapped.set_force_sum_reduction_for_comms(True)
+    # keys of a prompt are views; nothing here writes into what a layer returns
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
+    for unit in (*units, [net]):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        for module in unit if where == "cpu" else ():  # gloo has no mean
+            sharded: Any = module
+            sharded.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(x: Tensor) -> bool:

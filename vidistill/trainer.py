@@ -92,7 +92,7 @@ class Trainer:
             inner: VideoDiT = core(net.to(distributed.device()))
             add_lora(inner, lora)
             if cfg.parallel == "shard":
-                distributed.shard(inner, inner.blocks)
+                distributed.shard(inner, inner.units)
             if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
                 inner.compile_regions()
         if roles.motion is not None:

@@ -74,6 +74,12 @@ class VideoDiT(nn.Module):
                     nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
+    @property
+    def units(self) -> list[list[nn.Module]]:
+        """Layers that run together, inner ones first: what a sharded network gathers at a time."""
+        readers = [block.cross_attn.readers for block in self.blocks if block.cross_attn is not None]
+        return [*readers, *([block] for block in self.blocks)]
+
     def compile_regions(self, mode: str = "default") -> None:
         """Compile the blocks around their attention: two graphs, whatever the memory holds, one a shape."""
         torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)

@@ -212,6 +212,11 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(cfg.width, cfg.width), nn.Linear(cfg.width, cfg.width)
             self.norm_k_img = RMSNorm(cfg.width, cfg.eps)
 
+    @property
+    def readers(self) -> list[nn.Module]:
+        """The layers that `read` runs, outside of the block's own pass."""
+        return [module for name, module in self.named_children() if name.startswith(("k", "v", "norm_k"))]
+
     def read(self, tokens: Tensor) -> Entries:
         """Keys and values [B, L, h, d] of the text, then of image tokens if there are any; they lie head by head."""
         split = self.split

@@ -23,16 +23,19 @@ class LTX(nn.Module):
         self.net, self.scale = net, (TEMPORAL / fps, SPATIAL, SPATIAL)
 
     @property
-    def blocks(self) -> Any:
-        return self.net.transformer_blocks
+    def units(self) -> list[list[nn.Module]]:
+        return [[block] for block in self.net.transformer_blocks]
 
     def compile_regions(self) -> None:
         """Compile each block as a whole."""
-        for block in self.blocks:
+        for (block,) in self.units:
             block.compile()
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity [B, F, C, H, W]; condition tokens [B, L, D] that are all zero are padding."""
+        return self(x, sigma, cond)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         if cond.tokens is None:
             raise ValueError("LTX-Video cross-attends: Condition.tokens is missing")
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]

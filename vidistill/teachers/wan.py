@@ -59,8 +59,8 @@ class Experts(nn.Module):
         return self.high.cfg
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        return [*self.high.blocks, *self.low.blocks]
+    def units(self) -> list[list[nn.Module]]:
+        return [*self.high.units, *self.low.units]
 
     def compile_regions(self) -> None:
         self.high.compile_regions()
@@ -68,6 +68,9 @@ class Experts(nn.Module):
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity [B, F, C, H, W]; each clip goes to the expert of its highest level."""
+        return self(x, sigma, cond)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         noisy = sigma.amax(dim=1) >= self.boundary
         if bool(noisy.all()):
             return self.high.velocity(x, sigma, cond)
