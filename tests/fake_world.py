@@ -75,13 +75,15 @@ class FakeSession:
 class FakeWorld:
     """Opens fake sessions and remembers them."""
 
+    session = FakeSession
+
     def __init__(self, pictures=True, switches=(), **options):
         self.sessions, self.options = [], options
         self.starts = {"blocks": blocks(np.random.default_rng(9), 8), "red": picture(200, 30, 30)} if pictures else None
         self.world = World("fake", ACTIONS, (SIZE, SIZE), self.open, self.starts, switches=switches)
 
     def open(self, seed, image):
-        self.sessions.append(FakeSession(seed, image, **self.options))
+        self.sessions.append(self.session(seed, image, **self.options))
         return self.sessions[-1]
 
 

@@ -276,7 +276,7 @@ def test_a_rival_is_computed_as_the_student_is(student, tiny_teacher_path):
     for vs, name in ((fewer, "student (packed)"), (load(tiny_teacher_path), "teacher (packed)")):
         result = bench(student, once, vs=vs, speed=packed)
         assert result.name == "student (packed)" and result.vs["name"] == name
-        assert result.env["speed"] == result.vs["speed"] == {"linears": "packed", "compile": False}
+        assert result.env["speed"] == result.vs["speed"] == asdict(packed)
 
 
 def test_a_student_beside_itself_shows_what_a_speed_setting_gains(student):

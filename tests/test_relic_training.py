@@ -100,7 +100,7 @@ def test_a_training_is_watched_with_its_camera_and_with_or_without_an_average(ro
 
 
 def test_what_a_training_is_watched_on_lies_where_it_trains(root, monkeypatch):
-    monkeypatch.setattr("vidistill.distributed.device", lambda: torch.device("meta"))
+    monkeypatch.setattr("vidistill.trainer.accelerator", lambda: torch.device("meta"))
     look = WatchConfig(str(root / "latents"), clips=2, judge_every=2, score="error")
     trainer = Trainer(dmd_stage(root, watch=look))
     held = trainer.held.batch

@@ -3,6 +3,7 @@ import json
 import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -495,6 +496,30 @@ def test_words_reach_the_session_and_come_back_in_the_first_frame_that_heard_the
         assert header["index"] > 0 and fake.sessions[0].said == [("a red ring", "recache")]
         browser.say(type="prompt", id=8, text="a cut", switch="cut")
         assert "switch cut" in browser.note("error")["message"]
+
+
+def test_while_words_are_read_pictures_and_keys_go_on():
+    reading, read = threading.Event(), threading.Event()
+
+    class Reader(FakeSession):
+        def set(self, *, prompt=None, **kw):
+            if prompt is not None:
+                reading.set()
+                assert read.wait(10)
+            return super().set(prompt=prompt, **kw)
+
+    fake = FakeWorld(switches=("keep",))
+    fake.session = Reader
+    with served(fake) as app, watching(app) as browser:
+        browser.note("hello")
+        browser.say(type="prompt", id=7, text="a ring", switch="keep")
+        assert reading.wait(5)
+        browser.say(type="keys", id=8, action={"turn_left": 1})
+        browser.frame(lambda header: header["input_id"] == 8)
+        browser.say(type="prompt", id=9, text="a box", switch="keep")
+        read.set()
+        browser.frame(lambda header: header["input_id"] == 9)
+    assert [prompt for prompt, _ in fake.sessions[0].said] == [None, "a ring", "a box"]
 
 
 def test_a_world_that_does_not_listen_refuses_words():

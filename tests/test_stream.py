@@ -6,12 +6,14 @@ import logging
 import threading
 import tracemalloc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ACTIONS, DIT, SHAPE, STUDENT, random_dit
+from tiny_talker import write_talker
 
 from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
 from vidistill.conditioning import Inputs, parse_script, scripted
@@ -322,6 +324,47 @@ def test_a_reset_in_the_middle_of_a_chunk_drops_what_was_not_taken(session, cfg)
         again = take(source, 7)
         assert [(f.index, f.dream) for f in again] == [(i, number) for i in range(7)]
         assert np.array_equal(pictures(first[:7]), pictures(again))
+
+
+def test_resets_from_many_threads_are_dreams_of_their_own(session):
+    stream = session()
+    begun, begin = [], stream._engine.begin
+    stream._engine.begin = lambda dream: begun.append(dream.number) or begin(dream)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: stream.reset(), range(64)))
+    assert sorted(begun) == list(range(1, 65))
+
+
+def test_a_student_of_half_the_bytes_streams_nearly_the_same(bundle, codec, tiny_image):
+    half = faster(bundle, SpeedConfig(device="cpu", precision="bf16"))
+    assert half.name == "student (bf16 weights)" and bundle.net.net.dtype == torch.float32
+    with (
+        StreamSession(half, codec, INLINE, image=tiny_image) as session,
+        StreamSession(bundle, codec, INLINE, image=tiny_image) as plain,
+    ):
+        assert 2 * session.memory_bytes == plain.memory_bytes
+        made, wanted = session.reference(5), plain.reference(5)
+        assert torch.equal(torch.cat(list(itertools.islice(session.latents(), 5)), dim=1), made)
+    assert made.dtype == torch.float32 and 0 < (made - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_an_avatar_of_half_the_bytes_reads_hears_and_is_told_its_picture(tmp_path, tiny_image):
+    write_talker(tmp_path)
+    avatar = load_student(tmp_path / "student")
+    half = faster(avatar, SpeedConfig(device="cpu", precision="bf16"))
+    films = []
+    for made_with in (avatar, half, half):
+        with StreamSession(made_with, load_codec_of(avatar), INLINE, image=tiny_image) as session:
+            session.set(audio=np.full(16_000, 0.1 * len(films), np.float32), prompt="a smile")
+            films.append(session.record(20))
+    assert not np.array_equal(films[1], films[2])
+
+
+def test_a_device_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="choose auto, cpu or cuda"):
+        SpeedConfig(device="cuda:99")
+    with pytest.raises(ValueError, match="precision 'fp4' is unknown"):
+        SpeedConfig(precision="fp4")
 
 
 def test_another_seed_or_picture_dreams_another_dream(session, tiny_image):

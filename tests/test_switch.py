@@ -14,7 +14,7 @@ from vidistill.conditioning import Condition, Cue, parse_cues
 from vidistill.memory import MemoryConfig
 from vidistill.rollout import chunk_noise, reencode, rollout
 from vidistill.schedules import ScheduleConfig, endless, finite
-from vidistill.stream import StreamConfig, StreamSession
+from vidistill.stream import StreamConfig, StreamSession, refused_switches
 from vidistill.student import CausalStudent, StudentConfig
 
 A, B = "a red circle moves left", "a blue ring moves up"
@@ -129,6 +129,16 @@ def test_a_reference_picture_inside_the_first_chunk_stays_in_every_pass(tiny_ima
         assert torch.equal(torch.cat((first, next(stream.latents())), 1)[:, :3], stream.reference(1))
         with pytest.raises(ValueError, match="cannot cut"):
             stream.set(prompt=B, switch="cut")
+
+
+def test_what_a_student_cannot_switch_to_is_known_before_it_streams():
+    from_noise = bundle(CLEAN)
+    assert not refused_switches(from_noise)
+    assert refused_switches(bundle(CLEAN, given=1)).keys() == {"cut"}
+    hears = replace(from_noise, record={**from_noise.record, "audio": {"kind": "mel"}})
+    assert refused_switches(hears).keys() == {"cut"}
+    rolling = replace(from_noise, record={**from_noise.record, "schedule": {"name": "rolling"}})
+    assert refused_switches(rolling).keys() == {"cut", "recache"}
 
 
 def test_cues_are_read_in_order_of_time_and_nonsense_is_refused():

@@ -159,6 +159,10 @@ def add_speed(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--backend", default="auto", help="attention: auto, reference, sdpa, products, flex, xformers or triton"
     )
+    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:1")
+    p.add_argument(
+        "--precision", default="fp32", help="of weights and memory: fp32, bf16, or auto (bf16 where it is quick)"
+    )
     p.add_argument(
         "--compile",
         action="store_true",
@@ -177,7 +181,7 @@ def speed_of(args: argparse.Namespace) -> Any:
     from vidistill.stream import SpeedConfig
 
     set_backend(args.backend)
-    return SpeedConfig(args.linears, args.compile)
+    return SpeedConfig(args.linears, args.compile, args.device, args.precision)
 
 
 def add_serve(commands: Any) -> argparse.ArgumentParser:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vidistill.ops.device import accelerator
+
 log = logging.getLogger("vidistill")
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -25,8 +27,8 @@ SCALAR = "()"  # ends the stored name of a tensor without axes, which is written
 
 
 def launched() -> bool:
-    """Whether torchrun (or what sets the same variables) started this process as one of several."""
-    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether torchrun (or what sets the same variables) started this process."""
+    return all(name in os.environ for name in TORCHRUN)
 
 
 @contextmanager
@@ -59,13 +61,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if grouped() else 1
-
-
-def device() -> torch.device:
-    """Where a process of a group trains: its GPU if there is one, else the CPU; alone, the CPU."""
-    if grouped() and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,7 @@ def shard(net: nn.Module, units: Iterable[list[nn.Module]]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    where = device().type
+    where = accelerator().type
     mesh = init_device_mesh(where, (world_size(),))
     # keys of a prompt are views; nothing here writes into what a layer returns
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")

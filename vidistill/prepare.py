@@ -26,6 +26,7 @@ from vidistill.data import (
     write_shard,
 )
 from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.poses import CameraConfig
 from vidistill.sampling import trajectory
@@ -35,16 +36,12 @@ WORLD = {"fps": 16.0, "temporal": 4}  # of Wan 2.1: pixel frames a second, and o
 SIDES = {16: 8, 48: 16}  # Wan's latent channels -> pixels a side of a latent
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512) -> str:
     """Encode the prompts in `file`, one a line, into folder `out`; says what is there."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}; name a text file with a prompt a line")
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    cache = TextCache(text, out / TOKENS, length=tokens, device=str(device()))
+    cache = TextCache(text, out / TOKENS, length=tokens, device=str(accelerator()))
     with tqdm(total=len(lines), desc="prompts", disable=None) as bar:
         write_prompts(out, lines, negative, cache, {"source": "prompts", **WORLD}, bar=bar)
     return f"{out}: {len(lines)} prompts of {tokens} tokens"
@@ -68,7 +65,7 @@ def trajectories(
 
     ValueError if teacher and data do not belong together, or no sampler of the teacher has all `levels`.
     """
-    where = device()
+    where = accelerator()
     master = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
     net = master.net.to(where)
     talks = "dit" in master.record and master.net.cfg.extra_channels > 0

@@ -205,6 +205,6 @@ def chunk_noise(student: CausalStudent, batch: int, seed: int, given: Tensor | N
         mixed = ((seed * 1_000_003 + chunk) * 2_654_435_761 + 97) % 2**63  # never the seed of a caller's own draws
         rng = torch.Generator().manual_seed(mixed)
         x = torch.randn(batch, stop - start, shape.channels, shape.height, shape.width, generator=rng)
-        return x.to(student.net.head.head.weight.device)
+        return x.to(student.net.device)
 
     return noise

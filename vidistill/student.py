@@ -1,6 +1,7 @@
 """CausalStudent: a VideoDiT that generates chunk by chunk. No loop here, see rollout.py."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,9 @@ class CausalStudent(nn.Module):
         net.load_state_dict(teacher.state_dict())
         return cls(net, cfg, shape)
 
-    def faster(self, linears: str = "plain", compiled: bool = False) -> "CausalStudent":
+    def faster(self, *how: Any) -> "CausalStudent":
         """A student of the same weights that only runs, its network as `VideoDiT.faster` makes it for a chunk."""
-        net = self.net.faster(self.cfg.chunk * self.shape.tokens_per_frame, linears, compiled)
+        net = self.net.faster(self.cfg.chunk * self.shape.tokens_per_frame, *how)
         return CausalStudent(net, self.cfg, self.shape).eval()
 
     @property
@@ -84,10 +85,8 @@ class CausalStudent(nn.Module):
         """
         return self.net(x, sigma, cond, start=start, memory=memory, output=output)
 
-    def new_memory(
-        self, batch: int, *, dtype: torch.dtype = torch.float32, cfg: MemoryConfig | None = None
-    ) -> KVMemory:
-        """An empty memory for `batch` streams."""
+    def new_memory(self, batch: int, *, dtype: torch.dtype | None = None, cfg: MemoryConfig | None = None) -> KVMemory:
+        """An empty memory for `batch` streams; its entries are of `dtype`, None: that of the weights."""
         dit, cfg = self.net.cfg, cfg or self.cfg.memory
         return KVMemory(
             cfg,
@@ -98,8 +97,8 @@ class CausalStudent(nn.Module):
             grid=self.shape.grid,
             rotate=self.net.new_rotation(),
             pooling=self.pooling(cfg),
-            device=self.net.head.head.weight.device,
-            dtype=dtype,
+            device=self.net.device,
+            dtype=dtype or self.net.dtype,
         )
 
     def pooling(self, cfg: MemoryConfig) -> Pooling:

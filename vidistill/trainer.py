@@ -24,6 +24,7 @@ from vidistill.long import LongRollout, Rollout, last_picture, replayed_backward
 from vidistill.lora import LoraConfig, add_lora, merge_lora
 from vidistill.objectives import OBJECTIVES, Loss, MotionHead, Roles, noised_sample
 from vidistill.ops.attention import use_backend
+from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import sample as sample_teacher
 from vidistill.shapes import LatentShape
@@ -74,8 +75,8 @@ class Trainer:
         self.held: watch.HeldOut | None = None
         if cfg.watch.judge_every or cfg.watch.diagnose_every:
             clips = Clips(cfg.watch.data, reference=cfg.reference, camera=cfg.camera)
-            self.held = watch.held_out(clips, cfg.watch, cfg.frames, distributed.device())
-            self.codec = self.load_codec()
+            self.held = watch.held_out(clips, cfg.watch, cfg.frames, accelerator())
+            self.codec = self.load_codec() if cfg.codec else None
 
     @property
     def learners(self) -> dict[str, Learner]:
@@ -89,14 +90,14 @@ class Trainer:
         for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
             if net is None:
                 continue
-            inner: VideoDiT = core(net.to(distributed.device()))
+            inner: VideoDiT = core(net.to(accelerator()))
             add_lora(inner, lora)
             if cfg.parallel == "shard":
                 distributed.shard(inner, inner.units)
             if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
                 inner.compile_regions()
         if roles.motion is not None:
-            roles.motion.to(distributed.device())
+            roles.motion.to(accelerator())
 
     def make_roles(self) -> tuple[Roles, LatentShape | None]:
         """The networks of this stage."""
@@ -135,8 +136,8 @@ class Trainer:
         return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
     def load_codec(self) -> Any:
-        """The codec of the data's latents, if the stage names one."""
-        return checkpoint.load(self.cfg.codec, "codec").net.to(distributed.device()) if self.cfg.codec else None
+        """The codec of the data's latents, which the stage names."""
+        return checkpoint.load(str(self.cfg.codec), "codec").net.to(accelerator())
 
     @property
     def clips(self) -> Clips:
@@ -176,9 +177,8 @@ class Trainer:
                 f"latents, and the first chunk has {student.first_frame(1)}"
             )
         student.num_chunks(cfg.frames)
-        dtype = working_dtype(cfg.precision, distributed.device())
-        codec = self.load_codec() if cfg.long_frames else None
-        picture = None if codec is None else last_picture(codec)
+        dtype = working_dtype(cfg.precision, accelerator())
+        picture = last_picture(self.load_codec()) if cfg.long_frames and cfg.codec else None
         return LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
 
     def is_student_turn(self, step: int) -> bool:
@@ -261,7 +261,7 @@ class Trainer:
 
     def gradients(self, turn: str) -> dict[str, float]:
         """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
-        whole, logs, device = self.batch(self.drawn_at(self.step_count)), [], distributed.device()
+        whole, logs, device = self.batch(self.drawn_at(self.step_count)), [], accelerator()
         cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
@@ -478,7 +478,7 @@ class Trainer:
         raws = []
         for step in range(8):
             px = self.clips.frames(self.cfg.batch, self.cfg.frames, self.cfg.seed + 1, step)
-            raws.append(codec(px.to(distributed.device()))[1])
+            raws.append(codec(px.to(accelerator()))[1])
         raw = torch.cat(raws).float()
         mean, std = raw.mean(dim=(0, 1, 3, 4)), raw.std(dim=(0, 1, 3, 4))
         codec.set_normalisation(mean, std)

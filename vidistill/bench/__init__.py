@@ -105,7 +105,7 @@ class StreamTimer:
         self.codec, bundle = fast_decoder(codec, self.speed), faster(bundle, self.speed)
         self.name, self.bundle = bundle.name, bundle
         self.image = self.default_image() if image is None and bundle.given_frames else image
-        self.timings, self.device = Timings(), bundle.net.net.head.head.weight.device
+        self.timings, self.device = Timings(), bundle.net.net.device
         with self.open() as session:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
             self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
@@ -250,7 +250,7 @@ class ClipTimer:
     def clip(self, steps: int, number: int) -> int:
         """Sample and decode one clip; returns how many frames of it were not given."""
         net, shape, given = self.bundle.net, self.bundle.shape, 0 if self.given is None else self.given.shape[1]
-        frames, device = self.cfg.clip_frames + given, net.head.head.weight.device
+        frames, device = self.cfg.clip_frames + given, next(net.parameters()).device
         inputs = Inputs.of(self.bundle.record, self.codec.temporal_factor, device)
         inputs.begin(self.given)
         cond = inputs.condition(inputs.wish, 0, frames)
@@ -327,7 +327,7 @@ def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray |
     codec = load_codec_of(vs)
     if vs.kind == "student":
         itself = (vs.folder, vs.name, vs.record) == own.origin
-        return StreamTimer(vs, codec, cfg, image, SpeedConfig() if itself else own.speed)
+        return StreamTimer(vs, codec, cfg, image, SpeedConfig(device=own.speed.device) if itself else own.speed)
     with own.open() as session:
         return ClipTimer(vs, codec, cfg, session.given, own.speed)
 
@@ -337,15 +337,17 @@ def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
 
     ValueError where that cannot run here.
     """
-    if speed == SpeedConfig():
+    if speed.keeps(bundle.net):
         return bundle
+    if not isinstance(bundle.net, VideoDiT) and speed == SpeedConfig(device=speed.device, precision=speed.precision):
+        return named(bundle, speed, bundle.net.to(speed.where, speed.dtype))
     if not isinstance(bundle.net, VideoDiT):
         raise ValueError(
             f"{bundle.name} is a {type(bundle.net).__name__}, which cannot be compiled or get other linear layers, and "
             "both sides must run alike: leave --compile and --linears out, or bench without --vs"
         )
     tokens = frames * bundle.shape.tokens_per_frame
-    return named(bundle, speed, bundle.net.faster(tokens, speed.linears, speed.compile))
+    return named(bundle, speed, bundle.net.faster(tokens, *speed.how))
 
 
 def summary(

@@ -109,8 +109,8 @@ def batch_row(bundle: Bundle, factor: int, batch: int, rounds: int, fill: int, c
 
 def _chunk_ms(bundle: Bundle, factor: int, batch: int, fill: int, chunks: int) -> float:
     """Median milliseconds of the passes of a chunk of a rollout of `batch` streams."""
-    student, schedule, watch = bundle.net, bundle.schedule, Stopwatch()
-    shape, device = student.shape, student.net.head.head.weight.device
+    student, schedule, device = bundle.net, bundle.schedule, bundle.net.net.device
+    shape, watch = student.shape, Stopwatch(device)
     inputs = Inputs.of(bundle.record, factor, device)
     conds: dict[int, Condition] = {}
 

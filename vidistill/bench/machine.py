@@ -17,6 +17,7 @@ from torch import nn
 from vidistill import __version__
 from vidistill.dit import DiTConfig
 from vidistill.ops.attention import chosen
+from vidistill.ops.device import wait_for
 
 MATMUL_SIZES = (1024, 1536, 2048)
 
@@ -64,11 +65,6 @@ def profile(run: Callable[[], object]) -> dict[str, float]:
     total = sum(spent.values())
     shares = {kind: sum(spent.get(name, 0.0) for name in names) / total for kind, names in OPERATORS.items()}
     return {**shares, "other": 1.0 - sum(shares.values())}
-
-
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def resident_bytes() -> int:

@@ -166,7 +166,7 @@ class Contender:
     def __init__(self, cfg: RandomConfig, bundle: Bundle, speed: SpeedConfig | None = None) -> None:
         self.cfg, self.speed = cfg, speed or SpeedConfig()
         self.bundle = faster(bundle, self.speed)
-        self.device = self.bundle.net.net.head.head.weight.device
+        self.device = self.bundle.net.net.device
         self.session = self.open()
         self.rounds: list[list[Chunk]] = []
         self.peak_bytes = 0  # after its first round
@@ -251,8 +251,8 @@ def random_bench(
         progress(0.0, "warming up")
         own = Contender(cfg, bundle, speed)
         own.round()
-        rival = bundle if vs is None and own.speed != SpeedConfig() else vs
-        other = Contender(cfg, rival) if rival else None
+        rival = bundle if vs is None and not own.speed.keeps(bundle.net) else vs
+        other = Contender(cfg, rival, SpeedConfig(device=own.speed.device)) if rival else None
         if other:
             other.round()
         for number in range(1, cfg.rounds + 1):

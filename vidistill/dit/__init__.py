@@ -86,10 +86,26 @@ class VideoDiT(nn.Module):
         for block in self.blocks:
             block.compile_regions(mode)
 
-    def faster(self, tokens: int, linears: str = "plain", compiled: bool = False) -> "VideoDiT":
+    @property
+    def device(self) -> torch.device:
+        return self.head.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.head.weight.dtype
+
+    def faster(
+        self,
+        tokens: int,
+        linears: str = "plain",
+        compiled: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "VideoDiT":
         """A network of the same weights that only runs, in passes of `tokens`: the linear layers of its blocks are of
-        kind `linears` (see `ops.linear`), the blocks `compiled` around their attention. This one stays as it is."""
-        net = twin(self, self.cfg).eval().requires_grad_(False)
+        kind `linears` (see `ops.linear`), the blocks `compiled` around their attention, its weights on `device` in
+        `dtype` (None: as they are). This one stays as it is."""
+        net = twin(self, self.cfg, device, dtype).eval().requires_grad_(False)
         convert_linears(net.blocks, linears, tokens)
         if compiled:
             net.compile_regions()
@@ -171,7 +187,7 @@ class VideoDiT(nn.Module):
                 raise ValueError(f"this network needs Condition.channels with {self.cfg.extra_channels} channels")
             x = torch.cat((x, cond.channels.to(x.dtype)), dim=2)
         _, p, q = self.cfg.patch
-        h = self.patch_embedding(rearrange(x, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q))
+        h = self.patch_embedding(rearrange(x.to(self.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q))
         if self.cfg.grid == NO_GRID:
             return h
         return h + average(self.position[None, :, None], self.cfg.grid, factor)[0, :, 0]
@@ -182,10 +198,11 @@ class VideoDiT(nn.Module):
             return None
         if cond.tokens is None:
             raise ValueError("this network cross-attends: Condition.tokens is missing")
+        tokens = cond.tokens.to(self.dtype)
         if not self.cfg.image_dim:
-            return self.text_embedding(cond.tokens)
-        image = cond.tokens[:, : self.cfg.image_tokens, : self.cfg.image_dim]
-        text = cond.tokens[:, self.cfg.image_tokens :, : self.cfg.text_dim]
+            return self.text_embedding(tokens)
+        image = tokens[:, : self.cfg.image_tokens, : self.cfg.image_dim]
+        text = tokens[:, self.cfg.image_tokens :, : self.cfg.text_dim]
         return torch.cat((self.img_emb(image), self.text_embedding(text)), dim=1)
 
     def read_prompt(self, cond: Condition, memory: KVMemory | Sketch | None) -> list[Entries] | None:
@@ -262,11 +279,14 @@ class Rotation:
         return rotate(keys, self.table(positions, keys.device), inverse).to(keys.dtype)
 
 
-def twin(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
-    """Another network of the very same weights."""
+def twin(
+    net: VideoDiT, cfg: DiTConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> VideoDiT:
+    """Another network of the very same weights, or of copies where they are wanted elsewhere or in another type."""
     with torch.device("meta"):
         other = VideoDiT(cfg)
-    other.load_state_dict(net.state_dict(), assign=True)
+    weights = {name: x.to(device or x.device, dtype or x.dtype) for name, x in net.state_dict().items()}
+    other.load_state_dict(weights, assign=True)
     return other.train(net.training)
 
 

@@ -153,7 +153,7 @@ class Site(nn.Module):
     def forward(self, x: Tensor, layer: int = 0) -> Tensor | None:
         if layer not in self.index:
             return None
-        return self.project[self.index[layer]](self.embed(x))[:, :, None]
+        return self.project[self.index[layer]](self.embed(x.to(next(self.parameters()).dtype)))[:, :, None]
 
 
 Entries = list[tuple[Tensor, Tensor]]  # keys and values [B, L, h, d] of condition tokens, one pair a softmax

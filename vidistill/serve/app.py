@@ -238,7 +238,7 @@ def load_world(
     that is not told where it goes.
     """
     from vidistill.checkpoint import start_pictures, text_encoder
-    from vidistill.stream import SpeedConfig, StreamConfig, StreamSession, check_gain, load_fast
+    from vidistill.stream import SpeedConfig, StreamConfig, StreamSession, check_gain, load_fast, refused_switches
 
     bundle, codec = load_fast(name, speed or SpeedConfig())
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
@@ -259,7 +259,8 @@ def load_world(
         images = {path.stem: read_image(path, size) for path in start_pictures(name)}
     actions = tuple(bundle.record["world"].get("actions", ()))
     listens = bundle.record["dit"]["text_dim"] and text_encoder(bundle.record) is not None
-    switches = tuple(s for s in protocol.SWITCHES if not (given and s == "cut")) if listens else ()
+    refused = refused_switches(bundle)
+    switches = tuple(s for s in protocol.SWITCHES if s not in refused) if listens else ()
     px_given = codec.px_frames(given) if given else 1
     audio = bundle.record.get("audio")
     rate, speak = (audio["rate"], voice(audio["rate"])) if audio else (0, None)

@@ -75,7 +75,7 @@ class Player:
     """Pulls frames from a session no sooner than needed, so that keys pressed late still count.
 
     `changed` is called, from the player's thread, whenever there is something new to look at: a frame, `session` after
-    opening, `error`, `finished`. Every other method returns at once and may be called from any thread.
+    opening, `error`, `finished`. Every other method may be called from any thread; all but `say` return at once.
     """
 
     def __init__(self, open_session: Callable[[], Session], changed: Callable[[], None]) -> None:
@@ -101,10 +101,11 @@ class Player:
             self._know(self.session.set(action=action), browser_id)
 
     def say(self, browser_id: int, prompt: str, switch: str) -> None:
-        """Follow these words from the next chunk on; ValueError if the student does not listen."""
+        """Follow these words from the next chunk on, once they are read; ValueError if the student does not listen."""
         assert self.session is not None
+        input_id = self.session.set(prompt=prompt, switch=switch)
         with self._lock:
-            self._know(self.session.set(prompt=prompt, switch=switch), browser_id)
+            self._know(input_id, browser_id)
 
     def _know(self, input_id: int, browser_id: int) -> None:
         self._ids[input_id] = browser_id

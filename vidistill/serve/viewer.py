@@ -6,7 +6,7 @@ import secrets
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,8 @@ class Viewer:
         self._active_at = self._loop.time()
         self._picture: np.ndarray | None = None
         self._clip: list[np.ndarray] | None = None
-        self._saving: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task] = set()
+        self._reading = asyncio.Lock()
         image = world.still(next(iter(world.pictures.values()), None))
         self.player = Player(lambda: world.open(0, image), self._look)
 
@@ -254,7 +255,7 @@ class Viewer:
         elif isinstance(message, protocol.Prompt):
             if message.switch not in self.world.switches:
                 raise protocol.MessageError(f"this world takes no prompt with the switch {message.switch}")
-            self.player.say(message.id, message.text, message.switch)
+            self._later(self._say(message))
         elif isinstance(message, protocol.Pause):
             self.player.pause(message.on)
             self._news.set()
@@ -282,9 +283,20 @@ class Viewer:
                 "words are spoken by espeak-ng, which is not here: pip install 'vidistill[audio]'"
             )
         else:
-            task = asyncio.create_task(self._speak(session, self.world.speak, message.text))
-            self._saving.add(task)
-            task.add_done_callback(self._saving.discard)
+            self._later(self._speak(session, self.world.speak, message.text))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what takes a while beside everything else."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _say(self, message: protocol.Prompt) -> None:
+        try:
+            async with self._reading:  # one prompt after the other
+                await asyncio.to_thread(self.player.say, message.id, message.text, message.switch)
+        except ValueError as error:
+            self._tell("error", message=str(error))
 
     async def _speak(self, session: Session, speak: Callable[[str], np.ndarray], text: str) -> None:
         try:
@@ -422,9 +434,7 @@ class Viewer:
             self._tell("record", state="off", message="Nothing was shown, so nothing was recorded.")
             return
         self._tell("record", state="saving", message=note)
-        task = asyncio.create_task(self._save(clip, self.player.session.fps))
-        self._saving.add(task)
-        task.add_done_callback(self._saving.discard)
+        self._later(self._save(clip, self.player.session.fps))
 
     async def _save(self, clip: list[np.ndarray], fps: float) -> None:
         try:

@@ -34,6 +34,7 @@ __all__ = [
     "check_gain",
     "faster",
     "load_fast",
+    "refused_switches",
 ]
 
 
@@ -92,6 +93,20 @@ class StreamConfig:
             )
 
 
+def refused_switches(bundle: Bundle) -> dict[str, str]:
+    """The switches that a student cannot make, and why."""
+    name = bundle.schedule.name
+    if name != "chunkwise":
+        return dict.fromkeys(
+            set(SWITCHES) - {"keep"}, f"a {name} schedule has chunks in flight: its only switch is keep"
+        )
+    if bundle.record.get("audio"):
+        return {"cut": "this student hears sound, which goes on: it cannot cut to a new scene; reset() instead"}
+    if bundle.given_frames:
+        return {"cut": "this student starts from a picture and cannot cut to a new scene; reset() with one"}
+    return {}
+
+
 class StreamSession:
     """A student that runs for ever: pictures from `frames`, inputs through `set`, a new start through `reset`.
 
@@ -118,7 +133,9 @@ class StreamSession:
         self.fps: float = world["fps"]
         self.cfg = cfg = cfg or StreamConfig()
         self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
+        self._refused = refused_switches(bundle)
         engine.inputs.speed_up(cfg.gain)
+        self._resets = itertools.count(1)
         engine.begin(Dream(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
@@ -221,10 +238,8 @@ class StreamSession:
         switch = switch or self.cfg.switch
         if switch not in SWITCHES:
             raise ValueError(f"switch {switch!r} is unknown; choose one of {', '.join(SWITCHES)}")
-        if switch == "cut" and self._engine.given_frames:
-            raise ValueError("this student starts from a picture and cannot cut to a new scene; reset() with one")
-        if switch != "keep" and self._engine.schedule.name != "chunkwise":
-            raise ValueError(f"a {self._engine.schedule.name} schedule has chunks in flight: its only switch is keep")
+        if why := self._refused.get(switch):
+            raise ValueError(why)
         return switch
 
     def reset(self, *, seed: int | None = None, image: np.ndarray | None = None) -> None:
@@ -234,7 +249,7 @@ class StreamSession:
         """
         old = self._engine.dream
         given = old.given if image is None else self._engine.encode(image)
-        (self._pipeline or self._engine).begin(Dream(old.number + 1, old.seed if seed is None else seed, given))
+        (self._pipeline or self._engine).begin(Dream(next(self._resets), old.seed if seed is None else seed, given))
 
     def frames(self) -> Iterator[Frame]:
         """Frames in order, for ever; ends when the session is closed. Asked again, it goes on where it was left.
@@ -270,8 +285,7 @@ class StreamSession:
                 made()
             return np.stack(frames)
         finally:
-            engine.script = ()
-            engine.cues.clear()
+            engine.script, engine.cues = (), deque()
 
     def chunks(self) -> Iterator[Chunk]:
         """Finished chunks from the start of a new dream, for ever, not decoded, in the thread that asks for them."""

@@ -15,6 +15,7 @@ from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Cue, Inputs, Script, Wish, concat, scripted
 from vidistill.memory import MemoryConfig, stream_memory
+from vidistill.ops.device import wait_for
 from vidistill.roaming import Roamer
 from vidistill.rollout import Drawn, Noise, Randomness, chunk_noise, rollout
 from vidistill.schedules import Pass, endless
@@ -75,9 +76,10 @@ class Dream:
 
 
 class Stopwatch:
-    """Milliseconds spent on each kind of pass; waiting between `stop` and `start` is not counted."""
+    """Milliseconds spent on each kind of pass on a device; waiting between `stop` and `start` is not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._spent = {"denoise_ms": 0.0, "context_ms": 0.0}
         self._part, self._began = "", 0.0
 
@@ -86,6 +88,7 @@ class Stopwatch:
 
     def stop(self) -> None:
         if self._part:
+            wait_for(self._device)
             self._spent[self._part] += 1000 * (time.perf_counter() - self._began)
         self._part = ""
 
@@ -115,7 +118,7 @@ class Engine:
         if rewarm is not None:
             self.schedule = replace(self.schedule, rewarm=rewarm)
         self.given_frames = bundle.given_frames
-        self.device = self.student.net.head.head.weight.device
+        self.device = self.student.net.device
         self.factor = codec.temporal_factor if codec else bundle.record["world"].get("temporal", 1)
         if codec is not None and codec.latent_channels != self.student.shape.channels:
             raise ValueError(f"{bundle.name} has {self.student.shape.channels} channels, not {codec.latent_channels}")
@@ -132,7 +135,7 @@ class Engine:
         self._scenes = [0]  # chunks that a scene began with
         self.ahead = 0  # chunks to leave out before the next
         self._emitted = 0  # the chunk that is finished
-        self._watch = Stopwatch()
+        self._watch = Stopwatch(self.device)
         self._codec_state, self._next_index = None, 0
 
     def begin(self, dream: Dream) -> None:
@@ -267,10 +270,11 @@ class Engine:
         """Set what script and cues hold for the chunk that begins with latent `start`."""
         lost = (self.factor - 1) * (len(self._scenes) - 1)  # px frames that scenes began without
         frame = max(0, self.factor * (start - 1) + 1 - lost)
-        if self.script:
-            self.inputs.set(scripted(self.script, frame), None, None)
-        while self.cues and self.cues[0][0] <= frame:
-            _, cue = self.cues.popleft()
+        if script := self.script:
+            self.inputs.set(scripted(script, frame), None, None)
+        cues = self.cues  # replaced by another thread when a recording ends
+        while cues and cues[0][0] <= frame:
+            _, cue = cues.popleft()
             self.inputs.set(None, cue.prompt, None, cue.switch or "keep")
 
     def _switch(self, chunk: int, dream: Dream) -> None:

@@ -1,0 +1,28 @@
+"""Where networks run."""
+
+import torch
+
+
+def accelerator() -> torch.device:
+    """The GPU that torch works on, if it finds one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name: "auto" (`accelerator`), "cpu", "cuda" or "cuda:1"; ValueError if it is not here."""
+    if name == "auto":
+        return accelerator()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not on this machine ({error}); choose auto, cpu or cuda") from error
+    return device
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
