@@ -13,7 +13,7 @@ from vidistill.diffusion import NoiseSchedule
 from vidistill.interop.keys import infer_config, to_original, to_ours
 from vidistill.sampling import sample
 from vidistill.shapes import LatentShape
-from vidistill.teachers import load_teacher, tiny
+from vidistill.teachers import load_teacher
 from vidistill.teachers.text import TextCache, clean
 from vidistill.teachers.wan import Experts, image_channels
 
@@ -392,11 +392,3 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         load_teacher("nobody/no-such-model", offline=True)
     with pytest.raises(ValueError, match="no torch dtype"):
         load_teacher(tmp_path, dtype="float7")
-
-
-def test_a_teacher_of_the_small_world_checks_its_clip():
-    from tiny_nets import DIT, SHAPE
-
-    assert tiny.new(DIT, SHAPE).net.velocity is not None
-    with pytest.raises(ValueError, match="4 channels"):
-        tiny.new(DIT, LatentShape(9, 8, 4, 4))

@@ -16,13 +16,12 @@ from tqdm import tqdm
 from vidistill import checkpoint, metrics, report
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning import Condition, Cue
+from vidistill.conditioning import Condition, Cue, branches
 from vidistill.evaluate import teacher_of
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.probes import SHAPES, Probe, Reading, load_probe, read
-from vidistill.rollout import chunk_noise, rollout
+from vidistill.rollout import roll_out
 from vidistill.sampling import sample
-from vidistill.schedules import endless, finite
 from vidistill.sources import shapes
 from vidistill.sources.shapes import ATTRIBUTES, ShapesConfig
 from vidistill.stream import SWITCHES, StreamConfig, StreamSession
@@ -132,7 +131,7 @@ def teacher_clips(teacher: Bundle, codec: Codec, told: Scenes, cfg: AdherenceCon
         assert cond.tokens is not None
         size = (len(cond.tokens), shape.frames, shape.channels, shape.height, shape.width)
         noise = torch.randn(size, generator=rng)
-        nulls, scales = ([], []) if scale == 1.0 else ([cond.null()], [scale])
+        nulls, scales = branches(cond, scale)
         with autocast(cfg.precision):
             x = sample(teacher.net, noise, teacher.noise.steps(cfg.steps), cond, nulls=nulls, scales=scales).float()
         parts.append(codec.decode(x))
@@ -144,21 +143,13 @@ def student_clips(student: Bundle, codec: Codec, told: Scenes, cfg: AdherenceCon
     """Clips [B, T, 3, H, W] of the student's own rollouts under one caption each, as long as it was trained on."""
     encode, net = checkpoint.text_encoder(student.record), student.net
     assert encode is not None
-    parts, chunks = [], net.num_chunks(student.shape.frames)
+    parts, dtype = [], working_dtype(cfg.precision)
     for i in tqdm(range(0, len(told), cfg.batch), "student", unit="batch"):
         cond = Condition(encode([words for _, words in told[i : i + cfg.batch]]))
-        batch, seed = len(told[i : i + cfg.batch]), cfg.seed * 1_000_003 + i
+        size = len(told[i : i + cfg.batch]), student.shape.frames
         with autocast(cfg.precision):
-            made = rollout(
-                net,
-                finite(endless(student.schedule), chunks),
-                noise=chunk_noise(net, batch, seed),
-                cond=lambda lo, hi, cond=cond: cond,  # type: ignore[misc]
-                memory=net.new_memory(batch, dtype=working_dtype(cfg.precision)),
-                rng=torch.Generator().manual_seed(seed),
-            )
-            x = torch.cat(list(made), dim=1).float()
-        parts.append(codec.decode(x))
+            x = roll_out(net, student.schedule, cond, size, seed=cfg.seed * 1_000_003 + i, dtype=dtype)
+        parts.append(codec.decode(x.float()))
     return torch.cat(parts)
 
 

@@ -249,11 +249,9 @@ class Track:
         return next((when for start, stop, when in self._came if start < high and stop > low), None)
 
 
-def read_pcm16(data: bytes) -> np.ndarray:
-    """Float32 [S] of little-endian 16-bit samples; ValueError for half a sample."""
-    if len(data) % 2:
-        raise ValueError(f"16-bit sound has an even number of bytes, got {len(data)}")
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768
+def from_pcm16(pcm: np.ndarray) -> np.ndarray:
+    """Float32 sound of int16 samples."""
+    return pcm.astype(np.float32) / 32768
 
 
 def to_pcm16(pcm: np.ndarray) -> np.ndarray:

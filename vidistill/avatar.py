@@ -15,15 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidistill import checkpoint, metrics, report
-from vidistill.audio import AudioConfig, clip_features
+from vidistill.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import Condition, Cue, branches, pack_audio, reference_channels
 from vidistill.evaluate import teacher_of
 from vidistill.memory import MemoryConfig
-from vidistill.rollout import chunk_noise, rollout
+from vidistill.rollout import roll_out
 from vidistill.sampling import sample
-from vidistill.schedules import endless, finite
 from vidistill.sources import Talk
 from vidistill.sources.talker import TalkerConfig, record_many, seeds
 from vidistill.sources.talker_face import likeness, read_mouth
@@ -78,7 +77,7 @@ def pixels(clips: Sequence[Talk]) -> Tensor:
 def condition(bundle: Bundle, clips: Sequence[Talk], given: Tensor, frames: int, factor: int) -> Condition:
     """What a network is told of clips of `frames` latents: caption, audio, the picture they begin with."""
     audio = AudioConfig(**bundle.record["audio"])
-    heard = [clip_features(c.pcm.astype(np.float32) / 32768, 1 + factor * (frames - 1), audio) for c in clips]
+    heard = [clip_features(from_pcm16(c.pcm), 1 + factor * (frames - 1), audio) for c in clips]
     encode, net = checkpoint.text_encoder(bundle.record), bundle.net
     dit = net.cfg if bundle.kind == "teacher" else net.net.cfg
     tokens = encode([c.caption for c in clips]) if encode is not None and dit.text_dim else None
@@ -107,16 +106,7 @@ def sampled(bundle: Bundle, given: Tensor, cond: Condition, frames: int, cfg: Av
 
 
 def rolled(bundle: Bundle, given: Tensor, cond: Condition, frames: int, cfg: AvatarConfig, seed: int) -> Tensor:
-    made = rollout(
-        bundle.net,
-        finite(endless(bundle.schedule), bundle.net.num_chunks(frames)),
-        noise=chunk_noise(bundle.net, len(given), seed, given),
-        cond=cond.frames,
-        memory=bundle.net.new_memory(len(given)),
-        rng=torch.Generator().manual_seed(seed),
-        pinned=given,
-    )
-    return torch.cat(list(made), dim=1)
+    return roll_out(bundle.net, bundle.schedule, cond, (len(given), frames), seed=seed, given=given)
 
 
 def stream(
@@ -125,7 +115,7 @@ def stream(
     """A stream [T, 3, H, W] that begins with a real clip's picture and hears its sound, at constant memory."""
     cfg = StreamConfig(seed=seed, pipelined=False, memory=memory)
     with StreamSession(bundle, codec, cfg, image=clip.frames[0]) as session:
-        session.set(audio=clip.pcm.astype(np.float32) / 32768)
+        session.set(audio=from_pcm16(clip.pcm))
         cues = [Cue(0.0, clip.caption)] if session.listens else []
         return to_float(session.record(frames, cues=cues))
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.audio import AudioConfig, clip_features
+from vidistill.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning import (
     ACTION_SITE,
     AUDIO_SITE,
@@ -136,7 +136,7 @@ def talk_shards(
     """As captioned ones, with audio features half [N, T, D], pcm int16 [N, S], mouth [N, T, 2], and `measures`."""
     clips = iter(clips)
     while held := list(itertools.islice(clips, per_shard)):
-        heard = [clip_features(c.pcm.astype(np.float32) / 32768, len(c.frames), audio) for c in held]
+        heard = [clip_features(from_pcm16(c.pcm), len(c.frames), audio) for c in held]
         tensors = {**stacked(held, "frames", "pcm", "mouth"), "audio": torch.from_numpy(np.stack(heard)).half()}
         tensors["tokens"] = encode([c.caption for c in held]).half()
         told = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]

@@ -35,10 +35,6 @@ class NoiseSchedule:
         """Noise behind a level that is told to a network: itself here; published tables round it."""
         return told
 
-    def weight(self, told: Tensor) -> Tensor:
-        """Training weight of each level: 1 here; published tables weight the middle."""
-        return torch.ones_like(told)
-
     def sample(self, b: int, f: int, rng: torch.Generator, lo: float = 0.0, hi: float = 1.0) -> Tensor:
         """Random training levels [b, f] between `warp(lo)` and `warp(hi)`; logit-normal or uniform before the warp."""
         z = torch.randn(b, f, generator=rng).sigmoid() if self.logit_normal else torch.rand(b, f, generator=rng)

@@ -16,13 +16,13 @@ from tqdm import tqdm
 from vidistill import checkpoint, metrics, report
 from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
-from vidistill.conditioning import ACTION_SITE, Condition, pack_actions, walked
+from vidistill.conditioning import ACTION_SITE, Condition, branches, pack_actions, walked
 from vidistill.data import Clips, frame_shards, write_shards
 from vidistill.memory import KVMemory, stream_memory
 from vidistill.ops.precision import PRECISIONS, autocast, working_dtype
 from vidistill.poses import CameraConfig
 from vidistill.probes import Probe, action_labels, load_probe, visible_walks
-from vidistill.rollout import chunk_noise, rollout
+from vidistill.rollout import chunk_noise, roll_out, rollout
 from vidistill.sampling import sample
 from vidistill.schedules import endless, finite
 from vidistill.sources.doom import DoomConfig, record_many, seeds
@@ -172,7 +172,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
         cond = told(teacher, batch.actions, batch.poses, codec.temporal_factor)
         rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + batch.index)
         noise = torch.randn(given.shape[0], cfg.frames, *given.shape[2:], generator=rng)
-        nulls, scales = ([], []) if scale == 1.0 else ([cond.null()], [scale])
+        nulls, scales = branches(cond, scale)
 
         def make() -> Tensor:
             with autocast(cfg.precision):
@@ -226,14 +226,15 @@ def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
             f"{student.name} does not start from one picture: its {student.schedule.given_chunks} given chunks are "
             f"{net.first_frame(student.schedule.given_chunks)} latents; evaluation gives exactly the start image"
         )
-    chunks = net.num_chunks(cfg.frames)
 
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
         cond = told(student, batch.actions, batch.poses, codec.temporal_factor)
-        memory = net.new_memory(given.shape[0], dtype=working_dtype(cfg.precision))
-        seed = cfg.seed * 1_000_003 + batch.index
-        return codec.decode(torch.cat(list(student_chunks(student, given, cond, chunks, cfg, seed, memory)), 1))
+        size, seed = (given.shape[0], cfg.frames), cfg.seed * 1_000_003 + batch.index
+        with autocast(cfg.precision):
+            dtype = working_dtype(cfg.precision)
+            made = roll_out(net, student.schedule, cond, size, seed=seed, given=given, dtype=dtype)
+        return codec.decode(made.float())
 
     return row
 

@@ -117,14 +117,6 @@ class Learner:
         self.average = [p.detach().clone() for p in self.params] if ema else []
         self.updates = 0
 
-    def update(self, loss: Tensor) -> float:
-        """One optimiser step; returns the gradient norm before clipping. FloatingPointError before any change."""
-        self.forget()
-        loss.backward()
-        norm = self.clip(float(loss.detach()))
-        self.move()
-        return norm
-
     def forget(self) -> None:
         """Drop all gradients."""
         for p in self.params:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vidistill.conditioning import Condition
 from vidistill.diffusion import Draws, add_noise, randn_like, renoise, x0_from_v
 from vidistill.memory import KVMemory
-from vidistill.schedules import Pass
+from vidistill.schedules import Pass, ScheduleConfig, endless, finite
 from vidistill.student import CausalStudent
 
 Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, f, C, H, W]
@@ -137,6 +137,33 @@ def rollout(
             yield state[p.chunk] if p.next_sigma is None else x0[:, : state[p.chunk].shape[1]]
         for c in [c for c in state if c < p.chunk]:
             del state[c]
+
+
+def roll_out(
+    student: CausalStudent,
+    schedule: ScheduleConfig,
+    cond: Condition,
+    size: tuple[int, int],
+    *,
+    seed: int,
+    given: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Clips [B, F, C, H, W] of `size` (B, F) as the student streams them under `cond`, from `given` first latents.
+
+    All that is drawn follows from `seed`; memory is in `dtype`, None: that of the weights.
+    """
+    batch, frames = size
+    made = rollout(
+        student,
+        finite(endless(schedule), student.num_chunks(frames)),
+        noise=chunk_noise(student, batch, seed, given),
+        cond=cond.frames,
+        memory=student.new_memory(batch, dtype=dtype),
+        rng=torch.Generator().manual_seed(seed),
+        pinned=given,
+    )
+    return torch.cat(list(made), dim=1)
 
 
 @torch.no_grad()

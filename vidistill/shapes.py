@@ -6,8 +6,6 @@ L condition tokens, D width, S memory tokens, h heads, d width of a head, n toke
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class LatentShape:
@@ -46,16 +44,3 @@ class LatentShape:
     def patch_dim(self) -> int:
         """Numbers in one patch."""
         return self.channels * self.patch[1] * self.patch[2]
-
-
-def check_shape(x: Tensor, legend: str, **sizes: int) -> None:
-    """Raise ValueError unless `x` has one axis per name in `legend` and the named sizes.
-
-    Example: `check_shape(x, "B F C H W", C=16)`.
-    """
-    names = legend.split()
-    if x.ndim != len(names):
-        raise ValueError(f"expected a tensor [{legend}], got {x.ndim} axes: {tuple(x.shape)}")
-    for axis, name in enumerate(names):
-        if name in sizes and x.shape[axis] != sizes[name]:
-            raise ValueError(f"expected {name}={sizes[name]} in [{legend}], got {tuple(x.shape)}")

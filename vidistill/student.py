@@ -11,7 +11,7 @@ from vidistill.conditioning import Condition, concat
 from vidistill.dit import DiTConfig, VideoDiT
 from vidistill.memory import ClipHistory, KVMemory, MemoryConfig, Pooling, Sketch
 from vidistill.ops.masks import FrameMask
-from vidistill.shapes import LatentShape, check_shape
+from vidistill.shapes import LatentShape
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,6 @@ class CausalStudent(nn.Module):
     def __init__(self, net: VideoDiT, cfg: StudentConfig, shape: LatentShape) -> None:
         super().__init__()
         self.net, self.cfg, self.shape = net, cfg, shape
-
-    @classmethod
-    def from_teacher(cls, teacher: VideoDiT, cfg: StudentConfig, shape: LatentShape) -> "CausalStudent":
-        """A student that starts as a copy of a bidirectional teacher."""
-        net = VideoDiT(teacher.cfg)
-        net.load_state_dict(teacher.state_dict())
-        return cls(net, cfg, shape)
 
     def faster(self, *how: Any) -> "CausalStudent":
         """A student of the same weights that only runs, its network as `VideoDiT.faster` makes it for a chunk."""
@@ -204,7 +197,3 @@ class CausalStudent(nn.Module):
             older=self.older(frames)[rows % frames],
         )
         return torch.cat((torch.zeros_like(x[:, :first]), v[:, frames:]), dim=1)
-
-    def check(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` [B, F, C, H, W] has this student's latent size."""
-        check_shape(x, "B F C H W", C=self.shape.channels, H=self.shape.height, W=self.shape.width)

@@ -12,8 +12,8 @@ from torch import Tensor
 from vidistill import metrics
 from vidistill.data import Batch, Clips
 from vidistill.objectives import LossConfig, Roles, score_difference
-from vidistill.rollout import chunk_noise, rollout
-from vidistill.schedules import ScheduleConfig, endless, finite
+from vidistill.rollout import roll_out
+from vidistill.schedules import ScheduleConfig
 from vidistill.sources.talker_face import read_mouth
 from vidistill.student import CausalStudent
 
@@ -96,16 +96,7 @@ def roll(student: CausalStudent, schedule: ScheduleConfig, held: HeldOut) -> Ten
     """The student's own rollouts [B, F, C, H, W] for held-out conditions and first pictures, as it streams."""
     batch = held.batch
     given = batch.x[:, : batch.given] if batch.given else None
-    made = rollout(
-        student,
-        finite(endless(schedule), student.num_chunks(batch.x.shape[1])),
-        noise=chunk_noise(student, batch.x.shape[0], held.seed, given),
-        cond=batch.cond.frames,
-        memory=student.new_memory(batch.x.shape[0]),
-        rng=torch.Generator().manual_seed(held.seed),
-        pinned=given,
-    )
-    return torch.cat(list(made), dim=1)
+    return roll_out(student, schedule, batch.cond, (batch.x.shape[0], batch.x.shape[1]), seed=held.seed, given=given)
 
 
 def sync_score(x: Tensor, held: HeldOut, codec: Any) -> float:

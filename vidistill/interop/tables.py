@@ -63,6 +63,7 @@ class TableSchedule(NoiseSchedule):
         return self.sigma(told * GRID).to(told)
 
     def weight(self, told: Tensor) -> Tensor:
+        """Training weight of the entry nearest to a told level in 0..1."""
         return self.weights[self.index(told * GRID)].to(told)
 
     def warp_steps(self, steps: Sequence[int]) -> tuple[float, ...]:

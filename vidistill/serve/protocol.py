@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vidistill.audio import from_pcm16
 from vidistill.video import read_image
 
 VERSION = 1
@@ -246,7 +247,7 @@ def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture | Speech:
             raise MessageError(
                 f"sound is 16-bit samples after one byte, at most {MAX_SPEECH:,} bytes; got {len(data):,}"
             )
-        return Speech(np.frombuffer(data[1:], "<i2").astype(np.float32) / 32768)
+        return Speech(from_pcm16(np.frombuffer(data[1:], "<i2")))
     if not data or data[0] != PICTURE:
         raise MessageError("bytes must start with their kind; known are 1, a PNG picture, and 2, sound")
     if len(data) > MAX_PICTURE:

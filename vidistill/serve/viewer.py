@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vidistill.audio import to_pcm16
 from vidistill.serve import protocol
 from vidistill.serve.player import Player, Session, Shown
 from vidistill.video import write_video
@@ -352,8 +353,7 @@ class Viewer:
             self._mapped = shown.frame.chunk
             self._tell("map", **roamer.map)
         if self.world.rate and shown.frame.sound is not None:
-            samples = np.round(np.clip(shown.frame.sound, -1, 1) * 32767)
-            self._sounds.append(protocol.pack_sound(samples, index=shown.frame.index))
+            self._sounds.append(protocol.pack_sound(to_pcm16(shown.frame.sound), index=shown.frame.index))
             if "audio_to_lip_ms" in shown.frame.stats:
                 waited = 1000 * (time.perf_counter() - shown.frame.made_at)
                 self._lips.append(shown.frame.stats["audio_to_lip_ms"] + waited)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vidistill.audio import AudioConfig, to_pcm16
+from vidistill.audio import AudioConfig, from_pcm16, to_pcm16
 from vidistill.sources import HELD_OUT_SEED, Talk, split_seeds
 from vidistill.sources.talker_face import IDENTITY, MOODS, Pose, draw, read_mouth
 from vidistill.speech import RATE, REST, TRACK, VOICES, Speaker, Voice, speaker
@@ -216,7 +216,7 @@ def measures(clip: Talk, cfg: TalkerConfig) -> dict[str, float]:
     px = clip.frames.astype(np.float32) / 255
     n = len(px)
     grey = px.mean(-1)
-    sound = clip.pcm[: n * cfg.audio.samples].astype(np.float32).reshape(n, -1) / 32768
+    sound = from_pcm16(clip.pcm[: n * cfg.audio.samples]).reshape(n, -1)
     loud = np.sqrt((sound**2).mean(1))
     level = np.log(np.convolve(np.pad(loud, 1, mode="edge"), (0.25, 0.5, 0.25), "valid") + 3e-3)
     opening = read_mouth(px)[:, 0]
