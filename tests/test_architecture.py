@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "learner": {"ops"},
     "sources": {"audio", "speech", "conditioning", "shapes", "video"},
     # L3
-    "convert": {"checkpoint", "interop", "student", "audio", "conditioning", "diffusion", "shapes"},
+    "convert": {"checkpoint", "interop", "student", "teachers", "audio", "conditioning", "diffusion", "shapes"},
     "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
     | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
     | {"journal", "lora", "ops", "stage", "watch"},

@@ -14,9 +14,8 @@ from vidistill.interop.families import TRAINED_FRAMES, family
 from vidistill.interop.formats import Published, read_student, write_student
 from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
+from vidistill.teachers.wan import VAE_FACTORS, WORLD
 
-PIXELS_PER_LATENT, FRAMES_PER_LATENT = 8, 4
-FPS = 16.0  # of every Wan 2.1 network
 HEARD = {"block": 4, "context": 32, "lookahead": 4}  # px frames that speech is encoded in, a latent and 2 s around it
 
 
@@ -55,11 +54,12 @@ def convert(
     does, before anything is written.
     """
     published = read_student(path, name, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora)
-    if any(side % PIXELS_PER_LATENT for side in size):
-        raise ValueError(f"size {size[0]}x{size[1]} must be whole latents of {PIXELS_PER_LATENT} pixels")
+    pixels, _ = VAE_FACTORS[published.config.channels]
+    if any(side % pixels for side in size):
+        raise ValueError(f"size {size[0]}x{size[1]} must be whole latents of {pixels} pixels")
     if audio and AUDIO_SITE not in published.config.sites:
         raise ValueError(f"a student of family {name} hears nothing: leave out the audio encoder {audio}")
-    student = student_of(published, size[0] // PIXELS_PER_LATENT, size[1] // PIXELS_PER_LATENT, frames)
+    student = student_of(published, size[0] // pixels, size[1] // pixels, frames)
     card = published.card()
     record = {
         "schedule": asdict(published.family.schedule(given_chunks)),
@@ -67,8 +67,8 @@ def convert(
         "noise": asdict(NoiseSchedule(shift=published.family.shift)),
         "codec": kept(codec, out),
         "text": {"kind": "umt5", "source": kept(text, out), "length": text_tokens} if text else None,
-        "audio": asdict(AudioConfig("wav2vec2", fps=FPS, source=kept(audio, out), **HEARD)) if audio else None,
-        "world": {"fps": FPS, "temporal": FRAMES_PER_LATENT},
+        "audio": asdict(AudioConfig("wav2vec2", fps=WORLD["fps"], source=kept(audio, out), **HEARD)) if audio else None,
+        "world": WORLD,
         "card": card,
         "published": {"family": name, "entry": published.entry, "names": published.names},
     }

@@ -31,9 +31,7 @@ from vidistill.ops.precision import autocast, working_dtype
 from vidistill.poses import CameraConfig
 from vidistill.sampling import trajectory
 from vidistill.teachers.text import TextCache
-
-WORLD = {"fps": 16.0, "temporal": 4}  # of Wan 2.1: pixel frames a second, and of one latent
-SIDES = {16: 8, 48: 16}  # Wan's latent channels -> pixels a side of a latent
+from vidistill.teachers.wan import VAE_FACTORS, WORLD
 
 
 def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512) -> str:
@@ -119,7 +117,7 @@ def clips_of(
                 f"{teacher.name} takes latents of {takes} channels, {source.folder} has {source.latent_size[0]}"
             )
         return (lambda count, i: source.latents(count, frames, seed, i)), {}
-    side = SIDES.get(takes, 8)
+    side, _ = VAE_FACTORS.get(takes, VAE_FACTORS[16])
     if size[0] % side or size[1] % side:
         raise DataError(f"size {size[0]}x{size[1]} must be whole latents of {side} pixels")
     latent = (takes, size[0] // side, size[1] // side)

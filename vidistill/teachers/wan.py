@@ -24,6 +24,7 @@ log = logging.getLogger("vidistill")
 # Folders of the high-noise and the low-noise expert, or of the only network.
 PAIRS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 BOUNDARY = {False: 0.875, True: 0.9}  # Wan2.2: the level where experts change, by whether an image is given
+WORLD = {"fps": 16.0, "temporal": 4}  # pixel frames a second, and of one latent
 VAE_FACTORS = {16: (8, "wan"), 48: (16, "wan2_2")}  # latent channels -> pixels a side of a latent, codec
 SHIFT = 5.0  # Wan's default; a scheduler config in the folder overrides it
 GUIDANCE = 5.0  # Wan's default
