@@ -30,6 +30,17 @@ __all__ = [
 KEPT = {"prompt": 1, "levels": 32, "sites": 1}  # what is read once, and of how many objects it is kept
 
 
+def neighbours(slots: list[int]) -> list[tuple[int, int, int]]:
+    """Runs of slots that lie one after the other: (place in the list, first slot, slots)."""
+    runs: list[tuple[int, int, int]] = []
+    for i, slot in enumerate(slots):
+        if runs and slot == sum(runs[-1][1:]):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((i, slot, 1))
+    return runs
+
+
 class KVMemory:
     """Keys and values of remembered frames, one buffer per layer, filled slot by slot.
 
@@ -256,14 +267,16 @@ class KVMemory:
         """Put the chunk's entries, cut from their graph, into the slots that `begin` found for them."""
         n = self.tokens_per_frame
         skip = keys.shape[1] - len(self._staged) * n
-        for i, slot in enumerate(self._staged):
-            here, there = slice(skip + i * n, skip + (i + 1) * n), slice(slot * n, (slot + 1) * n)
+        for frame, slot, count in neighbours(self._staged):
+            here, there = slice(skip + frame * n, skip + (frame + count) * n), slice(slot * n, (slot + count) * n)
             self._keys[layer, :, there] = keys[:, here].detach()
             self._values[layer, :, there] = values[:, here].detach()
-            sink = self._start + i - self._origin
-            if sink < self.cfg.sinks:
-                assert raw is not None
-                self._raw_sinks[layer, :, sink * n : (sink + 1) * n] = raw[:, here].detach()
+        first = self._start - self._origin
+        sinks = min(self.cfg.sinks, first + len(self._staged))
+        if sinks > first:
+            assert raw is not None
+            own = raw[:, skip : skip + (sinks - first) * n]
+            self._raw_sinks[layer, :, first * n : sinks * n] = own.detach()
 
     def recall(self) -> "Recall":
         """This memory as one pass under autograd sees it."""
