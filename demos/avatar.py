@@ -12,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from vidistill import speech
-from vidistill.audio import read_pcm16, to_pcm16
+from vidistill.audio import from_pcm16, to_pcm16
 from vidistill.checkpoint import load_codec_of, load_student, start_pictures, talks
 from vidistill.stream import StreamConfig, StreamSession
 from vidistill.video import check_film, contact_sheet, read_image, save_png, write_video
@@ -23,7 +23,8 @@ def recorded(path: Path) -> np.ndarray:
     with wave.open(str(path)) as file:
         if file.getsampwidth() != 2:
             raise ValueError(f"{path} holds {8 * file.getsampwidth()}-bit samples; 16-bit ones are needed")
-        pcm = read_pcm16(file.readframes(file.getnframes())).reshape(-1, file.getnchannels()).mean(1)
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        pcm = from_pcm16(samples).reshape(-1, file.getnchannels()).mean(1)
         return speech.resample(pcm, file.getframerate(), speech.RATE)
 
 

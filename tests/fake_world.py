@@ -32,7 +32,7 @@ class FakeFrame:
 class FakeSession:
     """A panorama of blocks that turns with the keys: each seed has its own, and it begins with the start image."""
 
-    nfe_per_chunk, memory_bytes, frames_per_chunk = 5, 1_234_567, CHUNK
+    nfe_per_chunk, memory_bytes, frames_per_chunk, unspoken_s = 5, 1_234_567, CHUNK, 0.0
 
     def __init__(self, seed=0, image=None, *, fps=FPS, chunk_s=0.0, limit=None):
         self.fps, self.chunk_s, self.limit = fps, chunk_s, limit

@@ -87,10 +87,6 @@ def test_alone_a_run_has_one_part_and_no_group():
         assert distributed.mean([row := {"loss": 0.1}]) is row
 
 
-def test_one_process_of_torchrun_is_a_group_too():
-    together(1, lambda: os._exit(0 if distributed.grouped() and distributed.world_size() == 1 else 1))
-
-
 def test_a_batch_that_cannot_be_split_is_refused(root):
     with pytest.raises(ValueError, match=r"batch 4 cannot be split among 1 processes x 3 micro-batches"):
         Trainer(STAGES["flow"](root, accumulate=3))

@@ -522,6 +522,61 @@ def test_while_words_are_read_pictures_and_keys_go_on():
     assert [prompt for prompt, _ in fake.sessions[0].said] == [None, "a ring", "a box"]
 
 
+class Reader(FakeSession):
+    """Reads each prompt when it is told to."""
+
+    go = threading.Semaphore(0)
+
+    def set(self, *, prompt=None, **kw):
+        if prompt is not None:
+            assert self.go.acquire(timeout=10)
+            if prompt == "bad":
+                raise ImportError("no reader here")
+        return super().set(prompt=prompt, **kw)
+
+    def reset(self, **kw):
+        super().reset(**kw)
+        self.said.append(("RESET", None))
+
+
+def reader():
+    fake = FakeWorld(switches=("keep",))
+    fake.session = type("Reader", (Reader,), {"go": threading.Semaphore(0)})
+    return fake
+
+
+def prompt(browser, number, text):
+    browser.say(type="prompt", id=number, text=text, switch="keep")
+
+
+def test_a_start_waits_for_the_words_before_it_and_words_that_fail_are_told():
+    fake = reader()
+    with served(fake) as app, watching(app) as browser:
+        browser.note("hello")
+        prompt(browser, 7, "a ring")
+        browser.say(type="reset", seed=5, start="red")
+        prompt(browser, 8, "bad")
+        browser.frame()
+        assert ("RESET", None) not in fake.sessions[0].said[1:]
+        fake.session.go.release(2)
+        assert "no reader here" in browser.note("error")["message"]
+        wait_until(lambda: fake.sessions[0].said[1:] == [("a ring", "keep"), ("RESET", None)])
+
+
+def test_words_beyond_a_few_are_refused_and_nobody_reads_for_one_who_left():
+    fake = reader()
+    with served(fake) as app:
+        with watching(app) as browser:
+            browser.note("hello")
+            for number in range(1, 10):
+                prompt(browser, number, f"word {number}")
+            assert "wait until" in browser.note("error")["message"]
+        fake.session.go.release(9)
+        wait_until(lambda: fake.sessions[0].closed)
+        time.sleep(0.1)
+    assert len(fake.sessions[0].said) <= 2, "the start, and at most the word that was being read"
+
+
 def test_a_world_that_does_not_listen_refuses_words():
     with served(FakeWorld()) as app, watching(app) as browser:
         browser.note("hello")

@@ -1,6 +1,8 @@
 """An avatar over the wire: sound in, pictures with their sound out, words spoken, interruptions."""
 
 import json
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +88,46 @@ def test_an_interruption_ends_what_is_said_and_the_dream_goes_on(talker):
         assert 0 < quiet - spoken < 60  # twenty seconds are 320 pictures
         socket.send_bytes(bytes([protocol.SPEECH]) + speech(1.0).tobytes())
         assert listen(socket, loud)[0] > quiet
+
+
+def test_sound_is_bounded_and_not_heard_while_paused(talker, monkeypatch):
+    monkeypatch.setattr("vidistill.serve.viewer.MAX_UNSPOKEN_S", 5)
+    with served(talker) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
+        listen(socket, lambda kind, got: kind == "hello")
+        for _ in range(2):
+            socket.send_bytes(bytes([protocol.SPEECH]) + speech(20.0).tobytes())
+        assert "wait already" in listen(socket, lambda kind, got: kind == "error")["message"]
+        send(socket, type="hush")
+        send(socket, type="pause", on=True)
+        socket.send_bytes(bytes([protocol.SPEECH]) + speech(2.0).tobytes())
+        send(socket, type="pause", on=False)
+        listen(socket, silent)
+        heard = [listen(socket, lambda kind, got: kind == protocol.SOUND)[1] for _ in range(40)]
+        assert not any(samples.any() for samples in heard[12:])  # what was made before the hush is shown
+
+
+def test_words_are_spoken_in_turn_and_an_interruption_reaches_those_that_are_not_spoken_yet(talker):
+    began, go, said = threading.Event(), threading.Event(), []
+
+    def speak(text):
+        said.append(text)
+        began.set()
+        assert go.wait(10)
+        return np.full(16_000, 0.4, np.float32)
+
+    world = Talker(replace(talker.world, speak=speak))
+    with served(world) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
+        listen(socket, lambda kind, got: kind == "hello")
+        send(socket, type="say", text="first")
+        send(socket, type="say", text="second")
+        assert began.wait(5)
+        send(socket, type="hush")
+        listen(socket, silent)
+        assert said == ["first"]
+        go.set()
+        for _ in range(30):
+            assert listen(socket, lambda kind, got: kind == protocol.SOUND)[1].max() == 0
+        assert said == ["first", "second"]
 
 
 def test_words_are_spoken(talker):

@@ -27,8 +27,8 @@ SCALAR = "()"  # ends the stored name of a tensor without axes, which is written
 
 
 def launched() -> bool:
-    """Whether torchrun (or what sets the same variables) started this process."""
-    return all(name in os.environ for name in TORCHRUN)
+    """Whether torchrun (or what sets the same variables) started this process as one of several."""
+    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager

@@ -37,7 +37,9 @@ class Drawn:
 
         def begin(chunk: int) -> Tensor:
             start, stop = student.first_frame(chunk), student.first_frame(chunk + 1)
-            return self.noise[None, start:stop].clone() if stop <= len(self.noise) else noise(chunk)
+            if stop > len(self.noise):
+                return noise(chunk)
+            return self.noise[None, start:stop].clone().to(student.net.device)
 
         def draw(x: Tensor) -> Tensor:
             found = next(left, None)

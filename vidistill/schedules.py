@@ -68,7 +68,7 @@ class ScheduleConfig:
         for name in ("given_chunks", "rewarm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"schedule.{name} must not be negative, got {getattr(self, name)}")
-        if self.name == "rolling" and (self.rewarm or len(self.lists) > 1 or self.context == "last_step"):
+        if self.name == "rolling" and (self.rewarm or len(set(self.lists)) > 1 or self.context == "last_step"):
             raise ValueError(
                 "a rolling window walks one list of levels and shows each finished chunk in a pass of its own: leave "
                 "schedule.rewarm 0 and schedule.pattern empty, give at most one list of steps, and choose context "

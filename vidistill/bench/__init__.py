@@ -1,5 +1,6 @@
 """Times a StreamSession, and a teacher's clips beside it; no second loop. Each figure is explained at its field."""
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -340,7 +341,7 @@ def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
     if speed.keeps(bundle.net):
         return bundle
     if not isinstance(bundle.net, VideoDiT) and speed == SpeedConfig(device=speed.device, precision=speed.precision):
-        return named(bundle, speed, bundle.net.to(speed.where, speed.dtype))
+        return named(bundle, speed, copy.deepcopy(bundle.net).to(speed.where, speed.dtype))
     if not isinstance(bundle.net, VideoDiT):
         raise ValueError(
             f"{bundle.name} is a {type(bundle.net).__name__}, which cannot be compiled or get other linear layers, and "

@@ -251,8 +251,9 @@ def random_bench(
         progress(0.0, "warming up")
         own = Contender(cfg, bundle, speed)
         own.round()
-        rival = bundle if vs is None and not own.speed.keeps(bundle.net) else vs
-        other = Contender(cfg, rival, SpeedConfig(device=own.speed.device)) if rival else None
+        plain = SpeedConfig(device=own.speed.device)
+        rival = bundle if vs is None and own.speed != plain else vs
+        other = Contender(cfg, rival, plain) if rival else None
         if other:
             other.round()
         for number in range(1, cfg.rounds + 1):

@@ -96,10 +96,9 @@ class MemoryConfig:
 
     def check_chunks(self, chunk: int, first_chunk: int = 0) -> None:
         """Raise ValueError unless there is room for a chunk of so many frames beside the sinks."""
-        if self.frames < self.sinks + chunk:
-            raise ValueError(
-                f"memory.frames {self.frames} cannot hold {self.sinks} sinks and a chunk of {chunk} frames"
-            )
+        sinks = 0 if self.policy == "full" else self.sinks  # where nothing leaves, nothing has to stay
+        if self.frames < sinks + chunk:
+            raise ValueError(f"memory.frames {self.frames} cannot hold {sinks} sinks and a chunk of {chunk} frames")
         if self.frames < first_chunk:
             raise ValueError(f"memory.frames {self.frames} cannot hold a first chunk of {first_chunk} frames")
 

@@ -19,7 +19,7 @@ def named_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} is not on this machine ({error}); choose auto, cpu or cuda") from error
-    return device
+    return accelerator() if device == torch.device("cuda") else device
 
 
 def wait_for(device: torch.device) -> None:

@@ -47,6 +47,8 @@ class Session(Protocol):
     @property
     def frames_per_chunk(self) -> int: ...
     @property
+    def unspoken_s(self) -> float: ...  # seconds of sound that wait for their turn
+    @property
     def roamer(self) -> Any: ...  # placed, map, go_home, ...; None for a session that knows no places
     def set(
         self,
@@ -125,6 +127,10 @@ class Player:
             self._frames.clear()
             self._jobs.append(job)
             self._lock.notify()
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
 
     def pause(self, on: bool) -> None:
         with self._lock:

@@ -21,6 +21,8 @@ from vidistill.video import write_video
 log = logging.getLogger(__name__)
 
 MAX_NOTES = 32  # text messages that wait to be sent before no more are read
+MAX_WORDS = 8  # prompts and texts that wait to be read
+MAX_UNSPOKEN_S = 60  # seconds of sound that wait to be heard
 MAX_SOUNDS = 64  # pieces of sound, a picture's each, that wait to be sent; the oldest goes first
 MAX_RECORDINGS = 16  # files kept; the oldest goes first
 RECORD_BYTES = 256 * 1024 * 1024  # frames of one recording, uncompressed
@@ -134,8 +136,10 @@ class Viewer:
         self._active_at = self._loop.time()
         self._picture: np.ndarray | None = None
         self._clip: list[np.ndarray] | None = None
-        self._tasks: set[asyncio.Task] = set()
+        self._films_made: set[asyncio.Task] = set()
+        self._words: set[asyncio.Task] = set()  # prompts, texts to speak, and starts that wait for them
         self._reading = asyncio.Lock()
+        self._hushes = 0  # interruptions so far
         image = world.still(next(iter(world.pictures.values()), None))
         self.player = Player(lambda: world.open(0, image), self._look)
 
@@ -154,7 +158,7 @@ class Viewer:
             elif bye := next((bye for task in done if (bye := task.result())), None):
                 await self.part(self._socket, bye)
         finally:
-            for task in tasks:
+            for task in (*tasks, *self._words):
                 task.cancel()
             self.player.close()
 
@@ -256,7 +260,7 @@ class Viewer:
         elif isinstance(message, protocol.Prompt):
             if message.switch not in self.world.switches:
                 raise protocol.MessageError(f"this world takes no prompt with the switch {message.switch}")
-            self._later(self._say(message))
+            self._read(self._say(message))
         elif isinstance(message, protocol.Pause):
             self.player.pause(message.on)
             self._news.set()
@@ -270,40 +274,65 @@ class Viewer:
             self._picture = message.px
             self._tell("picture", width=message.px.shape[1], height=message.px.shape[0])
         else:
-            self.player.reset(message.seed, self._image(message.start))
+            self._begin(message.seed, self._image(message.start))
 
     def _talk(self, session: Session, message: protocol.Say | protocol.Hush | protocol.Speech) -> None:
         if not self.world.rate:
             raise protocol.MessageError("this world hears nothing")
         if isinstance(message, protocol.Speech):
-            session.set(audio=message.pcm)
+            if session.unspoken_s > MAX_UNSPOKEN_S:
+                raise protocol.MessageError(f"more than {MAX_UNSPOKEN_S} s of sound wait already: this was not heard")
+            if not self.player.paused:  # who is paused does not listen, and is not late afterwards
+                session.set(audio=message.pcm)
         elif isinstance(message, protocol.Hush):
+            self._hushes += 1
             session.hush()
         elif self.world.speak is None:
             raise protocol.MessageError(
                 "words are spoken by espeak-ng, which is not here: pip install 'vidistill[audio]'"
             )
         else:
-            self._later(self._speak(session, self.world.speak, message.text))
+            self._read(self._speak(session, self.world.speak, message.text, self._hushes))
 
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do what takes a while beside everything else."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _read(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what has to do with words beside everything else, one after the other; it ends with the viewer."""
+        if len(self._words) >= MAX_WORDS:
+            work.close()
+            raise protocol.MessageError("wait until the words before these are read")
+        task = asyncio.create_task(self._in_turn(work))
+        self._words.add(task)
+        task.add_done_callback(self._words.discard)
 
-    async def _say(self, message: protocol.Prompt) -> None:
+    async def _in_turn(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            async with self._reading:  # one prompt after the other
-                await asyncio.to_thread(self.player.say, message.id, message.text, message.switch)
+            async with self._reading:
+                await work
         except ValueError as error:
             self._tell("error", message=str(error))
+        except Exception as error:  # whatever an encoder or a voice meets: a package or a file that is missing, ...
+            log.exception("words could not be used")
+            self._tell("error", message=f"These words could not be used: {error}")
+        finally:
+            work.close()
 
-    async def _speak(self, session: Session, speak: Callable[[str], np.ndarray], text: str) -> None:
-        try:
-            session.set(audio=await asyncio.to_thread(speak, text))
-        except (ValueError, ImportError, RuntimeError) as error:
-            self._tell("error", message=f"This could not be spoken: {error}")
+    async def _say(self, message: protocol.Prompt) -> None:
+        await asyncio.to_thread(self.player.say, message.id, message.text, message.switch)
+
+    async def _speak(self, session: Session, speak: Callable[[str], np.ndarray], text: str, hushes: int) -> None:
+        pcm = await asyncio.to_thread(speak, text)
+        if hushes == self._hushes:  # nobody interrupted meanwhile
+            session.set(audio=pcm)
+
+    def _begin(self, seed: int, image: np.ndarray | None) -> None:
+        """Start again, under the words that came before."""
+
+        async def begin() -> None:
+            self.player.reset(seed, image)
+
+        if self._words:
+            self._read(begin())
+        else:
+            self.player.reset(seed, image)
 
     def _roam(self, message: protocol.Home | protocol.History) -> None:
         assert self.player.session is not None
@@ -434,7 +463,9 @@ class Viewer:
             self._tell("record", state="off", message="Nothing was shown, so nothing was recorded.")
             return
         self._tell("record", state="saving", message=note)
-        self._later(self._save(clip, self.player.session.fps))
+        task = asyncio.create_task(self._save(clip, self.player.session.fps))
+        self._films_made.add(task)
+        task.add_done_callback(self._films_made.discard)
 
     async def _save(self, clip: list[np.ndarray], fps: float) -> None:
         try:

@@ -67,7 +67,8 @@ def named(bundle: Bundle, cfg: SpeedConfig, net: nn.Module) -> Bundle:
 def fast_decoder(codec: Codec, cfg: SpeedConfig) -> Codec:
     """The codec where `cfg` says, its decoder compiled if that is asked for."""
     moved: Any = codec
-    moved = moved.to(cfg.where)
+    if cfg.where.type != "cpu":
+        moved = moved.to(cfg.where)
     return Compiled(moved) if cfg.compile else moved
 
 

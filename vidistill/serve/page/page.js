@@ -486,6 +486,7 @@ function wake() {
 }
 
 function sendSpeech(floats) {
+  if (pausedAtServer) return; // nobody listens, and what was said would come late
   const message = new Uint8Array(1 + 2 * floats.length), view = new DataView(message.buffer);
   message[0] = SPEECH;
   floats.forEach((v, i) => view.setInt16(1 + 2 * i, Math.max(-1, Math.min(1, v)) * 32767, true));
