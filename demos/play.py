@@ -16,7 +16,10 @@ def main() -> None:
         print(f"{args.name} is at {address} - stop with Ctrl-C", flush=True)
         webbrowser.open(address)
 
-    serve(args.name, port=args.port, ready=ready)
+    try:
+        serve(args.name, port=args.port, ready=ready)
+    except (ValueError, OSError, ImportError) as error:  # CheckpointError is a ValueError
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

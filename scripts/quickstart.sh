@@ -17,7 +17,7 @@ say "environment in $venv"
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet "$torch"
 "$venv/bin/python" -m pip install --quiet "$torch" -e ".[doom,demo,eval]"
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$(cd "$venv" && pwd)/bin:$PATH"
 
 rm -rf "$out"
 say "recording 32 fresh episodes and encoding them with the bundled codec"

@@ -50,7 +50,7 @@ def test_broken_video_is_found(real, truth):
     black[:, 20:30] = 0.0
     still[:, 20:40] = still[:, 20:21]
     flickering[:, ::2] *= 0.8
-    assert figures(black, real, truth)["black_frames"] == pytest.approx(10 / 65)
+    assert figures(black, real, truth)["black_frames"] == pytest.approx(10 / 64)
     assert figures(still, real, truth)["frozen_frames"] == pytest.approx(19 / 64)
     assert figures(flickering, real, truth)["flicker_ratio"] > 2
     shut = figures(real[:, :1].expand_as(real) + 1e-3 * torch.rand(real.shape), real, truth)

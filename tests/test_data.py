@@ -1,6 +1,7 @@
 """Data folders: order without state, clips that start from a picture, teacher trajectories, damage."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -199,12 +200,18 @@ def test_stopped_trajectories_go_on_after_the_last_whole_shard(tmp_path, latents
     assert torch.equal(again.tensors["states"], whole.tensors["states"])
 
 
-def test_partial_trajectories_of_other_settings_are_not_mixed_in(tmp_path, latents):
+def test_partial_trajectories_of_other_settings_are_neither_mixed_in_nor_lost(tmp_path, latents):
     partial = tmp_path / "paths.partial"
+    partial.mkdir()
+    (partial / "shard-00000.safetensors").write_bytes(b"of another writer")
+    assert len(paths(tmp_path / "paths", latents)) == 5
+    shutil.rmtree(tmp_path / "paths")
     partial.mkdir()
     (partial / data.SETTINGS).write_text(json.dumps({"seed": 9}))
     (partial / "shard-00000.safetensors").write_bytes(b"old")
-    assert len(paths(tmp_path / "paths", latents)) == 5
+    with pytest.raises(DataError, match=r"of other settings .*seed"):
+        paths(tmp_path / "paths", latents)
+    assert (partial / "shard-00000.safetensors").read_bytes() == b"old"
 
 
 def test_a_regression_stage_trains_on_trajectories(tmp_path, latents):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from vidistill.rollout import roll_out
 from vidistill.sampling import sample
 from vidistill.sources import shapes
 from vidistill.sources.shapes import ATTRIBUTES, ShapesConfig
-from vidistill.stream import SWITCHES, StreamConfig, StreamSession
+from vidistill.stream import SWITCHES, StreamConfig, StreamSession, refused_switches
 from vidistill.tally import PICTURE_CURVES, StreamTally, curve_drifts
 from vidistill.video import contact_sheet, save_png, to_float
 
@@ -59,6 +60,11 @@ class AdherenceConfig:
         for name in ("clips", "batch", "before", "after", "window", "steps", "stride"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"eval.{name} must be positive, got {getattr(self, name)}")
+        if self.clips < 2 or self.streams < 1 or not (self.long_seconds == 0 or self.long_seconds >= 2 * self.window):
+            raise ValueError(
+                f"eval needs 2 clips or more, a stream, and long_seconds 0 or at least 2 x {self.window}; got "
+                f"{self.clips}, {self.streams} and {self.long_seconds}"
+            )
         if self.window > min(self.before, self.after):
             raise ValueError(f"eval.window {self.window} must fit {self.before} s before and {self.after} s after")
 
@@ -100,7 +106,7 @@ def time_to_adherence(reading: Reading, told: Scenes, switched: int, fps: float)
         good = ahead & row[: len(ahead)] & (reading.times[: len(ahead)] >= switched)
         if bool(good.any()):
             found.append(float(reading.times[int(good.nonzero()[0])] - switched) / fps)
-    median = float(torch.tensor(found).median()) if found else math.nan
+    median = statistics.median(found) if found else math.nan
     return {"median_s": median, "reached": len(found) / len(told)}
 
 
@@ -215,8 +221,11 @@ def evaluate(student: str, teacher: str | None = None, cfg: AdherenceConfig = Ad
     master = checkpoint.load(teacher, "teacher") if teacher else teacher_of(pupil)
     codec, probe = checkpoint.load_codec_of(pupil), load_probe(cfg.probe, SHAPES)
     first, second = scenes(cfg.clips), scenes(cfg.clips, SECOND_SEEDS)
+    policies = [policy for policy in SWITCHES if policy not in refused_switches(pupil)]
+    real = real_clips(first, codec.px_frames(pupil.shape.frames), 0, pupil.shape.width * codec.spatial_factor)
+    read(probe, real[:1], cfg.stride)  # pictures that it cannot read are refused before any are made
     clips = {"student": student_clips(pupil, codec, first, cfg), "teacher": teacher_clips(master, codec, first, cfg, 1)}
-    clips["real"] = real_clips(first, clips["student"].shape[1], 0, clips["student"].shape[-1])
+    clips["real"] = real
     readings = {name: read(probe, px, cfg.stride) for name, px in clips.items()}
     result: dict[str, Any] = {
         name: picture_figures(px, clips["real"], readings[name], readings["real"])
@@ -225,7 +234,7 @@ def evaluate(student: str, teacher: str | None = None, cfg: AdherenceConfig = Ad
     }
     later = read(probe, teacher_clips(master, codec, second, cfg, 2), cfg.stride)
     result["teacher"]["after"] = accuracy(later, second)
-    streams = {p: switched_streams(pupil, codec, first, second, p, cfg) for p in SWITCHES}
+    streams = {p: switched_streams(pupil, codec, first, second, p, cfg) for p in policies}
     fps = float(pupil.record["world"]["fps"])
     result["switch"] = {p: judge_switch(px, first, second, probe, fps, cfg) for p, px in streams.items()}
     if cfg.long_seconds:

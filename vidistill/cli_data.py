@@ -167,6 +167,7 @@ def run_data_talker(args: argparse.Namespace) -> None:
     meta = {
         "source": "talker",
         "split": args.split,
+        "first": args.first,
         "config": asdict(cfg),
         "fps": cfg.fps,
         "px_size": cfg.size,
@@ -275,6 +276,7 @@ def run_data_doom(args: argparse.Namespace) -> None:
     meta = {
         "source": "doom",
         "split": args.split,
+        "first": args.first,
         "config": asdict(cfg),
         "fps": cfg.fps,
         "actions": list(doom.ACTIONS),

@@ -63,6 +63,8 @@ class EvalConfig:
         for name in ("clips", "batch", "streams", "frames", "steps", "stride", "episodes", "seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"eval.{name} must be positive, got {getattr(self, name)}")
+        if self.clips < 2:
+            raise ValueError(f"eval.clips must be at least 2 for a distance of two sets, got {self.clips}")
         if self.long_seconds and self.long_seconds < 2 * self.seconds:
             raise ValueError(f"eval.long_seconds is {self.long_seconds}; needed is 0 or at least 2 x {self.seconds}")
         if self.precision not in PRECISIONS:
@@ -165,7 +167,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
     """Clips that the teacher samples from the start image and the actions in `cfg.steps` Euler steps."""
     scale = float(teacher.record.get("guidance", 1.0)) if cfg.guidance is None else cfg.guidance
     sigmas = teacher.noise.steps(cfg.steps)
-    weights = digest(teacher.net.state_dict())
+    weights, architecture = digest(teacher.net.state_dict()), teacher.record.get("dit")
 
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
@@ -179,7 +181,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
                 return sample(teacher.net, noise, sigmas, cond, given=given, nulls=nulls, scales=scales).float()
 
         inputs = {"given": given, "noise": noise, **cond.per_frame}
-        key = digest(inputs, weights, json.dumps([sigmas, scale, str(working_dtype(cfg.precision))]))
+        key = digest(inputs, weights, json.dumps([sigmas, scale, str(working_dtype(cfg.precision)), architecture]))
         return codec.decode(cached(cfg.cache, key, make))
 
     return row

@@ -126,6 +126,8 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     Finished cells are not trained again, so that the same command goes on after a stop.
     """
     cfg = load_config(FrontierConfig, path, overrides or [])
+    for name in cfg.cells:
+        stage_of(cfg, name)  # every cell is checked before the first is trained
     start = stage_of(cfg, next(name for name, cell in cfg.cells.items() if not cell.weights))
     assert start.init
     students: dict[str, Bundle] = {name: tuned(cfg, name) for name, cell in cfg.cells.items() if not cell.weights}
@@ -134,9 +136,9 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     for name, cell in cfg.cells.items():
         rows.append(row_of(cfg, name, with_schedule(students[cell.weights or name], stage_of(cfg, name).schedule)))
         log.info("%s: %s", name, {key: rows[-1].get(key) for key in ("nfe_7_chunks", *cfg.measures)})
-    result: dict[str, Any] = report.plain({"shared": start.init, "steps": cfg.steps, "measures": cfg.measures})
-    result["cells"] = [{**report.plain(row), "trained": row["trained"]} for row in rows]
-    write(Path(cfg.out), result)
+        result: dict[str, Any] = report.plain({"shared": start.init, "steps": cfg.steps, "measures": cfg.measures})
+        result["cells"] = [{**report.plain(row), "trained": row["trained"]} for row in rows]
+        write(Path(cfg.out), result)  # what is judged is not lost with a later cell
     return result
 
 

@@ -176,7 +176,15 @@ def write_trajectories(
     """
     partial, total = partial_of(folder), meta["clips"]
     settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
-    if not (partial / SETTINGS).is_file() or (partial / SETTINGS).read_text() != settings:
+    begun = json.loads((partial / SETTINGS).read_text()) if (partial / SETTINGS).is_file() else None
+    if begun is not None and begun != json.loads(settings):
+        asked = json.loads(settings)
+        other = sorted(key for key in begun.keys() | asked.keys() if begun.get(key) != asked.get(key))
+        raise DataError(
+            f"{partial} holds trajectories of other settings ({', '.join(other)}): ask for the same to go on, or "
+            "remove it"
+        )
+    if begun is None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / SETTINGS).write_text(settings)

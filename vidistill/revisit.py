@@ -340,8 +340,8 @@ def contenders(name: str, window: str | None, full: str | None) -> dict[str, Bun
         try:
             found[row] = checkpoint.load(given or f"{name}-{row}", "student")
         except CheckpointError:
-            if given:
-                raise
+            if given or checkpoint.own_file(f"{name}-{row}") or f"{name}-{row}" in checkpoint.zoo_names():
+                raise  # it is there, and damaged
     return found
 
 

@@ -39,6 +39,8 @@ class Roamer:
         self._memory.reset()
         self._way.clear()
         self._trail.clear()
+        if self._home is not None and self._inputs.wish.id == self._home_id:  # nobody holds what led home
+            self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
         self._home, self._noted = None, -1
         self.update()
 

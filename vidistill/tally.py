@@ -37,7 +37,7 @@ class Tally:
         self.parts: dict[str, list[Tensor]] = {}
 
     def add(self, px: Tensor, batch: ClipBatch) -> None:
-        """Measure clips px [B, T, 3, H, W] that stand for those of `batch`; the start image itself does not count."""
+        """Measure clips px [B, T, 3, H, W] that stand for those of `batch`; the start image counts in PSNR alone."""
         seen = px[:, : self.window + 1]
         reading = read(self.probe, px[:, : self.window + 1 + AFTER], self.stride)
         got = {name: measure(seen[:, 1:]) for name, measure in PICTURE_CURVES.items()}

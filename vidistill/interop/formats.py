@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -141,7 +142,10 @@ def read_shards(folder: Path, index: Path | None = None) -> dict[str, Tensor]:
     index = index or next(iter(sorted(folder.glob(f"*{INDEX}"))), None)
     files = sorted(folder.glob("*.safetensors"))
     if index is not None:
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: it holds no weight_map ({error!r}); download it again") from error
     absent = [file.name for file in files if not file.is_file()]
     if absent or not files:
         raise ValueError(f"{folder} lacks {', '.join(absent) or 'safetensors files'}: the download is incomplete")
@@ -204,12 +208,14 @@ def write_student(path: str | Path, state: State, published: Published) -> None:
         original = to_original(state, published.config, "diffusers")
         names = {bare(name): name for name in published.names.values()}
     flat = {names.get(key, key): x.detach().contiguous().cpu() for key, x in original.items()}
-    if path.suffix == ".safetensors":
-        save_file(flat, path)
-    elif path.suffix in PICKLED:
-        torch.save({published.entry: flat} if published.entry else flat, path)
-    else:
+    if path.suffix != ".safetensors" and path.suffix not in PICKLED:
         raise ValueError(f"{path} has an unknown suffix; choose .safetensors or .pt")
+    partial = path.with_name(f"{path.name}.tmp")  # a file that was there stays until this one is whole
+    if path.suffix == ".safetensors":
+        save_file(flat, partial)
+    else:
+        torch.save({published.entry: flat} if published.entry else flat, partial)
+    os.replace(partial, path)
 
 
 def style_is_diffusers(published: Published) -> bool:

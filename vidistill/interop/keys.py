@@ -139,6 +139,11 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
     if absent := [name for name in needed if name not in named]:
         raise ValueError(f"these are not the parameters of a Wan network: {absent} missing; {looks_like(state)}")
     width, inputs, *patch = named["patch_embedding.weight"]
+    if len(patch) != 3:
+        raise ValueError(
+            f"patch_embedding.weight has {2 + len(patch)} axes, in a published Wan network it has 5: one of our own "
+            "checkpoints is used as it is"
+        )
     if not heads and width % HEAD_DIM:
         raise ValueError(f"width {width} is not made of heads of {HEAD_DIM}: say how many heads there are (--heads)")
     channels = named["head.head.weight"][0] // math.prod(patch)

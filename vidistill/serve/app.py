@@ -75,7 +75,7 @@ def host_allowed(host: str, cfg: ServeConfig) -> bool:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return False
-    if name in (*OURSELVES, cfg.host.lower()) or any(urlsplit(o).netloc == host for o in cfg.origins):
+    if name in (*OURSELVES, cfg.host.lower()) or any(urlsplit(o).netloc.lower() == host.lower() for o in cfg.origins):
         return True
     if cfg.host not in ("0.0.0.0", "::", ""):
         return False
@@ -89,7 +89,17 @@ def host_allowed(host: str, cfg: ServeConfig) -> bool:
 
 def origin_allowed(origin: str | None, host: str, cfg: ServeConfig) -> bool:
     """Whether a WebSocket may be opened: by this very page, by a named origin, or by something that is no browser."""
-    return origin is None or origin in cfg.origins or urlsplit(origin).netloc == host
+    if origin is None:
+        return True
+    try:
+        return bare(origin) in map(bare, cfg.origins) or urlsplit(origin).netloc == host
+    except ValueError:  # no address at all
+        return False
+
+
+def bare(origin: str) -> str:
+    """A web address as browsers name it: without what follows the host, in small letters."""
+    return "{0.scheme}://{0.netloc}".format(urlsplit(origin)).lower()
 
 
 class Seats:
@@ -212,7 +222,11 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, films: Recordings, sea
             people = "1 viewer" if seats.limit == 1 else f"{seats.limit} viewers"
             await Viewer.part(socket, Bye("full", f"This dream has room for {people}, and it is full.", 1013))
             return
-        viewer = Viewer(socket, world, cfg.viewer, films)
+        try:
+            viewer = Viewer(socket, world, cfg.viewer, films)
+        except BaseException:
+            await seats.give_back()
+            raise
         try:
             await viewer.run()
         finally:
@@ -225,7 +239,10 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
     """The PNG files of a folder as start images, uint8 [H, W, 3] of `size`, by file name."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is no folder of start images")
-    return {path.stem: read_image(path, size, formats=("PNG",)) for path in sorted(Path(folder).glob("*.png"))}
+    found = {path.stem: read_image(path, size, formats=("PNG",)) for path in sorted(Path(folder).glob("*.png"))}
+    if "upload" in found:
+        raise ValueError(f"{Path(folder) / 'upload.png'}: that name is of the visitor's own picture; choose another")
+    return found
 
 
 def load_world(

@@ -1,10 +1,10 @@
 """Talking faces: people drawn at random who speak sentences that espeak-ng says, and listen in between."""
 
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,12 +73,14 @@ class TalkerConfig:
             )
         if self.audio.rate != RATE or self.audio.fps != self.fps:
             raise ValueError(f"talker.audio must have rate {RATE} and fps {self.fps:g}")
+        if not 0 < self.speed[0] < self.speed[1]:
+            raise ValueError(f"talker.speed must rise from above 0, got {self.speed}")
         if not 0 <= self.pause[0] <= self.pause[1] or self.pause[1] <= 0:
             raise ValueError(f"talker.pause must rise from 0 or more, got {self.pause}")
 
     @property
     def seconds(self) -> float:
-        return (self.num_frames + 2) / self.fps
+        return (self.num_frames + max(2, self.audio.wait)) / self.fps
 
 
 def seeds(split: str, num: int) -> range:
@@ -204,7 +206,13 @@ def record_many(cfg: TalkerConfig, seeds: Iterable[int], workers: int = 1) -> It
         yield from (record(cfg, seed) for seed in seeds)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(partial(record, cfg), seeds, chunksize=4)
+        waiting: deque[Future[Talk]] = deque()
+        for seed in seeds:
+            waiting.append(pool.submit(record, cfg, seed))
+            if len(waiting) > 4 * workers:  # no more are made ahead than that
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def measures(clip: Talk, cfg: TalkerConfig) -> dict[str, float]:

@@ -5,11 +5,13 @@ import html
 import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,7 +71,15 @@ class TextCache:
         for prompt in dict.fromkeys(prompts):
             if not self.path(prompt).is_file():
                 self._store(prompt)
-        return torch.stack([padded(load_file(self.path(p))["tokens"].float(), self.length) for p in prompts])
+        return torch.stack([padded(self._kept(p).float(), self.length) for p in prompts])
+
+    def _kept(self, prompt: str) -> Tensor:
+        """An embedding from disk, made again if the file is damaged."""
+        try:
+            return load_file(self.path(prompt))["tokens"]
+        except SafetensorError:
+            self._store(prompt)
+            return load_file(self.path(prompt))["tokens"]
 
     def release(self) -> None:
         """Forget the encoder; embeddings on disk stay usable."""
@@ -89,7 +99,9 @@ class TextCache:
             hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
         hidden = hidden[: int(batch.attention_mask[0].sum())]
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.path(prompt).with_suffix(".tmp")
+        partial = self.path(prompt).with_suffix(
+            f".{os.getpid()}-{threading.get_ident()}.tmp"
+        )  # others may store it, too
         save_file({"tokens": hidden.cpu().contiguous()}, partial)
         partial.replace(self.path(prompt))
 
