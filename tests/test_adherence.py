@@ -54,6 +54,11 @@ def test_time_to_adherence_is_when_everything_asked_for_is_shown_and_stays():
     told = adherence.scenes(3)
     got = adherence.time_to_adherence(reading(told, 100, wrong_until=56), told, 40, 12.0)
     assert got == {"median_s": pytest.approx(16 / 12), "reached": 1.0}
+    told, times = told[:2], torch.tensor([56, 80])
+    early = reading(told, 100, wrong_until=56)
+    for name, own in early.labels.items():
+        own[1, early.times < times[1]] = (own[1, early.times < times[1]] + 1) % len(ATTRIBUTES[name])
+    assert adherence.time_to_adherence(early, told, 40, 12.0)["median_s"] == pytest.approx((16 + 40) / 2 / 12)
     never = adherence.time_to_adherence(reading(told, 100, wrong_until=100), told, 40, 12.0)
     assert math.isnan(never["median_s"]) and never["reached"] == 0
     assert adherence.accuracy(reading(told, 100, wrong_until=51), told)["asked"] == pytest.approx(0.5, abs=0.02)

@@ -1,6 +1,7 @@
 """The avatar's judge: what it measures of clips that are right, late, still, black, flickering or somebody else."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_broken_video_is_found(real, truth):
     black[:, 20:30] = 0.0
     still[:, 20:40] = still[:, 20:21]
     flickering[:, ::2] *= 0.8
-    assert figures(black, real, truth)["black_frames"] == pytest.approx(10 / 64)
+    assert figures(black, real, truth)["black_frames"] == pytest.approx(10 / 65)
     assert figures(still, real, truth)["frozen_frames"] == pytest.approx(19 / 64)
     assert figures(flickering, real, truth)["flicker_ratio"] > 2
     shut = figures(real[:, :1].expand_as(real) + 1e-3 * torch.rand(real.shape), real, truth)
@@ -64,6 +65,20 @@ def test_somebody_else_is_not_the_same_person(real):
     changed = identity(swapped, 16.0, 1.0, others)
     assert min(same) > 0.5 and changed[0] > 0.5 and changed[-1] < 0.5 * min(same)
     assert identity_drift([swapped], 16.0, 1.0, others)[0] > 0.5 > abs(identity_drift([real[0]], 16.0, 1.0, others)[0])
+
+
+def test_a_stream_that_never_looked_like_its_picture_has_no_drift_that_could_count_as_kept(real):
+    others = avatar.apart(real)
+    strangers = torch.cat((real[0, :1], real[1, :32], 1 - real[1, :32]))
+    drift, curve = identity_drift([strangers], 16.0, 1.0, others / 10)
+    assert curve[0] < 0 and math.isnan(drift)
+
+
+def test_people_who_are_judged_are_none_of_those_a_checkpoint_was_chosen_on():
+    chosen = range(64)  # data/talker-heldout, see configs/talker
+    clips = range(avatar.CLIP_SEEDS, avatar.CLIP_SEEDS + AvatarConfig().clips)
+    long = range(avatar.LONG_SEEDS, avatar.LONG_SEEDS + AvatarConfig().streams)
+    assert not set(chosen) & set(clips) and not set(clips) & set(long)
 
 
 def test_sync_is_the_best_mean_correlation_and_its_shift():

@@ -75,6 +75,15 @@ def test_cells_of_unknown_weights_and_recipes_without_training_are_refused():
         FrontierConfig("base.yaml", 1, {"a": frontier.Cell(weights="shared")})
 
 
+def test_every_cell_is_checked_before_one_is_trained(recipe, monkeypatch):
+    monkeypatch.setattr(frontier, "train", lambda stage: pytest.fail("a cell was trained"))
+    cells = {"a": {"pattern": "2"}, "b": {"pattern": "9", "weights": "a"}}
+    text = yaml.safe_load((recipe / "frontier.yaml").read_text())
+    (recipe / "bad.yaml").write_text(yaml.safe_dump({**text, "cells": cells}))
+    with pytest.raises(ValueError, match="asks for 9 steps"):
+        frontier.frontier(recipe / "bad.yaml")
+
+
 @pytest.mark.parametrize("family", ["doom", "shapes"])
 def test_the_recipes_name_at_least_five_trained_cells_and_stages_that_can_be_built(family):
     cfg = load_config(FrontierConfig, f"configs/{family}/frontier.yaml")

@@ -34,6 +34,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
+def test_what_is_no_published_network_is_told(tmp_path):
+    with pytest.raises(ValueError, match="has 2 axes"):
+        infer_config({**weights(), "patch_embedding.weight": torch.zeros(48, 64)}, heads=4)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weight_map"):
+        read_student(tmp_path, "self-forcing")
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from vidistill.revisit import (
     PoseReader,
     RevisitConfig,
     RevisitTally,
+    contenders,
     counted,
     evaluate_memory,
     full_turn,
@@ -145,6 +146,15 @@ def test_the_suite_end_to_end_on_tiny_random_students(bench):
     assert files == {"memory.json", "memory.png", "away-2s.png"}
     assert json.loads((bench / "out" / "relic-memory" / "memory.json").read_text()) == result
     assert table(result).row_count == 4
+
+
+def test_a_baseline_that_is_damaged_is_told_and_not_left_out(bench, tmp_path):
+    for file in bench.glob("relic*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert contenders(str(tmp_path / "relic"), None, None).keys() == {"student", "window"}
+    (tmp_path / "relic-window.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        contenders(str(tmp_path / "relic"), None, None)
 
 
 def test_the_command_line_reaches_the_suite(bench, monkeypatch, capsys):

@@ -69,6 +69,26 @@ def test_the_way_home_undoes_the_way_and_a_key_ends_it():
         assert not stream.roamer.map["home"] and stream.roamer.map["here"][0] < seen[4]["here"][0] + 1
 
 
+def test_who_is_led_home_stands_still_in_the_next_dream():
+    with session() as stream:
+        latents = stream.latents()
+        stream.set(action={"forward": 1.0})
+        for _ in range(3):
+            next(latents)
+        stream.set(action={})
+        stream.roamer.go_home()
+        next(latents)
+        assert any(stream._engine.inputs.wish.action)
+        again = stream.latents()
+        next(again)
+        assert not any(stream._engine.inputs.wish.action)
+        stream.set(action={"forward": 1.0})  # but a key that is held goes on
+        stream.roamer.go_home()
+        stream.set(action={"turn_left": 1.0})
+        next(again := stream.latents())
+        assert stream._engine.inputs.wish.action == (1.0, 0.0, 0.0, 0.0)
+
+
 def test_a_gain_scales_the_way():
     ends = []
     for gain in (1.0, 2.5):

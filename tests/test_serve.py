@@ -437,6 +437,23 @@ def test_only_names_of_this_server_are_its_own(host, bound, allowed):
     assert host_allowed(host, ServeConfig(host=bound, origins=("https://demo.example.org",))) == allowed
 
 
+def test_an_origin_is_a_host_however_it_is_written():
+    cfg = ServeConfig(origins=("https://Demo.example.org/",))
+    assert host_allowed("demo.example.org", cfg)
+    for origin, allowed in (
+        ("https://demo.example.org", True),
+        ("http://demo.example.org", False),
+        ("http://[", False),
+    ):
+        assert origin_allowed(origin, "localhost:8000", cfg) == allowed
+
+
+def test_a_start_picture_may_not_be_called_as_the_visitors_own(tmp_path):
+    save_png(tmp_path / "upload.png", picture(1, 2, 3))
+    with pytest.raises(ValueError, match="choose another"):
+        read_starts(tmp_path, (SIZE, SIZE))
+
+
 def test_a_program_without_an_origin_may_open_the_stream():
     assert origin_allowed(None, "localhost:8000", ServeConfig())
 

@@ -98,6 +98,15 @@ def test_a_voice_that_is_not_there_and_an_empty_text_are_errors():
         say(" ")
 
 
+def test_clips_last_as_long_as_what_hears_them_looks_ahead():
+    audio = AudioConfig(lookahead=6)
+    made = list(talker.record_many(TalkerConfig(num_frames=9, audio=audio), range(3), workers=2))
+    assert {len(clip.pcm) for clip in made} == {(9 + audio.wait) * audio.samples}
+    assert [clip.seed for clip in made] == [0, 1, 2]
+    with pytest.raises(ValueError, match="speed must rise"):
+        TalkerConfig(speed=(150, 150))
+
+
 def test_every_fault_is_found_by_a_measure_and_counted():
     cfg = TalkerConfig(num_frames=49, faults=1.0)
     faulty = [record(cfg, seed) for seed in range(12)]

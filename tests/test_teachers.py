@@ -376,6 +376,8 @@ def test_prompts_are_encoded_once_and_read_from_disk_afterwards(tmp_path):
     tokens = cache.encode(["a  red &amp; fox", "a red & fox", "cat"])
     assert len(calls) == 2 and tokens.shape == (3, 6, 4) and torch.equal(tokens[0], tokens[1])
     assert tokens[2, 1:].eq(0).all() and tokens[2, 0].gt(0).all()
+    cache.path("cat").write_bytes(b"cut short")
+    assert torch.equal(cache.encode(["cat"])[0], tokens[2]) and len(calls) == 3, "a damaged file is made again"
     cold = TextCache("somewhere/umt5", tmp_path, length=6, offline=True)
     assert torch.equal(cold.encode(["cat"])[0], tokens[2])
     with pytest.raises(FileNotFoundError, match="text_encoder"):

@@ -143,10 +143,9 @@ def frozen(px: Tensor, real_motion: float) -> float:
 def figures(px: Tensor, real: Tensor, truth: Tensor) -> dict[str, float]:
     """Figures of clips [B, T, 3, H, W] beside real ones and the true opening of the mouth [B, T].
 
-    The given picture does not count.
+    The mouth of the given picture does not count.
     """
-    px, real = px[:, 1:], real[:, 1:]
-    read, own = mouths(px), mouths(real)
+    read, own = mouths(px[:, 1:]), mouths(real[:, 1:])
     corr, offset = metrics.sync(read, truth[:, 1:])
     return {
         "sync_corr": corr,
