@@ -454,6 +454,14 @@ def test_a_start_picture_may_not_be_called_as_the_visitors_own(tmp_path):
         read_starts(tmp_path, (SIZE, SIZE))
 
 
+def test_pictures_larger_than_the_page_sends_are_refused_before_they_are_read():
+    kind = bytes([protocol.PICTURE])
+    assert protocol.parse_bytes(kind + png(1000, 1000), (SIZE, SIZE)).px.shape == (SIZE, SIZE, 3)
+    with pytest.raises(protocol.MessageError, match="pixels are read"):
+        protocol.parse_bytes(kind + png(2000, 2000), (SIZE, SIZE))
+    assert protocol.parse_bytes(kind + png(2000, 2000), (500, 500)).px.shape == (500, 500, 3)
+
+
 def test_a_program_without_an_origin_may_open_the_stream():
     assert origin_allowed(None, "localhost:8000", ServeConfig())
 

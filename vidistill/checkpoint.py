@@ -276,7 +276,7 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
                 raise CheckpointError(f"{name} holds no codec: no vae/config.json of diffusers")
             return Bundle(Path(name).name, "codec", codec.eval().requires_grad_(False), {"kind": "codec"})
         teacher = load_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."))
-    except (FileNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     record = {
         "kind": "teacher",

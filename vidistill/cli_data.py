@@ -40,6 +40,14 @@ def place(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    """A share of a whole."""
+    number: float = read_number(text, float)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"is a share from 0 to 1, got {text}")
+    return number
+
+
 def amount(text: str) -> float:
     """A positive, finite number."""
     number: float = read_number(text, float)
@@ -71,7 +79,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
     doom.add_argument(
-        "--palindromes", type=float, default=0.0, help="share of walks that go there and back (default: 0)"
+        "--palindromes", type=share, default=0.0, help="share of walks that go there and back (default: 0)"
     )
     doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
     doom.set_defaults(run=run_data_doom)
@@ -144,7 +152,7 @@ def add_talker(kinds: Any) -> None:
     p.add_argument("--episodes", type=count, default=1024, help="clips to record (default: 1024)")
     p.add_argument("--first", type=place, default=0, help="first episode of the split (default: 0)")
     p.add_argument("--frames", type=count, default=161, help="pixel frames an episode (default: 161)")
-    p.add_argument("--faults", type=float, default=0.0, help="share of clips with something wrong (default: 0)")
+    p.add_argument("--faults", type=share, default=0.0, help="share of clips with something wrong (default: 0)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
     p.add_argument(
         "--audio", nargs="+", default=["kind=mel"], metavar="key=value", help="features, e.g. kind=mel lookahead=1"

@@ -381,7 +381,7 @@ def judge(rows: Mapping[str, Source], codec: Codec, cfg: EvalConfig) -> tuple[di
     pictures = {
         "fps": data.fps,
         "clips": {name: tally.all("shown").numpy() for name, tally in tallies.items()},
-        "motion": {name: metrics.curve(t.all("motion"), max(1, round(data.fps / 4))) for name, t in tallies.items()},
+        "motion": {name: metrics.curve(t.all("motion"), report.quarter(data.fps)) for name, t in tallies.items()},
     }
     return result, pictures
 

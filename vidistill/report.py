@@ -156,9 +156,13 @@ def write(folder: Path, result: dict[str, Any], pictures: dict[str, Any]) -> Non
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     curves = {"motion_first_seconds": pictures["motion"], "long": pictures.get("curves", {})}
     (folder / "curves.json").write_text(json.dumps(plain(curves)) + "\n")
-    files = [*sheets(folder, pictures), plot_horizons(folder, result), plot_motion(folder, pictures["motion"])]
+    files = [
+        *sheets(folder, pictures),
+        plot_horizons(folder, result),
+        plot_motion(folder, pictures["motion"], pictures["fps"]),
+    ]
     if "curves" in pictures:
-        files.append(plot_drift(folder, pictures["curves"]))
+        files.append(plot_drift(folder, pictures["curves"], pictures["fps"]))
     (folder / "index.html").write_text(page(result, [f for f in files if f]))
 
 
@@ -223,11 +227,18 @@ def plot_horizons(folder: Path, result: Mapping[str, Any]) -> tuple[str, str] | 
     return "horizons.png", "How far each stays with what really happened; `repeat` shows the start image for ever."
 
 
-def plot_motion(folder: Path, motion: Mapping[str, list[float]]) -> tuple[str, str]:
+def quarter(fps: float) -> int:
+    """Px frames of about a quarter of a second."""
+    return max(1, round(fps / 4))
+
+
+def plot_motion(folder: Path, motion: Mapping[str, list[float]], fps: float) -> tuple[str, str]:
+    step = quarter(fps) / fps
+
     def draw(made: Any) -> None:
         axes = made.add_subplot()
         for name, values in motion.items():
-            axes.plot(np.arange(len(values)) / 4, values, label=name)
+            axes.plot(step * np.arange(len(values)), values, label=name)
         axes.set(xlabel="seconds after the start image", ylabel="change between frames", ylim=(0, None))
         axes.legend()
 
@@ -235,13 +246,13 @@ def plot_motion(folder: Path, motion: Mapping[str, list[float]]) -> tuple[str, s
     return "motion.png", "Motion by time, mean over clips."
 
 
-def plot_drift(folder: Path, curves: Mapping[str, Mapping[str, list[float]]]) -> tuple[str, str]:
-    measures = list(curves["real"])
+def plot_drift(folder: Path, curves: Mapping[str, Mapping[str, list[float]]], fps: float) -> tuple[str, str]:
+    measures, step = list(curves["real"]), round(fps) / fps
 
     def draw(made: Any) -> None:
         for axes, measure in zip(made.subplots(1, len(measures)), measures, strict=True):
             for name, own in curves.items():
-                axes.plot(own[measure], label=name)
+                axes.plot(step * np.arange(len(own[measure])), own[measure], label=name)
             axes.set(title=measure, xlabel="seconds", ylim=(0, None))
         axes.legend()
 

@@ -80,16 +80,23 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     return np.asarray(iio.imread(path, plugin="FFMPEG")), fps
 
 
-def read_image(source: str | Path | bytes, size: tuple[int, int], formats: tuple[str, ...] | None = None) -> np.ndarray:
+def read_image(
+    source: str | Path | bytes,
+    size: tuple[int, int],
+    formats: tuple[str, ...] | None = None,
+    pixels: int = MAX_SIDE**2,
+) -> np.ndarray:
     """A picture (a file, or the bytes of one) as uint8 [H, W, 3] of `size` (height, width), cropped to its shape.
 
-    formats: the only ones tried, as Pillow names them; default all. ValueError says why a picture cannot be read,
-    FileNotFoundError that there is none.
+    formats: the only ones tried, as Pillow names them; default all. pixels: the most that are read. ValueError says why
+    a picture cannot be read, FileNotFoundError that there is none.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as picture:
             if max(picture.size) > MAX_SIDE:
                 raise ValueError(f"the picture is {picture.width}x{picture.height}; at most {MAX_SIDE} a side are read")
+            if picture.width * picture.height > pixels:
+                raise ValueError(f"the picture is {picture.width}x{picture.height}; at most {pixels:,} pixels are read")
             rgb = picture.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture {source!s}; name one that is there") from None

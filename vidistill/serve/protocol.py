@@ -30,6 +30,7 @@ RAW_BYTES = 48 * 1024  # a larger picture is sent as JPEG
 JPEG_QUALITY = 88
 
 MAX_TEXT = 4096  # characters in a text message
+MIN_PIXELS = 2**20  # of a picture that are read in the smallest world
 MAX_PICTURE = 4 * 1024 * 1024  # bytes in a picture message
 MAX_SPEECH = 1024 * 1024  # bytes in a sound message
 MAX_PROMPT = 400  # characters in a prompt
@@ -253,6 +254,7 @@ def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture | Speech:
     if len(data) > MAX_PICTURE:
         raise MessageError(f"the picture has {len(data):,} bytes; at most {MAX_PICTURE:,} are read")
     try:
-        return Picture(read_image(data[1:], size, formats=("PNG",)))
+        most = max(MIN_PIXELS, 16 * size[0] * size[1])  # what the page sends; more would keep other viewers waiting
+        return Picture(read_image(data[1:], size, formats=("PNG",), pixels=most))
     except ValueError as error:
         raise MessageError(str(error)) from None
