@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ACTIONS
-from tiny_nets import clip, tiny_dit
+from tiny_nets import clip, tiny_dit, tiny_ltx
 from tiny_ranks import assert_same, first_gradients, result, together
 from tiny_talker import talker_stage
 from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
@@ -138,19 +138,15 @@ def experts():
 
 
 def ltx():
-    diffusers = pytest.importorskip("diffusers")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = diffusers.LTXVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            cross_attention_dim=16,
-            num_layers=2,
-            caption_channels=8,
-        )
-    return LTX(net.requires_grad_(False)), Condition(torch.ones(1, 6, 8))
+    pytest.importorskip("diffusers")
+    return LTX(tiny_ltx(4, 8, layers=2).requires_grad_(False)), Condition(torch.ones(1, 6, 8))
+
+
+def test_a_foreign_teacher_in_half_precision_takes_latents_in_full():
+    net, cond = ltx()
+    x, sigma = clip(), torch.full((1, 9), 0.5)
+    full, half = net.velocity(x, sigma, cond), net.bfloat16().velocity(x, sigma, cond)
+    assert half.dtype == torch.float32 and 0 < (half - full).norm() < 0.1 * full.norm()
 
 
 def velocity_in_shards(make, out):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_nets import tiny_ltx
 from tiny_wan import autoencoder, transformer, write_wan
 
 from vidistill.codecs.wan import WanCodec
@@ -320,16 +321,7 @@ def small_autoencoder():
 
 
 def test_a_foreign_family_fits_the_same_door(tmp_path):
-    torch.manual_seed(0)
-    net = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        cross_attention_dim=24,
-        num_layers=1,
-        caption_channels=10,
-    ).eval()
+    net = tiny_ltx(8, 10)
     net.save_pretrained(tmp_path / "transformer")
     teacher = load_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)  # its folder says the family
     assert teacher.shape == LatentShape(3, 8, 2, 3, patch=(1, 1, 1))

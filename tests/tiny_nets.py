@@ -29,6 +29,18 @@ def tiny_dit(cfg: DiTConfig = DIT, seed: int = 0, std: float = 0.2) -> VideoDiT:
     return net
 
 
+def tiny_ltx(channels: int, tokens: int, layers: int = 1):
+    """diffusers' LTX transformer for latents of so many channels and prompts of `tokens` numbers a word."""
+    from diffusers import LTXVideoTransformer3DModel
+
+    size = {"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "num_layers": layers}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LTXVideoTransformer3DModel(
+            in_channels=channels, out_channels=channels, caption_channels=tokens, **size
+        ).eval()
+
+
 def tiny_student(
     memory: MemoryConfig | None = None, *, chunk: int = 3, first: int = 0, dit: DiTConfig = DIT, **changes: object
 ) -> CausalStudent:
