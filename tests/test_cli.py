@@ -163,13 +163,12 @@ def test_data_that_are_there_are_kept_only_if_they_are_what_is_asked_for(capsys,
 @pytest.mark.parametrize("kind", ["doom", "talker"])
 def test_data_of_other_seeds_are_not_what_is_asked_for(capsys, tmp_path, kind):
     pytest.importorskip({"doom": "vizdoom", "talker": "espeakng_loader"}[kind])
-    args = ["data", kind, tmp_path / "d", "--episodes", 1, "--frames", 5, "--workers", 1]
+    args = ["data", kind, tmp_path / "d", "--episodes", 1, "--frames", 17, "--workers", 1]
     assert [call(capsys, *args)[0] for _ in range(2)] == [0, 0]
     code, _, err = call(capsys, *args, "--first", 5)
     assert code == 1 and "first 0 where 5 is asked for" in err
-    with pytest.raises(SystemExit):
-        call(capsys, *args, *{"doom": ("--palindromes", "5"), "talker": ("--faults", "nan")}[kind])
-    assert "share from 0 to 1" in capsys.readouterr().err
+    code, _, err = call(capsys, *args, *{"doom": ("--palindromes", "5"), "talker": ("--faults", "nan")}[kind])
+    assert code != 0 and "share from 0 to 1" in err
 
 
 def test_data_are_never_written_over_what_is_not_data(capsys, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one shard whole or not at all; OSError if the disk is full."""
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary)
+        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from error
     os.replace(temporary, path)

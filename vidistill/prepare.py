@@ -198,7 +198,7 @@ def write_trajectories(
             states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
             told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens, "poses": batch.poses}
             told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
-            kept = {name: x.cpu().contiguous() for name, x in told.items() if x is not None}
+            kept = {name: x.cpu() for name, x in told.items() if x is not None}
             if "tokens" in kept:
                 kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
             write_shard(path, {"states": states, **kept})
