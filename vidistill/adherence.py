@@ -224,12 +224,14 @@ def evaluate(student: str, teacher: str | None = None, cfg: AdherenceConfig = Ad
     policies = [policy for policy in SWITCHES if policy not in refused_switches(pupil)]
     real = real_clips(first, codec.px_frames(pupil.shape.frames), 0, pupil.shape.width * codec.spatial_factor)
     read(probe, real[:1], cfg.stride)  # pictures that it cannot read are refused before any are made
-    clips = {"student": student_clips(pupil, codec, first, cfg), "teacher": teacher_clips(master, codec, first, cfg, 1)}
-    clips["real"] = real
+    clips = {
+        "student": student_clips(pupil, codec, first, cfg),
+        "teacher": teacher_clips(master, codec, first, cfg, 1),
+        "real": real,
+    }
     readings = {name: read(probe, px, cfg.stride) for name, px in clips.items()}
     result: dict[str, Any] = {
-        name: picture_figures(px, clips["real"], readings[name], readings["real"])
-        | {"before": accuracy(readings[name], first)}
+        name: picture_figures(px, real, readings[name], readings["real"]) | {"before": accuracy(readings[name], first)}
         for name, px in clips.items()
     }
     later = read(probe, teacher_clips(master, codec, second, cfg, 2), cfg.stride)

@@ -16,11 +16,8 @@ from vidistill.shapes import LatentShape
 from vidistill.student import CausalStudent, StudentConfig
 from vidistill.teachers.wan import VAE_FACTORS, WORLD
 
-HEARD = {
-    "block": 4,
-    "context": 32,
-    "lookahead": 4,
-}  # px frames that speech is encoded in: a latent, 2 s before it, 0.25 s after it
+# Px frames that speech is encoded in: a latent, two seconds before it and a quarter of one after it.
+HEARD = {"block": 4, "context": 32, "lookahead": 4}
 
 
 def student_of(published: Published, height: int, width: int, frames: int = TRAINED_FRAMES) -> CausalStudent:

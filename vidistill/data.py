@@ -396,8 +396,7 @@ class Clips:
         picked = [self.kept[k] for k in np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
         cond = self.condition(((k, 0) for k in picked), states.shape[2])
-        poses = self.poses(((k, 0) for k in picked), states.shape[2])
-        return Batch(states, self.begun(cond, states[:, -1]), self.given, poses=poses)
+        return Batch(states, self.begun(cond, states[:, -1]), self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
@@ -406,8 +405,7 @@ class Clips:
             clip = self.episode("latents", e)[s : s + length]
             latents.append(torch.cat((self.episode("images", e)[s : s + 1].float(), clip[1:].float())))
         x = torch.stack(latents)
-        cond = self.begun(start_of_clip(self.condition(picked, length)), x)
-        return Batch(x, cond, self.given, poses=self.poses(picked, length))
+        return Batch(x, self.begun(start_of_clip(self.condition(picked, length)), x), self.given)
 
 
 def start_of_clip(cond: Condition) -> Condition:

@@ -126,15 +126,14 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     Finished cells are not trained again, so that the same command goes on after a stop.
     """
     cfg = load_config(FrontierConfig, path, overrides or [])
-    for name in cfg.cells:
-        stage_of(cfg, name)  # every cell is checked before the first is trained
-    start = stage_of(cfg, next(name for name, cell in cfg.cells.items() if not cell.weights))
+    stages = {name: stage_of(cfg, name) for name in cfg.cells}  # every cell is checked before the first is trained
+    start = next(stages[name] for name, cell in cfg.cells.items() if not cell.weights)
     assert start.init
     students: dict[str, Bundle] = {name: tuned(cfg, name) for name, cell in cfg.cells.items() if not cell.weights}
     students[SHARED] = checkpoint.load(start.init, "student")
     rows = []
     for name, cell in cfg.cells.items():
-        rows.append(row_of(cfg, name, with_schedule(students[cell.weights or name], stage_of(cfg, name).schedule)))
+        rows.append(row_of(cfg, name, with_schedule(students[cell.weights or name], stages[name].schedule)))
         log.info("%s: %s", name, {key: rows[-1].get(key) for key in ("nfe_7_chunks", *cfg.measures)})
         result: dict[str, Any] = report.plain({"shared": start.init, "steps": cfg.steps, "measures": cfg.measures})
         result["cells"] = [{**report.plain(row), "trained": row["trained"]} for row in rows]

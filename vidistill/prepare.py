@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,12 @@ def clips_of(
             raise DataError(
                 f"{teacher.name} takes latents of {takes} channels, {source.folder} has {source.latent_size[0]}"
             )
-        return (lambda count, i: source.latents(count, frames, seed, i)), {}
+
+        def draw(count: int, i: int) -> Batch:
+            picked = source.windows(count, frames, seed, i, "latents")
+            return replace(source.gather(picked, frames), poses=source.poses(picked, frames))
+
+        return draw, {}
     side, _ = VAE_FACTORS.get(takes, VAE_FACTORS[16])
     if size[0] % side or size[1] % side:
         raise DataError(f"size {size[0]}x{size[1]} must be whole latents of {side} pixels")
@@ -175,11 +181,10 @@ def write_trajectories(
     `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
     """
     partial, total = partial_of(folder), meta["clips"]
-    settings = json.dumps({**meta, "per_shard": per_shard}, sort_keys=True)
+    settings = json.loads(json.dumps({**meta, "per_shard": per_shard}))
     begun = json.loads((partial / SETTINGS).read_text()) if (partial / SETTINGS).is_file() else None
-    if begun is not None and begun != json.loads(settings):
-        asked = json.loads(settings)
-        other = sorted(key for key in begun.keys() | asked.keys() if begun.get(key) != asked.get(key))
+    if begun is not None and begun != settings:
+        other = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
         raise DataError(
             f"{partial} holds trajectories of other settings ({', '.join(other)}): ask for the same to go on, or "
             "remove it"
@@ -187,7 +192,7 @@ def write_trajectories(
     if begun is None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / SETTINGS).write_text(settings)
+        (partial / SETTINGS).write_text(json.dumps(settings, sort_keys=True))
     shards = -(-total // per_shard)
     for i in range(shards):
         size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"

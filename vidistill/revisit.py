@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vidistill import checkpoint, metrics, report
-from vidistill.checkpoint import Bundle, CheckpointError
+from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning import ACTION_SITE
 from vidistill.data import Clips
@@ -337,11 +337,9 @@ def contenders(name: str, window: str | None, full: str | None) -> dict[str, Bun
     """The student and its baselines: those named, else NAME-window and NAME-full where they exist."""
     found = {"student": checkpoint.load(name, "student")}
     for row, given in (("window", window), ("full", full)):
-        try:
-            found[row] = checkpoint.load(given or f"{name}-{row}", "student")
-        except CheckpointError:
-            if given or checkpoint.own_file(f"{name}-{row}") or f"{name}-{row}" in checkpoint.zoo_names():
-                raise  # it is there, and damaged
+        own = f"{name}-{row}"
+        if given or checkpoint.own_file(own) or own in checkpoint.zoo_names():
+            found[row] = checkpoint.load(given or own, "student")
     return found
 
 

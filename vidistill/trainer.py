@@ -262,11 +262,11 @@ class Trainer:
     def gradients(self, turn: str) -> dict[str, float]:
         """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
         whole, logs, device = self.batch(self.drawn_at(self.step_count)), [], accelerator()
+        recorded = whole.x.to(device) if self.loss.broken < 1 else None
         cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
-            x, cond = part.rows(whole.x).to(device), whole.cond.map(part.rows).to(device)
-            batch = replace(whole, x=x, cond=cond, whole=whole.x.to(device) if self.loss.broken < 1 else None)
+            batch = replace(whole, x=part.rows(whole.x), cond=whole.cond.map(part.rows), whole=recorded).to(device)
             half = autocast(self.cfg.precision, device, cache)
             with half, part.draws(batch.x.shape[0]):
                 loss = self.loss_of(turn, batch, self.rng_for(self.step_count))

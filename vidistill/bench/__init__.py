@@ -116,11 +116,8 @@ class StreamTimer:
 
     def default_image(self) -> np.ndarray:
         """A grey picture, or clip, to start from: what is in it costs nothing."""
-        shape, scale, frames = (
-            self.bundle.shape,
-            self.codec.spatial_factor,
-            self.codec.px_frames(self.bundle.given_frames),
-        )
+        shape, scale = self.bundle.shape, self.codec.spatial_factor
+        frames = self.codec.px_frames(self.bundle.given_frames)
         return np.full((frames, shape.height * scale, shape.width * scale, 3), 128, np.uint8)
 
     def open(self, pipelined: bool | None = None) -> StreamSession:
@@ -328,7 +325,7 @@ def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray |
     codec = load_codec_of(vs)
     if vs.kind == "student":
         itself = (vs.folder, vs.name, vs.record) == own.origin
-        return StreamTimer(vs, codec, cfg, image, SpeedConfig(device=own.speed.device) if itself else own.speed)
+        return StreamTimer(vs, codec, cfg, image, own.speed.beside if itself else own.speed)
     with own.open() as session:
         return ClipTimer(vs, codec, cfg, session.given, own.speed)
 
@@ -340,15 +337,14 @@ def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
     """
     if speed.keeps(bundle.net):
         return bundle
-    if not isinstance(bundle.net, VideoDiT) and speed == SpeedConfig(device=speed.device, precision=speed.precision):
-        return named(bundle, speed, copy.deepcopy(bundle.net).to(speed.where, speed.dtype))
-    if not isinstance(bundle.net, VideoDiT):
+    if isinstance(bundle.net, VideoDiT):
+        return named(bundle, speed, bundle.net.faster(frames * bundle.shape.tokens_per_frame, *speed.how))
+    if not speed.plain:
         raise ValueError(
             f"{bundle.name} is a {type(bundle.net).__name__}, which cannot be compiled or get other linear layers, and "
             "both sides must run alike: leave --compile and --linears out, or bench without --vs"
         )
-    tokens = frames * bundle.shape.tokens_per_frame
-    return named(bundle, speed, bundle.net.faster(tokens, *speed.how))
+    return named(bundle, speed, copy.deepcopy(bundle.net).to(speed.where, speed.dtype))
 
 
 def summary(

@@ -251,9 +251,8 @@ def random_bench(
         progress(0.0, "warming up")
         own = Contender(cfg, bundle, speed)
         own.round()
-        plain = SpeedConfig(device=own.speed.device)
-        rival = bundle if vs is None and own.speed != plain else vs
-        other = Contender(cfg, rival, plain) if rival else None
+        rival = bundle if vs is None and own.speed != own.speed.beside else vs
+        other = Contender(cfg, rival, own.speed.beside) if rival else None
         if other:
             other.round()
         for number in range(1, cfg.rounds + 1):

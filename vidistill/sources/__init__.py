@@ -1,7 +1,10 @@
 """Where clips come from: each source returns `Episode`s, captioned or plain clips."""
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,17 @@ def split_seeds(split: str, num: int, splits: Mapping[str, int] = SPLITS) -> ran
     if not 0 <= num <= HELD_OUT_SEED:
         raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
     return range(splits[split], splits[split] + num)
+
+
+def in_order(pool: Executor, jobs: Iterable[Callable[[], Any]], ahead: int) -> Iterator[Any]:
+    """What the jobs return, in order; no more than `ahead` are made before somebody takes the oldest."""
+    waiting: deque[Future[Any]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -11,10 +12,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from vidistill.sources import HELD_OUT_SEED, Episode, split_seeds
+from vidistill.sources import HELD_OUT_SEED, Episode, in_order, split_seeds
 from vidistill.sources.doom_world import (
     LAYOUTS,
     UNITS_PER_DELTA,
@@ -357,13 +359,8 @@ def record_many(
             yield from _record_some(cfg, part, num_frames)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: deque = deque()
-        for part in parts:
-            waiting.append(pool.submit(_record_list, cfg, part, num_frames))
-            if len(waiting) > workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+        jobs = (partial(_record_list, cfg, part, num_frames) for part in parts)
+        yield from itertools.chain.from_iterable(in_order(pool, jobs, workers))
 
 
 def _record_list(cfg, seeds, num_frames) -> list[Episode]:

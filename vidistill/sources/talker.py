@@ -1,16 +1,16 @@
 """Talking faces: people drawn at random who speak sentences that espeak-ng says, and listen in between."""
 
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from vidistill.audio import AudioConfig, from_pcm16, to_pcm16
-from vidistill.sources import HELD_OUT_SEED, Talk, split_seeds
+from vidistill.sources import HELD_OUT_SEED, Talk, in_order, split_seeds
 from vidistill.sources.talker_face import IDENTITY, MOODS, Pose, draw, read_mouth
 from vidistill.speech import RATE, REST, TRACK, VOICES, Speaker, Voice, speaker
 from vidistill.video import save_png
@@ -206,13 +206,7 @@ def record_many(cfg: TalkerConfig, seeds: Iterable[int], workers: int = 1) -> It
         yield from (record(cfg, seed) for seed in seeds)
         return
     with ProcessPoolExecutor(workers) as pool:
-        waiting: deque[Future[Talk]] = deque()
-        for seed in seeds:
-            waiting.append(pool.submit(record, cfg, seed))
-            if len(waiting) > 4 * workers:  # no more are made ahead than that
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order(pool, (partial(record, cfg, seed) for seed in seeds), 4 * workers)
 
 
 def measures(clip: Talk, cfg: TalkerConfig) -> dict[str, float]:

@@ -40,11 +40,20 @@ class SpeedConfig:
     def dtype(self) -> torch.dtype:
         return working_dtype(self.precision, self.where)
 
+    @property
+    def plain(self) -> bool:
+        """Whether layers run as they are."""
+        return self.linears == "plain" and not self.compile
+
+    @property
+    def beside(self) -> "SpeedConfig":
+        """What shows how much this gains: everything plain, on the same device."""
+        return SpeedConfig(device=self.device)
+
     def keeps(self, net: nn.Module) -> bool:
         """Whether a network runs so as it is."""
         weight = next(net.parameters())
-        as_it_is = (weight.device, weight.dtype) == (self.where, self.dtype)
-        return as_it_is and self.linears == "plain" and not self.compile
+        return self.plain and (weight.device, weight.dtype) == (self.where, self.dtype)
 
     @property
     def how(self) -> tuple[str, bool, torch.device, torch.dtype]:

@@ -28,7 +28,7 @@ class LTX(nn.Module):
 
     def compile_regions(self) -> None:
         """Compile each block as a whole."""
-        for (block,) in self.units:
+        for block in self.net.transformer_blocks:
             block.compile()
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:

@@ -99,9 +99,8 @@ class TextCache:
             hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
         hidden = hidden[: int(batch.attention_mask[0].sum())]
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.path(prompt).with_suffix(
-            f".{os.getpid()}-{threading.get_ident()}.tmp"
-        )  # others may store it, too
+        own = f".{os.getpid()}-{threading.get_ident()}.tmp"  # others may store the same prompt
+        partial = self.path(prompt).with_suffix(own)
         save_file({"tokens": hidden.cpu().contiguous()}, partial)
         partial.replace(self.path(prompt))
 
