@@ -1,13 +1,15 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
 from tiny_text import write_world
 
 from vidistill import checkpoint, cli, frontier, trainer
+from vidistill.checkpoint import Bundle
 from vidistill.config import load_config
-from vidistill.frontier import FrontierConfig
+from vidistill.frontier import FrontierConfig, with_schedule
+from vidistill.schedules import ScheduleConfig
 from vidistill.stage import TrainConfig
 
 
@@ -114,3 +116,14 @@ def test_every_stage_trains_on_captions(recipe):
     (recipe / "stage.yaml").write_text(yaml.safe_dump({**stage, "init": None, "dit": {"channels": 4, "text_dim": 9}}))
     with pytest.raises(ValueError, match="9 numbers a token"):
         trainer.train(load_config(TrainConfig, recipe / "stage.yaml"))
+
+
+def test_a_cell_runs_every_field_of_the_schedule_it_names():
+    record = {"schedule": asdict(ScheduleConfig(levels=(1.0, 0.5), pattern="21", given_chunks=1))}
+    student = Bundle("student", "student", None, record)
+    asked = ScheduleConfig(
+        name="rolling", levels=(1.0, 0.9, 0.7), context="noised", context_sigma=0.1, exit="none", given_chunks=0
+    )
+    assert with_schedule(student, asked).schedule == replace(asked, given_chunks=1)
+    asked = ScheduleConfig(steps=((1.0, 0.5), (1.0,)), told=((0.9, 0.4), (0.8,)), exit="per_chunk", rewarm=2)
+    assert with_schedule(student, asked).schedule == replace(asked, given_chunks=1)

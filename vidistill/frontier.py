@@ -95,10 +95,9 @@ def tuned(cfg: FrontierConfig, name: str) -> Bundle:
 
 
 def with_schedule(student: Bundle, schedule: ScheduleConfig) -> Bundle:
-    """The same weights run by another schedule."""
-    seen = {"context": schedule.context, "context_sigma": schedule.context_sigma}
-    changed = {"levels": list(schedule.levels), "pattern": schedule.pattern, "steps": [], "told": [], **seen}
-    return replace(student, record={**student.record, "schedule": {**student.record["schedule"], **changed}})
+    """The same weights run by another schedule; which chunks are given stays the student's own."""
+    given = student.schedule.given_chunks
+    return replace(student, record={**student.record, "schedule": {**asdict(schedule), "given_chunks": given}})
 
 
 def row_of(cfg: FrontierConfig, name: str, student: Bundle) -> dict[str, Any]:
