@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_nets import chunk_levels, clip, condition, tiny_student
 
-from vidistill.memory import MemoryConfig
+from vidistill.memory import POLICIES, MemoryConfig
 from vidistill.student import StudentConfig
 
 
@@ -42,19 +42,50 @@ def test_the_teacher_forcing_mask_is_written_out():
     ]
 
 
-def test_teacher_forcing_equals_a_noisy_chunk_after_clean_memory():
-    student = tiny_student()
-    clean, x, cond = clip(seed=5), clip(seed=6), condition()
-    sigma, zero = chunk_levels(student, 9), torch.zeros(1, 9)
-    memory, parts = student.new_memory(1), []
+def keep_every_other(kept, incoming, cfg):
+    """A policy that is not bundled: of what does not fit, every other frame goes first."""
+    excess = max(0, len(kept) + incoming - cfg.frames)
+    return sorted([*kept[1::2], *kept[::2]][:excess])
+
+
+MEMORIES = {
+    "full": MemoryConfig("full", frames=15),
+    "window": MemoryConfig("window", frames=6),
+    "window, sinks": MemoryConfig("window", frames=6, sinks=2),
+    "window, sinks across chunks": MemoryConfig("window", frames=8, sinks=4),
+    "window, absolute sinks": MemoryConfig("window", frames=6, sinks=2, phase="absolute"),
+    "compressed": MemoryConfig("compressed", frames=3, history=12, pattern=(1, 2, 2)),
+    "compressed, absolute": MemoryConfig("compressed", frames=3, history=12, pattern=(1, 2), phase="absolute"),
+    "endless": MemoryConfig("endless", frames=3, history=12, pattern=(1, 2, 2)),
+    "strided": ("strided", {"frames": 7}),
+    "strided, sinks": ("strided", {"frames": 8, "sinks": 1}),
+}
+
+
+def test_every_policy_is_held_to_its_mask():
+    assert set(POLICIES) <= {cfg.policy for cfg in MEMORIES.values() if isinstance(cfg, MemoryConfig)}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_teacher_forcing_equals_a_noisy_chunk_after_clean_memory(name, monkeypatch):
+    monkeypatch.setitem(POLICIES, "strided", keep_every_other)
+    cfg = MEMORIES[name]
+    student = tiny_student(cfg if isinstance(cfg, MemoryConfig) else MemoryConfig(cfg[0], **cfg[1]))
+    frames = 15
+    clean, x, cond = clip(frames, seed=5), clip(frames, seed=6), condition(frames)
+    sigma, zero = chunk_levels(student, frames), torch.zeros(1, frames)
+    memory, forced, causal = student.new_memory(1), [], []
     with torch.no_grad():
-        forced = student.teacher_forced(x, sigma, cond, clean, zero)
-        for start in (0, 3, 6):
+        for start in range(0, frames, 3):
             here = slice(start, start + 3)
-            parts.append(student.velocity(x[:, here], sigma[:, here], cond, start=start, memory=memory))
-            student.velocity(clean[:, here], zero[:, here], cond, start=start, memory=memory)
+            forced.append(student.velocity(x[:, here], sigma[:, here], cond, start=start, memory=memory))
+            causal.append(student.velocity(clean[:, here], zero[:, here], cond, start=start, memory=memory))
             memory.commit()
-    assert (forced - torch.cat(parts, dim=1)).abs().max() < 1e-5
+        masked = student.teacher_forced(x, sigma, cond, clean, zero)
+        assert (masked - torch.cat(forced, dim=1)).abs().max() < 1e-5
+        assert (student.block_causal(clean, zero, cond) - torch.cat(causal, dim=1)).abs().max() < 1e-5
+        late = student.teacher_forced(x, sigma, cond, clean, zero, first=9)
+    assert (late[:, 9:] - masked[:, 9:]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kw", [{"chunk": 0}, {"first_chunk": -1}, {"chunk": 5, "memory": MemoryConfig("full", 4)}])

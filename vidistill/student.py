@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vidistill.conditioning import Condition, concat
 from vidistill.dit import DiTConfig, VideoDiT
-from vidistill.memory import ClipHistory, KVMemory, MemoryConfig, Pooling, Sketch
+from vidistill.memory import POLICIES, Again, ClipHistory, KVMemory, MemoryConfig, Pooling, Sketch, sink_times
 from vidistill.ops.masks import FrameMask
 from vidistill.shapes import LatentShape
 
@@ -127,19 +127,34 @@ class CausalStudent(nn.Module):
         lengths = [self.first_frame(c + 1) - self.first_frame(c) for c in range(chunks)]
         return torch.repeat_interleave(torch.arange(chunks), torch.tensor(lengths))
 
+    def kept_before(self, frames: int) -> list[tuple[range, list[int]]]:
+        """Frames of each chunk of a clip, and the earlier ones that its memory holds in full when the chunk starts."""
+        policy, kept, out = POLICIES[self.cfg.memory.policy], list[int](), []
+        for c in range(self.num_chunks(frames)):
+            own = range(self.first_frame(c), self.first_frame(c + 1))
+            dropped = policy(kept, len(own), self.cfg.memory)
+            kept = [f for f in kept if f not in dropped]
+            out.append((own, kept))
+            kept = [*kept, *own]
+        return out
+
     def causal_mask(self, frames: int) -> Tensor:
-        """Block-causal frame mask [F, F] with the reach of this student's memory (window and sinks).
+        """Block-causal frame mask [F, F] with the reach of this student's memory, whatever its policy.
 
         Source: Self Forcing 2506.08009, section 3; CausVid 2412.07772.
         """
-        chunk = self.chunk_of_frames(frames)
-        seen = chunk[None] <= chunk[:, None]
-        if self.cfg.memory.policy == "full":
-            return seen
-        end = torch.tensor([self.first_frame(int(c) + 1) for c in chunk])
-        key = torch.arange(frames)
-        recent = key[None] >= (end - (self.cfg.memory.frames - self.cfg.memory.sinks))[:, None]
-        return seen & (recent | (key < self.cfg.memory.sinks)[None])
+        seen = torch.zeros(frames, frames, dtype=torch.bool)
+        for own, kept in self.kept_before(frames):
+            seen[own.start : own.stop, [*kept, *own]] = True
+        return seen
+
+    def sink_shift(self, frames: int) -> Tensor:
+        """How many frames later than written [F] the sinks lie that a frame sees."""
+        shift = torch.zeros(frames, dtype=torch.long)
+        for own, kept in self.kept_before(frames):
+            times = sink_times(kept, own.start, self.cfg.memory)
+            shift[own.start : own.stop] = next((time - sink for sink, time in times.items()), 0)
+        return shift
 
     def older(self, frames: int) -> Tensor:
         """Frame mask [F, F] of what a chunk sees in compressed form: frames before it that have left its window."""
@@ -160,17 +175,36 @@ class CausalStudent(nn.Module):
         """Velocity [B, N, C, H, W] of `N` frames at `times`, each seeing those of `seen` [N, N] in full.
 
         Where the memory compresses, it also sees those of `older` [N, F], the first F of the frames, in compressed
-        form, as it will when streaming. Source: RELIC 2512.04040, hybrid forcing.
+        form, and where sinks move with the window it sees them there, as it will when streaming. Source: RELIC 2512.04040, hybrid forcing.
         """
-        memory = self.cfg.memory
-        times, seen, older = (t.to(x.device) for t in (times, seen, older))
-        kept = int(older.any(0).nonzero().max()) + 1 if memory.remembers and bool(older.any()) else 0
-        if not kept:
-            return self.net(x, sigma, cond, start=times, causal=seen)
-        clip = ClipHistory(times, kept, memory.pattern, self.pooling(memory), self.net.new_rotation())
-        n = self.shape.tokens_per_frame
-        columns = torch.cat((seen.repeat_interleave(n, 1), clip.columns(older)), dim=1)
-        return self.net(x, sigma, cond, memory=clip, causal=FrameMask(columns.repeat_interleave(n, 0)))
+        memory, frames = self.cfg.memory, older.shape[1]
+        again = self.compressed(older, times) if memory.remembers else self.moved_sinks(seen, times, frames)
+        if again and not memory.remembers:  # who sees a sink elsewhere does not see it where it was written
+            seen = seen.clone()
+            seen[self.sink_shift(frames)[times] > 0, : memory.sinks] = False
+        if not again:
+            return self.net(x, sigma, cond, start=times.to(x.device), causal=seen.to(x.device))
+        pooling = self.pooling(memory) if memory.remembers else Pooling("average", self.shape.grid)
+        clip = ClipHistory(times.to(x.device), again, pooling, self.net.new_rotation())
+        columns = torch.cat((seen.repeat_interleave(self.shape.tokens_per_frame, 1), clip.columns), dim=1)
+        mask = columns.repeat_interleave(self.shape.tokens_per_frame, 0).to(x.device)
+        return self.net(x, sigma, cond, memory=clip, causal=FrameMask(mask))
+
+    def compressed(self, older: Tensor, times: Tensor) -> list[Again]:
+        """The frames that anybody sees in compressed form, those of one factor together."""
+        by_factor: dict[int, list[int]] = {}
+        for f in range(int(older.any(0).nonzero().max()) + 1 if bool(older.any()) else 0):
+            by_factor.setdefault(self.cfg.memory.factor(f), []).append(f)
+        return [Again(fs, times[fs], older[:, fs], factor) for factor, fs in sorted(by_factor.items())]
+
+    def moved_sinks(self, seen: Tensor, times: Tensor, frames: int) -> list[Again]:
+        """The sinks at every other place where a chunk of the clip finds them: right before its window."""
+        shift, sinks = self.sink_shift(frames)[times], list(range(self.cfg.memory.sinks))
+        return [
+            Again(sinks, torch.tensor(sinks) + by, seen[:, sinks] & (shift == by)[:, None])
+            for by in shift.unique().tolist()
+            if by
+        ]
 
     def block_causal(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity of a clip [B, F, C, H, W] whose chunks see the chunks before them as far as the memory reaches."""

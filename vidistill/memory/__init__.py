@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidistill.memory.config import POLICIES, MemoryConfig, stream_memory
-from vidistill.memory.history import RELIC_PATTERN, ClipHistory, History, Rotate, Sketch, Stored, head_major
+from vidistill.memory.config import POLICIES, MemoryConfig, sink_times, stream_memory
+from vidistill.memory.history import RELIC_PATTERN, Again, ClipHistory, History, Rotate, Sketch, Stored, head_major
 from vidistill.memory.pooling import Pooling, frame_positions, num_cells
 from vidistill.memory.recall import Recall
 from vidistill.ops.memory_attention import Segment, joined
 
 __all__ = [
+    "POLICIES",
     "RELIC_PATTERN",
+    "Again",
     "ClipHistory",
     "KVMemory",
     "MemoryConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "Sketch",
     "Stored",
     "frame_positions",
+    "sink_times",
     "stream_memory",
 ]
 
@@ -389,16 +392,10 @@ class KVMemory:
 
     def _rephase_sinks(self) -> None:
         """Turn the sinks' keys so that they sit right before the oldest frame of the window."""
-        if self.cfg.phase == "absolute" or not self.cfg.sinks:
-            return
-        border = self._origin + self.cfg.sinks
-        sinks = [f for f in self.frames if f < border]
-        rest = [f for f in self.frames if f >= border]
-        first = rest[0] if rest else self._start
-        for i, frame in enumerate(sinks):
-            time = first - len(sinks) + i
-            if self._positions[frame] != time:
-                self._write_sink(frame, time)
+        kept, start = [f - self._origin for f in self.frames], self._start - self._origin
+        for sink, time in sink_times(kept, start, self.cfg).items():
+            if self._positions[self._origin + sink] != self._origin + time:
+                self._write_sink(self._origin + sink, self._origin + time)
 
     def _write_sink(self, frame: int, time: int) -> None:
         n, slot, sink = self.tokens_per_frame, self._slots.index(frame), frame - self._origin

@@ -37,6 +37,19 @@ REMEMBERING = ("compressed", "endless")  # policies under which frames that leav
 PHASES = ("relative", "absolute")
 
 
+def sink_times(kept: Sequence[int], start: int, cfg: "MemoryConfig") -> dict[int, int]:
+    """Times of the remembered sinks when a chunk starts at frame `start`: right before the window they lead.
+
+    Frames are counted from the first one since the last reset; `kept` are those in memory, in order. Empty where sinks
+    stay at the time they were written at.
+    """
+    if cfg.phase == "absolute":
+        return {}
+    sinks, rest = [f for f in kept if f < cfg.sinks], [f for f in kept if f >= cfg.sinks]
+    first = rest[0] if rest else start
+    return {f: first - len(sinks) + i for i, f in enumerate(sinks)}
+
+
 @dataclass(frozen=True)
 class MemoryConfig:
     """Layout x policy of a memory.

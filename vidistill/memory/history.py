@@ -267,21 +267,30 @@ class Sketch:
         return keys, values
 
 
+@dataclass(frozen=True, eq=False)
+class Again:
+    """Frames of a clip that are seen once more, as `frames` of a memory would be: coarser, or at other `times` [n].
+
+    `seen` [F, n] says which frames of the clip look at them there.
+    """
+
+    frames: list[int]
+    times: Tensor
+    seen: Tensor
+    factor: int = 1
+
+
 class ClipHistory(Sketch):
-    """The memory of a clip that is seen in one masked forward: behind the keys of its frames, those of its first
-    `frames` frames again in compressed form, with gradient. `times` [F] are those of all frames of the forward.
+    """The memory of a clip that is seen in one masked forward: behind the keys of its frames, those of some of them
+    `again`, with gradient. `times` [F] are those of all frames of the forward.
 
     Source: RELIC 2512.04040, hybrid forcing.
     """
 
-    def __init__(self, times: Tensor, frames: int, factors: Sequence[int], pooling: Pooling, rotate: Rotate) -> None:
-        self._times, self._pooling, self._rotate = times, pooling, rotate
+    def __init__(self, times: Tensor, again: Sequence[Again], pooling: Pooling, rotate: Rotate) -> None:
+        self._times, self._again, self._pooling, self._rotate = times, again, pooling, rotate
         self._tokens = pooling.grid[0] * pooling.grid[1]
-        by_factor: dict[int, list[int]] = {}
-        for f in range(frames):
-            by_factor.setdefault(factors[f % len(factors)], []).append(f)
-        self.groups = sorted(by_factor.items())
-        self._positions = {s: frame_positions(times[fs], pooling.grid, s) for s, fs in self.groups}
+        self._positions = [frame_positions(part.times, pooling.grid, part.factor) for part in again]
 
     def begin(self, start: int, frames: int, poses: Tensor | None = None) -> Tensor:
         return self._times
@@ -289,20 +298,21 @@ class ClipHistory(Sketch):
     def recall(self) -> "ClipHistory":
         return self
 
-    def columns(self, seen: Tensor) -> Tensor:
-        """Token mask [F, S] of the compressed keys, for `seen` [F, frames]: who may look at which old frame."""
-        parts = [seen[:, fs].repeat_interleave(num_cells(self._pooling.grid, s), 1) for s, fs in self.groups]
-        return torch.cat(parts, dim=1) if parts else seen[:, :0]
+    @property
+    def columns(self) -> Tensor:
+        """Token mask [F, S] of the keys behind those of the clip."""
+        return torch.cat(
+            [part.seen.repeat_interleave(num_cells(self._pooling.grid, part.factor), 1) for part in self._again], dim=1
+        )
 
     def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The clip's own keys and values [B, S, h, d] and the compressed ones behind them."""
+        """The clip's own keys and values [B, S, h, d] and those that are seen again behind them."""
         assert raw is not None
-        frames, n = raw.unflatten(1, (-1, self._tokens)), self._tokens
-        shown, batch = values.unflatten(1, (-1, n)), raw.shape[0]
-        for factor, index in self.groups:
-            k, v = (x[:, index].flatten(0, 1) for x in (frames, shown))
-            k, v = self._pooling(layer, k, v, factor)
-            k, v = (x.unflatten(0, (batch, -1)).flatten(1, 2) for x in (k, v))
-            keys = torch.cat((keys, self._rotate(k, self._positions[factor], False)), dim=1)
+        frames, shown = (x.unflatten(1, (-1, self._tokens)) for x in (raw, values))
+        for part, positions in zip(self._again, self._positions, strict=True):
+            k, v = (x[:, part.frames].flatten(0, 1) for x in (frames, shown))
+            k, v = self._pooling(layer, k, v, part.factor)
+            k, v = (x.unflatten(0, (raw.shape[0], -1)).flatten(1, 2) for x in (k, v))
+            keys = torch.cat((keys, self._rotate(k, positions, False)), dim=1)
             values = torch.cat((values, v), dim=1)
         return keys, values
