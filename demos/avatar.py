@@ -11,11 +11,11 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from vidistill import speech
-from vidistill.audio import from_pcm16, to_pcm16
 from vidistill.checkpoint import load_codec_of, load_student, start_pictures, talks
-from vidistill.stream import StreamConfig, StreamSession
-from vidistill.video import check_film, contact_sheet, read_image, save_png, write_video
+from vidistill.conditioning.audio import from_pcm16, to_pcm16
+from vidistill.io import check_film, contact_sheet, read_image, save_png, write_video
+from vidistill.streaming.session import StreamConfig, StreamSession
+from vidistill.worlds.talker import speech
 
 
 def recorded(path: Path) -> np.ndarray:

@@ -3,7 +3,7 @@
 import argparse
 import webbrowser
 
-from vidistill.serve import serve
+from vidistill.serve.app import serve
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 from vidistill.checkpoint import listens, load_codec_of, load_student
-from vidistill.conditioning import parse_cues
-from vidistill.stream import StreamConfig, StreamSession
-from vidistill.video import check_film, contact_sheet, save_png, write_video
+from vidistill.conditioning.script import parse_cues
+from vidistill.io import check_film, contact_sheet, save_png, write_video
+from vidistill.streaming.session import StreamConfig, StreamSession
 
 
 def main() -> None:

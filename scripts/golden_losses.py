@@ -11,16 +11,15 @@ from golden_rollouts import Run, live, variant_memory
 from parity import Draws, Golden
 from torch import Tensor
 
-from vidistill.conditioning import Condition
-from vidistill.data import Batch
-from vidistill.diffusion import v_from
-from vidistill.dit import VideoDiT
+from vidistill.conditioning.condition import Condition
+from vidistill.data.types import Batch
+from vidistill.diffusion import LatentShape, v_from
 from vidistill.interop.tables import GRID, TableSchedule, TableScore, on_table, warp_timestep
-from vidistill.objectives import LossConfig, Roles, critic_flow, dmd, masked_mse, pull, score_difference, sid
+from vidistill.models.dit import VideoDiT
+from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.rollout import rollout
 from vidistill.schedules import Pass, ScheduleConfig, chunk_passes, context_pass, exit_at
-from vidistill.shapes import LatentShape
-from vidistill.student import CausalStudent, StudentConfig
+from vidistill.training.losses import LossConfig, Roles, critic_flow, dmd, masked_mse, pull, score_difference, sid
 
 LEAK = "gradient of later chunks leaks into earlier ones through the cache; our history is frozen (grad_detached)"
 

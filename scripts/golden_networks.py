@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from parity import Golden
 from torch import Tensor
 
-from vidistill.conditioning import Condition
-from vidistill.dit import VideoDiT
+from vidistill.conditioning.condition import Condition
+from vidistill.diffusion import LatentShape
 from vidistill.interop.keys import State, bare, build, infer_config, original_key, to_ours
 from vidistill.interop.tables import TableSchedule
-from vidistill.memory import MemoryConfig
-from vidistill.shapes import LatentShape
-from vidistill.student import CausalStudent, StudentConfig
+from vidistill.memory.policies import MemoryConfig
+from vidistill.models.dit import VideoDiT
+from vidistill.models.student import CausalStudent, StudentConfig
 
 
 def network(weights: State, arch: dict[str, Any], prefix: str = "") -> VideoDiT:

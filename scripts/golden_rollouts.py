@@ -10,13 +10,14 @@ from golden_networks import network, text
 from parity import Golden
 from torch import Tensor
 
-from vidistill.conditioning import Condition, pack_audio
+from vidistill.conditioning.condition import Condition, pack_audio
+from vidistill.diffusion import LatentShape
 from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table
-from vidistill.memory import KVMemory, MemoryConfig
+from vidistill.memory.cache import KVMemory
+from vidistill.memory.policies import MemoryConfig
+from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.rollout import reencode, rollout
 from vidistill.schedules import Pass, ScheduleConfig, chunk_passes, context_pass
-from vidistill.shapes import LatentShape
-from vidistill.student import CausalStudent, StudentConfig
 
 OVERSIZED_SINK = (
     "LongLive sink larger than a chunk: chunk 0 attends to unwritten slots, and sinks that a later chunk writes keep "

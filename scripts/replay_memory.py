@@ -16,15 +16,15 @@ from dataclasses import replace
 
 import torch
 
-from vidistill.conditioning import MOVE_SITE, POSE_SITE, Condition
+from vidistill.conditioning.condition import MOVE_SITE, POSE_SITE, Condition
 from vidistill.config import load_config
-from vidistill.data import Batch
-from vidistill.dit import VideoDiT
-from vidistill.long import LongRollout, replayed_backward
+from vidistill.data.types import Batch
+from vidistill.diffusion import LatentShape
+from vidistill.models.dit import VideoDiT
+from vidistill.models.student import CausalStudent
 from vidistill.ops.precision import fast_float32
-from vidistill.shapes import LatentShape
-from vidistill.stage import TrainConfig
-from vidistill.student import CausalStudent
+from vidistill.training.config import TrainConfig
+from vidistill.training.on_policy import LongRollout, replayed_backward
 
 KIB = 1024  # ru_maxrss is in KiB on Linux
 

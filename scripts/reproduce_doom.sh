@@ -19,8 +19,8 @@ stage() { # name config [out]: train, then bundle; a stage that refines a checkp
 frames() { vidistill data doom data/doom/frames --episodes 640; vidistill data doom data/doom-heldout/frames --split held_out --episodes 64; }
 starts() { # pictures to begin from: frames of held-out walks
   python - <<'PYTHON'
-from vidistill.data import Clips
-from vidistill.video import save_png
+from vidistill.data.clips import Clips
+from vidistill.io import save_png
 
 frames = Clips("data/doom-heldout/frames").tensors["frames"]
 for k, (walk, t) in enumerate([(60, 4), (43, 4), (54, 0), (57, 0), (38, 0), (47, 0), (49, 0), (36, 0)]):
@@ -30,7 +30,7 @@ PYTHON
 codec() { stage doom-codec configs/doom/codec.yaml; }
 decoder() { stage doom-codec configs/doom/codec-decoder.yaml runs/decoder; } # latents stay as they are
 probe() { # the judge of vidistill eval
-  [ -f vidistill/zoo/probes/doom-probe.json ] || python -c 'from vidistill.probes import make_probe; print(make_probe("data/doom/frames", "data/doom-heldout/frames", "vidistill/zoo/probes/doom-probe"))'
+  [ -f vidistill/zoo/probes/doom-probe.json ] || python -c 'from vidistill.evaluation.probes import make_probe; print(make_probe("data/doom/frames", "data/doom-heldout/frames", "vidistill/zoo/probes/doom-probe"))'
 }
 latents() { vidistill data doom data/doom/latents --episodes 768 --codec doom-codec; }
 teacher() {

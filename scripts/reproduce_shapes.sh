@@ -15,7 +15,7 @@ stage() { # name config [out]: train, then bundle; a stage that refines a checkp
 frames() { vidistill data shapes data/shapes/frames --episodes 512; vidistill data shapes data/shapes-heldout/frames --split held_out --episodes 64; vidistill data shapes data/shapes-judge/frames --split judge --episodes 8192 --frames 8; }
 codec() { stage shapes-codec configs/shapes/codec.yaml; }
 probe() { # the judge of vidistill eval
-  [ -f vidistill/zoo/probes/shapes-probe.json ] || python -c 'from vidistill.probes import SHAPES_PROBE, make_probe; print(make_probe("data/shapes-judge/frames", "data/shapes-heldout/frames", "vidistill/zoo/probes/shapes-probe", cfg=SHAPES_PROBE))'
+  [ -f vidistill/zoo/probes/shapes-probe.json ] || python -c 'from vidistill.evaluation.probes import SHAPES_PROBE, make_probe; print(make_probe("data/shapes-judge/frames", "data/shapes-heldout/frames", "vidistill/zoo/probes/shapes-probe", cfg=SHAPES_PROBE))'
 }
 latents() { vidistill data shapes data/shapes/latents --episodes 2048 --frames 81 --codec shapes-codec; }
 teacher() { stage shapes-teacher configs/shapes/teacher.yaml; }

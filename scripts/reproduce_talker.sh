@@ -19,7 +19,7 @@ latents() { # a fifth of the clips has something wrong, as collected video has
   vidistill data talker data/talker-heldout/latents --split held_out --episodes 64 --codec talker-codec
 }
 starts() { # pictures to begin from: held-out people
-  python -c 'from pathlib import Path; from vidistill.sources.talker import write_starts; write_starts(Path("vidistill/zoo/talker-starts"), 6)'
+  python -c 'from pathlib import Path; from vidistill.worlds.talker.recorder import write_starts; write_starts(Path("vidistill/zoo/talker-starts"), 6)'
 }
 teacher() { stage talker-teacher configs/talker/teacher.yaml; }
 init() { train talker-init configs/talker/init.yaml; }

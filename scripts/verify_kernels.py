@@ -21,7 +21,8 @@ ARCHITECTURES = {"hopper": (90, 227 * 1024), "ada": (89, 99 * 1024)}  # compute 
 
 def parity(device: str) -> dict[str, bool]:
     """Kernel -> whether all its cases agree with the reference; prints a line for each kernel and for each failure."""
-    from vidistill.ops.parity import cases, traced
+    from kernel_parity import cases, traced
+
     from vidistill.ops.tuning import config
 
     worst: dict[str, list[float]] = {}
@@ -45,10 +46,11 @@ Timed = tuple[str, str, Run, Callable[[], object]]  # kernel, case, launch with 
 
 
 def timed_attention(device: str) -> Iterator[Timed]:
-    from vidistill.ops import triton_attention as kernels
+    from kernel_parity import masks
+
     from vidistill.ops.attention import sdpa
+    from vidistill.ops.kernels import attention as kernels
     from vidistill.ops.masks import FrameMask
-    from vidistill.ops.parity import masks
 
     half = {"device": device, "dtype": torch.bfloat16}
     for frames, tokens, heads, dim in ((21, 168, 6, 64), (9, 1560, 12, 128)):
@@ -78,7 +80,7 @@ def timed_attention(device: str) -> Iterator[Timed]:
 
 
 def timed_memory(device: str) -> Iterator[Timed]:
-    from vidistill.ops import triton_memory, triton_quant
+    from vidistill.ops.kernels import memory, quant
     from vidistill.ops.memory_attention import Segment, attend, kernel_arguments
     from vidistill.ops.quant import append, empty, quantise
     from vidistill.ops.rope import rope_table
@@ -94,7 +96,7 @@ def timed_memory(device: str) -> Iterator[Timed]:
             yield (
                 "memory_attention",
                 f"{name}, sinks 3 + window 18 of {tokens} tokens, turned at read",
-                lambda c, a=(q, *args, out): triton_memory.launch(*a, c),
+                lambda c, a=(q, *args, out): memory.launch(*a, c),
                 lambda a=(q, parts): attend(*a),
             )
         stores = [empty((1, 21 * tokens, heads, dim), device=device) for _ in range(2)]
@@ -103,13 +105,14 @@ def timed_memory(device: str) -> Iterator[Timed]:
         yield (
             "append",
             f"3 frames of {tokens} tokens, int8",
-            lambda c, a=(q, q, *flat, where): triton_quant.launch(*a, c),
+            lambda c, a=(q, q, *flat, where): quant.launch(*a, c),
             lambda s=stores, x=q, w=where: [append(y, x, w) for y in s],
         )
 
 
 def timed_fused(device: str) -> Iterator[Timed]:
-    from vidistill.ops import fused, triton_fused
+    from vidistill.ops import fused
+    from vidistill.ops.kernels import fused as kernels
     from vidistill.ops.rope import rope_table
 
     half = {"device": device, "dtype": torch.bfloat16}
@@ -125,13 +128,13 @@ def timed_fused(device: str) -> Iterator[Timed]:
         yield (
             "norm_rope",
             f"{3 * tokens} tokens of {width}, queries and keys (against torch.compile)",
-            lambda c, a=(flat, flat, weight, weight, table, *outs, heads, 1e-6): triton_fused.launch_norm_rope(*a, c),
+            lambda c, a=(flat, flat, weight, weight, table, *outs, heads, 1e-6): kernels.launch_norm_rope(*a, c),
             lambda a=(flat, weight, table, heads, 1e-6): [norm_rope(*a) for _ in range(2)],
         )
         yield (
             "modulation",
             f"{3 * tokens} tokens of {width}, modulated norm (against torch.compile)",
-            lambda c, a=(x, rows, rows, y, 1e-6): triton_fused.launch_modulated_norm(*a, c),
+            lambda c, a=(x, rows, rows, y, 1e-6): kernels.launch_modulated_norm(*a, c),
             lambda a=(x, shift, shift, 1e-6): modulated(*a),
         )
 
@@ -165,7 +168,7 @@ def main() -> int:
     parser.add_argument("--build", action="store_true", help="compile every row for Hopper and Ada")
     args = parser.parse_args()
     if args.build:
-        from vidistill.ops.triton_build import build
+        from kernel_build import build
 
         return 0 if build(ARCHITECTURES) else 1
     device = "cuda" if torch.cuda.is_available() else "cpu"

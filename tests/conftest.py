@@ -8,10 +8,11 @@ import torch
 
 from vidistill import checkpoint
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
-from vidistill.dit import DiTConfig, SiteConfig, VideoDiT
-from vidistill.memory import MemoryConfig
-from vidistill.shapes import LatentShape
-from vidistill.student import CausalStudent, StudentConfig
+from vidistill.diffusion import LatentShape
+from vidistill.memory.policies import MemoryConfig
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import DiTConfig, SiteConfig
+from vidistill.models.student import CausalStudent, StudentConfig
 
 ACTIONS = ("turn_left", "turn_right", "forward", "backward")
 SIDE = 16  # px; 4x4 latents of 4 channels, one for 4 px frames

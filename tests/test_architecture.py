@@ -16,115 +16,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vidistill"
 
-# Section 3 of DESIGN.md. A folder is one module; a row "folder/file" replaces the folder's row for that file.
-ANYTHING = {"*"}
-BENCH = {"stream", "sampling", "teachers", "checkpoint", "metrics", "shapes"}
-ARROWS: dict[str, set[str]] = {
-    # L0
-    "shapes": set(),
-    "schedules": set(),
-    "config": set(),
-    "distributed": {"ops"},
-    "lora": set(),
-    "video": set(),
-    "ops": set(),
-    "zoo": set(),
-    "text": set(),
-    "diffusion": {"shapes"},
-    "metrics": {"shapes"},
-    "poses": set(),
-    "audio": set(),
-    "speech": set(),
-    "curation": set(),
-    "conditioning": {"audio", "poses", "shapes"},
-    "memory": {"ops", "shapes"},
-    "codecs": {"shapes"},
-    # L1
-    "dit": {"memory", "ops", "conditioning", "diffusion", "shapes"},
-    "student": {"dit", "memory", "ops", "diffusion", "conditioning", "shapes"},
-    "interop": {"dit", "memory", "schedules", "diffusion", "conditioning", "shapes"},
-    "teachers": {"dit", "diffusion", "conditioning", "shapes"},
-    "teachers/wan": {"dit", "diffusion", "conditioning", "shapes", "interop"},
-    # L2
-    "rollout": {"student", "memory", "schedules", "conditioning", "diffusion", "shapes"},
-    "sampling": {"diffusion", "conditioning", "shapes"},
-    "objectives": {"sampling", "student", "conditioning", "diffusion", "metrics", "shapes"},
-    "checkpoint": {"student", "codecs", "teachers", "interop", "zoo", "config", "shapes", "conditioning", "text"}
-    | {"diffusion", "dit", "schedules"},
-    "data": {"audio", "curation", "poses", "sources", "conditioning", "shapes", "video"},
-    "learner": {"ops"},
-    "sources": {"audio", "speech", "conditioning", "shapes", "video"},
-    # L3
-    "convert": {"checkpoint", "interop", "student", "teachers", "audio", "conditioning", "diffusion", "shapes"},
-    "trainer": {"objectives", "long", "learner", "rollout", "schedules", "teachers", "student", "data", "codecs"}
-    | {"checkpoint", "sampling", "dit", "conditioning", "diffusion", "metrics", "distributed", "shapes"}
-    | {"journal", "lora", "ops", "stage", "watch"},
-    "watch": {"objectives", "rollout", "schedules", "student", "data", "sources", "metrics"},
-    "stage": {
-        "ops",
-        "watch",
-        "conditioning",
-        "poses",
-        "objectives",
-        "schedules",
-        "student",
-        "dit",
-        "codecs",
-        "learner",
-        "distributed",
-        "lora",
-    },
-    "prepare": {"checkpoint", "data", "diffusion", "sampling", "conditioning", "poses", "teachers", "ops"},
-    "journal": {"checkpoint"},
-    "long": {"rollout", "schedules", "student", "memory", "data", "conditioning", "shapes"},
-    "roaming": {"conditioning", "memory", "poses"},
-    "stream": {
-        "roaming",
-        "rollout",
-        "schedules",
-        "student",
-        "memory",
-        "codecs",
-        "checkpoint",
-        "conditioning",
-        "ops",
-        "video",
-        "shapes",
-    },
-    "probes": {"checkpoint", "config", "data", "metrics", "ops", "sources", "video", "shapes"},
-    "report": {"video"},
-    # L4
-    "tally": {"metrics", "probes", "video", "shapes"},
-    "bench": BENCH | {"codecs", "conditioning", "dit", "memory", "ops", "rollout", "schedules"},
-    "dryrun": {
-        "watch",
-        "trainer",
-        "stage",
-        "stream",
-        "checkpoint",
-        "data",
-        "distributed",
-        "codecs",
-        "conditioning",
-        "config",
-    }
-    | {"dit", "interop", "lora", "objectives", "ops", "schedules", "shapes", "student", "teachers"},
-    "evaluate": BENCH
-    | {"tally", "report", "probes", "sources", "data", "video"}
-    | {"rollout", "schedules", "memory", "ops", "conditioning", "codecs", "poses"},
-    "adherence": {"evaluate", "tally", "report", "probes", "sources", "stream", "rollout", "sampling", "schedules"}
-    | {"checkpoint", "codecs", "conditioning", "metrics", "ops", "video"},
-    "avatar": {"evaluate", "report", "sources", "stream", "rollout", "sampling", "schedules", "checkpoint", "codecs"}
-    | {"conditioning", "data", "metrics", "audio", "video", "watch", "memory"},
-    "frontier": {"adherence", "evaluate", "trainer", "stage", "report", "checkpoint", "config", "schedules"},
-    "revisit": {"evaluate", "report", "probes", "sources", "data", "video", "checkpoint", "metrics"}
-    | {"memory", "ops", "conditioning", "poses", "codecs"},
-    "serve": {"audio", "speech", "stream", "checkpoint", "video", "shapes"},
-    "cli": ANYTHING,
-    "cli_data": ANYTHING,
-    "__main__": {"cli"},
-    "__init__": ANYTHING,
-}
+# Section 3 of DESIGN.md: a room may import its own layer and those below; no circle anywhere, and the first of a pair
+# of APART never imports the second.
+LAYERS = (
+    {"ops", "schedules", "diffusion", "metrics", "config", "io", "distributed", "conditioning", "codecs", "zoo"},
+    {"memory", "models"},
+    {"rollout", "sampling"},
+    {"interop", "teachers", "checkpoint"},
+    {"streaming", "data", "worlds"},
+    {"training"},
+    {"evaluation", "bench", "serve"},
+    {"cli", "__init__", "__main__"},
+)
+APART = (
+    ("training", "streaming"),
+    ("training", "worlds"),
+    ("data", "worlds"),
+    ("data", "streaming"),
+    ("streaming", "data"),
+    ("streaming", "worlds"),
+    ("worlds", "streaming"),
+)
+LAYER = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+TOP = len(LAYERS) - 2  # evaluation, bench and serve never import each other
 
 
 @dataclass(frozen=True)
@@ -135,7 +49,7 @@ class Extra:
     files: tuple[str, ...] = ("*",)
 
 
-HUB = ("teachers/*", "codecs/*", "conditioning", "conditioning/*", "audio")
+HUB = ("teachers/*", "codecs/*", "conditioning/*")
 OPTIONAL = {
     "diffusers": Extra("wan", HUB),
     "transformers": Extra("wan", HUB),
@@ -145,7 +59,7 @@ OPTIONAL = {
     "peft": Extra("lora"),
     "xformers": Extra("cuda", ("ops/*",)),
     "triton": Extra("cuda", ("ops/*",)),
-    "vizdoom": Extra("doom", ("sources/doom*",)),
+    "vizdoom": Extra("doom", ("worlds/doom/*",)),
     "fastapi": Extra("demo", ("serve/*",)),
     "starlette": Extra("demo", ("serve/*",)),
     "uvicorn": Extra("demo", ("serve/*",)),
@@ -159,7 +73,7 @@ OPTIONAL = {
 REQUIRED = {"torch", "numpy", "einops", "imageio", "av", "PIL", "safetensors", "tqdm", "rich"}
 ONLY_IN = {"omegaconf": "config"}  # required, but one module's business
 # A Triton kernel is decorated where it is defined: its file imports triton at the top, and is imported in functions.
-KERNELS = "ops/triton_*"
+KERNELS = "ops/kernels/*"
 NETWORK = ("requests", "urllib.request", "http.client", "httpx", "aiohttp", "huggingface_hub")
 DYNAMIC = {"importlib.import_module", "import_module", "__import__"}
 PICKLES = {"pickle", "dill", "joblib", "cloudpickle"}
@@ -195,7 +109,8 @@ class Source:
         return self.path.removeprefix(f"{PACKAGE}/").removesuffix(".py")
 
     @property
-    def module(self) -> str:
+    def room(self) -> str:
+        """The top of the path: a folder of the package, or a file beside them."""
         return self.file.split("/")[0]
 
     def at(self, line: int, message: str) -> str:
@@ -251,54 +166,78 @@ SOURCES = PACKAGE_SOURCES + [
     read(path) for path in TRACKED if path.suffix == ".py" and path.relative_to(ROOT).parts[0] in {"scripts", "demos"}
 ]
 PYTHON = [read(path) for path in TRACKED if path.suffix == ".py"]
-MODULES = {source.module for source in PACKAGE_SOURCES}
+ROOMS = {source.room for source in PACKAGE_SOURCES}
 
 
 # --- rules: each yields one line a violation, with what to do ---------------------------------------------------------
 
 
-def module_of(name: str, modules: set[str]) -> str | None:
-    """The package module an import reaches; "__init__" for a noun of the package itself, None for another package."""
+def room_of(name: str, rooms: set[str]) -> str | None:
+    """The room an import reaches; "__init__" for a noun of the package itself, None for another package."""
     parts = name.split(".")
     if parts[0] != PACKAGE:
         return None
-    if len(parts) == 1 or (parts[1] not in modules and parts[1] not in ARROWS):
+    if len(parts) == 1 or (parts[1] not in rooms and parts[1] not in LAYER):
         return "__init__"
     return parts[1]
 
 
-def arrows(source: Source, modules: set[str] = MODULES) -> Iterator[str]:
-    allowed = ARROWS.get(source.file, ARROWS.get(source.module))
-    if allowed is None:
+def layers(source: Source, rooms: set[str] = ROOMS) -> Iterator[str]:
+    if source.room not in LAYER:
         yield source.at(
             1,
-            f"module '{source.module}' has no row in ARROWS. If no module of DESIGN.md is the place for this code, "
-            "add the row deliberately: here, in section 3 of DESIGN.md, and with the reason in DECISIONS.md.",
+            f"room '{source.room}' stands in no layer. If no room of DESIGN.md is the place for this code, put it into "
+            "LAYERS here and into section 3 of DESIGN.md.",
         )
         return
+    level = LAYER[source.room]
     for used in source.imports:
-        target = module_of(used.name, modules)
-        if target in {None, source.module} or allowed == ANYTHING or used.name == f"{PACKAGE}.__version__":
+        target = room_of(used.name, rooms)
+        if target in {None, source.room} or level == len(LAYERS) - 1 or used.name == f"{PACKAGE}.__version__":
             continue
         if target == "__init__":
             yield source.at(used.line, f"import '{used.name}' from the module that defines it, not from the package.")
-        elif target not in allowed:
-            may = ", ".join(sorted(allowed)) or "nothing of the package"
+        elif LAYER.get(target, 0) > level or (level == TOP == LAYER.get(target, 0)) or (source.room, target) in APART:
             yield source.at(
                 used.line,
-                f"'{source.module}' may not import '{target}' (it may import: {may}). Pass the value in, or move the "
-                "code to the layer that may; a new arrow goes into ARROWS and DESIGN.md, its reason into DECISIONS.md.",
+                f"'{source.room}' may not import '{target}': a room imports its own layer or a lower one, never "
+                "the second of a pair of APART. Pass the value in, or move the code to the layer that may.",
             )
+
+
+def file_of(name: str, files: set[str]) -> str | None:
+    """The file an import of the package reads: a module, or the package whose `__init__` has the name."""
+    parts = name.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        path = "/".join(parts[:end])
+        if path in files or f"{path}/__init__" in files:
+            return path if path in files else f"{path}/__init__"
+    return None
+
+
+def imported(sources: list[Source], lazy: bool = True) -> dict[str, set[str]]:
+    """Which files of the package each file imports; without `lazy` those that come with it."""
+    files = {source.file for source in sources}
+    return {
+        source.file: {
+            found
+            for used in source.imports
+            if used.name.startswith(f"{PACKAGE}.") and (lazy or not used.lazy) and (found := file_of(used.name, files))
+        }
+        - {source.file}
+        for source in sources
+    }
 
 
 def optional_packages(source: Source) -> Iterator[str]:
     for used in source.imports:
         top = used.name.split(".")[0]
         if top == PACKAGE or top in sys.stdlib_module_names or top in REQUIRED:
-            if used.name.startswith(f"{PACKAGE}.ops.triton_") and not used.lazy:
+            kernel = used.name.startswith(f"{PACKAGE}.ops.kernels.") and not source.file.startswith("ops/kernels/")
+            if kernel and not used.lazy:
                 yield source.at(used.line, f"import '{used.name}' inside the function that uses it: it needs triton.")
         elif top in ONLY_IN:
-            if source.module != ONLY_IN[top]:
+            if source.file != ONLY_IN[top]:
                 yield source.at(used.line, f"'{top}' is imported only in {ONLY_IN[top]}.py; call that module instead.")
         elif top not in OPTIONAL:
             yield source.at(
@@ -321,7 +260,7 @@ def _optional(source: Source, used: Import, top: str, rule: Extra) -> Iterator[s
 
 
 def network(source: Source) -> Iterator[str]:
-    if source.module in {"teachers", "conditioning"}:
+    if source.room in {"teachers", "conditioning"}:
         return
     for used in source.imports:
         if any(used.name == name or used.name.startswith(f"{name}.") for name in NETWORK):
@@ -385,8 +324,16 @@ def check(rule, sources: list[Source]) -> None:
 # --- the project ------------------------------------------------------------------------------------------------------
 
 
-def test_modules_import_only_what_their_arrows_allow():
-    check(arrows, PACKAGE_SOURCES)
+def test_rooms_import_their_layer_or_a_lower_one():
+    check(layers, PACKAGE_SOURCES)
+
+
+def test_every_layer_names_rooms_that_are_there():
+    assert set(LAYER) - {"zoo"} <= ROOMS
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter(imported(PACKAGE_SOURCES)).prepare()  # CycleError names the circle
 
 
 def test_optional_packages_stay_behind_their_doors():
@@ -414,61 +361,41 @@ def test_no_file_names_a_path_of_one_machine():
     check(machine_paths, [read(path) for path in TRACKED if path.suffix in TEXT and path.name != "LICENSE"])
 
 
-def test_arrows_point_down_only():
-    files = {name: targets for name, targets in ARROWS.items() if targets != ANYTHING}
-    graph = {name: {target for target in targets if target != name} for name, targets in files.items()}
-    for name in files:
-        if "/" in name:  # a folder is as high as its highest file
-            graph[name.split("/")[0]] |= graph[name]
-    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
-    missing = {target for targets in graph.values() for target in targets} - set(ARROWS)
-    assert not missing, f"ARROWS points at modules without a row: {sorted(missing)}"
-
-
-def test_streaming_reaches_no_training_module():
-    reached, todo = set(), ["stream"]
+def test_streaming_loads_no_training():
+    graph, reached, todo = imported(PACKAGE_SOURCES), set(), ["streaming/session"]
     while todo:
-        name = todo.pop()
-        reached.add(name)
-        todo += [target for row, targets in ARROWS.items() if row.split("/")[0] == name for target in targets - reached]
-    training = {"trainer", "stage", "objectives", "data", "sources", "evaluate"}
-    assert not reached & training, f"stream can reach {sorted(reached & training)} through the modules it imports"
-    assert "teachers" not in ARROWS["stream"]
+        reached.add(name := todo.pop())
+        todo += graph[name] - reached
+    assert not {name for name in reached if name.split("/")[0] in {"training", "data", "worlds", "evaluation"}}
 
 
-def test_the_design_document_draws_the_same_arrows():
+def test_the_design_document_names_the_same_layers():
     text = (ROOT / PACKAGE / "DESIGN.md").read_text(encoding="utf-8")
-    drawn = dict(re.findall(r"^(?:L\d)?\s+([\w/]+) +-> (.+)$", text, flags=re.MULTILINE))
-    for name, targets in ARROWS.items():
-        words = {"*": "anything"} if targets == ANYTHING else {}
-        line = ", ".join(sorted(words.get(target, target) for target in targets)) or "nothing"
-        assert name in drawn, f"section 3 of DESIGN.md needs the line: {name} -> {line}"
-        got = {word.strip() for word in drawn[name].split(",")} - {"nothing"}
-        want = {words.get(target, target) for target in targets}
-        assert got == want, f"section 3 of DESIGN.md disagrees with ARROWS; it should say: {name} -> {line}"
-    assert not set(drawn) - set(ARROWS), f"ARROWS needs rows for {sorted(set(drawn) - set(ARROWS))}"
+    drawn = [set(re.findall(r"`(\w+)`", line)) for line in re.findall(r"^\| L\d \|([^|]+)\|", text, flags=re.MULTILINE)]
+    assert drawn == [rooms - {"zoo", "__init__", "__main__"} for rooms in LAYERS]
 
 
 # --- the rules themselves ---------------------------------------------------------------------------------------------
 
 BROKEN = [
-    (arrows, "stream", "from vidistill.trainer import train", "may not import 'trainer'"),
-    (arrows, "stream", "def f():\n    from .teachers import wan", "may not import 'teachers'"),
-    (arrows, "teachers/ltx", "from ..interop import wan", "may not import 'interop'"),
-    (arrows, "dit", "from vidistill import student", "may not import 'student'"),
-    (arrows, "dit", "import importlib\nimportlib.import_module('vidistill.stream')", "may not import 'stream'"),
-    (arrows, "dit", "from vidistill import Condition", "not from the package"),
-    (arrows, "helpers", "x = 1", "has no row"),
+    (layers, "streaming/engine", "from vidistill.training.trainer import train", "may not import 'training'"),
+    (layers, "training/trainer", "from vidistill.worlds import talker", "may not import 'worlds'"),
+    (layers, "bench/bench", "def f():\n    from vidistill.evaluation import report", "may not import 'evaluation'"),
+    (layers, "models/dit", "def f():\n    from ..teachers import wan", "may not import 'teachers'"),
+    (layers, "models/dit", "from vidistill import rollout", "may not import 'rollout'"),
+    (layers, "ops/rope", "import importlib\nimportlib.import_module('vidistill.memory')", "may not import 'memory'"),
+    (layers, "models/dit", "from vidistill import Condition", "not from the package"),
+    (layers, "helpers", "x = 1", "stands in no layer"),
     (optional_packages, "teachers/wan", "import diffusers", "inside the function"),
     (optional_packages, "ops/attention", "try:\n    import xformers\nexcept ImportError: ...", "inside the function"),
-    (optional_packages, "ops/attention", "from vidistill.ops.triton_attention import kernel", "inside the function"),
-    (optional_packages, "dit", "def f():\n    import triton", "imported only in ops/*"),
+    (optional_packages, "ops/attention", "from vidistill.ops.kernels.attention import kernel", "inside the function"),
+    (optional_packages, "models/dit", "def f():\n    import triton", "imported only in ops/*"),
     (optional_packages, "trainer", "from omegaconf import OmegaConf", "only in config.py"),
-    (optional_packages, "sources/folder", "def f():\n    import vizdoom", "imported only in sources/doom*"),
+    (optional_packages, "worlds/shapes", "def f():\n    import vizdoom", "imported only in worlds/doom/*"),
     (optional_packages, "cli", "def f():\n    import uvicorn", "imported only in serve/*"),
     (optional_packages, "metrics", "import pandas", "not a declared dependency"),
     (network, "zoo/__init__", "from urllib.request import urlopen", "reaches the network"),
-    (network, "data", "def f():\n    from huggingface_hub import hf_hub_download", "reaches the network"),
+    (network, "data/shards", "def f():\n    from huggingface_hub import hf_hub_download", "reaches the network"),
     (sizes, "dit", "\n" * 501, "501 lines"),
     (sizes, "dit", "def forward(self):\n" + "    x = 1\n" * 40, "forward has 41 lines, at most 40"),
     (sizes, "dit", "def f(self):\n" + "    x = 1\n" * 60, "f has 61 lines, at most 60"),
@@ -483,18 +410,18 @@ BROKEN = [
 ]
 
 SOUND = [
-    (arrows, "teachers/wan", "from vidistill.interop import wan"),
-    (arrows, "teachers/ltx", "from . import Teacher\nfrom .wan import load\nfrom ..dit import VideoDiT"),
-    (arrows, "bench", "from vidistill import __version__\nfrom vidistill.stream import StreamSession"),
-    (arrows, "cli", "def f():\n    from vidistill.serve import app"),
+    (layers, "teachers/wan", "from vidistill.interop import keys"),
+    (layers, "teachers/ltx", "from . import Teacher\nfrom .wan import load\nfrom ..models.dit import VideoDiT"),
+    (layers, "bench/bench", "from vidistill import __version__\nfrom vidistill.streaming.session import StreamSession"),
+    (layers, "cli/serve", "def f():\n    from vidistill.serve import app"),
     (optional_packages, "teachers/wan", "def f():\n    from diffusers import WanTransformer3DModel"),
     (optional_packages, "codecs/wan", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers"),
-    (optional_packages, "ops/triton_attention", "import triton\nimport triton.language as tl"),
-    (optional_packages, "ops/attention", "def f():\n    from vidistill.ops.triton_attention import kernel"),
-    (optional_packages, "sources/doom_play", "def f():\n    import vizdoom"),
+    (optional_packages, "ops/kernels/attention", "import triton\nimport triton.language as tl"),
+    (optional_packages, "ops/attention", "def f():\n    from vidistill.ops.kernels.attention import kernel"),
+    (optional_packages, "worlds/doom/play", "def f():\n    import vizdoom"),
     (optional_packages, "config", "from omegaconf import OmegaConf"),
     (network, "teachers/wan", "def f():\n    from huggingface_hub import snapshot_download"),
-    (network, "data", "from urllib.parse import quote"),
+    (network, "data/shards", "from urllib.parse import quote"),
     (sizes, "dit", "def forward(self):\n" + "    x = 1\n" * 39),
     (guesses, "dit", "getattr(cfg, name)\ngetattr(torch, 'float8', None)"),
     (pickles, "interop/wan", "torch.load(path, map_location='cpu', weights_only=True)"),

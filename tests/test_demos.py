@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_talker import write_talker
 
-from vidistill.audio import to_pcm16
-from vidistill.video import read_video, save_png
+from vidistill.conditioning.audio import to_pcm16
+from vidistill.io import read_video, save_png
 
 DEMOS = sorted((Path(__file__).parent.parent / "demos").glob("*.py"))
 

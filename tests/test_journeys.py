@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vidistill import checkpoint, video
-from vidistill.cli import main
+from vidistill import checkpoint, io
+from vidistill.cli.main import main
 
 pytest.importorskip("vizdoom", reason="recording needs the doom extra")
 
@@ -57,7 +57,7 @@ def test_a_world_goes_from_recording_to_a_streamed_video(chain: dict[str, str], 
     Image.new("RGB", (64, 64), (90, 160, 40)).save(image)
     run("generate", chain["selfforcing"], "-o", "walk.mp4", "--seconds", "2", "--image", str(image),
         "--action", "forward:8,turn_left:8")  # fmt: skip
-    film, fps = video.read_video("walk.mp4")
+    film, fps = io.read_video("walk.mp4")
     assert len(film) == 35 and abs(fps - 17.5) < 0.1
     capsys.readouterr()
     run("info", chain["selfforcing"], "--json")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vidistill import checkpoint
-from vidistill.cli import main
+from vidistill.cli.main import main
 
 NAMES = checkpoint.zoo_names()
 PROMISED = {

@@ -2,7 +2,7 @@
 
 import sys
 
-from vidistill.cli import main
+from vidistill.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from vidistill.codecs import GEOMETRIES, Codec, codec_record, load_codec, open_codec
 from vidistill.codecs.tiny import TinyCodec
-from vidistill.conditioning import Encode
+from vidistill.conditioning.condition import Encode
+from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import build
-from vidistill.diffusion import NoiseSchedule
-from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.diffusion import LatentShape, NoiseSchedule
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import DiTConfig
+from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.schedules import ScheduleConfig, evaluations
-from vidistill.shapes import LatentShape
-from vidistill.student import CausalStudent, StudentConfig
-from vidistill.teachers import load_teacher
-from vidistill.teachers.text import TextCache, cache_folder
-from vidistill.text import NgramConfig, Ngrams
+from vidistill.teachers.load import load_teacher
+from vidistill.teachers.text_encoder import TextCache, cache_folder
 
 FORMAT = 1
 KINDS = ("codec", "teacher", "student")

@@ -8,11 +8,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vidistill.conditioning import Condition
+from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import Draws, add_noise, randn_like, renoise, x0_from_v
-from vidistill.memory import KVMemory
+from vidistill.memory.cache import KVMemory
+from vidistill.models.student import CausalStudent
 from vidistill.schedules import Pass, ScheduleConfig, endless, finite
-from vidistill.student import CausalStudent
 
 Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, f, C, H, W]
 Conditions = Callable[[int, int], Condition]  # latent frames start, stop -> their condition

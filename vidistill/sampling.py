@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vidistill.conditioning import Condition, concat
+from vidistill.conditioning.condition import Condition, concat
 from vidistill.diffusion import Denoiser, euler, x0_from_v
 
 

@@ -11,12 +11,13 @@ import torch
 from vidistill.bench.machine import resident_bytes
 from vidistill.bench.result import Progress
 from vidistill.checkpoint import Bundle
-from vidistill.conditioning import Condition, Inputs
-from vidistill.memory import stream_memory
+from vidistill.conditioning.condition import Condition
+from vidistill.conditioning.controls import Inputs
+from vidistill.memory.policies import stream_memory
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import endless, finite
-from vidistill.stream import StreamSession
-from vidistill.stream.engine import Stopwatch
+from vidistill.streaming.engine import Stopwatch
+from vidistill.streaming.session import StreamSession
 
 WALK = ("forward", "turn_left", "turn_right")
 HELD_CHUNKS = 4  # chunks for which a walker does the same

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vidistill import __version__
-from vidistill.dit import DiTConfig
+from vidistill.models.layers import DiTConfig
 from vidistill.ops.attention import chosen
 from vidistill.ops.device import wait_for
 

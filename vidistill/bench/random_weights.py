@@ -16,9 +16,12 @@ from vidistill.bench.growth import batch_row, growth_rows
 from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, profile, threads
 from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
-from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import DiTConfig
 from vidistill.rollout import Drawn
-from vidistill.stream import Chunk, SpeedConfig, StreamConfig, StreamSession, faster
+from vidistill.streaming.engine import Chunk
+from vidistill.streaming.runtime import SpeedConfig, faster
+from vidistill.streaming.session import StreamConfig, StreamSession
 
 GROWTH_MINUTES = (1.0, 10.0, 60.0)
 

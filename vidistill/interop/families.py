@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vidistill.interop.tables import GRID, TableSchedule, diagonal_steps
-from vidistill.memory import MemoryConfig
+from vidistill.memory.policies import MemoryConfig
 from vidistill.schedules import ScheduleConfig
 
 TRAINED_FRAMES = 21  # latent frames of an 81-frame clip, what most of them were trained on

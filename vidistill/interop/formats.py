@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vidistill.dit import DiTConfig, VideoDiT
 from vidistill.interop.families import NON_COMMERCIAL, Family, family
 from vidistill.interop.keys import (
     State,
@@ -27,6 +26,8 @@ from vidistill.interop.keys import (
     to_original,
     to_ours,
 )
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import DiTConfig
 
 log = logging.getLogger("vidistill")
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from vidistill.dit import DiTConfig, SiteConfig, VideoDiT
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import DiTConfig, SiteConfig
 
 State = Mapping[str, Tensor]
 

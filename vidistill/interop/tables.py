@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidistill.conditioning import Condition
+from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import Denoiser, NoiseSchedule, add_noise, expand, v_from_x0, x0_from_v
 from vidistill.schedules import Pass
 

@@ -136,7 +136,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
-    from vidistill.ops.triton_attention import masked_attention
+    from vidistill.ops.kernels.attention import masked_attention
 
     if mask is None:
         return masked_attention(q, k, v, q.new_empty(0, 0, dtype=torch.bool), 1)

@@ -99,7 +99,7 @@ def norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys [B, S, D], normed and turned: twice [B, S, h, d]."""
     if kernels(q.device.type):
-        from vidistill.ops.triton_fused import norm_rope
+        from vidistill.ops.kernels.fused import norm_rope
 
         return norm_rope(q, k, q_weight, k_weight, table, heads, eps)
     return (
@@ -111,7 +111,7 @@ def norm_rope(
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """See `modulated_norm_reference`."""
     if kernels(x.device.type):
-        from vidistill.ops.triton_fused import modulated_norm
+        from vidistill.ops.kernels.fused import modulated_norm
 
         return modulated_norm(x, shift, scale, eps)
     return modulated_norm_reference(x, shift, scale, eps)
@@ -120,7 +120,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """See `gated_sum_reference`."""
     if kernels(x.device.type):
-        from vidistill.ops.triton_fused import gated_sum
+        from vidistill.ops.kernels.fused import gated_sum
 
         return gated_sum(x, y, gate)
     return gated_sum_reference(x, y, gate)

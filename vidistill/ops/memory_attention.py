@@ -115,6 +115,6 @@ def kernel_arguments(q: Tensor, segments: Sequence[Segment]) -> Lists:
 
 
 def _attend_triton(q: Tensor, segments: Sequence[Segment]) -> Tensor:
-    from vidistill.ops.triton_memory import memory_attention
+    from vidistill.ops.kernels.memory import memory_attention
 
     return memory_attention(q, *kernel_arguments(q, segments))

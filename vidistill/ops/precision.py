@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 logger = logging.getLogger("vidistill")
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what entries of 8 bits hold at most
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISIONS = ("auto", *DTYPES)
 EXACT = 2e-6  # relative error of a float32 product of 256; bfloat16 would be at 1e-3

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vidistill.ops.fused import kernels
+from vidistill.ops.precision import LARGEST
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 SCALE_BYTES = 4
 
 
@@ -67,7 +67,7 @@ def append(store: Quantised, x: Tensor, where: Tensor) -> None:
 def append_entries(keys: Quantised, values: Quantised, k: Tensor, v: Tensor, where: Tensor) -> None:
     """`append` of keys and of values; one kernel where Triton runs."""
     if kernels(k.device.type):
-        from vidistill.ops.triton_quant import append_quantised
+        from vidistill.ops.kernels.quant import append_quantised
 
         append_quantised(k, v, keys.data, values.data, keys.scale, values.scale, where)
         return

@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from vidistill.io import read_image
 from vidistill.serve import protocol
 from vidistill.serve.viewer import Bye, Recordings, Viewer, ViewerConfig, World
-from vidistill.video import read_image
 
 if TYPE_CHECKING:
-    from vidistill.stream import SpeedConfig
+    from vidistill.streaming.runtime import SpeedConfig
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,8 @@ def load_world(
     that is not told where it goes.
     """
     from vidistill.checkpoint import start_pictures, text_encoder
-    from vidistill.stream import SpeedConfig, StreamConfig, StreamSession, check_gain, load_fast, refused_switches
+    from vidistill.streaming.runtime import SpeedConfig, load_fast
+    from vidistill.streaming.session import StreamConfig, StreamSession, check_gain, refused_switches
 
     bundle, codec = load_fast(name, speed or SpeedConfig())
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
@@ -286,7 +287,7 @@ def load_world(
 
 def voice(rate: int) -> Callable[[str], np.ndarray] | None:
     """What speaks words aloud, float32 [S] at `rate`; None where espeak-ng is not installed."""
-    from vidistill import speech
+    from vidistill.worlds.talker import speech
 
     try:
         speech.loader()

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidistill.audio import from_pcm16
-from vidistill.video import read_image
+from vidistill.conditioning.audio import from_pcm16
+from vidistill.io import read_image
 
 VERSION = 1
 HEADER = struct.Struct("<4B4I")  # version, kind, encoding, flags | sequence, index, chunk, input id

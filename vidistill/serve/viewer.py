@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vidistill.audio import to_pcm16
+from vidistill.conditioning.audio import to_pcm16
+from vidistill.io import write_video
 from vidistill.serve import protocol
 from vidistill.serve.player import Player, Session, Shown
-from vidistill.video import write_video
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidistill.conditioning import Condition
-from vidistill.diffusion import NoiseSchedule
-from vidistill.shapes import LatentShape
+from vidistill.conditioning.condition import Condition
+from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.teachers import Teacher
 
 SPATIAL, TEMPORAL = 32, 8  # pixels of a latent, a side and in time

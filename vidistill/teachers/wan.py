@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidistill.conditioning import Condition
-from vidistill.diffusion import NoiseSchedule
-from vidistill.dit import DiTConfig, VideoDiT
+from vidistill.conditioning.condition import Condition
+from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.formats import read_shards
 from vidistill.interop.keys import build, infer_config, to_ours
-from vidistill.shapes import LatentShape
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import DiTConfig
 from vidistill.teachers import Teacher
 
 log = logging.getLogger("vidistill")

@@ -1,0 +1,268 @@
+"""Several processes, micro-batches and recomputed blocks train the same network as one process on the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ACTIONS
+from tiny_nets import clip, tiny_dit, tiny_ltx
+from tiny_ranks import assert_same, first_gradients, result, together
+from tiny_talker import talker_stage
+from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
+from torch import nn
+
+from vidistill import checkpoint, distributed
+from vidistill.checkpoint import read_tensors, save_tensors
+from vidistill.conditioning.condition import Condition
+from vidistill.data.prompts import open_data
+from vidistill.data.shards import write_shards
+from vidistill.distributed import Part, parts
+from vidistill.teachers.ltx import LTX
+from vidistill.teachers.wan import Experts
+from vidistill.training.trainer import METRICS, STATE, Trainer, train
+
+ADAMW = replace(OPTIM, muon="")
+STAGES = {
+    "flow": lambda root, **kw: flow_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
+    "dmd": lambda root, **kw: dmd_stage(root, **{"batch": 4, "optim": ADAMW, "critic_optim": ADAMW, **kw}),
+}
+MORE = {
+    "codec": lambda root, **kw: codec_stage(root, **{"batch": 4, "optim": ADAMW, **kw}),
+    "everything": lambda root, **kw: everything(root, **kw),
+    "broken": lambda root, **kw: broken_stage(root, **kw),
+    "avatar": lambda root, **kw: talker_stage(root, **{"batch": 4, "critic_optim": ADAMW, **kw}),
+    "sid": lambda root, **kw: STAGES["dmd"](root, objective="sid", **kw),
+}
+
+
+def everything(root, **settings):
+    """Distribution matching with every term, replayed, on continued streams."""
+    loss = replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2)
+    return STAGES["dmd"](root, replay=True, long_frames=13, save_every=3, loss=loss, **settings)
+
+
+def broken_stage(root, **settings):
+    """Distribution matching that learns little from rollouts far from the recorded clips, which differ in size."""
+    loss = replace(dmd_stage(root).loss, broken=0.25)
+    meta = {"fps": 17.5, "actions": list(ACTIONS), "px_size": 16}
+    data = open_data(root / "latents")
+    tensors = {name: data.parts[0][name] for name in ("latents", "images", "actions")}
+    size = torch.tensor([1.0, 30.0]).repeat(3).view(-1, 1, 1, 1, 1)
+    tensors["latents"], tensors["images"] = (size * tensors[n].float() for n in ("latents", "images"))
+    write_shards(root / "sizes", [(tensors, [{"seed": k} for k in range(6)])], meta)
+    return STAGES["dmd"](root, data=str(root / "sizes"), loss=loss, **settings)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path
+
+
+def test_rows_of_a_part_see_what_they_see_in_the_global_batch():
+    def draw(rng, rows):
+        integers = torch.randint(9, (rows, 3), generator=rng)
+        return [torch.rand(rows, generator=rng), torch.randn((rows, 2, 5), generator=rng), integers]
+
+    def decision(rng):
+        return torch.randint(2**31, (1,), generator=rng)
+
+    rng = torch.Generator().manual_seed(1)
+    whole = [decision(rng), *draw(rng, 4), *draw(rng, 8)]
+    for index in range(4):
+        part, rng = Part(index, 4), torch.Generator().manual_seed(1)
+        with part.draws(1):
+            seen = [decision(rng), *draw(rng, 1), *draw(rng, 2)]
+            torch.randn(3)  # no generator was passed: not a part of the training's randomness
+        assert torch.equal(seen[0], whole[0])
+        assert all(torch.equal(a, part.rows(b)) for a, b in zip(seen[1:], whole[1:], strict=True))
+
+
+def test_alone_a_run_has_one_part_and_no_group():
+    assert parts(3, 1) == [Part()] and Part().rows(x := torch.ones(3)) is x
+    assert not distributed.launched() and distributed.rank() == 0 and distributed.world_size() == 1
+    with distributed.group():
+        assert distributed.mean([row := {"loss": 0.1}]) is row
+
+
+def test_a_batch_that_cannot_be_split_is_refused(root):
+    with pytest.raises(ValueError, match=r"batch 4 cannot be split among 1 processes x 3 micro-batches"):
+        Trainer(STAGES["flow"](root, accumulate=3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"parallel": "magic"}, "'magic' is unknown"),
+        ({"parallel": "shard", "optim": OPTIM}, "clear optim.muon"),
+        ({"parallel": "shard", "objective": "codec"}, "for transformers"),
+    ],
+)
+def test_impossible_ways_of_sharing_are_refused(root, settings, message):
+    with pytest.raises(ValueError, match=message):
+        STAGES["flow"](root, **settings)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "codec", "everything", "broken"])
+def test_micro_batches_equal_the_whole_batch(root, stage):
+    make = {**STAGES, **MORE}[stage]
+    whole = result(make(root, name="whole"), 3, root / "whole")
+    for accumulate in (2, 4):
+        split = result(make(root, name=f"split{accumulate}", accumulate=accumulate), 3, root / "split")
+        assert_same(split, whole)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputed_blocks_give_the_same_training(root, stage):
+    cfg = STAGES[stage](root, name="kept")
+    again = replace(cfg, name="recomputed", dit=replace(cfg.dit, checkpoint=True))
+    assert Trainer(again).learner.net.state_dict().keys() == Trainer(cfg).learner.net.state_dict().keys()
+    assert_same(result(again, 3, root / "recomputed"), result(cfg, 3, root / "kept"))
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "sid", "avatar"])
+def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
+    make = {**STAGES, **MORE}[stage]
+    one = result(make(root, name="one"), 3, root / "one")
+    for parallel in distributed.PARALLEL:
+        two = result(make(root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
+        assert_same(two, one)
+
+
+def experts():
+    nets = [tiny_dit(seed=k).requires_grad_(False) for k in range(2)]
+    return Experts(*nets, 0.9), Condition(torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def ltx():
+    pytest.importorskip("diffusers")
+    return LTX(tiny_ltx(4, 8, layers=2).requires_grad_(False)), Condition(torch.ones(1, 6, 8))
+
+
+def test_a_foreign_teacher_in_half_precision_takes_latents_in_full():
+    net, cond = ltx()
+    x, sigma = clip(), torch.full((1, 9), 0.5)
+    full, half = net.velocity(x, sigma, cond), net.bfloat16().velocity(x, sigma, cond)
+    assert half.dtype == torch.float32 and 0 < (half - full).norm() < 0.1 * full.norm()
+
+
+def velocity_in_shards(make, out):
+    net, cond = make()
+    if distributed.world_size() > 1:
+        distributed.shard(net, net.units)
+    v = net.velocity(clip(), torch.full((1, 9), 0.5), cond)
+    if distributed.rank() == 0:
+        save_tensors(out, {"v": v}, {})
+
+
+@pytest.mark.parametrize("make", [experts, ltx])
+def test_teachers_of_several_networks_or_of_another_library_are_sharded_too(tmp_path, make):
+    velocity_in_shards(make, tmp_path / "one")
+    together(2, velocity_in_shards, make, tmp_path / "two")
+    one, two = (read_tensors(tmp_path / name)[0]["v"] for name in ("one", "two"))
+    torch.testing.assert_close(two, one)
+
+
+@pytest.mark.parametrize("settings", [{}, {"replay": True}, {"objective": "teacher_forcing", "teacher": None}])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shards_get_every_gradient_in_half_precision(root, settings, recompute):
+    cfg = STAGES["dmd"](root, precision="bf16", **settings)
+    cfg = replace(cfg, dit=replace(cfg.dit, checkpoint=recompute))
+    first_gradients(cfg, root / "one")
+    together(2, first_gradients, replace(cfg, parallel="shard"), root / "two")
+    one, two = (read_tensors(root / name)[0] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all((one[n] - two[n]).norm() < 0.05 * one[n].norm() + 1e-6 for n in one)
+
+
+def test_two_processes_with_whole_networks_may_use_muon(root):
+    one = result(STAGES["flow"](root, name="one", optim=OPTIM), 3, root / "one")
+    assert_same(result(STAGES["flow"](root, name="two", optim=OPTIM), 3, root / "two", count=2), one)
+
+
+def test_two_processes_with_every_option_equal_one_with_none(root):
+    one = result(everything(root, name="one"), 4, root / "one")
+    cfg = everything(root, name="two", parallel="shard", accumulate=2)
+    cfg = replace(cfg, dit=replace(cfg.dit, checkpoint=True))
+    assert_same(result(cfg, 4, root / "two", count=2), one)
+
+
+@pytest.mark.parametrize("parallel", distributed.PARALLEL)
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(root, parallel, first, then):
+    whole = result(STAGES["dmd"](root, name="whole"), 4, root / "whole")
+    cfg = STAGES["dmd"](root, name="halves", parallel=parallel)
+    result(cfg, 2, root / "first", count=first)
+    sharded = [path.name for path in (root / "runs" / "halves").glob("state-*")]
+    assert sharded == (["state-00000002"] if parallel == "shard" and first == 2 else [])
+    assert (root / "runs" / "halves" / STATE).is_file() == (not sharded)
+    rest = result(cfg, 2, root / "then", count=then)
+    assert_same(rest, (whole[0], whole[1][2:]))
+
+
+def test_shards_of_another_network_are_refused(root):
+    cfg = STAGES["flow"](root, parallel="shard")
+    result(cfg, 1, root / "out", count=2)
+    with pytest.raises(RuntimeError, match="other networks than this config"):
+        Trainer(replace(cfg, dit=replace(DIT, ffn=64))).resume()
+
+
+def test_a_sharded_run_writes_its_log_and_its_export_once(root):
+    settings = {"steps": 2, "log_every": 1, "save_every": 1}
+    one = train(STAGES["flow"](root, name="one", **settings))
+    together(2, train, STAGES["flow"](root, name="two", parallel="shard", **settings))
+    folder = root / "runs" / "two"
+    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "state-00000002",
+        "two.json",
+        "two.safetensors",
+    ]
+    a, b = checkpoint.load(one, "teacher").net, checkpoint.load(folder / "two", "teacher").net
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-3, atol=1e-4, msg=name)
+
+
+def test_the_state_that_was_written_last_is_read(tmp_path):
+    assert distributed.newest(tmp_path, tmp_path / STATE) == tmp_path / STATE
+    for step in (3, 12, 40):
+        (folder := tmp_path / f"state-{step:08d}").mkdir()
+        if step < 40:  # the last one was being written when the run was killed
+            (folder / "info.json").write_text("{}")
+    assert distributed.newest(tmp_path, tmp_path / STATE).name == "state-00000012"
+    (tmp_path / STATE).touch()
+    os.utime(tmp_path / STATE, (0, 0))
+    assert distributed.newest(tmp_path, tmp_path / STATE).name == "state-00000012"
+    os.utime(tmp_path / STATE)
+    os.utime(tmp_path / "state-00000012" / "info.json", (0, 0))
+    assert distributed.newest(tmp_path, tmp_path / STATE).name == STATE
+
+
+def test_gradients_of_plain_and_scaled_parameters_become_means():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([2.0, 4.0])
+    distributed.mean_gradients([p, nn.Parameter(torch.zeros(1))], 2)
+    assert p.grad.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_torchrun_trains_from_the_command_line(root):
+    cfg = STAGES["flow"](root)
+    stage = {"name": "cli", "objective": "flow", "data": cfg.data, "steps": 2, "batch": 4, "frames": cfg.frames}
+    text = json.dumps({**stage, "parallel": "shard", "out": cfg.out, "dit": {"channels": 4, "width": 24, "heads": 2}})
+    (root / "cli.yaml").write_text(text)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "vidistill", "train", str(root / "cli.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == str(root / "runs" / "cli" / "cli.safetensors")
+    assert checkpoint.load(root / "runs" / "cli" / "cli").kind == "teacher"

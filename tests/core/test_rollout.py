@@ -1,0 +1,208 @@
+import itertools
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+from tiny_nets import SHAPE, clip, condition, tiny_student
+
+from vidistill.diffusion import euler
+from vidistill.memory.policies import MemoryConfig
+from vidistill.rollout import chunk_noise, reencode, replay, rollout, run_pass
+from vidistill.schedules import ScheduleConfig, endless, finite, training
+
+WINDOW = MemoryConfig("window", frames=6, sinks=1)
+WIDE = MemoryConfig("window", frames=8, sinks=1)
+CHUNKWISE = ScheduleConfig(levels=(1.0, 0.7, 0.4))
+SCHEDULES = {
+    "clean context": CHUNKWISE,
+    "noised context": ScheduleConfig(levels=(1.0, 0.5), context="noised", context_sigma=0.1),
+    "last step": ScheduleConfig(levels=(1.0, 0.7, 0.4), pattern="32", context="last_step"),
+}
+
+
+def run(student, passes, *, seed=0, given=None, records=None, pinned=None, memory=None, **kw):
+    """Finished chunks of a rollout whose every draw follows from the seed."""
+    cond = condition(30)
+    return rollout(
+        student,
+        passes,
+        noise=chunk_noise(student, 1, seed, given=given),
+        cond=lambda start, stop: cond.frames(start, stop),
+        memory=memory or student.new_memory(1),
+        rng=torch.Generator().manual_seed(seed),
+        records=records,
+        pinned=pinned,
+        **kw,
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_finite_rollout_is_the_prefix_of_the_endless_one(schedule):
+    student = tiny_student(WINDOW)
+    with torch.no_grad():
+        whole = list(run(student, finite(endless(schedule), 4)))
+        stream = list(itertools.islice(run(student, endless(schedule)), 4))
+    assert len(whole) == 4 and all(torch.equal(a, b) for a, b in zip(whole, stream, strict=True))
+    assert [c.shape[1] for c in whole] == [3] * 4
+
+
+def test_another_seed_is_another_clip_and_the_same_seed_the_same():
+    student = tiny_student(WINDOW)
+    with torch.no_grad():
+        a, b, c = (torch.cat(list(run(student, finite(endless(CHUNKWISE), 2), seed=s)), 1) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+
+
+def test_rolling_finishes_chunks_in_order():
+    student = tiny_student(MemoryConfig("window", frames=12, sinks=1))
+    cfg = ScheduleConfig(name="rolling", levels=(1.0, 0.6, 0.3))
+    with torch.no_grad():
+        chunks = list(itertools.islice(run(student, endless(cfg), transition=euler), 3))
+    assert [c.shape[1] for c in chunks] == [3, 3, 3] and all(torch.isfinite(c).all() for c in chunks)
+
+
+def test_given_chunks_come_out_as_they_went_in():
+    student, given = tiny_student(WINDOW), clip(3)
+    cfg = ScheduleConfig(levels=(1.0, 0.5), given_chunks=1)
+    with torch.no_grad():
+        chunks = list(run(student, finite(endless(cfg), 2), given=given))
+    assert torch.equal(chunks[0], given) and not torch.equal(chunks[1], given)
+
+
+def test_pinned_frames_are_seen_and_predicted_clean_and_the_callers_noise_is_untouched():
+    student, image = tiny_student(WINDOW), clip(1, seed=8)
+    noise, seen = clip(6), []
+    kept = noise.clone()
+    student.net.register_forward_hook(lambda _m, args, _o: seen.append(args[0][:, 0].clone()))
+    with torch.no_grad():
+        chunks = list(
+            rollout(
+                student,
+                finite(endless(CHUNKWISE), 2),
+                noise=lambda c: noise[:, 3 * c : 3 * c + 3],
+                cond=lambda *_: condition(),
+                memory=student.new_memory(1),
+                rng=torch.Generator().manual_seed(0),
+                pinned=image,
+            )
+        )
+    assert torch.equal(chunks[0][:, :1], image) and torch.equal(noise, kept)
+    assert all(torch.equal(x, image[:, 0]) for x in seen[:4])  # three steps and the context pass
+    assert not any(torch.equal(x, image[:, 0]) for x in seen[4:])
+
+
+REPLAYED = {**SCHEDULES, "rolling": ScheduleConfig("rolling", levels=(1.0, 0.6))}
+
+
+@pytest.mark.parametrize("schedule", REPLAYED.values(), ids=REPLAYED.keys())
+def test_replayed_gradients_equal_those_of_one_graph(schedule):
+    student, records = tiny_student(WIDE), []
+    passes = list(training(schedule, 3, Random(1)))
+    weight = clip(9, seed=9)
+    cond = condition(30)
+    x = torch.cat(list(run(student, passes, records=records)), dim=1)
+    (x * weight).sum().backward()
+    whole = [p.grad.clone() for p in student.net.parameters()]
+    student.net.zero_grad()
+    pieces = replay(student, records, cond=lambda a, b: cond.frames(a, b), memory=student.new_memory(1))
+    for chunk, predicted in pieces:
+        x0 = predicted[:, :3]  # of the first chunk in the pass
+        assert torch.equal(x0, x[:, 3 * chunk : 3 * chunk + 3])
+        (x0 * weight[:, 3 * chunk : 3 * chunk + 3]).sum().backward()
+    for a, p in zip(whole, student.net.parameters(), strict=True):
+        assert (a - p.grad).abs().max() <= 1e-5 * a.abs().max().clamp_min(1e-6)
+
+
+def test_only_passes_that_promise_gradient_carry_it():
+    student = tiny_student(WINDOW)
+    for p in training(CHUNKWISE, 1, Random(0)):
+        x = clip(3).requires_grad_()
+        _, x0, _ = run_pass(student, p, x, lambda *_: condition(), student.new_memory(1))
+        assert x0.requires_grad == p.grad
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_training_leaves_the_memory_of_streaming(name):
+    """With an exit for each chunk, whatever the context."""
+    schedule = replace(SCHEDULES[name], exit="per_chunk")
+    memories = []
+    for passes, grad in (
+        (finite(endless(schedule), 3), False),
+        (training(schedule, 3, Random(5)), False),
+        (training(schedule, 3, Random(5)), True),
+    ):
+        student = tiny_student(WINDOW)
+        memories.append(student.new_memory(1))
+        with torch.set_grad_enabled(grad):
+            list(run(student, passes, memory=memories[-1]))
+    streamed, trained, differentiated = ([m.entries(layer)[:2] for layer in (0, 1)] for m in memories)
+    for a, b, c in zip(
+        itertools.chain(*streamed), itertools.chain(*trained), itertools.chain(*differentiated), strict=True
+    ):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, c, atol=1e-5)  # other kernels while autograd records
+    assert memories[0].frames == memories[1].frames == memories[2].frames
+
+
+def test_the_noise_of_a_chunk_does_not_depend_on_the_others():
+    student = tiny_student()
+    a, b = (chunk_noise(student, 2, 7) for _ in range(2))
+    a(0)
+    assert torch.equal(a(3), b(3)) and not torch.equal(a(3), a(4))
+
+
+def test_writing_finished_frames_again_under_the_same_prompt_keeps_the_newest_chunk_whole():
+    """A chunk of its own sees only itself, so that one pass over it writes what the rollout wrote."""
+    student = tiny_student(MemoryConfig("window", frames=3))
+    memory, cond = student.new_memory(1), condition(30)
+    with torch.no_grad():
+        chunks = list(run(student, finite(endless(CHUNKWISE), 2), memory=memory))
+        keys, values, frames = memory.entries(1)
+        reencode(student, chunks[1], cond, memory, start=3)
+    again = memory.entries(1)
+    assert frames == again[2] == [3, 4, 5] and memory.next_frame == 6
+    assert torch.allclose(keys, again[0], atol=1e-5) and torch.allclose(values, again[1], atol=1e-5)
+
+
+def test_a_scene_that_begins_late_has_sinks_of_its_own_and_each_frame_once():
+    student = tiny_student(MemoryConfig("window", frames=9, sinks=3))
+    memory, cond = student.new_memory(1), condition(30, seed=77)
+    with torch.no_grad():
+        list(run(student, finite(endless(CHUNKWISE), 2), memory=memory))
+        memory.reset(6)  # a cut
+        scene = torch.cat(list(run(student, finite(endless(CHUNKWISE, 2), 4), memory=memory)), dim=1)
+        before = memory.entries(1)[1]
+        reencode(student, scene, cond, memory, start=6)
+        after, frames = memory.entries(1)[1:]
+        assert frames == [6, 7, 8, 9, 10, 11] and not torch.allclose(before, after), "sinks are written again, too"
+        list(run(student, finite(endless(CHUNKWISE, 4), 6), memory=memory))
+    assert memory.frames == [6, 7, 8, 12, 13, 14, 15, 16, 17]
+
+
+def test_what_is_written_again_is_compressed_again_where_memory_encodes_it_coarsely():
+    cfg = MemoryConfig("endless", frames=6, history=6, pattern=(2,), pool="reencode")
+    old, new = tiny_student(cfg), tiny_student(cfg)
+    histories = []
+    with torch.no_grad():
+        for student, prompt in ((old, 2), (new, 77)):
+            memory = student.new_memory(1)
+            x = torch.cat(list(run(student, finite(endless(CHUNKWISE), 3), memory=memory)), dim=1)
+            reencode(student, x[:, 3:], condition(30, seed=prompt), memory, start=3)
+            list(run(student, finite(endless(CHUNKWISE, 3), 4), memory=memory))
+            assert [s.frame for s in memory.stored if s.factor == 2] == [0, 1, 2, 3, 4, 5]
+            histories.append(memory.past(1)[1][:, :6])  # one token a frame
+    (told, retold), (same, other) = (h.split(3, dim=1) for h in histories)
+    assert torch.equal(told, same) and not torch.allclose(retold, other)
+
+
+def test_a_prompt_switch_rewrites_what_is_remembered_but_not_the_sinks():
+    student = tiny_student(MemoryConfig("window", frames=6, sinks=1))
+    memory, n = student.new_memory(1), SHAPE.tokens_per_frame
+    with torch.no_grad():
+        chunks = torch.cat(list(run(student, finite(endless(CHUNKWISE), 3), memory=memory)), dim=1)
+        before = memory.entries(1)[1]
+        reencode(student, chunks[:, 3:], condition(30, seed=77), memory, start=3)
+    after, frames = memory.entries(1)[1:]
+    assert frames == [0, 4, 5, 6, 7, 8]
+    assert torch.equal(before[:, :n], after[:, :n]) and not torch.allclose(before[:, n:], after[:, n:])

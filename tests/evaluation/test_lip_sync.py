@@ -1,0 +1,132 @@
+"""The avatar's judge: what it measures of clips that are right, late, still, black, flickering or somebody else."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("espeakng_loader")
+
+from tiny_talker import write_talker
+
+from vidistill import metrics
+from vidistill.checkpoint import load
+from vidistill.cli.main import main
+from vidistill.evaluation import lip_sync, report
+from vidistill.evaluation.lip_sync import AvatarConfig, figures, identity, identity_drift
+from vidistill.worlds.talker.recorder import TalkerConfig, record
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [record(TalkerConfig(num_frames=65), seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def real(clips):
+    return lip_sync.pixels(clips)
+
+
+@pytest.fixture(scope="module")
+def truth(clips):
+    return torch.stack([torch.from_numpy(c.mouth[:, 0]) for c in clips])
+
+
+def test_real_video_is_in_sync_whole_and_moves_as_much_as_itself(real, truth):
+    found = figures(real, real, truth)
+    assert found["sync_corr"] > 0.95 and found["sync_offset_frames"] == 0
+    assert found["black_frames"] == found["frozen_frames"] == 0
+    assert found["flicker_ratio"] == found["mouth_motion_ratio"] == 1
+
+
+def test_a_late_mouth_is_found_by_its_offset(real, truth):
+    late = torch.cat((real[:, :1].expand(-1, 3, -1, -1, -1), real[:, :-3]), dim=1)
+    found = figures(late, real, truth)
+    assert found["sync_offset_frames"] == 3 and found["sync_corr"] > 0.9
+
+
+def test_broken_video_is_found(real, truth):
+    black, still, flickering = real.clone(), real.clone(), real.clone()
+    black[:, 20:30] = 0.0
+    still[:, 20:40] = still[:, 20:21]
+    flickering[:, ::2] *= 0.8
+    assert figures(black, real, truth)["black_frames"] == pytest.approx(10 / 65)
+    assert figures(still, real, truth)["frozen_frames"] == pytest.approx(19 / 64)
+    assert figures(flickering, real, truth)["flicker_ratio"] > 2
+    shut = figures(real[:, :1].expand_as(real) + 1e-3 * torch.rand(real.shape), real, truth)
+    assert shut["mouth_motion_ratio"] < 0.2 and shut["sync_corr"] < 0.5
+
+
+def test_somebody_else_is_not_the_same_person(real):
+    others = lip_sync.apart(real)
+    same = identity(real[0], 16.0, 1.0, others)
+    swapped = torch.cat((real[0, :32], real[1, :33]))
+    changed = identity(swapped, 16.0, 1.0, others)
+    assert min(same) > 0.5 and changed[0] > 0.5 and changed[-1] < 0.5 * min(same)
+    assert identity_drift([swapped], 16.0, 1.0, others)[0] > 0.5 > abs(identity_drift([real[0]], 16.0, 1.0, others)[0])
+
+
+def test_a_stream_that_never_looked_like_its_picture_has_no_drift_that_could_count_as_kept(real):
+    others = lip_sync.apart(real)
+    strangers = torch.cat((real[0, :1], real[1, :32], 1 - real[1, :32]))
+    drift, curve = identity_drift([strangers], 16.0, 1.0, others / 10)
+    assert curve[0] < 0 and math.isnan(drift)
+
+
+def test_people_who_are_judged_are_none_of_those_a_checkpoint_was_chosen_on():
+    chosen = range(64)  # data/talker-heldout, see configs/talker
+    clips = range(lip_sync.CLIP_SEEDS, lip_sync.CLIP_SEEDS + AvatarConfig().clips)
+    long = range(lip_sync.LONG_SEEDS, lip_sync.LONG_SEEDS + AvatarConfig().streams)
+    assert not set(chosen) & set(clips) and not set(clips) & set(long)
+
+
+def test_sync_is_the_best_mean_correlation_and_its_shift():
+    rng = torch.Generator().manual_seed(0)
+    b = torch.randn(3, 60, generator=rng)
+    a = torch.cat((torch.zeros(3, 2), b[:, :-2]), dim=1)
+    assert metrics.sync(a, b) == (pytest.approx(1.0), 2) and metrics.sync(b, b) == (pytest.approx(1.0), 0)
+    assert metrics.sync(torch.zeros(3, 60), b)[0] == 0
+    with pytest.raises(ValueError, match="sync compares"):
+        metrics.sync(b[:, :10], b[:, :10])
+
+
+def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
+    folder = write_talker(tmp_path)
+    cfg = AvatarConfig(clips=2, batch=2, streams=1, long_seconds=4.0, window=1.0, steps=2, workers=1, out=str(tmp_path))
+    net = load(folder / "student")
+    record_path = folder / "student.json"
+    described = json.loads(record_path.read_text())
+    described["shape"]["frames"] = 10
+    record_path.write_text(json.dumps(described))
+    result = lip_sync.evaluate(str(folder / "student"), str(folder / "teacher"), cfg)
+    for row in ("student", "teacher", "real"):
+        assert set(result[row]) == set(lip_sync.KEYS) and net.kind == "student"
+    assert set(result["streams"]) == {"student", "window", "real"} and len(result["streams"]["student"]["curve"]) == 4
+    assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "streams.png", "student.png"}
+    alone = lip_sync.evaluate(
+        str(folder / "student"),
+        str(folder / "teacher"),
+        AvatarConfig(clips=1, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out=""),
+    )
+    assert "streams" not in alone
+    assert "sync" in str(lip_sync.table(alone).columns[1].header)
+
+
+def test_a_diagnosis_is_drawn_and_printed(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    found = {"levels": [0.1, 0.9], "chunks": [1, 2], "norm": [[1.0, 2.0], [3.0, 4.0]], "gap": [[0.1, 0.2], [0.3, 0.4]]}
+    found["cosine"] = [[0.5, -0.5], [0.25, 1.0]]
+    rows = [{"step": 10, "student/loss": 1.0}, *({"step": s, "diagnosis": found} for s in (20, 40))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert main(["diagnose", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "cosine +0.50 -0.50" in out and (tmp_path / "diagnosis.png").stat().st_size > 5000
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert main(["diagnose", str(tmp_path)]) == 1 and "watch.diagnose_every" in capsys.readouterr().err
+
+
+def test_gates_need_the_teacher_before_the_student():
+    gate = report.Gate("sync", 0.7, 0.8 * 0.9)
+    assert not gate.kept and np.isfinite(gate.low)

@@ -1,0 +1,97 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_text import write_world
+
+from vidistill import checkpoint, cli
+from vidistill.conditioning.text import Ngrams
+from vidistill.data.shards import captioned_shards, write_shards
+from vidistill.evaluation import probes, prompt_adherence
+from vidistill.evaluation.probes import Reading
+from vidistill.evaluation.prompt_adherence import AdherenceConfig
+from vidistill.worlds import shapes
+from vidistill.worlds.shapes import ATTRIBUTES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("text"))
+
+
+def protocol(world, tmp_path):
+    return AdherenceConfig(
+        clips=3, batch=2, before=1.0, after=1.5, window=0.7, streams=2, long_seconds=2.0, steps=2, stride=1,
+        probe=str(world / "probe"), out=str(tmp_path),
+    )  # fmt: skip
+
+
+def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
+    result = prompt_adherence.evaluate(str(world / "student"), None, protocol(world, tmp_path))
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert set(result["switch"]) == {"keep", "recache", "cut"}
+    for row in (result["teacher"], *result["switch"].values()):
+        assert all(0 <= row[part][name] <= 1 for part in ("before", "after") for name in (*ATTRIBUTES, "asked"))
+    assert result["real"]["motion_ratio"] == 1 and result["real"]["frechet"] == pytest.approx(0, abs=1e-4)
+    assert result["student"]["sharpness_drift"] > 0 and result["student"]["frechet"] > 0
+    assert {p.name for p in (tmp_path / "student-teacher").iterdir()} == {"result.json", "switches.png"}
+    assert prompt_adherence.table(result).row_count == 9
+
+
+def reading(told, frames, wrong_until=0):
+    """What a perfect probe would say of clips that show `told` from frame `wrong_until` on."""
+    times = torch.arange(2, frames, 2)
+    labels = {}
+    for name, words in ATTRIBUTES.items():
+        own = torch.tensor([words.index(labels_[name]) for labels_, _ in told])[:, None].repeat(1, len(times))
+        own[:, times < wrong_until] = (own[:, times < wrong_until] + 1) % len(words)
+        labels[name] = own
+    return Reading(torch.zeros(len(told), len(times), 1), labels, times)
+
+
+def test_time_to_adherence_is_when_everything_asked_for_is_shown_and_stays():
+    told = prompt_adherence.scenes(3)
+    got = prompt_adherence.time_to_adherence(reading(told, 100, wrong_until=56), told, 40, 12.0)
+    assert got == {"median_s": pytest.approx(16 / 12), "reached": 1.0}
+    told, times = told[:2], torch.tensor([56, 80])
+    early = reading(told, 100, wrong_until=56)
+    for name, own in early.labels.items():
+        own[1, early.times < times[1]] = (own[1, early.times < times[1]] + 1) % len(ATTRIBUTES[name])
+    assert prompt_adherence.time_to_adherence(early, told, 40, 12.0)["median_s"] == pytest.approx((16 + 40) / 2 / 12)
+    never = prompt_adherence.time_to_adherence(reading(told, 100, wrong_until=100), told, 40, 12.0)
+    assert math.isnan(never["median_s"]) and never["reached"] == 0
+    assert prompt_adherence.accuracy(reading(told, 100, wrong_until=51), told)["asked"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
+    cfg = shapes.ShapesConfig(num_frames=8, speed=(1.0, 1.6))  # what moves faster is learnt faster
+    folders = {}
+    for split, num in (("judge", 96), ("held_out", 24)):
+        folders[split] = tmp_path / split
+        shards = captioned_shards(shapes.record_many(cfg, shapes.seeds(split, num)), Ngrams().encode)
+        write_shards(folders[split], shards, {"source": "shapes", "fps": 12.0})
+    small = replace(probes.SHAPES_PROBE, unshuffle=2, widths=(32, 32))
+    probe = probes.train_probes(folders["judge"], steps=150, batch=48, lr=8e-3, cfg=small)
+    found = probes.probe_figures(probe, folders["held_out"], stride=1)
+    assert found["colour"] > 0.6 and found["ground"] > 0.7 and found["motion"] > 0.4, found
+    probes.save_probe(tmp_path / "probe", probe, {})
+    assert probes.load_probe(tmp_path / "probe").cfg == small
+
+
+def test_the_command_line_knows_a_student_that_listens(world, monkeypatch, capsys, tmp_path):
+    assert checkpoint.listens(world / "student") and not checkpoint.listens(world / "teacher")
+    monkeypatch.setattr(prompt_adherence, "AdherenceConfig", lambda clips: protocol(world, tmp_path))
+    assert cli.main(["eval", str(world / "student"), "--glance", "--clips", "3", "--json"]) == 0
+    assert "asked" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    story = ["generate", str(world / "student"), "-o", str(tmp_path / "a.mp4"), "--seconds", "3", "--scale", "1"]
+    assert cli.main([*story, "--prompt", "a red ring", "--prompt", "1 cut: a blue ring"]) == 0
+    assert (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_impossible_protocols_are_named():
+    with pytest.raises(ValueError, match=r"eval\.window"):
+        AdherenceConfig(before=2.0)
+    with pytest.raises(ValueError, match=r"eval\.clips"):
+        AdherenceConfig(clips=0)

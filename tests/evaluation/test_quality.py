@@ -1,0 +1,321 @@
+import json
+import math
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_walks import walk, write_walks
+
+from vidistill import checkpoint
+from vidistill.conditioning.camera import CameraConfig
+from vidistill.conditioning.condition import walked
+from vidistill.data.clips import Clips
+from vidistill.evaluation import probes, quality, report
+from vidistill.evaluation.quality import EvalConfig, HeldOut
+from vidistill.evaluation.tally import StreamTally, Tally, drifts, figures
+
+FRAMES = 7  # latents of a clip: 25 px frames, chunks of 1, 3 and 3
+KEYS = ("frechet", "action_following", "sharpness_ratio", "saturation_ratio", "motion_ratio", "flicker_ratio")
+DRIFTS = ("sharpness_drift", "saturation_drift", "motion_drift")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with held-out walks, long walks, and a probe trained on others."""
+    root = tmp_path_factory.mktemp("world")
+    write_walks(root / "data" / "frames", num=4, length=60)
+    write_walks(root / "data" / "long", num=2, length=45, first=50)
+    train = write_walks(root / "train", num=6, length=80, split="train", first=100)
+    cfg = probes.ProbeConfig(size=16, widths=(24, 32), features=16, textures=5)
+    probes.save_probe(root / "probe", probes.train_probes(train, steps=120, batch=48, lr=8e-3, cfg=cfg), {})
+    return root
+
+
+def protocol(world, out):
+    return EvalConfig(
+        clips=6, batch=4, seconds=0.8, streams=2, long_seconds=2.4, frames=FRAMES, steps=2, episodes=4,
+        data=str(world / "data"), cache=str(out / "cache"), out=str(out / "out"),
+        probe=str(world / "probe"), precision="fp32",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def cfg(world, tmp_path):
+    return protocol(world, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    """Figures of rows whose faults are known."""
+    cfg = EvalConfig(clips=12, batch=5, seconds=1.0, frames=FRAMES, episodes=4, stride=1)
+    held = HeldOut(Clips(world / "data" / "frames"), cfg, 25)
+    sources = {
+        "same": lambda b: b.px,
+        "blurred": lambda b: torch.nn.functional.avg_pool2d(b.px.flatten(0, 1), 3, 1, 1).view_as(b.px),
+        "grey": lambda b: b.px.mean(2, keepdim=True).expand_as(b.px),
+        "repeat": quality.repeat_row,
+        "mirrored": lambda b: b.px.flip(-1),
+        "shimmering": lambda b: b.px + 0.2 * (torch.arange(25) % 2 - 0.5)[:, None, None, None],
+    }
+    tallies = quality.measure(sources, held, probes.load_probe(world / "probe"), cfg)
+    return {name: figures(tally, tallies["real"], held.fps) for name, tally in tallies.items()}
+
+
+def test_the_same_video_has_no_distance_and_ratios_of_one(rows):
+    same = rows["same"]
+    assert same["frechet"] == pytest.approx(0, abs=1e-4) and same["psnr"] == pytest.approx(100)
+    for name in ("sharpness", "saturation", "contrast", "motion", "flicker"):
+        assert same[f"{name}_ratio"] == pytest.approx(1), name
+    assert same["action_following"] == rows["real"]["action_following"] > 0.85
+    assert (
+        rows["real"]["frechet"] == pytest.approx(same["frechet_other_half"], rel=1e-4) and rows["real"]["frechet"] > 0
+    )
+
+
+def test_every_fault_shows_in_its_own_measure(rows):
+    assert rows["blurred"]["sharpness_ratio"] < 0.8
+    assert rows["grey"]["saturation_ratio"] == pytest.approx(0, abs=1e-5)
+    assert rows["repeat"]["motion_ratio"] == 0 and rows["repeat"]["idle_motion"] == 0
+    assert rows["shimmering"]["flicker_ratio"] > 1.2 and rows["shimmering"]["idle_motion"] > 0.1
+    assert rows["real"]["idle_motion"] == 0
+    assert all(rows[name]["frechet"] > 0.5 for name in ("blurred", "grey", "repeat", "mirrored"))
+
+
+def test_a_video_that_turns_the_wrong_way_does_not_follow_its_actions(rows):
+    assert rows["mirrored"]["turn_following"] < 0.5 < 0.85 < rows["real"]["turn_following"]
+    assert rows["real"]["turn_flow_agrees"] > 0.7 > 0.3 > rows["mirrored"]["turn_flow_agrees"]
+    assert rows["real"]["action_chance"] < 0.6 < rows["real"]["action_following"]
+
+
+def test_error_against_the_true_future_grows_with_the_horizon(rows):
+    error = rows["repeat"]["psnr_by_horizon"]
+    assert list(error) == ["0.25", "0.5", "1"] and error["0.25"] > error["1"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(world, tmp_path_factory, tiny_student_path, tiny_teacher_path):
+    """(result, folder of the report) of a whole evaluation."""
+    out = tmp_path_factory.mktemp("out")
+    cfg = replace(protocol(world, out), precision="bf16")
+    return quality.evaluate(str(tiny_student_path), str(tiny_teacher_path), cfg), out / "out" / "student-teacher"
+
+
+def test_student_teacher_and_real_come_out_of_one_run_with_the_promised_keys(evaluated):
+    result, _ = evaluated
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    for row in ("student", "teacher", "real"):
+        assert all(key in result[row] for key in (*KEYS, *DRIFTS)), row
+        assert all(isinstance(result[row][key], float) for key in KEYS), row
+    assert all(result["teacher"][key] is None for key in DRIFTS)
+    assert all(result["student"][key] > 0 and result["real"][key] > 0 for key in DRIFTS)
+    assert result["real"]["sharpness_ratio"] == 1 and result["real"]["late"]["motion_ratio"] == 1
+    assert {"0.25", "0.5", "1"} == set(result["repeat"]["psnr_by_horizon"])
+    assert result["student"]["name"] == "student" and result["teacher"]["name"] == "teacher"
+
+
+def test_the_report_holds_every_file_that_its_page_links(evaluated):
+    result, folder = evaluated
+    page = (folder / "index.html").read_text()
+    linked = re.findall(r'<img src="([^"]+)"', page)
+    assert set(linked) == {"clips.png", "streams.png", "horizons.png", "motion.png", "drift.png"}
+    assert all((folder / name).stat().st_size > 500 for name in linked)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert "Frechet" in page and "http" not in page
+    table = report.table(result)
+    assert [c.header for c in table.columns] == ["measure", "real", "codec", "teacher", "student", "repeat"]
+
+
+def test_the_same_run_twice_gives_the_same_figures_and_samples_the_teacher_once(cfg, tiny_teacher_path, monkeypatch):
+    first = quality.evaluate_teacher(str(tiny_teacher_path), cfg)
+    monkeypatch.setattr(quality, "sample", None)  # calling it again would fail
+    second = quality.evaluate_teacher(str(tiny_teacher_path), cfg)
+    for row in ("teacher", "real", "codec"):
+        assert first[row] == second[row]
+    for change in ({"seed": 1}, {"steps": 3}, {"guidance": 1.0}):
+        with pytest.raises(TypeError):
+            quality.evaluate_teacher(str(tiny_teacher_path), replace(cfg, **change))
+
+
+def test_a_teacher_and_a_codec_can_be_judged_alone(cfg, tiny_teacher_path, tiny_codec_path):
+    alone = quality.evaluate_teacher(str(tiny_teacher_path), cfg)
+    assert {"real", "codec", "teacher", "repeat"} <= set(alone) and "student" not in alone
+    assert len(report.gates(alone)) == 6
+    codec = quality.evaluate_codec(str(tiny_codec_path), cfg)
+    assert codec["codec"]["psnr"] > 0 and not any(g.kept for g in report.gates(codec))  # it is untrained
+
+
+def test_only_what_learned_from_doom_is_judged_on_its_walks(cfg, tiny_student_path, tiny_codec_path):
+    student, codec = checkpoint.load(tiny_student_path), checkpoint.load(tiny_codec_path)
+    quality.check(student)
+    quality.check(codec)  # trained by somebody else: its card names no data
+    student.record["card"] = {"data": {"source": "cats"}}
+    codec.record["card"] = {"data": {"source": "cats"}}
+    with pytest.raises(ValueError, match="student did not learn from doom but from cats"):
+        quality.glance(student, cfg)
+    with pytest.raises(ValueError, match="vidistill eval STUDENT"):
+        quality.check(codec)
+    student.record |= {"card": {}, "world": {"fps": 12.0}}
+    with pytest.raises(ValueError, match="a world its card does not name"):
+        quality.check(student)
+
+
+def test_run_judges_a_checkpoint_by_its_kind_and_shows_people_a_table(
+    cfg, tiny_codec_path, tiny_student_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(quality, "EvalConfig", lambda clips, out: replace(cfg, clips=clips, out=out))
+    result = quality.run(str(tiny_codec_path), clips=4, out=cfg.out)
+    told = capsys.readouterr()
+    assert result["protocol"]["clips"] == 4 and {"real", "codec"} <= set(result) and "student" not in result
+    assert "sharpness_ratio" in told.err and "MISSED: codec PSNR" in told.err and not told.out
+    monkeypatch.setattr(quality, "evaluate", lambda name, teacher, cfg: {**result, "student": (name, teacher)})
+    monkeypatch.setattr(quality.report, "show", lambda *_: None)
+    assert quality.run(str(tiny_student_path), teacher="t")["student"] == (str(tiny_student_path), "t")
+
+
+def test_teacher_and_student_see_start_image_and_actions(
+    world, cfg, tiny_teacher_path, tiny_student_path, tiny_codec_path
+):
+    codec = checkpoint.load(tiny_codec_path).net
+    held = HeldOut(Clips(world / "data" / "frames"), cfg, 25)
+    batch = next(iter(held))
+    makers = {tiny_teacher_path: quality.teacher_row, tiny_student_path: quality.student_row}
+    for name, maker in makers.items():
+        row = maker(checkpoint.load(name), codec, cfg)
+        plain = row(batch)
+        assert plain.shape == batch.px.shape and torch.equal(plain, row(batch)), name
+        assert torch.allclose(plain[:, 0], codec.decode(codec.encode(batch.px[:, :1]))[:, 0], atol=2e-3), name
+        turned = replace(batch, actions=batch.actions.flip(-1))
+        assert not torch.equal(plain, row(turned)), name
+        later = batch.actions.clone()
+        later[:, 0] = 1.0  # what led to the start image is nobody's business
+        assert torch.equal(plain, row(replace(batch, actions=later))), name
+
+
+def test_a_student_with_a_camera_hears_where_the_walk_really_went(tiny_student_path):
+    bundle, camera = checkpoint.load(tiny_student_path), CameraConfig(step=0.15, turn=0.1)
+    actions, poses = torch.ones(1, 13, 4), torch.rand(1, 13, 3)
+    plain = quality.told(bundle, actions, poses, 4)
+    assert set(plain.per_frame) == {"modulation"} and not plain.per_frame["modulation"][:, 0, :-1].any()
+    bundle.record["world"]["camera"] = asdict(camera)
+    heard = quality.told(bundle, actions, poses, 4).per_frame
+    for site, wanted in walked(poses[:, ::4], camera, 4).items():
+        assert torch.equal(heard[site], wanted), site
+    assert torch.equal(heard["modulation"], plain.per_frame["modulation"])
+
+
+def test_half_precision_of_the_rollout_does_not_leak_to_whoever_takes_the_chunks(cfg, tiny_student_path):
+    student = checkpoint.load(tiny_student_path)
+    cond = quality.told(student, torch.zeros(1, 13, 4), torch.zeros(1, 13, 3), 4)
+    memory = student.net.new_memory(1, dtype=torch.bfloat16)
+    given = torch.zeros(1, 1, 4, 4, 4)
+    for chunk in quality.student_chunks(student, given, cond, 2, replace(cfg, precision="bf16"), 0, memory):
+        assert chunk.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_a_glance_judges_a_student_without_its_teacher(cfg, tiny_student_path):
+    seen = quality.glance(str(tiny_student_path), cfg)
+    assert seen["frechet"] > 0 and not (Path(cfg.out)).exists()
+
+
+def test_windows_spread_over_all_episodes_before_they_repeat_one():
+    assert quality.windows(3, 100, 40, 3) == [(0, 30), (1, 30), (2, 30)]
+    assert quality.windows(2, 100, 40, 5) == [(0, 0), (1, 0), (0, 30), (1, 30), (0, 60)]
+    with pytest.raises(ValueError, match="100"):
+        quality.windows(2, 100, 101, 2)
+
+
+def test_missing_held_out_episodes_are_recorded_with_held_out_seeds(tmp_path, monkeypatch):
+    asked = []
+
+    def record(cfg, seeds):
+        asked.extend(seeds)
+        return (walk(s, cfg.num_frames) for s in seeds)
+
+    monkeypatch.setattr(quality, "record_many", record)
+    clips = quality.episodes_at(tmp_path / "new", (3, 30), (2, 25), first=5)
+    assert asked == [1_000_005, 1_000_006, 1_000_007] and clips.tensors["frames"].shape[:2] == (3, 30)
+    quality.episodes_at(tmp_path / "new", (3, 30), (2, 25))
+    assert len(asked) == 3
+    with pytest.raises(ValueError, match="needed are 4 of 25"):
+        quality.episodes_at(tmp_path / "new", (4, 30), (4, 25))
+
+
+def test_training_episodes_are_no_measure(tmp_path):
+    write_walks(tmp_path / "frames", num=2, length=30, split="train")
+    with pytest.raises(ValueError, match="held-out"):
+        quality.episodes_at(tmp_path / "frames", (2, 30), (2, 30))
+
+
+def test_a_stream_measured_in_pieces_equals_the_whole():
+    px = torch.rand(2, 31, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole, pieces = StreamTally(29, 8), StreamTally(29, 8)
+    whole.add(px)
+    for piece in px.split([1, 12, 12, 6], dim=1):
+        pieces.add(piece)
+    for name in ("sharpness", "saturation", "contrast", "motion"):
+        assert whole.curve(name).shape == (2, 28) and torch.equal(whole.curve(name), pieces.curve(name)), name
+    assert torch.equal(torch.cat(pieces.pictures, 1), torch.cat(whole.pictures, 1))
+    assert torch.equal(torch.cat(whole.pictures, 1), (px[:, [0, 8, 16, 24]] * 255).round().byte().movedim(2, -1))
+    assert torch.equal(whole.tail, pieces.tail) and torch.equal(whole.tail, px[:, 19:29])
+
+
+def test_drift_shows_a_stream_that_loses_its_colour_and_not_one_that_keeps_it(world):
+    probe = probes.load_probe(world / "probe")
+    episode = Clips(world / "data" / "long")
+    px = episode.tensors["frames"].permute(0, 1, 4, 2, 3).float() / 255
+    fading = torch.lerp(px, px.mean(2, keepdim=True).expand_as(px), torch.linspace(0, 1, 45)[:, None, None, None])
+    told = probes.action_labels(episode.tensors["actions"])
+    tallies = [StreamTally(45, 10), StreamTally(45, 10)]
+    for tally, clip in zip(tallies, (px, fading)):
+        tally.add(clip)
+    real, lost = (drifts(t, tallies[0], *told, probe, 1) for t in tallies)
+    assert real["late"]["saturation_ratio"] == 1 and real["late"]["action_following"] > 0.8
+    assert lost["saturation_drift"] < 0.3 * real["saturation_drift"] and lost["late"]["saturation_ratio"] < 0.3
+
+
+def test_a_tally_keeps_a_few_clips_to_look_at(world, cfg):
+    held = HeldOut(Clips(world / "data" / "frames"), cfg, 25)
+    tally = Tally(probes.load_probe(world / "probe"), 2, 14)
+    for batch in held:
+        tally.add(batch.px, batch)
+    shown = tally.all("shown").numpy()
+    assert shown.shape == (4, 25, 16, 16, 3) and shown.dtype == np.uint8
+    assert tally.all("episodes").tolist() == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"clips": 0}, "clips"), ({"long_seconds": 5.0}, "long_seconds"), ({"precision": "fp8"}, "precision")],
+)
+def test_impossible_protocols_are_named(change, word):
+    with pytest.raises(ValueError, match=word):
+        EvalConfig(**change)
+
+
+def test_a_student_that_cannot_start_from_a_picture_is_refused(cfg, tiny_student_path, tiny_codec_path):
+    student = checkpoint.load(tiny_student_path)
+    student.record["schedule"]["given_chunks"] = 0
+    with pytest.raises(ValueError, match="start image"):
+        quality.student_row(student, checkpoint.load(tiny_codec_path).net, cfg)
+
+
+def test_the_teacher_is_found_through_the_card_or_asked_for(tiny_student_path, tiny_teacher_path):
+    student = checkpoint.load(tiny_student_path)
+    student.record["card"] = {"parents": [str(tiny_teacher_path)]}
+    assert quality.teacher_of(student).name == "teacher"
+    student.record["card"] = {}
+    with pytest.raises(checkpoint.CheckpointError, match="names no teacher"):
+        quality.teacher_of(student)
+
+
+def test_plain_numbers_fit_json():
+    assert report.plain({"a": math.nan, "b": [math.inf, 1 / 3], 3: "x"}) == {"a": None, "b": [None, 0.333333], "3": "x"}
+
+
+@pytest.mark.parametrize(("value", "kept"), [(0.79, False), (0.8, True), (1.2, True), (1.21, False), (None, False)])
+def test_a_gate_says_whether_it_is_kept(value, kept):
+    gate = report.Gate("motion", value, 0.8, 1.2)
+    assert gate.kept is kept and ("kept" if kept else "MISSED") in str(gate) and "0.8 to 1.2" in str(gate)

@@ -1,0 +1,194 @@
+"""A stream that knows where it is: its map, the way home, the history switch, and their messages."""
+
+import itertools
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ACTIONS, DIT, SCHEDULE, SHAPE, WORLD, random_dit
+from fake_world import FakeWorld, served, watching
+from tiny_relic import CAMERA, MEMORY, SITES
+
+from vidistill.checkpoint import Bundle
+from vidistill.conditioning.camera import RELIC, numbers, opposite, place_of, planar
+from vidistill.memory.policies import MemoryConfig
+from vidistill.models.student import CausalStudent, StudentConfig
+from vidistill.serve import protocol
+from vidistill.streaming.session import StreamConfig, StreamSession
+
+
+def session(memory=MEMORY, camera=CAMERA, gain=1.0):
+    dit = replace(DIT, sites=SITES if camera else DIT.sites)
+    student = CausalStudent(random_dit(dit), StudentConfig(3, 0, memory), SHAPE).eval().requires_grad_(False)
+    with torch.no_grad():
+        for p in student.net.sites.parameters():
+            p.add_(0.1)
+    world = {**WORLD, "camera": asdict(camera)} if camera else WORLD
+    described = {"sites": {n: {"dim": s.dim} for n, s in dit.sites.items()}, "text_dim": 0, "extra_channels": 0}
+    record = {"dit": described, "schedule": {**SCHEDULE, "given_chunks": 0}, "world": world}
+    return StreamSession(Bundle("roamer", "student", student, record), None, StreamConfig(pipelined=False, gain=gain))
+
+
+def test_the_map_shows_here_and_what_is_kept_of_every_frame():
+    with session() as stream:
+        assert stream.roamer.placed and not stream.roamer.map
+        stream.set(action={"forward": 1.0})
+        latents = stream.latents()
+        for _ in range(3):
+            next(latents)
+        shown = stream.roamer.map
+        stored = shown["stored"]
+        assert shown["history"] and not shown["home"]
+        assert [s[3] for s in stored] == [1, 2, 1, 2, 1, 2]  # the chunk in flight is not kept yet
+        assert all(a[0] < b[0] for a, b in itertools.pairwise(stored)) and stored[-1][0] < shown["here"][0]
+        assert shown["here"][0] == pytest.approx(0.15 * 32, abs=0.01)  # 8 latents of 4 frames; the first stands still
+        assert shown["path"][-1] == shown["here"][:2] and len(shown["path"]) == 4
+        assert [x for x, _ in shown["path"]] == sorted(x for x, _ in shown["path"])
+
+
+def test_the_way_home_undoes_the_way_and_a_key_ends_it():
+    with session() as stream:
+        latents = stream.latents()
+        for action in ({"forward": 1.0}, {"turn_left": 1.0}, {"forward": 1.0, "turn_right": 0.5}):  # from the first on
+            stream.set(action=action)
+            next(latents)
+        there = stream.roamer.map["here"]
+        stream.roamer.go_home()
+        seen = []
+        for _ in range(5):
+            next(latents)
+            seen.append(stream.roamer.map)
+        assert np.hypot(*there[:2]) > 1 and np.hypot(*seen[2]["here"][:2]) < 0.2
+        assert abs(seen[2]["here"][2]) < 1e-3 and seen[0]["home"] and not seen[3]["home"]
+        stream.set(action={"forward": 1.0})
+        next(latents)
+        stream.roamer.go_home()
+        stream.set(action={"backward": 1.0})
+        next(latents)
+        assert not stream.roamer.map["home"] and stream.roamer.map["here"][0] < seen[4]["here"][0] + 1
+
+
+def test_who_is_led_home_stands_still_in_the_next_dream():
+    with session() as stream:
+        latents = stream.latents()
+        stream.set(action={"forward": 1.0})
+        for _ in range(3):
+            next(latents)
+        stream.set(action={})
+        stream.roamer.go_home()
+        next(latents)
+        assert any(stream._engine.inputs.wish.action)
+        again = stream.latents()
+        next(again)
+        assert not any(stream._engine.inputs.wish.action)
+        stream.set(action={"forward": 1.0})  # but a key that is held goes on
+        stream.roamer.go_home()
+        stream.set(action={"turn_left": 1.0})
+        next(again := stream.latents())
+        assert stream._engine.inputs.wish.action == (1.0, 0.0, 0.0, 0.0)
+
+
+def test_a_gain_scales_the_way():
+    ends = []
+    for gain in (1.0, 2.5):
+        with session(gain=gain) as stream:
+            stream.set(action={"forward": 1.0, "turn_left": 0.5})
+            latents = stream.latents()
+            for _ in range(2):
+                next(latents)
+            ends.append(np.array(stream.roamer.map["here"]))
+    assert ends[1][:2] == pytest.approx(2.5 * ends[0][:2], abs=2e-3) and ends[1][2] == ends[0][2] != 0
+    with pytest.raises(ValueError, match="gain has no effect"):
+        session(camera=None, gain=2.0)
+    with pytest.raises(ValueError, match=r"stream\.gain"):
+        StreamConfig(gain=0.0)
+
+
+def test_history_is_switched_while_the_stream_goes_on():
+    runs = {}
+    for on in (True, False):
+        with session() as stream:
+            stream.set(action={"turn_left": 1.0})
+            latents = stream.latents()
+            first = [next(latents) for _ in range(2)]
+            stream.roamer.show_history(on)
+            runs[on] = torch.cat([*first, next(latents)], 1)
+            assert stream.roamer.map["history"] == on
+    assert torch.equal(runs[True][:, :6], runs[False][:, :6]) and not torch.allclose(runs[True], runs[False])
+
+
+def test_what_a_student_cannot_do_is_said():
+    with session(MemoryConfig("window", frames=6)) as stream, pytest.raises(ValueError, match="no history"):
+        stream.roamer.show_history(False)
+    with session(MemoryConfig("window", frames=6), camera=None) as stream:
+        assert not stream.roamer.placed and not stream.roamer.map
+        with pytest.raises(ValueError, match="not told where it goes"):
+            stream.roamer.go_home()
+
+
+def test_a_place_is_read_back_from_what_a_network_is_told():
+    pose = planar(torch.tensor([[3.0, -2.0, 0.7]]))
+    free = replace(CAMERA, actions=RELIC)
+    assert CAMERA.planar and not free.planar
+    for camera in (CAMERA, free):
+        assert place_of(numbers(pose, camera)[0], camera) == pytest.approx([3, -2, 0.7], abs=1e-3)
+    assert opposite(ACTIONS, (0.2, 0.0, 1.0, 0.0)) == (0.0, 0.2, 0.0, 1.0)
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+class FakeRoamer:
+    def __init__(self):
+        self.placed, self.remembers, self.calls = True, True, []
+        self.map = {}  # as before the first chunk
+
+    def go_home(self):
+        self.calls.append("home")
+
+    def show_history(self, on):
+        self.calls.append(on)
+
+
+def test_messages_home_and_history_are_checked():
+    assert protocol.parse_text('{"type": "home"}', ACTIONS, [""]) == protocol.Home()
+    assert protocol.parse_text('{"type": "history", "on": false}', ACTIONS, [""]) == protocol.History(False)
+    for text in ('{"type": "home", "on": true}', '{"type": "history"}', '{"type": "history", "on": 1}'):
+        with pytest.raises(protocol.MessageError):
+            protocol.parse_text(text, ACTIONS, [""])
+
+
+def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
+    fake = FakeWorld()
+    roamer, plain_open = FakeRoamer(), fake.world.open
+
+    def opened(seed, image):
+        one = plain_open(seed, image)
+        one.roamer = roamer
+        return one
+
+    fake.world = replace(fake.world, open=opened)
+    with served(fake) as app, watching(app) as browser:
+        hello = browser.note("hello")
+        assert hello["places"] and hello["remembers"]
+        roamer.map = {
+            "here": [1.0, 2.0, 0.5],
+            "path": [[0.0, 0.0]],
+            "stored": [[0.0, 0.0, 0.0, 4]],
+            "history": True,
+            "home": False,
+        }
+        shown = browser.note("map")
+        assert shown["here"] == [1.0, 2.0, 0.5] and shown["stored"] == [[0.0, 0.0, 0.0, 4]]
+        browser.say(type="home")
+        browser.say(type="history", on=False)
+        browser.frame(lambda header: header["chunk"] >= 2)
+        assert roamer.calls == ["home", False]
+
+
+def test_a_world_without_places_says_so():
+    with served(FakeWorld()) as app, watching(app) as browser:
+        assert not browser.note("hello")["places"]
+        browser.say(type="home")
+        assert "no places" in browser.note("error")["message"]

@@ -1,0 +1,547 @@
+"""Training stages: exact resume, what stops a run, alternation, averages, rollouts that one graph cannot hold."""
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SHAPE, STUDENT, random_dit
+from tiny_training import DIT, FRAMES, OPTIM, codec_stage, dmd_stage, flow_stage, write_latents, write_teacher
+from torch import nn
+
+from vidistill import checkpoint
+from vidistill.checkpoint import CheckpointError, read_tensors
+from vidistill.memory.policies import MemoryConfig
+from vidistill.models.student import StudentConfig
+from vidistill.ops import attention
+from vidistill.rollout import chunk_noise
+from vidistill.training import optim as learners
+from vidistill.training.losses import Loss, LossConfig
+from vidistill.training.on_policy import SavedBytes
+from vidistill.training.optim import Learner, OptimConfig
+from vidistill.training.trainer import METRICS, STATE, Trainer, TrainingError, train
+
+STAGES = {
+    "flow": flow_stage,
+    "codec": codec_stage,
+    "dmd": dmd_stage,
+    "dmd, replayed, all terms": lambda root: dmd_stage(
+        root,
+        replay=True,
+        long_frames=16,
+        save_every=3,
+        loss=replace(dmd_stage(root).loss, motion=1.0, motion_head=1.0, regression=0.5, target_steps=2),
+    ),
+    "dmd, long streams": lambda root: dmd_stage(root, long_frames=16, save_every=3),
+    "dmd, rollouts reused": lambda root: dmd_stage(root, critic_steps=4, critic_reuse=4),
+    "sid": lambda root: dmd_stage(root, objective="sid"),
+    "bf16": lambda root: dmd_stage(root, precision="bf16"),
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path
+
+
+def state_of(trainer):
+    trainer.save()
+    return read_tensors(trainer.folder / STATE)[0]
+
+
+def steps(trainer, num):
+    return [trainer.step() for _ in range(num)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_six_steps_equal_three_then_save_load_and_three(root, stage):
+    cfg = STAGES[stage](root)
+    whole = Trainer(replace(cfg, name="whole"))
+    rows = steps(whole, 6)
+    first = Trainer(replace(cfg, name="halves"))
+    steps(first, 3)
+    first.save()
+    second = Trainer(replace(cfg, name="halves"))
+    second.resume()
+    assert second.step_count == 3
+    assert steps(second, 3) == rows[3:]
+    a, b = state_of(whole), state_of(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])][:5]
+
+
+def test_compiled_blocks_train_the_same_networks_but_for_a_student_that_rolls_out(root, monkeypatch):
+    compiled, compile_ = [], torch.compile
+
+    def watch(function, **settings):
+        compiled.append(function.__name__)
+        return compile_(function, **{**settings, "mode": None, "backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", watch)
+    plain, fast = (Trainer(dmd_stage(root, name=name, compile=name == "fast")) for name in ("plain", "fast"))
+    blocks = sum(len(net.blocks) for net in (plain.roles.critic, plain.roles.teacher))
+    assert sorted(compiled) == sorted(["before", "after"] * blocks)
+    for a, b in zip(steps(plain, 3), steps(fast, 3), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_all_parts_of_a_state_are_saved(root):
+    tensors = state_of(prepared := Trainer(STAGES["dmd, replayed, all terms"](root)))
+    steps(prepared, 2)
+    tensors = state_of(prepared)
+    kinds = {name.split(".")[0] + "." + name.split(".")[1] for name in tensors}
+    assert kinds == {f"{a}.{b}" for a in ("student", "critic", "motion") for b in ("net", "optim")} | {"student.ema"}
+
+
+def test_a_killed_run_is_readable_and_resumes(root):
+    flow_stage(root)
+    run = root / "runs" / "flow"
+    child = multiprocessing.get_context("fork").Process(target=train_for_ever, args=(root,))
+    child.start()
+    try:
+        wait_for(run / STATE, child)
+        time.sleep(random.Random().uniform(0.0, 0.3))
+    finally:
+        child.kill()  # SIGKILL
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    _, info = read_tensors(run / STATE)
+    with open(run / METRICS, "a") as file:
+        file.write('{"step": 12')  # a row cut short
+    done = info["step"]
+    trainer = Trainer(flow_stage(root, steps=done + 2, save_every=1, log_every=1))
+    path = trainer.run()
+    assert checkpoint.load(path).kind == "teacher"
+    rows = [json.loads(line)["step"] for line in (run / METRICS).read_text().splitlines()]
+    assert rows == list(range(1, done + 3))
+    assert not list(run.glob(".*.tmp"))
+
+
+def train_for_ever(root):
+    torch.set_num_threads(1)  # a forked process has no thread pool
+    Trainer(flow_stage(root, steps=10**6, save_every=1, log_every=1)).run()
+
+
+def wait_for(path, child):
+    deadline = time.time() + 100
+    while not path.is_file():
+        assert child.is_alive(), "the run ended by itself"
+        assert time.time() < deadline, "the run did not save"
+        time.sleep(0.01)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(root, monkeypatch):
+    cfg = flow_stage(root, save_every=2)
+    trainer = Trainer(cfg)
+    loss_of = trainer.loss_of
+
+    def spoiled(turn, batch, rng):
+        loss = loss_of(turn, batch, rng)
+        return Loss(loss.value * float("nan")) if trainer.step_count == 3 else loss
+
+    monkeypatch.setattr(trainer, "loss_of", spoiled)
+    steps(trainer, 2)
+    trainer.save()
+    trainer.step()
+    before = {k: v.clone() for k, v in trainer.learner.state("x").items()}
+    with pytest.raises(TrainingError, match=r"not finite at step 3 .*nothing was updated.*state.safetensors"):
+        trainer.loop(FakeBar())
+    after = trainer.learner.state("x")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert read_tensors(trainer.folder / STATE)[1]["step"] == 2
+
+
+class FakeBar:
+    def update(self):
+        pass
+
+
+def test_a_gradient_that_is_not_finite_stops_before_any_update(root):
+    trainer = Trainer(dmd_stage(root))
+    with torch.no_grad():
+        next(trainer.roles.critic.parameters()).fill_(float("inf"))
+    before = [p.clone() for p in trainer.learner.params]
+    trainer.cfg = replace(trainer.cfg, objective="sid")
+    with pytest.raises(FloatingPointError):
+        trainer.step_count = 1  # the critic's turn
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
+
+
+@pytest.mark.parametrize("role", ["teacher", "critic"])
+@pytest.mark.parametrize("weights", [{"motion": 0.0}, {"dmd": 0.0, "motion": 1.0}])
+def test_a_score_that_is_not_finite_stops_the_student(root, role, weights):
+    cfg = dmd_stage(root)
+    trainer = Trainer(replace(cfg, loss=replace(cfg.loss, **weights)))
+    with torch.no_grad():
+        next(getattr(trainer.roles, role).parameters()).fill_(float("nan"))
+    before = [p.clone() for p in trainer.learner.params]
+    with pytest.raises(FloatingPointError):
+        trainer.step()  # the student's turn
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
+
+
+def test_a_stage_trains_with_the_attention_backend_it_names(root, monkeypatch):
+    used = []
+    monkeypatch.setattr(Trainer, "run", lambda self: used.append(attention.choice()))
+    train(flow_stage(root, backend="sdpa"))
+    assert used == ["sdpa"] and attention.choice() == "auto"
+    with pytest.raises(ValueError, match="backend 'cudnn' is unknown"):
+        flow_stage(root, backend="cudnn")
+
+
+def test_a_full_disk_keeps_the_last_saved_state(root, monkeypatch):
+    trainer = Trainer(flow_stage(root))
+    trainer.step()
+    trainer.save()
+
+    def full(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    trainer.step()
+    with pytest.raises(CheckpointError, match=r"No space left on device.*untouched"):
+        trainer.save()
+    assert read_tensors(trainer.folder / STATE)[1]["step"] == 1
+    assert not list(trainer.folder.glob(".*.tmp"))
+
+
+def test_a_finished_run_exports_its_average_once_more_without_training(root):
+    cfg = flow_stage(root, steps=2)
+    path = Trainer(cfg).run()
+    trainer = Trainer(cfg)
+    assert trainer.run() == path and trainer.step_count == 2
+    net = checkpoint.load(path, "teacher").net
+    average = dict(zip((n for n, _ in trainer.roles.student.named_parameters()), trainer.learner.average))
+    assert all(torch.equal(p, average[n].half().float()) for n, p in net.named_parameters())
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_processes(root):
+    trainer = Trainer(flow_stage(root, steps=1))
+    trainer.started -= 7200
+    trainer.save()
+    path = Trainer(flow_stage(root, steps=1)).run()
+    assert checkpoint.load(path).record["card"]["hours"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_resuming_with_another_network_says_so(root):
+    trainer = Trainer(flow_stage(root))
+    trainer.save()
+    with pytest.raises(TrainingError, match="other networks than this config"):
+        Trainer(flow_stage(root, dit=replace(DIT, layers=1))).resume()
+
+
+def test_a_student_is_updated_once_in_six_steps_after_the_warm_up(root):
+    trainer = Trainer(dmd_stage(root, critic_steps=5, critic_warmup=2))
+    turns = "".join("s" if trainer.is_student_turn(s) else "c" for s in range(15))
+    assert turns == "ccscccccsccccc" + "s"
+
+
+def test_critic_updates_in_a_row_learn_from_one_rollout_until_the_student_moves(root):
+    trainer, drawn = Trainer(dmd_stage(root, critic_steps=5, critic_warmup=3, critic_reuse=2)), []
+    make = trainer.samplers[0]
+    trainer.samplers = [lambda *a, **k: drawn.append(trainer.step_count) or make(*a, **k)]
+    assert [trainer.drawn_at(s) for s in range(10)] == [0, 0, 2, 3, 4, 4, 6, 6, 8, 9]
+    rows = steps(trainer, 10)
+    assert drawn == [0, 2, 3, 4, 6, 8, 9]
+    assert rows[4]["critic/loss"] != rows[5]["critic/loss"]  # other noise
+
+
+def test_learning_rates_end_at_zero_for_student_and_critic(root):
+    trainer = Trainer(dmd_stage(root, steps=12, critic_steps=2))
+    assert trainer.learner.steps == 4 and trainer.critic.steps == 8
+
+
+def test_the_average_follows_its_closed_form():
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    learner = Learner(net, OptimConfig(lr=1.0), steps=100, ema=0.5, ema_start=2)
+    want = 0.0
+    for update in range(1, 8):
+        nn.init.constant_(net.weight, float(update))
+        learner.updates = update
+        learner.move_average()
+        decay = 0.0 if update <= 2 else min(0.5, (1 + update) / (10 + update))
+        want = decay * want + (1 - decay) * update
+        assert learner.average[0].item() == pytest.approx(want, rel=1e-6)
+
+
+def test_muon_updates_only_the_matrices_it_is_asked_for():
+    net = random_dit(DIT)
+    learner = Learner(net, OPTIM, steps=10)
+    names = {n for n, p in net.named_parameters() if any(p is m for m in learner.matrices)}
+    assert names and all(n.startswith("blocks.") and n.endswith("weight") for n in names)
+    assert sum(len(g["params"]) for o in learner.optims for g in o.param_groups) == len(learner.params)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.0), (torch.float32, 4e-3)])
+def test_muon_is_torchs_in_the_precision_the_hardware_multiplies(monkeypatch, shape, dtype, tolerance):
+    """torch rounds to bfloat16 on any hardware: there ours is the same to the bit, elsewhere it is more exact."""
+    monkeypatch.setattr(learners, "working_dtype", lambda precision, device: dtype)
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=rng)
+    ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
+    optims = [
+        learners.Muon([ours], lr=0.1, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        ours.grad = torch.randn(shape, generator=rng)
+        theirs.grad = ours.grad.clone()
+        for optim in optims:
+            optim.step()
+    assert (theirs - start).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_a_decoder_trains_on_latents_that_stay_as_they_are(root, tiny_codec_path):
+    optim = replace(OPTIM, only="^decoder", muon="")
+    cfg = codec_stage(root, init=str(tiny_codec_path), optim=optim, steps=2)
+    before = checkpoint.load(tiny_codec_path).net.state_dict()
+    after = checkpoint.load(Trainer(cfg).run()).net.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder") for name in changed)
+
+
+def test_training_nothing_is_refused():
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        Learner(nn.Linear(2, 2), OptimConfig(only="^encoder"), 1)
+
+
+def test_every_weight_of_the_student_gets_a_gradient_in_half_precision(root, monkeypatch):
+    grads = {}
+    for precision in ("fp32", "bf16"):
+        trainer = Trainer(dmd_stage(root, precision=precision, name=precision))
+        trainer.step_count = 0
+        monkeypatch.setattr(trainer.learner, "move", lambda: None)
+        assert trainer.step()["student/grad_norm"] > 0
+        grads[precision] = [p.grad for p in trainer.learner.params]
+    for full, half in zip(grads["fp32"], grads["bf16"]):
+        assert (full is None) == (half is None)
+        if full is not None and full.norm() > 0:
+            assert torch.cosine_similarity(full.flatten(), half.flatten().float(), dim=0) > 0.5
+
+
+def test_replay_gives_the_gradient_of_the_whole_graph(root):
+    for settings in ({}, {"long_frames": 13}, {"schedule": replace(dmd_stage(root).schedule, context="last_step")}):
+        grads, values = [], []
+        for replay in (False, True):
+            trainer = Trainer(dmd_stage(root, replay=replay, **settings))
+            for step in range(2 if settings.get("long_frames") else 1):  # the second step continues the stream
+                trainer.step_count = step
+                trainer.learner.forget()
+                values.append(trainer.loss_of("student", trainer.batch(step), trainer.rng_for(step)).value.detach())
+            grads.append([p.grad for p in trainer.learner.params])
+        assert torch.equal(values[0], values[len(values) // 2])
+        assert any(a is not None and a.norm() > 1e-6 for a in grads[0])
+        for a, b in zip(*grads):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+def test_replay_keeps_the_graph_of_one_chunk_only(root):
+    peaks = {}
+    for replay in (False, True):
+        for frames in (4, 13):
+            memory = MemoryConfig("window", frames=7, sinks=1)
+            cfg = dmd_stage(root, replay=replay, frames=frames, student=replace(STUDENT, memory=memory))
+            trainer = Trainer(cfg)
+            with SavedBytes() as saved:
+                trainer.loss_of("student", trainer.batch(0), trainer.rng_for(0))
+            assert saved.now == 0
+            peaks[replay, frames] = saved.peak
+    assert peaks[False, 13] > 2.5 * peaks[False, 4]
+    assert peaks[True, 13] < 1.7 * peaks[True, 4]
+
+
+def test_a_long_stream_goes_on_from_step_to_step_and_starts_anew_where_it_should(root):
+    trainer = Trainer(dmd_stage(root, long_frames=13, save_every=5, steps=20))
+    lengths, firsts = [], []
+    for step in range(7):
+        trainer.step_count = step
+        before = trainer.sampler.tail
+        sample = trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=True)
+        lengths.append(trainer.sampler.length)
+        firsts.append(sample.batch.x[0, 0, 0, 0, 0].item())
+        assert sample.x0.shape[1] == FRAMES and sample.batch.given == 1
+        assert sample.batch.cond.per_frame["modulation"].shape[1] == FRAMES
+        assert not sample.batch.cond.per_frame["modulation"][:, 0, :-1].any()
+        if lengths[-1] > FRAMES:
+            assert torch.equal(sample.x0[:, :4], before[:, 3:]), "the window overlaps what the stream showed before"
+    assert lengths == [7, 10, 13, 7, 10, 7, 10]
+
+
+def test_the_first_latent_of_a_continued_window_is_a_picture_of_the_codec(root, tiny_codec_path):
+    trainer = Trainer(dmd_stage(root, long_frames=13, codec=str(tiny_codec_path)))
+    codec = checkpoint.load(tiny_codec_path).net
+    trainer.sample(trainer.batch(0), trainer.rng_for(0), grad=False)
+    tail = trainer.sampler.tail
+    trainer.step_count = 1
+    sample = trainer.sample(trainer.batch(1), trainer.rng_for(1), grad=False)
+    want = codec.encode(codec.decode(tail[:, :4])[:, -1:])
+    assert torch.equal(sample.x0[:, :1], want) and torch.equal(sample.x0[:, 1:4], tail[:, 4:])
+    assert torch.equal(sample.batch.x, sample.x0)
+
+
+def test_gradient_of_a_continued_stream_stays_in_its_new_frames(root):
+    trainer = Trainer(dmd_stage(root, long_frames=13))
+    trainer.sample(trainer.batch(0), trainer.rng_for(0), grad=True)
+    trainer.step_count = 1
+    sample = trainer.sample(trainer.batch(1), trainer.rng_for(1), grad=True)
+    seen = torch.autograd.grad(sample.x0.sum(), sample.x0, retain_graph=True)[0]
+    assert seen.abs().min() > 0 and sample.x0[:, 4:].requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer.sampler.tail.sum().backward()
+
+
+def test_a_long_stream_equals_one_rollout_of_the_same_length(root):
+    """With exit at the last step, continuing is what streaming does: the same memory, the same chunks."""
+    cfg = dmd_stage(root, long_frames=10)
+    cfg = replace(cfg, schedule=replace(cfg.schedule, exit="none", levels=(1.0,)))
+    stream, whole = Trainer(cfg), Trainer(replace(cfg, frames=10, long_frames=0))
+    batch = whole.batch(0)
+    head = replace(batch, x=batch.x[:, :7], cond=batch.cond.frames(0, 7))
+    tail = replace(batch, x=batch.x[:, 3:], cond=batch.cond.frames(6, 10))
+    with torch.no_grad():
+        first = stream.sample(head, stream.rng_for(0), grad=False)
+        seed = stream.sampler.seed
+        stream.step_count = 1
+        second = stream.sampler(replace(tail, x=batch.x[:, :7]), stream.rng_for(1), grad=False)
+        want = whole.sample(batch, whole.rng_for(0), grad=False)
+    assert whole.sampler.seed == seed
+    assert torch.equal(first.x0, want.x0[:, :7])
+    assert torch.equal(second.x0, want.x0[:, 3:])
+
+
+def test_rollouts_of_rolling_windows_train(root):
+    cfg = dmd_stage(root)
+    row = Trainer(replace(cfg, schedule=replace(cfg.schedule, name="rolling"))).step()
+    assert row["student/grad_norm"] > 0
+
+
+def test_training_on_noised_real_latents_is_a_setting(root):
+    trainer = Trainer(dmd_stage(root, on_policy=False))
+    assert trainer.sampler is None
+    assert trainer.step()["student/grad_norm"] > 0 and trainer.step()["critic/grad_norm"] > 0
+
+
+def test_a_picture_that_fills_half_a_chunk_is_pinned(root):
+    cfg = dmd_stage(root, frames=6)
+    student = replace(STUDENT, first_chunk=0)
+    trainer = Trainer(replace(cfg, student=student, schedule=replace(cfg.schedule, given_chunks=0)))
+    batch = trainer.batch(0)
+    sample = trainer.sample(batch, trainer.rng_for(0), grad=False)
+    assert torch.equal(sample.x0[:, 0], batch.x[:, 0])
+    assert not torch.equal(sample.x0[:, 1], batch.x[:, 1])
+
+
+def test_a_schedule_that_does_not_start_from_the_given_picture_is_refused(root):
+    cfg = dmd_stage(root)
+    with pytest.raises(ValueError, match="given_chunks must be 1"):
+        Trainer(replace(cfg, schedule=replace(cfg.schedule, given_chunks=0)))
+
+
+def kept(policy, **memory):
+    return StudentConfig(chunk=3, first_chunk=1, memory=MemoryConfig(policy, **memory))
+
+
+TARGETS = LossConfig(regression=1.0)
+COARSE = kept("compressed", frames=4, history=12, pattern=(2,), pool="reencode")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch": -1}, "batch must be at least 1, got -1"),
+        ({"frames": 0}, "frames must be at least 1"),
+        ({"episodes": -1}, "episodes must not be negative"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"ema": 1.0}, r"ema in \[0, 1\)"),
+        ({"name": ""}, "needs a name"),
+        ({"objective": "gan"}, "'gan' is unknown"),
+        ({"precision": "fp8"}, "'fp8' is unknown"),
+        ({"objective": "dmd"}, "needs a `teacher`"),
+        ({"replay": True}, "replay and long_frames need rollouts"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 99}, "99 latents do not fit .*policy=window"),
+        ({"objective": "dmd", "teacher": "t", "student": kept("full", frames=6)}, "7 latents do not fit"),
+        ({"objective": "dmd", "teacher": "t", "student": kept("compressed", frames=3, history=3)}, "7 latents do not"),
+        (
+            {"objective": "dmd", "teacher": "t", "loss": TARGETS, "on_policy": False},
+            "on_policy=true",
+        ),
+        ({"objective": "teacher_forcing", "student": COARSE}, "choose another pool"),
+        ({"objective": "dmd", "teacher": "t", "student": COARSE, "loss": LossConfig(forcing=1.0)}, "another pool"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 3}, "at least frames 7"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 9, "frames": 3}, "longer than a chunk of 3"),
+    ],
+)
+def test_impossible_stages_are_refused(root, settings, message):
+    with pytest.raises(ValueError, match=message):
+        flow_stage(root, **settings)
+
+
+def test_terms_of_another_objective_are_refused(root):
+    with pytest.raises(ValueError, match="belong to objective 'dmd'"):
+        flow_stage(root, loss=replace(flow_stage(root).loss, motion=1.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "lr > 0"),
+        ({"clip": 0.0}, "clip > 0"),
+        ({"betas": (0.9, 1.0)}, "betas in"),
+        ({"muon": "("}, "no regular expression"),
+    ],
+)
+def test_impossible_optimisers_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**settings)
+
+
+def test_data_that_does_not_fit_the_network_is_refused(root):
+    write_latents(root / "wide", channels=6)
+    with pytest.raises(ValueError, match=r"dit takes latents of 4 channels .* holds 6 x 4 x 4"):
+        Trainer(flow_stage(root, data=str(root / "wide")))
+    with pytest.raises(ValueError, match="patches of"):
+        Trainer(flow_stage(root, dit=replace(DIT, patch=(1, 3, 3))))
+    site = replace(DIT.sites["modulation"], dim=5)
+    with pytest.raises(ValueError, match="actions of 5 numbers"):
+        Trainer(flow_stage(root, dit=replace(DIT, sites={"modulation": site})))
+    with pytest.raises(ValueError, match="holds latents, frames are needed"):
+        Trainer(codec_stage(root, data=str(root / "latents"))).step()
+    with pytest.raises(ValueError, match="do not fit episodes of 16"):
+        Trainer(flow_stage(root, frames=17)).step()
+
+
+def test_the_teachers_sample_starts_from_the_noise_of_the_new_frames(root):
+    trainer = Trainer(dmd_stage(root, long_frames=13))
+    for step in range(2):
+        trainer.step_count = step
+        sample = trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=False)
+        noise = trainer.sampler.noise_of(sample, trainer.rng_for(9))
+        assert noise.shape == sample.x0.shape
+    whole = chunk_noise(trainer.roles.student, 2, trainer.sampler.seed)
+    assert torch.equal(noise[:, -3:], whole(3)) and sample.first == 7 and sample.skipped == 3
+
+
+def test_a_teacher_of_another_world_is_refused(root):
+    write_latents(root / "wide", channels=6)
+    write_teacher(root / "teacher")
+    with pytest.raises(ValueError, match="teacher takes latents of 4 channels"):
+        Trainer(dmd_stage(root, data=str(root / "wide")))
+
+
+def test_an_exported_student_can_be_streamed_again(root):
+    path = Trainer(dmd_stage(root, steps=1, codec="doom-codec")).run()
+    bundle = checkpoint.load_student(path)
+    assert bundle.shape == replace(SHAPE, frames=FRAMES) and bundle.schedule.given_chunks == 1
+    assert bundle.record["world"]["fps"] == 17.5 and bundle.record["codec"] == "doom-codec"

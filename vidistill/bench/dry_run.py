@@ -1,0 +1,424 @@
+"""A training stage rehearsed on tiny random networks and data, and what it would cost at its true size.
+
+Schedule, memory, objective, precision, adapters, recomputation and accumulation are the stage's own; widths, layers,
+latents, clips a batch and sampler steps are not. Nothing is downloaded, read at full size, compiled or kept.
+"""
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vidistill import checkpoint, distributed
+from vidistill.bench import cost
+from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, Condition
+from vidistill.config import build
+from vidistill.data import clips, shards
+from vidistill.data import prompts as prompts_module
+from vidistill.diffusion import LatentShape
+from vidistill.models.dit import VideoDiT
+from vidistill.models.layers import NO_GRID, DiTConfig
+from vidistill.models.lora import LoraConfig
+from vidistill.models.student import CausalStudent
+from vidistill.ops.precision import working_dtype
+from vidistill.schedules import training
+from vidistill.streaming.session import StreamConfig, StreamSession
+from vidistill.teachers.wan import architecture, local_parts
+from vidistill.training.config import TrainConfig
+from vidistill.training.losses import OBJECTIVES
+from vidistill.training.trainer import Trainer
+from vidistill.training.validation import WatchConfig
+
+WIDTH, LAYERS, TEXT, TOKENS, CLIPS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 4, 2
+CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
+FACTOR = 4  # pixel frames of a latent of CODEC
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network of the stage: where it comes from, how that is known, its true architecture."""
+
+    source: str
+    known: str
+    dit: DiTConfig
+
+
+def rehearse(cfg: TrainConfig) -> dict[str, Any]:
+    """Run the stage `cfg` once in miniature; returns what was done and what the real one would take, ready for JSON.
+
+    Raises what the stage itself would raise: an impossible combination of settings is found here.
+    """
+    roles = {} if cfg.objective == "codec" else roles_of(cfg)
+    with tempfile.TemporaryDirectory(prefix="vidistill-") as folder:
+        done = run(miniature(cfg, roles, Path(folder)))
+    return {
+        "stage": cfg.name,
+        "objective": cfg.objective,
+        "networks": {name: network_cost(cfg, name, role) for name, role in roles.items()},
+        "true_size": true_size(cfg, roles) if roles else {},
+        "data": cfg.data if (Path(cfg.data) / shards.META).is_file() else f"{cfg.data}: not here, random data",
+        "done": done,
+        "config": asdict(cfg),
+    }
+
+
+# --- what the networks are --------------------------------------------------------------------------------------------
+
+
+def roles_of(cfg: TrainConfig) -> dict[str, Role]:
+    """The networks of a stage by role."""
+    roles = {"student": role(cfg.init or cfg.teacher, cfg.dit)}
+    if OBJECTIVES[cfg.objective].critic is not None:
+        roles["teacher"] = role(cfg.teacher, cfg.dit)
+        roles["critic"] = role(cfg.critic_init or cfg.teacher, cfg.dit)
+    return roles
+
+
+def role(name: str | None, fallback: DiTConfig) -> Role:
+    """What is known of network `name` without its weights; `fallback` if it is not here and its name says nothing."""
+    if name is None:
+        return Role("", "new", fallback)
+    if checkpoint.is_published(name) and Path(name).is_dir():
+        return Role(name, "read from its folder", architecture(local_parts(Path(name))[0]))
+    if network := cost.network_called(name):
+        return Role(name, f"not here, {network} by its name", cost.NETWORKS[network])
+    try:
+        record = checkpoint.read_record(checkpoint.locate(name))
+    except checkpoint.CheckpointError:
+        return Role(name, "not here, taken for the `dit` of the config", fallback)
+    return Role(name, "read from its record", build(DiTConfig, record["dit"]))
+
+
+def shrink(dit: DiTConfig, grid: tuple[int, int]) -> DiTConfig:
+    """The same kind of network, tiny."""
+    sites = {
+        name: replace(site, layers=tuple(k for k in site.layers if k < LAYERS), hidden=min(site.hidden, WIDTH))
+        for name, site in dit.sites.items()
+    }
+    return replace(
+        dit,
+        width=WIDTH,
+        layers=LAYERS,
+        heads=2,
+        ffn=2 * WIDTH,
+        freq_dim=32,
+        text_dim=min(dit.text_dim, TEXT),
+        image_dim=min(dit.image_dim, TEXT),
+        sites=sites,
+        grid=grid if dit.grid != NO_GRID else NO_GRID,
+        checkpoint=False,  # a setting of the stage, which the trainer applies
+    )
+
+
+# --- the miniature ----------------------------------------------------------------------------------------------------
+
+
+def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainConfig:
+    """The stage on tiny networks and data, all of it under `folder`."""
+    accumulate = min(cfg.accumulate, 2)
+    small = replace(
+        cfg,
+        name="rehearsal",
+        data=str(folder / "data"),
+        episodes=0,
+        batch=distributed.world_size() * accumulate,
+        accumulate=accumulate,
+        loss=replace(cfg.loss, target_steps=SAMPLER_STEPS),
+        init_plateau=0.0,  # nothing has converged here
+        watch=watched(cfg.watch, folder),
+        compile=False,
+        out=str(folder / "runs"),
+    )
+    if cfg.objective == "codec":
+        write_pixels(folder / "data", cfg)
+        return replace(small, init=None)
+    size = (2 * cfg.dit.patch[1], 2 * cfg.dit.patch[2])
+    tiny = {name: shrink(r.dit, (2, 2)) for name, r in roles.items()}
+    names: dict[str, str | None] = {}
+    for name, dit in tiny.items():
+        names[name] = str(folder / name)
+        write_network(folder / name, dit, cfg, size)
+    codec = TinyCodec(replace(CODEC, latent_channels=tiny["student"].channels))
+    checkpoint.export(folder / "codec", codec, {"card": {}})
+    write_latents(folder / "data", cfg, tiny["student"], size)
+    return replace(
+        small,
+        latent_size=size,
+        dit=replace(tiny["student"].grown(shrink(cfg.dit, (2, 2))), checkpoint=cfg.dit.checkpoint),
+        init=names["student"] if cfg.init else None,
+        teacher=names.get("teacher", names["student"]) if cfg.teacher else None,
+        critic_init=names.get("critic") if cfg.critic_init else None,
+        codec=str(folder / "codec") if cfg.codec else None,
+    )
+
+
+def watched(cfg: WatchConfig, folder: Path) -> WatchConfig:
+    """Looks at every step, where the stage looks at all."""
+    if not cfg.judge_every and not cfg.diagnose_every:
+        return cfg
+    judge, diagnose = min(cfg.judge_every, 1), min(cfg.diagnose_every, 1)
+    return replace(cfg, data=str(folder / "data"), clips=CLIPS, judge_every=judge, diagnose_every=diagnose)
+
+
+def write_network(path: Path, dit: DiTConfig, cfg: TrainConfig, size: tuple[int, int]) -> None:
+    """A random network whose head is not zero, as a checkpoint."""
+    net = VideoDiT(dit)
+    nn.init.normal_(net.head.head.weight, std=0.1)
+    shape = {"frames": cfg.frames, "channels": dit.channels, "height": size[0], "width": size[1], "patch": dit.patch}
+    record = {"shape": shape, "noise": asdict(cfg.loss.noise), "codec": None, "card": {}}
+    checkpoint.export(path, net, record, torch.float32)
+
+
+def kind_of(cfg: TrainConfig, dit: DiTConfig) -> str:
+    """The kind of data the stage is for: what its folder holds, or what the objective takes."""
+    if (Path(cfg.data) / shards.META).is_file():
+        return prompts_module.open_data(cfg.data).kind
+    if cfg.objective == "regression":
+        return "trajectories"
+    return prompts_module.PROMPTS if cfg.rolls and dit.text_dim and not recorded(cfg, dit) else "latents"
+
+
+def recorded(cfg: TrainConfig, dit: DiTConfig) -> bool:
+    """Whether only recorded clips have what the stage tells: actions, a camera's way, a reference picture."""
+    return ACTION_SITE in dit.sites or cfg.camera is not None or cfg.reference
+
+
+class RandomText:
+    """Stands where a `TextCache` stands."""
+
+    source, length = "random", TOKENS
+
+    def __init__(self, folder: Path, dim: int) -> None:
+        self.folder, self.dim = folder, dim
+
+    def path(self, prompt: str) -> Path:
+        return self.folder / f"{prompt or 'none'}.safetensors"
+
+    def encode(self, prompts: Sequence[str]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for prompt in prompts:
+            shards.write_shard(self.path(prompt), {"tokens": torch.randn(TOKENS, self.dim)})
+
+
+def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[int, int]) -> None:
+    """Random data of the kind the stage takes."""
+    kind = kind_of(cfg, dit)
+    actions = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
+    meta: dict[str, Any] = {"fps": 16.0, "temporal": FACTOR, "frames": cfg.frames, "levels": list(cfg.loss.levels)}
+    meta["actions"] = [f"action {k}" for k in range((actions - 1) // FACTOR)]
+    if kind == prompts_module.PROMPTS:
+        prompts_module.write_prompts(
+            folder, ("one", "two"), "", RandomText(folder / prompts_module.TOKENS, dit.text_dim), meta
+        )
+        return
+    meta["given"] = 1 if recorded(cfg, dit) or not dit.text_dim else 0
+    clip = (CLIPS, cfg.frames, dit.channels, *size)
+    tensors: dict[str, Tensor] = {}
+    if actions:
+        tensors["actions"] = torch.rand(CLIPS, cfg.frames, actions)
+    if cfg.camera is not None:
+        tensors["poses"] = cfg.camera.wander(CLIPS, cfg.frames)
+    if dit.text_dim:
+        tensors["tokens"] = torch.randn(CLIPS, TOKENS, dit.text_dim)
+    if cfg.reference and AUDIO_SITE in dit.sites:
+        tensors["audio"] = torch.randn(CLIPS, cfg.frames, dit.sites[AUDIO_SITE].dim)
+        tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
+    if kind == "trajectories" or (dit.text_dim and not recorded(cfg, dit) and cfg.objective != "flow"):
+        tensors["states"] = torch.randn(CLIPS, len(cfg.loss.levels) + 1, *clip[1:])
+    else:
+        tensors |= {"latents": torch.randn(clip), "images": torch.randn(clip)}
+    measures = {name: (low + high) / 2 for name, (low, high) in cfg.curate.items()}
+    shards.write_shards(folder, [(tensors, [{"measures": measures}] * CLIPS)], meta)
+
+
+def write_pixels(folder: Path, cfg: TrainConfig) -> None:
+    side = 4 * TinyCodec(cfg.codec_config).spatial_factor
+    frames = torch.randint(0, 256, (CLIPS, cfg.frames, side, side, 3), dtype=torch.uint8)
+    shards.write_shards(folder, [({"frames": frames}, [{}] * CLIPS)], {"fps": 16.0})
+
+
+def run(cfg: TrainConfig) -> list[str]:
+    """Every part of a run: a turn of each network, a saved state, the export; a student then streams."""
+    trainer, done = Trainer(cfg), []
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    trainer.step_count = cfg.critic_warmup
+    for _ in range(2):
+        turn = "student" if trainer.is_student_turn(trainer.step_count) else "critic"
+        logs = trainer.step()
+        trainer.look()
+        done.append(f"{turn} step: " + ", ".join(f"{k.split('/')[1]} {v:.3g}" for k, v in logs.items()))
+    trainer.save()
+    again = Trainer(cfg)
+    again.resume()
+    assert again.step_count == trainer.step_count, "a saved state resumes where it was saved"
+    done.append("state saved and resumed")
+    path = again.finish()
+    if distributed.rank() == 0:
+        bundle = checkpoint.load(path)
+        done.append(f"{bundle.kind} exported and loaded")
+        if bundle.kind == "student":
+            done.append(stream(bundle))
+    return done
+
+
+def stream(bundle: checkpoint.Bundle) -> str:
+    """Stream some chunks of what was exported."""
+    codec, image = None, None
+    if given := bundle.given_frames:
+        if not bundle.record["codec"]:
+            return "not streamed: it starts from a picture, and the stage names no codec"
+        codec = checkpoint.load_codec_of(bundle)
+        side = codec.spatial_factor
+        size = (codec.px_frames(given), side * bundle.shape.height, side * bundle.shape.width, 3)
+        image = np.zeros(size, dtype=np.uint8)
+    with StreamSession(bundle, codec, StreamConfig(pipelined=False), image=image) as session:
+        shapes = [tuple(x.shape) for _, x in zip(range(STREAMED), session.latents(), strict=False)]
+    return f"{len(shapes)} chunks streamed"
+
+
+# --- the true size ----------------------------------------------------------------------------------------------------
+
+
+def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:
+    """Parameters of a network, how many of them train, and bytes of weights, gradients, optimiser and average."""
+    total = cost.parameters(r.dit)
+    lora = {"student": cfg.lora, "critic": cfg.critic_lora}.get(name, LoraConfig())
+    trained = 0 if name == "teacher" else adapters(r.dit, lora) if lora.rank else total
+    state = trained * (4 + 8)  # gradient and two moments of AdamW
+    if name == "student" and cfg.ema:
+        state += 4 * trained
+    size = working_dtype(cfg.teacher_precision).itemsize if name == "teacher" else 4
+    weights = size * (total + (trained if lora.rank else 0))
+    return {
+        "source": r.source,
+        "known": r.known,
+        "parameters": total,
+        "trained": trained,
+        "weight_bytes": weights,
+        "training_bytes": state,
+    }
+
+
+def adapters(dit: DiTConfig, lora: LoraConfig) -> int:
+    """Parameters of the low-rank adapters of a network."""
+    with torch.device("meta"):
+        linears = {n: m for n, m in VideoDiT(dit).named_modules() if isinstance(m, nn.Linear)}
+    adapted = [m for n, m in linears.items() if re.fullmatch(lora.targets, n)]
+    return sum(lora.rank * (m.in_features + m.out_features) for m in adapted)
+
+
+def latent_size(cfg: TrainConfig, dit: DiTConfig) -> tuple[int, int] | None:
+    """Height and width of the stage's true latents, where something says so."""
+    if all(cfg.latent_size):
+        return cfg.latent_size
+    if (Path(cfg.data) / shards.META).is_file():
+        source = prompts_module.open_data(cfg.data)
+        if isinstance(source, clips.Clips):
+            return source.latent_size[1:]
+    return (dit.grid[0] * dit.patch[1], dit.grid[1] * dit.patch[2]) if dit.grid != NO_GRID else None
+
+
+def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
+    """Tokens, passes, FLOPs and bytes of one clip at the size the stage is for; {} if nothing says its latents."""
+    dit, size = roles["student"].dit, latent_size(cfg, roles["student"].dit)
+    if size is None:
+        return {}
+    shape, item = LatentShape(cfg.frames, dit.channels, *size, dit.patch), working_dtype(cfg.precision).itemsize
+    n, memory = shape.tokens_per_frame, cfg.student.memory
+    with torch.device("meta"):
+        student = CausalStudent(VideoDiT(dit), cfg.student, shape)
+    causal = cfg.objective not in ("flow",)
+    frames = cfg.student.chunk if cfg.rolls else cfg.frames * (2 if cfg.objective in DOUBLED else 1)
+    seen = min(memory.tokens(shape.grid), cfg.frames * n) if cfg.rolls else cfg.frames * n
+    row: dict[str, Any] = {
+        "latents": [cfg.frames, dit.channels, *size],
+        "tokens_per_frame": n,
+        "tokens_per_pass": frames * n,
+        "flops_per_pass": sum(cost.pass_flops(dit, frames * n, seen).values()),
+        "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg),
+        "recomputed_blocks": cfg.dit.checkpoint,
+    }
+    if cfg.rolls:
+        passes = list(training(cfg.schedule, student.num_chunks(cfg.frames), Random(cfg.seed)))
+        row["passes_per_rollout"] = len(passes)
+        row["passes_with_gradient_at_once"] = 1 if cfg.replay else sum(p.grad for p in passes)
+        pasts = [min(student.first_frame(p.chunk), memory.frames - frames) for p in passes if p.grad]
+        copied = max(pasts, default=0) if cfg.replay else sum(pasts)
+        row["history_bytes"] = 2 * copied * dit.layers * dit.width * n * item  # autograd reads memory as a copy
+    if causal:
+        row["memory_bytes"] = memory.account(
+            shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads, itemsize=item
+        )["bytes"]
+    return row
+
+
+DOUBLED = ("teacher_forcing", "regression")  # the clean clip rides along
+
+
+def activation_bytes(dit: DiTConfig, cfg: TrainConfig) -> float:
+    """Bytes a token that one pass keeps for its backward pass, counted on the meta device; no history, no workspace."""
+    dtype = working_dtype(cfg.precision)
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            held.append(x)
+        return x
+
+    held: list[Tensor] = []
+    side = (8 * dit.patch[1], 8 * dit.patch[2])
+    with torch.device("meta"):
+        grid = (8, 8) if dit.grid != NO_GRID else NO_GRID
+        net = VideoDiT(replace(dit, grid=grid, checkpoint=False)).to(dtype)
+        x = torch.zeros(1, 1, dit.channels, *side, dtype=dtype)
+        per_frame = {site: torch.zeros(1, 1, s.dim, dtype=dtype) for site, s in dit.sites.items()}
+        extra = torch.zeros(1, 1, dit.extra_channels, *side, dtype=dtype) if dit.extra_channels else None
+        told = torch.zeros(1, dit.image_tokens + 1, max(dit.text_dim, dit.image_dim), dtype=dtype)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            net(x, torch.zeros(1, 1), Condition(told if dit.text_dim else None, per_frame, extra))
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    total = sum(size for storage, size in kept.items() if storage not in own) / 64
+    recomputed = dit.layers * dit.width * dtype.itemsize + total / dit.layers
+    return recomputed if cfg.dit.checkpoint else total
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def report(row: dict[str, Any]) -> str:
+    """What people read of a rehearsal."""
+    lines = [
+        f"{row['stage']}: {row['objective']}, rehearsed in miniature; nothing was kept",
+        f"data      {row['data']}",
+    ]
+    for name, net in row["networks"].items():
+        lines.append(
+            f"{name:9s} {net['source'] or 'new'} ({net['known']}): {net['parameters'] / 1e9:.3f} B parameters, "
+            f"{net['trained'] / 1e9:.3f} B trained; weights {gb(net['weight_bytes'])}, gradients, optimiser, average "
+            f"{gb(net['training_bytes'])}"
+        )
+    if true := row["true_size"]:
+        note = "blocks recomputed" if true["recomputed_blocks"] else "all of them"
+        lines.append(
+            f"a pass    {true['tokens_per_pass']} tokens ({true['tokens_per_frame']} a latent frame), "
+            f"{true['flops_per_pass'] / 1e12:.2f} TFLOP, activations {gb(true['activation_bytes_per_pass'])} ({note})"
+        )
+        if "passes_per_rollout" in true:
+            lines.append(
+                f"a rollout {true['passes_per_rollout']} passes, {true['passes_with_gradient_at_once']} of them with "
+                f"gradient at once (history {gb(true['history_bytes'])}), memory {gb(true['memory_bytes'])} a clip"
+            )
+    return "\n".join([*lines, *(f"done      {step}" for step in row["done"])])
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,101 @@
+"""`vidistill eval`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from vidistill.cli.options import count
+
+
+def add_eval(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "eval",
+        help="judge a student beside its teacher and real video",
+        description="Student, teacher and real video side by side on held-out episodes; plots, sheets, a report.",
+        epilog="Distances compare at equal numbers of clips only: fewer clips, larger distance. Held-out episodes are "
+        "recorded into data/ the first time (a minute or two), and samples of a teacher are kept there.",
+    )
+    p.add_argument("name", nargs="?", help="a bundled name or the path of a student, teacher or codec")
+    p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
+    p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
+    p.add_argument("--suite", choices=("quality", "memory"), default="quality", help="what to judge (default: quality)")
+    p.add_argument(
+        "--clips",
+        type=count,
+        help="held-out clips (default and protocol: 256; 96 captions for text), or paths for each time away (24)",
+    )
+    p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
+    p.add_argument("--full", help="suite memory: the baseline that keeps everything (default: NAME-full)")
+    p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
+    p.add_argument("--out", type=Path, help="folder of the report (default: out/eval)")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    p.set_defaults(run=run_eval)
+    return p
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from vidistill import checkpoint
+    from vidistill.evaluation import prompt_adherence, quality, report
+
+    if not args.name and not args.frontier:
+        raise ValueError("name a checkpoint, or give --frontier")
+    out = args.out or Path("out/eval")
+    if args.frontier:
+        from vidistill.evaluation import ablation
+
+        given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
+        given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
+        if foreign := [key for key, value in given.items() if value]:
+            raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
+        report.check_plots()
+        result = ablation.frontier(args.frontier)
+        Console(stderr=True).print(ablation.table(result))
+    elif args.suite == "memory":
+        result = run_memory_suite(args, out)
+    elif args.window or args.full:
+        raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
+    elif args.glance and (args.teacher or args.out):
+        option = "--teacher" if args.teacher else "--out"
+        raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
+    elif checkpoint.talks(args.name):
+        from vidistill.evaluation import lip_sync
+
+        clips = args.clips or 64
+        if args.glance:
+            result = lip_sync.glance(args.name, lip_sync.AvatarConfig(clips=clips))
+        else:
+            result = lip_sync.run(args.name, clips=clips, out=out, teacher=args.teacher)
+    elif checkpoint.listens(args.name):
+        clips = args.clips or 96
+        if args.glance:
+            result = prompt_adherence.glance(args.name, prompt_adherence.AdherenceConfig(clips=clips))
+        else:
+            result = prompt_adherence.run(args.name, clips=clips, out=out, teacher=args.teacher)
+    else:
+        clips = args.clips or 256
+        if args.glance:
+            result = quality.glance(args.name, quality.EvalConfig(clips=clips))
+            print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
+        else:
+            result = quality.run(args.name, clips=clips, out=out, teacher=args.teacher)
+    if args.glance:
+        result["clips"] = clips
+    if args.json:
+        print(json.dumps(result))
+
+
+def run_memory_suite(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    from rich.console import Console
+
+    from vidistill.evaluation import report, spatial_memory
+
+    if args.glance or args.teacher:
+        raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
+    report.check_plots()
+    cfg = spatial_memory.RevisitConfig(paths=args.clips or 24, out=str(out))
+    result = spatial_memory.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
+    Console(stderr=True).print(spatial_memory.table(result))
+    return result

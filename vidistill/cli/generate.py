@@ -1,0 +1,73 @@
+"""`vidistill generate`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from vidistill.cli.options import GAIN, add_speed, amount, count, place, speed_of
+
+
+def add_generate(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "generate",
+        help="stream a student to a video file",
+        description="Stream a student to an mp4 and a contact sheet (PNG beside it).",
+        epilog="example: vidistill generate doom -o walk.mp4 --seconds 10 --action forward:20,turn_left:16",
+    )
+    p.add_argument("name", help="a bundled name or the path of a student")
+    p.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="video file (default: out.mp4)")
+    p.add_argument("--seconds", type=amount, default=10.0, help="length of the video (default: 10)")
+    p.add_argument("--seed", type=place, default=0, help="seed of the noise (default: 0)")
+    p.add_argument("--image", type=Path, help="start picture (PNG); default: a bundled one")
+    p.add_argument(
+        "--action",
+        default="",
+        help="what to do, e.g. forward:20,turn_left+forward:16,still:8 (frames), repeated to the end; "
+        "`vidistill info NAME` lists a world's actions",
+    )
+    p.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="[SECONDS [POLICY]:] TEXT",
+        help='text, for students that listen to it; repeat it with times: "6 recache: a red ring moves up"; '
+        "policies: keep, recache, cut",
+    )
+    p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
+    p.add_argument("--gain", type=amount, default=1.0, help=GAIN)
+    add_speed(p)
+    p.set_defaults(run=run_generate)
+    return p
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from vidistill import checkpoint, io
+    from vidistill.conditioning.script import parse_cues, parse_script
+    from vidistill.streaming.runtime import load_fast
+    from vidistill.streaming.session import StreamConfig, StreamSession
+
+    io.check_film(args.out)
+    script, cues = parse_script(args.action), parse_cues(args.prompt)
+    if late := next((cue for cue in cues if cue.seconds >= args.seconds), None):
+        raise ValueError(
+            f"--prompt {late.prompt!r} at {late.seconds:g} s would not be heard in {args.seconds:g} s; raise --seconds"
+        )
+    bundle, codec = load_fast(args.name, speed_of(args))
+    if args.image and not bundle.given_frames:
+        raise ValueError(f"--image {args.image}: {args.name} starts from noise, takes no picture; leave --image out")
+    size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
+    picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
+    image = io.read_image(picture, size) if picture and bundle.given_frames else None
+    with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:
+        total = max(1, round(args.seconds * session.fps))
+        if session.audio_rate:
+            print(f"{args.name} hears nothing here and keeps still; demos/avatar.py makes it speak", file=sys.stderr)
+        with tqdm(desc="frames", total=total, disable=None) as bar:
+            frames = session.record(total, script, cues, bar.update)
+        io.write_video(args.out, frames, session.fps, scale=args.scale)
+        sheet = args.out.with_suffix(".png")
+        io.save_png(sheet, io.contact_sheet([frames], every=max(1, total // 12), scale=2))
+    print(f"{args.out} ({total} frames), {sheet}")

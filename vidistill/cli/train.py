@@ -1,0 +1,71 @@
+"""`vidistill train` and `vidistill diagnose`."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_train(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "train",
+        help="run a training stage",
+        description="Run the training stage of a YAML to its end. The same command resumes it after a stop.",
+        epilog="example: vidistill train configs/doom/teacher.yaml steps=2000 optim.lr=3e-4; several processes share a "
+        "batch: torchrun --nproc-per-node 8 -m vidistill train stage.yaml parallel=shard",
+    )
+    p.add_argument("config", help="YAML of the stage")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=1e-4")
+    p.add_argument(
+        "--dry-run", action="store_true", help="run the stage once on tiny random networks, say what it would take"
+    )
+    p.set_defaults(run=run_train)
+    return p
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from vidistill import distributed
+    from vidistill.config import load_config
+    from vidistill.training.config import TrainConfig
+    from vidistill.training.trainer import train
+
+    cfg = load_config(TrainConfig, args.config, args.overrides)
+    if args.dry_run:
+        from vidistill.bench import dry_run
+
+        row = dry_run.rehearse(cfg)
+        print(dry_run.report(row), json.dumps(row), sep="\n")
+        return
+    with distributed.group():
+        path = train(cfg)
+        if distributed.rank() == 0:
+            print(path)
+
+
+def add_diagnose(commands: Any) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "diagnose",
+        help="draw where distillation helped and where it hurt",
+        description="Draw the gradient of distillation of a run that was trained with watch.diagnose_every.",
+    )
+    p.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, such as runs/talker")
+    p.add_argument("-o", "--out", type=Path, help="picture (default: RUN/diagnosis.png)")
+    p.set_defaults(run=run_diagnose)
+    return p
+
+
+def run_diagnose(args: argparse.Namespace) -> None:
+    from vidistill.evaluation import report
+    from vidistill.training.trainer import METRICS
+
+    path = args.folder / METRICS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [row for row in map(json.loads, lines) if "diagnosis" in row]
+    if not rows:
+        raise ValueError(f"{path} holds no diagnosis; train with watch.data=LATENTS watch.diagnose_every=STEPS")
+    out = args.out or args.folder / "diagnosis.png"
+    report.draw_diagnosis(rows, out)
+    last = rows[-1]["diagnosis"]
+    for level, cosines in zip(last["levels"], last["cosine"], strict=True):
+        print(f"step {rows[-1]['step']}  level {level:.2f}  cosine " + " ".join(f"{c:+.2f}" for c in cosines))
+    print(out)

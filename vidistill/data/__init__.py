@@ -1,0 +1,1 @@
+"""Data of a training on disk and in batches."""

@@ -1,0 +1,192 @@
+"""Trajectories of a teacher on disk: its states at a few noise levels, from noise to sample."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vidistill import checkpoint
+from vidistill.conditioning.camera import CameraConfig
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, branches
+from vidistill.data.prompts import Prompts, open_data
+from vidistill.data.shards import SETTINGS, DataError, finish_shards, partial_of, write_shard
+from vidistill.data.types import Batch
+from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.ops.device import accelerator
+from vidistill.ops.precision import autocast, working_dtype
+from vidistill.sampling import trajectory
+from vidistill.teachers.wan import VAE_FACTORS
+
+LEVEL_TOLERANCE = 2e-3  # levels are written with few digits
+
+
+def trajectories(
+    out: Path,
+    teacher: str,
+    data: Path,
+    clips: int = 1024,
+    frames: int | None = None,
+    steps: int = 48,
+    levels: tuple[float, ...] | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    size: tuple[int, int] = (480, 832),
+    at_once: int = 64,
+    precision: str = "fp32",
+) -> str:
+    """Sample `clips` clips with a teacher under the conditions of `data` into folder `out`; says what is there.
+
+    ValueError if teacher and data do not belong together, or no sampler of the teacher has all `levels`.
+    """
+    where = accelerator()
+    master = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
+    net = master.net.to(where)
+    talks = "dit" in master.record and master.net.cfg.extra_channels > 0
+    camera = master.record.get("world", {}).get("camera")
+    source = open_data(data, camera=camera and CameraConfig.of(camera), reference=talks)
+    frames = frames or master.record["shape"]["frames"]
+    noise = master.noise if "noise" in master.record else NoiseSchedule()
+    steps, kept = sampler_levels(noise, steps, levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25)))
+    draw, found = clips_of(source, master, frames, seed, size)
+    meta: dict[str, Any] = {
+        **{k: source.meta[k] for k in KEPT if k in source.meta},
+        **found,
+        "teacher": teacher,
+        "clips": clips,
+        "frames": frames,
+        "given": source.given,
+        "seed": seed,
+        "sigmas": list(noise.steps(steps)),
+        "levels": list(kept),
+        "guidance": master.record.get("guidance", 1.0) if guidance is None else guidance,
+        "audio_guidance": master.record.get("audio_guidance", 0.0) if guidance is None else 0.0,
+    }
+
+    def batch_of(count: int, i: int) -> Batch:
+        return draw(count, i).to(where)
+
+    with (
+        tqdm(total=clips, desc="trajectories", disable=None) as bar,
+        autocast(precision, where),
+    ):
+        write_trajectories(out, net, batch_of, meta, at_once, bar)
+    shown = ",".join(f"{level:.4f}" for level in kept)
+    return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
+
+
+KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative", "audio")
+
+
+def clips_of(
+    source: Any, teacher: checkpoint.Bundle, frames: int, seed: int, size: tuple[int, int]
+) -> tuple[Callable[[int, int], Batch], dict[str, Any]]:
+    """What draws (number of clips, number of the draw) -> clips that `teacher` takes, and what to note of them."""
+    takes = teacher.record["shape"]["channels"] if "shape" in teacher.record else teacher.net.cfg.channels
+    text = teacher.net.cfg.text_dim if "dit" in teacher.record else 0
+    if text and text != source.width_of("tokens"):
+        raise DataError(f"{teacher.name} listens to text; {source.folder} has none of {text} numbers a token")
+    if not isinstance(source, Prompts):
+        source.need("latents")
+        if takes != source.latent_size[0]:
+            raise DataError(
+                f"{teacher.name} takes latents of {takes} channels, {source.folder} has {source.latent_size[0]}"
+            )
+
+        def draw(count: int, i: int) -> Batch:
+            picked = source.windows(count, frames, seed, i, "latents")
+            return replace(source.gather(picked, frames), poses=source.poses(picked, frames))
+
+        return draw, {}
+    side, _ = VAE_FACTORS.get(takes, VAE_FACTORS[16])
+    if size[0] % side or size[1] % side:
+        raise DataError(f"size {size[0]}x{size[1]} must be whole latents of {side} pixels")
+    latent = (takes, size[0] // side, size[1] // side)
+    return (lambda count, i: source.batch(count, frames, latent, seed, i)), {"codec": teacher.record.get("codec")}
+
+
+def sampler_levels(noise: NoiseSchedule, steps: int, levels: Iterable[float]) -> tuple[int, tuple[float, ...]]:
+    """The fewest sampler steps, at least `steps`, whose list holds all `levels`, and the levels as they are on it."""
+    wanted = tuple(levels)
+    if not wanted or wanted[0] != 1.0 or sorted(wanted, reverse=True) != list(wanted) or wanted[-1] <= 0:
+        raise DataError(f"levels fall from 1.0 and stay above 0, got {list(wanted)}")
+    for n in range(steps, 4 * steps + 1):
+        listed = noise.steps(n)
+        exact = tuple(min(listed, key=lambda s: abs(s - level)) for level in wanted)
+        if len(set(exact)) == len(wanted) and all(
+            abs(e - level) < LEVEL_TOLERANCE for e, level in zip(exact, wanted, strict=True)
+        ):
+            return n, exact
+    near = [min(noise.steps(steps), key=lambda s: abs(s - level)) for level in wanted]
+    raise DataError(
+        f"levels {list(wanted)} lie on no sampler of {steps} to {4 * steps} steps with shift {noise.shift}; the "
+        f"nearest of {steps} steps are {[round(s, 4) for s in near]}"
+    )
+
+
+@torch.no_grad()
+def trajectory_states(
+    net: Denoiser,
+    batch: Batch,
+    sigmas: Iterable[float],
+    levels: Iterable[float],
+    rng: torch.Generator,
+    scale: float,
+    audio_scale: float = 0.0,
+) -> Tensor:
+    """States [B, K + 1, F, C, H, W] (half) of a teacher's trajectories from fresh noise, at `levels` and at 0."""
+    noise = torch.randn(batch.x.shape, generator=rng).to(batch.x.device)
+    given, kept = batch.x[:, : batch.given], {*levels, 0.0}
+    nulls, scales = branches(batch.cond, scale, audio_scale)
+    path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=nulls, scales=scales)
+    return torch.stack([x.half().cpu() for sigma, x in path if sigma in kept], dim=1)
+
+
+def write_trajectories(
+    folder: str | Path,
+    net: Denoiser,
+    batch_of: Callable[[int, int], Batch],
+    meta: Mapping[str, Any],
+    per_shard: int = 64,
+    bar: Any = None,
+) -> None:
+    """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
+
+    `batch_of(size, i)` makes the clips of shard i, which are sampled together; their `given` must be `meta["given"]`.
+    `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
+    """
+    partial, total = partial_of(folder), meta["clips"]
+    settings = json.loads(json.dumps({**meta, "per_shard": per_shard}))
+    begun = json.loads((partial / SETTINGS).read_text()) if (partial / SETTINGS).is_file() else None
+    if begun is not None and begun != settings:
+        other = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
+        raise DataError(
+            f"{partial} holds trajectories of other settings ({', '.join(other)}): ask for the same to go on, or "
+            "remove it"
+        )
+    if begun is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / SETTINGS).write_text(json.dumps(settings, sort_keys=True))
+    shards = -(-total // per_shard)
+    for i in range(shards):
+        size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
+        if not path.is_file():
+            batch = batch_of(size, i)
+            rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
+            scales = meta["guidance"], meta.get("audio_guidance", 0.0)
+            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
+            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens, "poses": batch.poses}
+            told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
+            kept = {name: x.cpu() for name, x in told.items() if x is not None}
+            if "tokens" in kept:
+                kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
+            write_shard(path, {"states": states, **kept})
+        if bar is not None:
+            bar.update(size)
+    finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)

@@ -1,0 +1,164 @@
+"""Recorded clips on disk: folders of safetensors shards that appear only when they are complete."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
+from vidistill.conditioning.condition import Encode, pack_actions, pack_audio
+from vidistill.data.types import Captioned, Episode, Talk
+
+META = "meta.json"
+SETTINGS = "settings.json"
+
+
+class DataError(ValueError):
+    """A data folder that cannot be used; the message names the file or the setting."""
+
+
+Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the episode, a description of each
+
+
+def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> None:
+    """Write shards and `meta` as a folder that appears only when complete; DataError if other things lie there."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    described: list[dict] = []
+    count = 0
+    for count, (tensors, episodes) in enumerate(shards, 1):
+        write_shard(partial / f"shard-{count - 1:05d}.safetensors", tensors)
+        described += episodes
+    finish_shards(folder, count, described, meta)
+
+
+def partial_of(folder: str | Path) -> Path:
+    """Where the shards of `folder` lie until all are there; DataError if it holds other things than data."""
+    path = Path(folder)
+    if path.exists() and not (path / META).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{folder} is there and holds no data of ours ({META} is missing); name a new folder")
+    return path.with_name(path.name + ".partial")
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one shard whole or not at all; OSError if the disk is full."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    os.replace(temporary, path)
+
+
+def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: Mapping) -> None:
+    """Turn the partial folder of `folder` into the folder itself."""
+    if not described:
+        raise DataError(f"{folder} would hold no episodes; record at least one")
+    partial = partial_of(folder)
+    record = {**meta, "shards": shards, "episodes": len(described), "described": described}
+    (partial / META).write_text(json.dumps(record))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def frame_shards(episodes: Iterable[Episode], per_shard: int = 64) -> Iterator[tuple[dict[str, Tensor], list[dict]]]:
+    """Shards of episodes of one length: frames uint8 [N, T, H, W, 3], actions [N, T, A], poses [N, T, 3 or 12]."""
+    episodes = iter(episodes)
+    while held := list(itertools.islice(episodes, per_shard)):
+        yield stacked(held, "frames", "actions", "poses"), [{"seed": e.seed, "walls": e.walls} for e in held]
+
+
+def stacked(clips: Sequence[Any], *names: str) -> dict[str, Tensor]:
+    """The arrays of clips under these names, [N, ...]."""
+    return {name: torch.from_numpy(np.stack([getattr(clip, name) for clip in clips])) for name in names}
+
+
+def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int = 64) -> Iterator[Shard]:
+    """Shards of captioned clips of one length: frames uint8 [N, T, H, W, 3], tokens half [N, L, D]."""
+    clips = iter(clips)
+    while held := list(itertools.islice(clips, per_shard)):
+        tokens = encode([c.caption for c in held]).half()
+        yield (
+            {**stacked(held, "frames"), "tokens": tokens},
+            [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held],
+        )
+
+
+def talk_shards(
+    clips: Iterable[Talk],
+    encode: Encode,
+    audio: AudioConfig,
+    measure: Callable[[Talk], dict[str, float]],
+    per_shard: int = 32,
+) -> Iterator[Shard]:
+    """As captioned ones, with audio features half [N, T, D], pcm int16 [N, S], mouth [N, T, 2], and `measures`."""
+    clips = iter(clips)
+    while held := list(itertools.islice(clips, per_shard)):
+        heard = [clip_features(from_pcm16(c.pcm), len(c.frames), audio) for c in held]
+        tensors = {**stacked(held, "frames", "pcm", "mouth"), "audio": torch.from_numpy(np.stack(heard)).half()}
+        tensors["tokens"] = encode([c.caption for c in held]).half()
+        told = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
+        yield tensors, told
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / META
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no data in {folder} ({META} is missing): make it with `vidistill data KIND {folder}`; "
+            "scripts/reproduce_*.sh say how for each world"
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); make the data again") from error
+
+
+def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:
+    """The tensors of every shard, in order; `names` picks some."""
+    for i in range(read_meta(folder)["shards"]):
+        path = Path(folder) / f"shard-{i:05d}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as shard:
+                yield {name: shard.get_tensor(name) for name in (names or shard.keys())}
+        except (SafetensorError, FileNotFoundError) as error:
+            raise DataError(f"{path} is missing, damaged or lacks {names} ({error}); make the data again") from error
+
+
+@torch.no_grad()
+def latent_shard(shard: Shard, codec: Any) -> Shard:
+    """A latent shard of a frame shard: latents and images half [N, F, C, H, W], actions [N, F, A'], poses
+    [N, F, 3 or 12], tokens [N, L, D], what there is of them.
+
+    `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
+    that picture alone, which is what a clip starts from.
+    """
+    tensors, described = shard
+    factor = codec.temporal_factor
+    latents, images = [], []
+    for frames in tensors["frames"]:
+        px = frames.permute(0, 3, 1, 2).float() / 255
+        latents.append(codec.encode(px[None])[0].half())
+        images.append(codec.encode(px[::factor, None])[:, 0].half())
+    out = {"latents": torch.stack(latents), "images": torch.stack(images)}
+    out |= {name: LATENT_RATE[name](x, factor) for name, x in tensors.items() if name in LATENT_RATE}
+    return out, described
+
+
+LATENT_RATE: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "actions": pack_actions,
+    "poses": lambda poses, factor: poses[:, ::factor].contiguous(),
+    "audio": pack_audio,
+    "mouth": lambda mouth, factor: mouth,  # at pixel rate, as it is judged
+    "tokens": lambda tokens, factor: tokens,
+}

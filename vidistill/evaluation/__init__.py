@@ -1,0 +1,1 @@
+"""Students judged beside their teachers and real video."""

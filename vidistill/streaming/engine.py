@@ -1,0 +1,325 @@
+"""Denoiser and decoder of a stream, without threads of their own: chunks of a dream, and the pictures of a chunk."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidistill import checkpoint
+from vidistill.checkpoint import Bundle
+from vidistill.codecs import Codec
+from vidistill.conditioning.condition import Condition, concat
+from vidistill.conditioning.controls import Inputs, Wish
+from vidistill.conditioning.script import Cue, Script, scripted
+from vidistill.io import to_float, to_uint8
+from vidistill.memory.policies import MemoryConfig, stream_memory
+from vidistill.models.student import CausalStudent
+from vidistill.ops.device import wait_for
+from vidistill.rollout import Drawn, Noise, Randomness, chunk_noise, rollout
+from vidistill.schedules import Pass, endless
+from vidistill.streaming.navigation import Roamer
+from vidistill.streaming.prompt_switch import SWITCHES, Past
+
+Admit = Callable[[int], bool]  # px frames of the next chunk -> may it start?
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture of a stream.
+
+    px: uint8 [H, W, 3]. index: pictures before it since the last reset. input_id: number of the last `set` that had a
+    say in it, 0: none. dream: resets before it. made_at: `time.perf_counter()` when it was on the host. stats: what its
+    chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms and host_ms
+    (so far); where speech is heard also audio_to_lip_ms, since its sound came. sound: float32 [n], what sounds while
+    the picture is shown; None for a student that hears nothing.
+    """
+
+    px: np.ndarray
+    index: int
+    chunk: int
+    input_id: int
+    dream: int
+    made_at: float
+    stats: Mapping[str, float]
+    sound: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: latents [1, f, C, H, W]; the rest as in `Frame`, stats before decoding.
+
+    `fresh`: a scene begins with it, so that it is decoded as the start of a clip, to `px_frames` pictures. `sounds` of
+    them, and when each came (`perf_counter`, None for silence).
+    """
+
+    latents: Tensor
+    index: int
+    fresh: bool
+    px_frames: int
+    input_id: int
+    dream: int
+    stats: Mapping[str, float]
+    sounds: tuple[tuple[np.ndarray, float | None], ...] = ()
+
+
+@dataclass(eq=False)
+class Dream:
+    """One run from a start to the next reset; `over` stops it before its next pass."""
+
+    number: int
+    seed: int
+    given: Tensor | None  # latents [1, F, C, H, W] it starts from
+    over: bool = False
+
+
+class Stopwatch:
+    """Milliseconds spent on each kind of pass on a device; waiting between `stop` and `start` is not counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._spent = {"denoise_ms": 0.0, "context_ms": 0.0}
+        self._part, self._began = "", 0.0
+
+    def start(self, part: str) -> None:
+        self._part, self._began = part, time.perf_counter()
+
+    def stop(self) -> None:
+        if self._part:
+            wait_for(self._device)
+            self._spent[self._part] += 1000 * (time.perf_counter() - self._began)
+        self._part = ""
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last call."""
+        self.stop()
+        spent, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
+        return {**spent, "chunk_ms": sum(spent.values())}
+
+
+class Engine:
+    """Denoiser and decoder of a session, without threads of its own."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        codec: Codec | None,
+        seed: int,
+        memory: MemoryConfig | None,
+        rewarm: int | None,
+        drawn: Drawn | None = None,
+    ) -> None:
+        if bundle.kind != "student":
+            raise ValueError(f"{bundle.name} is a {bundle.kind}; only a student streams")
+        self.student: CausalStudent = bundle.net
+        self.codec, self.schedule, self.drawn = codec, bundle.schedule, drawn
+        if rewarm is not None:
+            self.schedule = replace(self.schedule, rewarm=rewarm)
+        self.given_frames = bundle.given_frames
+        self.device = self.student.net.device
+        self.factor = codec.temporal_factor if codec else bundle.record["world"].get("temporal", 1)
+        if codec is not None and codec.latent_channels != self.student.shape.channels:
+            raise ValueError(f"{bundle.name} has {self.student.shape.channels} channels, not {codec.latent_channels}")
+        self.memory_config = stream_memory(memory or self.student.cfg.memory, self.student.cfg.chunk)
+        self.memory = self.student.new_memory(1, cfg=self.memory_config)
+        self.inputs = Inputs.of(bundle.record, self.factor, self.device, checkpoint.text_encoder(bundle.record))
+        self.roamer = Roamer(self.memory, self.inputs)
+        self.script: Script = ()  # asked for at every chunk, in place of `set`
+        self.cues: deque[tuple[int, Cue]] = deque()  # (px frame, what is set there), in order
+        self.closed = False
+        self.dream = Dream(0, seed, None)
+        self._taken: dict[int, tuple[Wish, Condition]] = {}  # first latent frame of a chunk -> what it is made with
+        self._newest: Tensor | None = None  # finished latents [1, F, C, H, W] that memory may hold
+        self._scenes = [0]  # chunks that a scene began with
+        self.ahead = 0  # chunks to leave out before the next
+        self._emitted = 0  # the chunk that is finished
+        self._watch = Stopwatch(self.device)
+        self._codec_state, self._next_index = None, 0
+
+    def begin(self, dream: Dream) -> None:
+        """Go on with another dream; the present one ends before its next pass."""
+        self.dream.over = True
+        self.dream = dream
+
+    def close(self) -> None:
+        self.closed = self.dream.over = True
+
+    def px_frames(self, chunk: int, fresh: bool = False) -> int:
+        """Px frames that `chunk` decodes to; one that begins a scene (`fresh`, and the first) to fewer."""
+        first, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
+        return self.factor * (stop - first) - (self.factor - 1 if fresh or chunk == 0 else 0)
+
+    @torch.no_grad()
+    def encode(self, image: np.ndarray | None) -> Tensor | None:
+        """Latents [1, F, C, H, W] of the given frames from uint8 `image` [H, W, 3], or a clip [T, H, W, 3]."""
+        given = self.given_frames
+        if image is None:
+            if given:
+                raise ValueError("this student starts from a picture: pass `image`, uint8 [H, W, 3]")
+            return None
+        if not given:
+            raise ValueError("this student starts from noise and takes no `image`")
+        if self.codec is None:
+            raise ValueError("a session without a codec cannot start from an `image`")
+        shape, scale = self.student.shape, self.codec.spatial_factor
+        clip = image[None] if image.ndim == 3 else image
+        needed = (self.codec.px_frames(given), shape.height * scale, shape.width * scale, 3)
+        if clip.dtype != np.uint8 or clip.shape != needed:
+            raise ValueError(f"image is {image.dtype} {list(image.shape)}; needed is uint8 {list(needed)}")
+        return self.codec.encode(to_float(clip)[None].to(self.device))
+
+    @torch.no_grad()
+    def chunks(self, dream: Dream, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
+        """Finished chunks of `dream`, until it is over or `admit`, asked with the px frames of the next, says no."""
+        self.roamer.begin()
+        self.inputs.begin(dream.given)
+        self._taken.clear()
+        self._newest, self._scenes = None, [0]
+        self._watch.take()
+        noise, rng = self.randomness(dream)
+        finished = rollout(
+            self.student,
+            self._passes(dream, admit),
+            noise=noise,
+            cond=self._condition,
+            memory=self.memory,
+            rng=rng,
+            pinned=dream.given,
+        )
+        for latents in finished:
+            self.roamer.update()
+            index = self._emitted
+            wish = self._taken[self.student.first_frame(index)][0]
+            fresh = index == self._scenes[-1]
+            self._remember(latents, fresh)
+            px_frames = self.px_frames(index, fresh)
+            stats = self._watch.take()
+            yield Chunk(latents, index, fresh, px_frames, wish.id, dream.number, stats, self._sounds(index))
+
+    def randomness(self, dream: Dream) -> tuple[Noise, Randomness]:
+        """What the chunks of a dream begin as, and what renoising draws from."""
+        noise = chunk_noise(self.student, 1, dream.seed, dream.given)
+        rng = torch.Generator().manual_seed(dream.seed)
+        return (noise, rng) if self.drawn is None else self.drawn.sources(self.student, noise, rng)
+
+    def _sounds(self, chunk: int) -> tuple[tuple[np.ndarray, float | None], ...]:
+        """What sounds with the pictures of a chunk, and when it came."""
+        track = self.inputs.track
+        if track is None:
+            return ()
+        frames = range(*self.inputs.px_frames(self.student.first_frame(chunk), self.student.first_frame(chunk + 1)))
+        return tuple((track.sound(f), track.came_at(f)) for f in frames)
+
+    def _remember(self, latents: Tensor, fresh: bool) -> None:
+        """Keep the newest finished latents, as many as memory holds, for a switch that writes them again."""
+        if self.inputs.text_dim:
+            whole = latents if fresh or self._newest is None else torch.cat((self._newest, latents), dim=1)
+            self._newest = whole[:, -self.memory_config.frames :]
+
+    def _passes(self, dream: Dream, admit: Admit) -> Iterator[Pass]:
+        """The endless schedule, timed; a chunk takes the inputs of the moment it is admitted."""
+        passes, current = endless(self.schedule), -1
+        while True:
+            p = next(passes)
+            if p.chunk != current:
+                if self.ahead and p.chunk > self.schedule.given_chunks:
+                    passes = self._advance(p.chunk)
+                    p = next(passes)
+                current = p.chunk
+                if not admit(self.px_frames(current)):
+                    return
+            if dream.over:
+                return
+            if self._take_inputs(p):
+                self._switch(p.chunk, dream)
+                passes = endless(self.schedule, p.chunk, (p.chunk,))
+                p = next(passes)
+            self._watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
+            self._emitted = p.chunk
+            yield p
+            self._watch.stop()
+
+    def _advance(self, chunk: int) -> Iterator[Pass]:
+        """Leave out the chunks `ahead` before `chunk`."""
+        chunks, self.ahead = self.ahead, 0
+        frames = chunks * self.student.cfg.chunk
+        self.memory.advance(frames)
+        self.inputs.stay(frames)
+        return endless(self.schedule, chunk + chunks)
+
+    def _take_inputs(self, p: Pass) -> bool:
+        """Take the inputs of the chunks of a pass that have none yet; whether a chunk meets a switch of its prompt."""
+        first = self.student.first_frame(p.chunk)
+        before = max((start for start in self._taken if start < first), default=None)
+        told = None if before is None else self._taken[before][0].tokens
+        fresh = first not in self._taken
+        taken = {start: v for start, v in self._taken.items() if start >= first}
+        for chunk in range(p.chunk, p.chunk + len(p.sigma)):
+            start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
+            if start not in taken:
+                self._follow_script(start)
+                wish = self.roamer.wish(start, stop)
+                taken[start] = (wish, self.inputs.condition(wish, start, stop))
+        self._taken = taken
+        switched = fresh and told is not None and self._taken[first][0].tokens is not told
+        return switched and p.chunk > self.schedule.given_chunks and self.schedule.name == "chunkwise"
+
+    def _follow_script(self, start: int) -> None:
+        """Set what script and cues hold for the chunk that begins with latent `start`."""
+        lost = (self.factor - 1) * (len(self._scenes) - 1)  # px frames that scenes began without
+        frame = max(0, self.factor * (start - 1) + 1 - lost)
+        if script := self.script:
+            self.inputs.set(scripted(script, frame), None, None)
+        cues = self.cues  # replaced by another thread when a recording ends
+        while cues and cues[0][0] <= frame:
+            _, cue = cues.popleft()
+            self.inputs.set(None, cue.prompt, None, cue.switch or "keep")
+
+    def _switch(self, chunk: int, dream: Dream) -> None:
+        """Do to memory what the prompt of `chunk` was set with."""
+        assert self._newest is not None
+        start, count = self.student.first_frame(chunk), self._newest.shape[1]
+        wish = self._taken[start][0]
+        past = Past(self.student, self.schedule, self.memory, self._newest, start, dream.seed * 1_000_003 + chunk)
+        self._watch.start("context_ms")
+        if SWITCHES[wish.switch](past, self.inputs.condition(wish, start - count, start)):
+            self._scenes.append(chunk)
+        self._watch.stop()
+
+    def _condition(self, start: int, stop: int) -> Condition:
+        """What the chunks of latent frames start..stop-1 are made with; the tokens are those of the first chunk."""
+        parts = [cond for first, (_, cond) in self._taken.items() if start <= first < stop]
+        return parts[0] if len(parts) == 1 else concat(parts, dim=1)
+
+    @torch.no_grad()
+    def decode(self, chunk: Chunk) -> Iterator[list[Frame]]:
+        """The pictures of a chunk, those of its first latent before the others, so that they need not wait.
+
+        The chunks of a dream must come in order.
+        """
+        assert self.codec is not None
+        if chunk.fresh:
+            self._codec_state = None
+        if chunk.index == 0:
+            self._next_index = 0
+        stats = {**chunk.stats, "decode_ms": 0.0, "host_ms": 0.0}
+        sounds = iter(chunk.sounds or ((None, None),) * chunk.px_frames)
+        for latents in filter(lambda part: part.shape[1], (chunk.latents[:, :1], chunk.latents[:, 1:])):
+            began = time.perf_counter()
+            px, self._codec_state = self.codec.decode_stream(latents, self._codec_state)
+            decoded = time.perf_counter()
+            images = to_uint8(px[0])
+            made_at = time.perf_counter()
+            stats["decode_ms"] += 1000 * (decoded - began)
+            stats["host_ms"] += 1000 * (made_at - decoded)
+            frames = []
+            for image, (sound, came) in zip(images, islice(sounds, len(images)), strict=True):
+                own = dict(stats) if came is None else {**stats, "audio_to_lip_ms": 1000 * (made_at - came)}
+                index, self._next_index = self._next_index, self._next_index + 1
+                frames.append(Frame(image, index, chunk.index, chunk.input_id, chunk.dream, made_at, own, sound))
+            yield frames
+        assert next(sounds, None) is None, "a sound for every picture, and no more"

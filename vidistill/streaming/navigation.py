@@ -1,0 +1,101 @@
+"""Where a stream goes and what it remembers of the way: a map, a way home, a history that can be switched off."""
+
+from collections import deque
+from typing import Any
+
+from vidistill.conditioning.camera import opposite, place_of, walk_of
+from vidistill.conditioning.controls import Inputs, Wish
+from vidistill.memory.cache import KVMemory
+
+LONGEST_WAY = 4096  # chunks that can be walked back
+LONGEST_TRAIL = 1024  # places that the map draws of the way
+Step = tuple[tuple[float, ...], int]  # actions, and for how many latents they were held
+
+
+class Roamer:
+    """Follows one stream. `map` is replaced as a whole after every chunk and may be read from any thread."""
+
+    def __init__(self, memory: KVMemory, inputs: Inputs) -> None:
+        self._memory, self._inputs = memory, inputs
+        self._way: deque[Step] = deque(maxlen=LONGEST_WAY)  # what the chunks so far did
+        self._trail: deque[list[float]] = deque(maxlen=LONGEST_TRAIL)  # [x, y] after each
+        self._home: list[Step] | None = None  # what is still to be undone on the way home, last one first
+        self._home_id = 0  # number of the wish that was set last on the way home
+        self._noted = -1
+        self.map: dict[str, Any] = {}
+
+    @property
+    def placed(self) -> bool:
+        """Whether the stream knows where it is; its map is empty until the first chunk is made."""
+        return self._inputs.camera is not None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a history that can be switched off."""
+        return self._memory.cfg.remembers
+
+    def begin(self) -> None:
+        """A new dream: nothing was walked yet, nothing is remembered."""
+        self._memory.reset()
+        self._way.clear()
+        self._trail.clear()
+        if self._home is not None and self._inputs.wish.id == self._home_id:  # nobody holds what led home
+            self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
+        self._home, self._noted = None, -1
+        self.update()
+
+    def show_history(self, on: bool) -> None:
+        """Let the next passes look at the compressed history, or at the window alone."""
+        if not self.remembers:
+            raise ValueError("this student's memory has no history to switch off")
+        self._memory.show_history(on)
+
+    def go_home(self) -> None:
+        """From the next chunk on undo what was done, last things first, until the start; keys pressed meanwhile win."""
+        if self._inputs.camera is None:
+            raise ValueError("this student is not told where it goes, so it cannot be led back")
+        self._home = list(self._way)
+        self._home_id = self._inputs.wish.id
+
+    def wish(self, start: int, stop: int) -> Wish:
+        """What a chunk of latents `start`..`stop` - 1 is made with: the wish that is set, or the next step home."""
+        if start > self._noted:
+            self._noted = start
+            held = stop - max(start, 1)  # the camera stands still through the first latent
+            if self._home is not None:
+                self._step_home(held)
+            elif held:
+                self._way.append((self._inputs.wish.action, held))
+        return self._inputs.wish
+
+    def _step_home(self, held: int) -> None:
+        if self._inputs.wish.id != self._home_id:  # somebody pressed a key
+            self._home = None
+            self._way.append((self._inputs.wish.action, held))
+        elif self._home:
+            action, shorter = self._home.pop()
+            undone = opposite(self._inputs.actions, action)
+            self._home_id = self._inputs.set([min(1.0, shorter / held) * value for value in undone], None, None)
+            self._way.pop()
+        else:
+            self._home = None
+            self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
+
+    def update(self) -> None:
+        """Draw the map anew: here, the way, and each remembered frame with its factor as [x, y, heading, factor]."""
+        camera = self._inputs.camera
+        if camera is None:
+            return
+        poses = self._memory.poses
+        stored = [[*place_of(poses[s.frame][0], camera), s.factor] for s in self._memory.stored if s.frame in poses]
+        pose = self._inputs.pose
+        here = [0.0, 0.0, 0.0] if pose is None else [round(float(v), 3) for v in walk_of(pose)[0, -1]]
+        if not self._trail or self._trail[-1] != here[:2]:
+            self._trail.append(here[:2])
+        self.map = {
+            "here": here,
+            "path": list(self._trail),
+            "stored": stored,
+            "history": self._memory.history_shown,
+            "home": self._home is not None,
+        }

@@ -1,0 +1,1 @@
+"""A training stage: its settings, losses, rollouts, optimisers, validation, and the loop that runs them."""

@@ -1,0 +1,213 @@
+"""The config of one training stage, and which of its settings can work together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vidistill import distributed
+from vidistill.codecs.tiny import TinyCodecConfig
+from vidistill.conditioning.camera import CameraConfig
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE
+from vidistill.models.layers import DiTConfig
+from vidistill.models.lora import LoraConfig
+from vidistill.models.student import StudentConfig
+from vidistill.ops.attention import BACKENDS
+from vidistill.ops.precision import DTYPES, PRECISIONS
+from vidistill.schedules import ScheduleConfig
+from vidistill.training.losses import OBJECTIVES, LossConfig
+from vidistill.training.optim import OptimConfig
+from vidistill.training.validation import WatchConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage. `init` names the checkpoint the student starts from, `teacher` what it learns from; both are optional.
+
+    Either may also be a published network: a folder in diffusers' or Wan's own layout, or hf://ORG/NAME. A student
+    without `init` starts from the teacher. For objectives that score the student's own rollouts (dmd, sid): `on_policy`
+    false takes its predictions from noised real latents instead (CausVid); `replay` runs the rollout again chunk by
+    chunk for its gradient, so that peak memory is one chunk's; `long_frames` continues one stream from step to step up
+    to so many latents. A stream restarts after every save: what a step sees depends on its number alone.
+    """
+
+    name: str
+    objective: str
+    data: str
+    episodes: int = 0  # use only this many episodes; 0: all
+    steps: int = 1000
+    batch: int = 16  # clips of one update, of all processes and micro-batches together
+    accumulate: int = 1  # micro-batches an update
+    parallel: str = "replicate"  # under torchrun: every process has whole networks, or its `shard` of them (FSDP2)
+    frames: int = 22  # latent frames of a clip (pixel frames for a codec)
+    curriculum: tuple[tuple[int, int], ...] = ()  # (step, frames): clips of so many latents from this step on
+    seed: int = 0
+    init: str | None = None
+    teacher: str | None = None
+    codec: str | None = None  # name of the codec whose latents the data holds
+    latent_size: tuple[int, int] = (0, 0)  # height and width of latents, where the data are prompts alone
+    reference: bool = False  # tell the networks the clip's first picture at every frame (condition channels)
+    curate: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # measure -> what it may be of a clip
+    init_plateau: float = 0.0  # refuse an `init` whose loss still fell by more than this share; 0: any will do
+    watch: WatchConfig = WatchConfig()
+    camera: CameraConfig | None = None  # tell the networks camera moves (site `hidden`) and poses (site `qk`)
+    codec_config: TinyCodecConfig = TinyCodecConfig()
+    dit: DiTConfig = DiTConfig()
+    student: StudentConfig = field(default_factory=StudentConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = OptimConfig()
+    critic_optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()  # of the student; its export is plain weights
+    critic_lora: LoraConfig = LoraConfig()
+    critic_init: str | None = None  # default: the teacher
+    critic_steps: int = 5  # critic updates per student update
+    critic_reuse: int = 1  # of which so many in a row learn from one rollout, at other noise levels
+    critic_warmup: int = 0  # critic updates before the first student update
+    on_policy: bool = True
+    replay: bool = False
+    long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
+    ema: float = 0.999
+    ema_start: int = 0
+    precision: str = "fp32"  # or bf16, or auto: bf16 where the hardware multiplies it
+    teacher_precision: str = "fp32"  # of the frozen teacher's weights
+    backend: str = "auto"  # attention: auto or a key of ops.attention.BACKENDS
+    compile: bool = False  # torch.compile the blocks around their attention
+    threads: int = 0  # 0: all
+    out: str = "runs"
+    log_every: int = 20
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
+        choices = ("precision", PRECISIONS), ("teacher_precision", DTYPES), ("backend", ("auto", *BACKENDS))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {tuple(known)}")
+        if self.teacher_precision == "bf16" and self.precision != "bf16":
+            raise ValueError("a teacher in bf16 needs precision=bf16 around it")
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "frames",
+            "critic_steps",
+            "critic_reuse",
+            "log_every",
+            "save_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.name.strip("./") or not 0 <= self.ema < 1:
+            raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
+        if self.parallel not in distributed.PARALLEL:
+            raise ValueError(f"parallel {self.parallel!r} is unknown; choose one of {distributed.PARALLEL}")
+        if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
+            raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
+        if self.objective == "codec" and (self.lora.rank or self.compile):
+            raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
+        if self.init_plateau < 0 or (self.init_plateau and not self.init):
+            raise ValueError(f"init_plateau {self.init_plateau} must not be negative, and asks about an `init`")
+        if self.watch.judge_every and self.save_every % self.watch.judge_every:
+            raise ValueError(f"save_every {self.save_every} must be whole watch.judge_every {self.watch.judge_every}")
+        self.check_policy()
+        self.check_curriculum()
+
+    @property
+    def rolls(self) -> bool:
+        """Whether the student's own rollouts are what the stage learns from."""
+        return OBJECTIVES[self.objective].on_policy and self.on_policy
+
+    def frames_at(self, step: int) -> int:
+        """Latent frames of the clips of a step."""
+        return next((frames for first, frames in reversed(self.curriculum) if step >= first), self.frames)
+
+    def check_curriculum(self) -> None:
+        """Raise ValueError unless the curriculum rises in steps and ends with clips of `frames`."""
+        steps = [step for step, _ in self.curriculum]
+        lengths = [frames for _, frames in self.curriculum]
+        if self.curriculum and (steps[0] != 0 or steps != sorted(set(steps)) or min(lengths) < 2):
+            raise ValueError(f"curriculum lists (step, frames), from step 0 on, rising; got {list(self.curriculum)}")
+        if self.curriculum and (lengths[-1] != self.frames or max(lengths) > self.frames or self.long_frames):
+            raise ValueError(
+                f"curriculum must end with the longest clips, of `frames` {self.frames} latents, and goes without "
+                f"long_frames; got {list(self.curriculum)}"
+            )
+
+    def check_policy(self) -> None:
+        """Raise ValueError where settings of student rollouts cannot work together."""
+        if OBJECTIVES[self.objective].on_policy and not self.teacher:
+            raise ValueError(f"objective {self.objective!r} needs a `teacher`")
+        if self.objective != "dmd" and (self.loss.motion or self.loss.needs_target or self.loss.forcing):
+            raise ValueError(
+                f"loss.motion, motion_head, regression and forcing belong to objective 'dmd', not {self.objective!r}"
+            )
+        if self.loss.needs_target and not self.on_policy:
+            raise ValueError("loss.regression and motion_head compare rollouts with the teacher's: set on_policy=true")
+        if self.loss.forcing and self.long_frames:
+            raise ValueError("loss.forcing learns from recorded clips, not from streams that go on: set long_frames=0")
+        if (self.watch.judge_every or self.watch.diagnose_every) and not self.rolls:
+            raise ValueError(f"watch looks at rollouts; objective {self.objective!r} here trains on data")
+        if self.loss.broken < 1 and (not self.rolls or self.objective != "dmd" or self.long_frames):
+            raise ValueError("loss.broken compares rollouts of objective dmd with recorded clips, without long_frames")
+        if (self.replay or self.long_frames) and not self.rolls:
+            raise ValueError(f"replay and long_frames need rollouts; objective {self.objective!r} here trains on data")
+        memory = self.student.memory
+        if self.long_frames and not (self.frames <= self.long_frames and self.schedule.name == "chunkwise"):
+            raise ValueError(f"long_frames {self.long_frames} must be at least frames {self.frames}, chunk by chunk")
+        if self.long_frames and self.frames <= self.student.chunk:
+            raise ValueError(
+                f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
+            )
+        if self.long_frames and self.camera and POSE_SITE in self.camera.tells:
+            raise ValueError(
+                "long_frames goes on with the actions of another clip, whose poses begin elsewhere: tell no poses "
+                "(camera.tells without qk), or leave long_frames 0 and roll out longer clips"
+            )
+        if self.critic_reuse > 1 and (self.long_frames or not self.rolls):
+            raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")
+        if self.rolls and (length := self.long_frames or self.frames) > memory.reach:
+            raise ValueError(
+                f"rollouts of {length} latents do not fit student.memory, which holds {memory.reach} and forgets none; "
+                "set student.memory.policy=window (endless for a compressed one), or give it more frames"
+            )
+        masked = self.loss.forcing or not (self.rolls or self.objective in ("codec", "flow"))
+        if memory.remembers and memory.pool == "reencode" and masked:
+            raise ValueError(
+                "student.memory.pool 'reencode' encodes finished frames a second time, which a clip seen in one pass "
+                "(teacher or diffusion forcing, regression) cannot do; choose another pool here"
+            )
+
+
+def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], name: str, dit: DiTConfig) -> None:
+    """Raise ValueError unless a network takes the latents (channels, height, width) and conditions of `source`."""
+    data, (channels, height, width) = cfg.data, size
+    if dit.channels != channels or height % dit.patch[1] or width % dit.patch[2]:
+        raise ValueError(
+            f"{name} takes latents of {dit.channels} channels in patches of {dit.patch[1:]}, {data} holds "
+            f"{channels} x {height} x {width}"
+        )
+    wanted = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
+    if wanted and wanted != source.width_of("actions"):
+        raise ValueError(f"{name} takes actions of {wanted} numbers, {data} has {source.width_of('actions')}")
+    if dit.text_dim and dit.text_dim != source.width_of("tokens"):
+        raise ValueError(
+            f"{name} listens to text, {dit.text_dim} numbers a token; {data} has {source.width_of('tokens')}: "
+            "make it with `vidistill data prompts`, or from such a folder"
+        )
+    heard = source.width_of("audio")
+    if heard and (AUDIO_SITE not in dit.sites or dit.sites[AUDIO_SITE].dim != heard):
+        raise ValueError(f"{name} needs dit.sites.{AUDIO_SITE} with dim {heard}: the audio of {data}")
+    given = channels + 1 if cfg.reference else 0
+    if dit.extra_channels != given:
+        raise ValueError(
+            f"{name} takes {dit.extra_channels} condition channels, this stage gives {given}: a reference picture "
+            f"(reference=true) is {channels + 1} of them"
+        )
+    camera = cfg.camera
+    for site, dim in ({} if camera is None else camera.dims).items():
+        if site not in dit.sites or dit.sites[site].dim != dim:
+            raise ValueError(f"{name} needs dit.sites.{site} with dim {dim} for the camera of this stage")

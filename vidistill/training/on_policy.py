@@ -1,0 +1,245 @@
+"""Training on rollouts that one graph cannot hold: streams continued step by step, and replayed backward passes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidistill.conditioning.condition import VIEW_SITE, Condition, concat
+from vidistill.data.clips import start_of_clip
+from vidistill.data.types import Batch
+from vidistill.memory.cache import KVMemory
+from vidistill.models.student import CausalStudent
+from vidistill.rollout import Record, chunk_noise, replay, rollout
+from vidistill.schedules import Pass, ScheduleConfig, training
+
+Repicture = Callable[[Tensor], Tensor]  # latents [B, n, C, H, W] -> latent [B, 1, C, H, W] of their last picture alone
+
+
+@dataclass
+class Rollout:
+    """A student's sample and what is needed to run it again with gradient.
+
+    `x0` [B, F, C, H, W] ends with the generated frames of `batch`, whose `given` first frames are known; `memory` is as
+    it was before the first recorded pass.
+    """
+
+    x0: Tensor
+    batch: Batch
+    records: list[Record]
+    memory: KVMemory
+    cond: Condition  # of latents `first` and on
+    first: int  # latent of the stream that `cond` starts with
+    skipped: int  # latents of the stream before `x0`
+
+
+def last_picture(codec: Any) -> Repicture:
+    """What makes the latent of the last picture of latents with `codec`."""
+
+    @torch.no_grad()
+    def repicture(latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            px = codec.decode(latents[:, -4:].float())  # a few latents suffice: the codec looks back a few frames
+            return codec.encode(px[:, -1:])
+
+    return repicture
+
+
+def whole_chunks(student: CausalStudent, given: int) -> int:
+    """Chunks that lie entirely inside the first `given` frames."""
+    chunks = 0
+    while student.first_frame(chunks + 1) <= given:
+        chunks += 1
+    return chunks
+
+
+def passes_from(cfg: ScheduleConfig, start: int, stop: int, draw: Random) -> Iterator[Pass]:
+    """The training passes of chunks start..stop-1 of a stream."""
+    return (p for p in training(cfg, stop, draw) if p.chunk >= start)
+
+
+class LongRollout:
+    """On-policy samples of `frames` latents that continue one stream up to `limit` latents, then start a new one.
+
+    Every call goes on by as many whole chunks as leave at least one chunk of overlap; memory is kept, detached. The
+    sample is the newest `frames` latents, of which only the new ones may carry gradient; the first one is given, as in
+    every clip. With `limit` 0 every call is a clip of its own. A stream also starts anew where `restart` says so, which
+    makes training resumable there. Source: LongLive 2509.22622, streaming long tuning; Self Forcing 2506.08009, alg. 1.
+    """
+
+    def __init__(
+        self,
+        student: CausalStudent,
+        schedule: ScheduleConfig,
+        limit: int = 0,
+        repicture: Repicture | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.student, self.schedule, self.limit = student, schedule, limit
+        self.repicture, self.dtype = repicture, dtype
+        self.memory: KVMemory | None = None
+        self.length = 0  # latents of the stream so far
+        self.seed = 0
+        self.tail: Tensor | None = None  # newest latents [B, F, C, H, W] of the stream
+        self.told = Condition()  # their condition
+
+    def new_frames(self, frames: int) -> int:
+        """Latents by which a stream grows in one step."""
+        chunk = self.student.cfg.chunk
+        return max(chunk, (frames - chunk) // chunk * chunk)
+
+    def __call__(
+        self, batch: Batch, rng: torch.Generator, *, grad: bool, restart: bool = False, record: bool = False
+    ) -> Rollout:
+        """The next sample; `grad` keeps the graph of its new frames, `record` what `replayed_backward` needs."""
+        draw = Random(int(torch.randint(2**31, (1,), generator=rng)))
+        frames = batch.x.shape[1]
+        grown = self.length + self.new_frames(frames)
+        if self.tail is None or restart or grown > self.limit:
+            return self.start(batch, draw, rng, grad=grad, record=record)
+        return self.go_on(batch, draw, rng, grad=grad, record=record)
+
+    def start(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
+        student, (b, frames) = self.student, batch.x.shape[:2]
+        passes = training(self.schedule, student.num_chunks(frames), draw)
+        self.memory = student.new_memory(b, dtype=self.dtype)
+        self.seed, self.length, self.told = draw.randrange(2**31), frames, batch.cond
+        out = self.roll(passes, batch, 0, batch.cond, rng, grad, record)
+        if self.limit:
+            self.tail = out.x0.detach()
+        else:
+            self.memory = None  # nothing goes on from here: a replay has a memory of its own
+        return out
+
+    def go_on(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
+        assert self.tail is not None and self.memory is not None
+        self.memory.read_anew()
+        student, frames = self.student, batch.x.shape[1]
+        new = self.new_frames(frames)
+        first = whole_chunks(student, self.length)
+        passes = passes_from(self.schedule, first, whole_chunks(student, self.length + new), draw)
+        told = self.told_next(batch.cond, new)
+        out = self.roll(passes, replace(batch, given=0), self.length, told, rng, grad, record)
+        self.length += new
+        kept = self.tail[:, new:]
+        cond = replace(concat([self.told.frames(new, frames), told], dim=1), negative=self.told.negative)
+        picture = kept[:, :1] if self.repicture is None else self.repicture(self.tail[:, : new + 1])
+        self.tail, self.told = torch.cat((kept, out.x0.detach()), dim=1), cond
+        out.x0 = torch.cat((picture, kept[:, 1:], out.x0), dim=1)
+        out.batch = Batch(out.x0.detach(), start_of_clip(cond), given=batch.given)
+        out.skipped = self.length - frames
+        return out
+
+    def told_next(self, cond: Condition, new: int) -> Condition:
+        """What the stream is told for `new` latents: the recorded actions of another clip, all else as before.
+
+        The camera goes on from the heading it has.
+        """
+        held, per_frame = self.told.channels, dict(cond.frames(1, 1 + new).per_frame)
+        if VIEW_SITE in per_frame:
+            turned = self.told.per_frame[VIEW_SITE][:, -1:] - cond.per_frame[VIEW_SITE][:, :1]
+            per_frame[VIEW_SITE] = per_frame[VIEW_SITE] + turned
+        return Condition(
+            self.told.tokens,
+            per_frame,
+            None if held is None else held[:, -1:].expand(-1, new, -1, -1, -1),
+            self.told.negative,
+        )
+
+    def roll(
+        self, passes: Any, batch: Batch, start: int, cond: Condition, rng: torch.Generator, grad: bool, record: bool
+    ) -> Rollout:
+        """Run `passes` from latent `start` of the stream on."""
+        assert self.memory is not None
+        given = batch.x[:, : batch.given] if batch.given else None
+        noise = chunk_noise(self.student, batch.x.shape[0], self.seed, given)
+        records: list[Record] | None = [] if record else None
+        before = self.memory.fork() if record else self.memory
+        with torch.set_grad_enabled(grad):
+            chunks = rollout(
+                self.student,
+                passes,
+                noise=noise,
+                cond=lambda lo, hi: cond.frames(lo - start, hi - start),
+                memory=self.memory,
+                rng=rng,
+                records=records,
+                pinned=given if start == 0 else None,
+            )
+            x0 = torch.cat(list(chunks), dim=1)
+        return Rollout(x0, batch, records or [], before, cond, start, start)
+
+    def noise_of(self, sample: Rollout, rng: torch.Generator) -> Tensor:
+        """The noise [B, F, C, H, W] that a sample's new frames began with, fresh noise where it overlaps older ones."""
+        noise = chunk_noise(self.student, sample.x0.shape[0], self.seed)
+        first, last = whole_chunks(self.student, sample.first), whole_chunks(self.student, self.length)
+        own = torch.cat([noise(c) for c in range(first, last)], dim=1)
+        overlap = torch.randn(sample.x0[:, own.shape[1] :].shape, generator=rng).to(own.device)
+        return torch.cat((overlap, own), dim=1)
+
+
+def replayed_backward(student: CausalStudent, sample: Rollout, grad: Tensor) -> None:
+    """Add to the student's gradients what `grad` [B, F, C, H, W] on `sample.x0` sends back, one chunk at a time.
+
+    Source: RELIC 2512.04040, replayed back-propagation.
+    """
+    cond = sample.cond
+    chunks = replay(
+        student,
+        sample.records,
+        cond=lambda lo, hi: cond.frames(lo - sample.first, hi - sample.first),
+        memory=sample.memory,
+        pinned=sample.batch.x[:, : sample.batch.given] if sample.first == 0 else None,
+    )
+    for chunk, x0 in chunks:
+        lo, hi = student.first_frame(chunk), student.first_frame(chunk + 1)
+        x0[:, : hi - lo].backward(grad[:, lo - sample.skipped : hi - sample.skipped].to(x0.dtype))
+
+
+class SavedBytes:
+    """Measures, as a context manager, how many bytes autograd keeps for the backward pass: `peak` and `now`.
+
+    Tensors that share memory count once; parameters count as long as a graph refers to them.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.users: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+
+    def pack(self, x: Tensor) -> "Held":
+        storage = x.untyped_storage()
+        key = storage.data_ptr()
+        self.users[key] = self.users.get(key, 0) + 1
+        if self.users[key] == 1:
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+        return Held(x, self)
+
+    def release(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage.data_ptr()
+        self.users[key] -= 1
+        if self.users[key] == 0:
+            del self.users[key]
+            self.now -= storage.nbytes()
+
+    def __enter__(self) -> "SavedBytes":
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+
+
+class Held:
+    """A saved tensor that tells when it is let go."""
+
+    def __init__(self, tensor: Tensor, owner: SavedBytes) -> None:
+        self.tensor, self.owner = tensor, owner
+
+    def __del__(self) -> None:
+        self.owner.release(self.tensor)

@@ -1,0 +1,1 @@
+"""The bundled worlds: where their clips come from."""
