@@ -11,9 +11,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from vidistill.checkpoint import load_codec_of, load_student, start_pictures, talks
+from vidistill.checkpoint import load_codec, load_student, start_pictures, takes_audio
 from vidistill.conditioning.audio import from_pcm16, to_pcm16
-from vidistill.io import check_film, contact_sheet, read_image, save_png, write_video
+from vidistill.io import check_video, contact_sheet, read_image, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.worlds.talker import speech
 
@@ -58,18 +58,18 @@ def main() -> None:
 
 def speak(args: argparse.Namespace) -> None:
     """What was asked for, as a video with sound and a contact sheet."""
-    check_film(args.out)
-    if not talks(args.name):
+    check_video(args.out)
+    if not takes_audio(args.name):
         raise ValueError(f"{args.name} hears nothing; talker does")
     student = load_student(args.name)
-    codec = load_codec_of(student)
+    codec = load_codec(student)
     pcm = recorded(args.wav) if args.wav else speech.say(args.text).pcm
     size = (student.shape.height * codec.spatial_factor, student.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(start_pictures(args.name)), None)
     if picture is None:
         raise ValueError(f"{args.name} has no start pictures; give one with --image")
     with StreamSession(student, codec, StreamConfig(seed=args.seed), image=read_image(picture, size)) as session:
-        if session.listens:
+        if session.takes_prompts:
             session.set(prompt=args.prompt)
         session.set(audio=pcm)
         frames = session.record(round((len(pcm) / speech.RATE + 1.0) * session.fps))

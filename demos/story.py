@@ -6,9 +6,9 @@ A line of STORY is `SECONDS [POLICY]: prompt`; POLICY is keep, recache or cut. `
 import argparse
 from pathlib import Path
 
-from vidistill.checkpoint import listens, load_codec_of, load_student
+from vidistill.checkpoint import load_codec, load_student, takes_prompts
 from vidistill.conditioning.script import parse_cues
-from vidistill.io import check_film, contact_sheet, save_png, write_video
+from vidistill.io import check_video, contact_sheet, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
 
 
@@ -30,16 +30,16 @@ def main() -> None:
 
 def tell(args: argparse.Namespace) -> None:
     """The story as a video and a contact sheet."""
-    check_film(args.out)
+    check_video(args.out)
     lines = [line.split("#")[0].strip() for line in args.story.read_text().splitlines()]
     cues = parse_cues([line for line in lines if line])
     if not cues:
         raise ValueError(f"{args.story} holds no prompts")
-    if not listens(args.name):
+    if not takes_prompts(args.name):
         raise ValueError(f"{args.name} does not listen to text; shapes does")
     student = load_student(args.name)
     cfg = StreamConfig(seed=args.seed, switch=args.switch)
-    with StreamSession(student, load_codec_of(student), cfg) as session:
+    with StreamSession(student, load_codec(student), cfg) as session:
         frames = session.record(round((cues[-1].seconds + args.last) * session.fps), cues=cues)
         write_video(args.out, frames, session.fps, scale=args.scale)
         save_png(args.out.with_suffix(".png"), contact_sheet([frames], every=round(session.fps), scale=args.scale // 2))

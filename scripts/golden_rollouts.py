@@ -238,7 +238,7 @@ def switch(run: Run, start: int) -> None:
     x = torch.cat(run.finished, dim=1)[:, start - count : start]
     told = run.variant["context_noise"] / 1000
     cond = run.cond(start - count, start)
-    reencode(run.student, x, cond, run.memory, start=start - count, told=told, keep_sinks=held)
+    reencode(run.student, x, cond, run.memory, start=start - count, timestep=told, keep_sinks=held)
     call = run.calls[-1]
     call.held, call.is_int, call.recache, call.resets_sink = len(run.memory.frames), True, True, not held
     run.golden.compare(f"{run.name}.recache{run.recached}.call_index", len(run.calls) - 1)
@@ -347,7 +347,7 @@ def talk(golden: Golden, name: str, variant: dict[str, Any]) -> None:
         cond=run.cond,
         memory=run.memory,
         rng=golden.draws(f"{name}.renoise"),
-        pinned=image[:, None],
+        clamped=image[:, None],
     )
     golden.compare(f"{name}.latents", torch.cat(list(parts), dim=1))
     run.compare_memory("kv0_final")

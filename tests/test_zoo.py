@@ -20,7 +20,9 @@ SUFFIXES = {".json", ".safetensors", ".png", ".py"}  # nothing that is unpickled
 def size(*names: str) -> int:
     """Bytes of the files of some checkpoints."""
     paths = [checkpoint.locate(name) for name in names]
-    return sum(checkpoint.beside(path, end).stat().st_size for path in paths for end in (".json", ".safetensors"))
+    return sum(
+        checkpoint.with_extension(path, end).stat().st_size for path in paths for end in (".json", ".safetensors")
+    )
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -30,7 +32,7 @@ def test_every_bundled_name_loads_and_names_a_bundled_codec(name):
     if bundle.kind == "codec":
         return
     assert bundle.record["codec"] in NAMES
-    assert checkpoint.load_codec_of(bundle).latent_channels == bundle.shape.channels
+    assert checkpoint.load_codec(bundle).latent_channels == bundle.shape.channels
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES.values())))
@@ -82,7 +84,7 @@ def test_info_without_a_name_lists_all_and_says_what_is_an_alias(capsys):
 
 def test_a_file_of_ones_own_that_is_called_like_an_alias_is_none(tmp_path, monkeypatch, checkpoints):
     for end in (".json", ".safetensors"):
-        (tmp_path / f"doom{end}").write_bytes(checkpoint.beside(checkpoints / "student", end).read_bytes())
+        (tmp_path / f"doom{end}").write_bytes(checkpoint.with_extension(checkpoints / "student", end).read_bytes())
     monkeypatch.chdir(tmp_path)
     assert "alias_of" not in checkpoint.summary("doom") and "alias_of" not in checkpoint.summary("doom.json")
     assert checkpoint.summary("shapes")["alias_of"] == "shapes-selfforcing"

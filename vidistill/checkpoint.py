@@ -10,22 +10,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vidistill.codecs import GEOMETRIES, Codec, codec_record, load_codec, open_codec
+from vidistill.codecs import GEOMETRIES, Codec, build_codec, codec_record, open_codec
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.condition import Encode
 from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import build
 from vidistill.diffusion import LatentShape, NoiseSchedule
+from vidistill.io import read_image
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.schedules import ScheduleConfig, evaluations
-from vidistill.teachers.load import load_teacher
+from vidistill.teachers.load import read_teacher
 from vidistill.teachers.text_encoder import TextCache, cache_folder
 
 FORMAT = 1
@@ -135,6 +137,20 @@ class Bundle:
         given: int = self.record.get("given_frames", self.net.first_frame(self.schedule.given_chunks))
         return given
 
+    def start_image(self, codec: Codec, path: str | Path | None = None) -> np.ndarray | None:
+        """The picture at `path`, else a bundled one, uint8 [H, W, 3] at the size of a student that starts from one.
+
+        None for a student that starts from noise, and where no picture is bundled; ValueError for a picture given to a
+        student that takes none.
+        """
+        if not self.given_frames:
+            if path is not None:
+                raise ValueError(f"{self.name} starts from noise and takes no picture ({path}): leave it out")
+            return None
+        picture = path or next(iter(start_pictures(self.folder / self.name)), None)
+        size = (self.shape.height * codec.spatial_factor, self.shape.width * codec.spatial_factor)
+        return None if picture is None else read_image(picture, size)
+
 
 def export(
     path: str | Path, net: nn.Module, record: Mapping[str, Any], dtype: torch.dtype | None = torch.float16
@@ -149,11 +165,11 @@ def export(
     if bad:
         raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype or 'the source'}")
     full = {"format": FORMAT, **describe(net), **record}
-    save_tensors(beside(path, ".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
-    write_atomic(beside(path, ".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))
+    save_tensors(with_extension(path, ".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
+    write_atomic(with_extension(path, ".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))
 
 
-def beside(path: Path, suffix: str) -> Path:
+def with_extension(path: Path, suffix: str) -> Path:
     """`path` with `suffix` added; a dot in its name is part of the name."""
     return path.with_name(path.name + suffix)
 
@@ -204,7 +220,7 @@ def zoo_names() -> dict[str, str]:
 
 def locate(name: str | Path) -> Path:
     """Path (without suffix) of a checkpoint: a bundled name, a file of it, or the folder of its run."""
-    if path := own_file(name):
+    if path := find_checkpoint(name):
         return path
     names = zoo_names()
     if str(name) in names:
@@ -216,10 +232,10 @@ def locate(name: str | Path) -> Path:
     raise CheckpointError(f"no checkpoint {str(name)!r}: neither a file nor a bundled name; {hint}")
 
 
-def own_file(name: str | Path) -> Path | None:
+def find_checkpoint(name: str | Path) -> Path | None:
     """Path (without suffix) of a checkpoint of ours on disk: a file of it, or the folder of the run that made it."""
     path = Path(name).with_suffix("") if str(name).endswith((".safetensors", ".json")) else Path(name)
-    return next((p for p in (path, path / path.name) if beside(p, ".json").is_file()), None)
+    return next((p for p in (path, path / path.name) if with_extension(p, ".json").is_file()), None)
 
 
 def start_pictures(name: str | Path) -> list[Path]:
@@ -246,7 +262,7 @@ def load(name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.f
     record = read_record(path)
     if kind and record["kind"] != kind:
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
-    tensors, _ = read_tensors(beside(path, ".safetensors"))
+    tensors, _ = read_tensors(with_extension(path, ".safetensors"))
     with torch.device("meta"):
         net = rebuild(record, f"{path}.json").to(dtype)
     load_into(net, tensors, str(path))
@@ -256,7 +272,7 @@ def load(name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.f
 def is_published(name: str | Path) -> bool:
     """Whether `name` is a folder, a hub id or a codec file of somebody else; our own checkpoints come first."""
     path = Path(name)
-    if own_file(path):
+    if find_checkpoint(path):
         return False
     if str(name).startswith(HUB) or (path.is_dir() and str(name) not in zoo_names()):
         return True
@@ -275,7 +291,7 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
             if codec is None:
                 raise CheckpointError(f"{name} holds no codec: no vae/config.json of diffusers")
             return Bundle(Path(name).name, "codec", codec.eval().requires_grad_(False), {"kind": "codec"})
-        teacher = load_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."))
+        teacher = read_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     record = {
@@ -294,7 +310,7 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
 def read_record(path: Path) -> dict[str, Any]:
     """The record of the checkpoint at `path` (without suffix); CheckpointError if it is damaged or not ours."""
     try:
-        record = json.loads(beside(path, ".json").read_text())
+        record = json.loads(with_extension(path, ".json").read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}.json is damaged: {error}") from error
     found = record.get("format") if isinstance(record, dict) else None
@@ -315,7 +331,7 @@ def rebuild(record: Mapping[str, Any], where: str = "this record") -> nn.Module:
 
 def network(record: Mapping[str, Any]) -> nn.Module:
     if record["kind"] == "codec":
-        codec: Any = load_codec(record["codec_config"])
+        codec: Any = build_codec(record["codec_config"])
         return codec
     net = VideoDiT(build(DiTConfig, record["dit"]))
     if record["kind"] == "teacher":
@@ -323,9 +339,17 @@ def network(record: Mapping[str, Any]) -> nn.Module:
     return CausalStudent(net, build(StudentConfig, record["student"]), build(LatentShape, record["shape"]))
 
 
-def load_codec_of(bundle: Bundle) -> Codec:
-    """The codec a network was trained on: beside its own files, or bundled."""
-    name = bundle.record["codec"]
+def load_teacher(name: str | Path) -> Bundle:
+    """A teacher ready to sample: ours, a published folder or hf://ORG/NAME; `bundle.net` is a `Denoiser`."""
+    return load(name, "teacher")
+
+
+def load_codec(source: str | Path | Bundle) -> Codec:
+    """The codec of this name or path; of a bundle, the one its network was trained on."""
+    if not isinstance(source, Bundle):
+        codec: Codec = load(source, "codec").net
+        return codec
+    bundle, name = source, source.record["codec"]
     if not name:
         raise CheckpointError(f"{bundle.name} names no codec: its latents cannot be decoded")
     if name in GEOMETRIES:
@@ -334,8 +358,7 @@ def load_codec_of(bundle: Bundle) -> Codec:
             f"folder with `vae` or a file such as taew2_1.safetensors, as `codec` into {bundle.name}.json"
         )
     near = bundle.folder / name
-    codec: Codec = load(near if beside(near, ".json").is_file() else name, "codec").net
-    return codec
+    return load_codec(near if with_extension(near, ".json").is_file() else name)
 
 
 def text_encoder(record: Mapping[str, Any]) -> Encode | None:
@@ -349,12 +372,12 @@ def text_encoder(record: Mapping[str, Any]) -> Encode | None:
     return ENCODERS[kind](described)
 
 
-def talks(name: str | Path) -> bool:
+def takes_audio(name: str | Path) -> bool:
     """Whether a checkpoint hears audio."""
     return bool(read_record(locate(name)).get("audio"))
 
 
-def listens(name: str | Path) -> bool:
+def takes_prompts(name: str | Path) -> bool:
     """Whether a checkpoint is a student that reads prompts."""
     record = read_record(locate(name))
     return record["kind"] == "student" and text_encoder(record) is not None
@@ -380,7 +403,7 @@ def summary(name: str | Path) -> dict[str, Any]:
     row = {
         "kind": record["kind"],
         "parameters": sum(p.numel() for p in net.parameters()),
-        "bytes": beside(path, ".safetensors").stat().st_size,
+        "bytes": with_extension(path, ".safetensors").stat().st_size,
         "card": record.get("card", {}),
         "world": record.get("world", {}),
     }

@@ -14,6 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
 
+# What fields were called in records and YAMLs of earlier versions, and what they are called now.
+RENAMED = {
+    "told": "timesteps",
+    "tells": "sites",
+    "watch": "validation",
+    "judge_every": "every",
+    "edge": "gradient_weight",
+    "square": "mse_weight",
+    "steady": "temporal_weight",
+    "broken": "invalid_weight",
+}
+
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names the key, the value and what is allowed."""
@@ -76,7 +88,10 @@ def read_yaml(path: str | Path, above: tuple[Path, ...] = ()) -> Any:
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """An instance of dataclass `cls` from plain values; nested dataclasses and tuples are built by their types."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where.rstrip('.') or cls.__name__} must hold keys and values, got {values!r}")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values = renamed(values, set(known), where)
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -93,6 +108,17 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise
     except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def renamed(values: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
+    """`values` with the present names of fields; ConfigError where both names of one are given."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        new = RENAMED.get(key, key) if key not in known and RENAMED.get(key) in known else key
+        if new in out or (new != key and new in values):
+            raise ConfigError(f"{where}{key} is the former name of {where}{new}: give {new} alone")
+        out[new] = value
+    return out
 
 
 def convert(hint: Any, value: Any, where: str) -> Any:

@@ -31,9 +31,9 @@ class NoiseSchedule:
             raise ValueError(f"a sampler needs at least one step, got {n}")
         return tuple(self.warp(1 - i / n) for i in range(n))
 
-    def level(self, told: Tensor) -> Tensor:
+    def level(self, timestep: Tensor) -> Tensor:
         """Noise behind a level that is told to a network: itself here; published tables round it."""
-        return told
+        return timestep
 
     def sample(self, b: int, f: int, rng: torch.Generator, lo: float = 0.0, hi: float = 1.0) -> Tensor:
         """Random training levels [b, f] between `warp(lo)` and `warp(hi)`; logit-normal or uniform before the warp."""

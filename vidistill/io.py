@@ -41,7 +41,7 @@ def upscale(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, -3).repeat(factor, -2) if factor > 1 else frames
 
 
-def check_film(path: Path) -> None:
+def check_video(path: Path) -> None:
     """ValueError, in the words of a command line, unless a video can be written at `path`: its folder is there."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {path} is no video file: let its name end in {', '.join(SUFFIXES)}")

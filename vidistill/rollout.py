@@ -1,9 +1,12 @@
 """The one place where a student runs autoregressively: training, streaming and the bench all iterate it."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,29 +73,29 @@ def spread(levels: tuple[float, ...], counts: tuple[int, ...], batch: int, devic
         return frames.expand(batch, -1).to(device)
 
 
-def pin(x: Tensor, pinned: Tensor | None, start: int) -> Tensor:
-    """`x` [B, F, C, H, W] from frame `start` on, with the frames that `pinned` [B, P, C, H, W] covers replaced."""
-    if pinned is None or start >= pinned.shape[1]:
+def clamp_frames(x: Tensor, clamped: Tensor | None, start: int) -> Tensor:
+    """`x` [B, F, C, H, W] from frame `start` on, with the frames that `clamped` [B, P, C, H, W] covers replaced."""
+    if clamped is None or start >= clamped.shape[1]:
         return x
-    held = pinned[:, start : start + x.shape[1]].to(x.dtype)
+    held = clamped[:, start : start + x.shape[1]].to(x.dtype)
     return torch.cat((held, x[:, held.shape[1] :]), dim=1)
 
 
 def run_pass(
-    student: CausalStudent, p: Pass, x: Tensor, cond: Conditions, memory: KVMemory, pinned: Tensor | None = None
+    student: CausalStudent, p: Pass, x: Tensor, cond: Conditions, memory: KVMemory, clamped: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Velocity, prediction x0 (both [B, F, C, H, W]) and level [B, F] of one pass; commits if it says so.
 
     The velocity of a context pass is zero: only what it writes is wanted.
     """
     sigma = per_frame(p.sigma, student, p.chunk, x)
-    told = sigma if p.told is None else per_frame(p.told, student, p.chunk, x)
+    timestep = sigma if p.timesteps is None else per_frame(p.timesteps, student, p.chunk, x)
     start = student.first_frame(p.chunk)
     shown = cond(start, start + x.shape[1])
     with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
         output = p.next_sigma is not None or p.grad  # else a context pass: nobody asks what it predicts
-        v = student.velocity(x, told, shown, start=start, memory=memory, output=output)
-        x0 = pin(x0_from_v(x, v, sigma), pinned, start)
+        v = student.velocity(x, timestep, shown, start=start, memory=memory, output=output)
+        x0 = clamp_frames(x0_from_v(x, v, sigma), clamped, start)
     if p.commit:
         memory.commit()
         student.remember(x if p.next_sigma is None else x0.detach(), shown, memory, start=start)
@@ -109,11 +112,11 @@ def rollout(
     rng: Randomness,
     transition: Transition = renoise,
     records: list[Record] | None = None,
-    pinned: Tensor | None = None,
+    clamped: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Finished chunks [B, f, C, H, W], in order; given chunks are yielded as they are.
 
-    `records` collects the passes that carry gradient or write memory, for `replay`. `pinned` [B, P, C, H, W] are known
+    `records` collects the passes that carry gradient or write memory, for `replay`. `clamped` [B, P, C, H, W] are known
     first frames (a reference image): every pass sees them clean, though told the chunk's level, and predicts them.
     Source: Self Forcing 2506.08009, alg. 1 and 2.
     """
@@ -126,10 +129,10 @@ def rollout(
         x = torch.cat([state[c] for c in chunks], dim=1) if len(chunks) > 1 else state[p.chunk]
         if p.next_sigma is None and any(p.sigma):
             x = add_noise(x, randn_like(x, rng), per_frame(p.sigma, student, p.chunk, x))
-        x = pin(x, pinned, student.first_frame(p.chunk))
+        x = clamp_frames(x, clamped, student.first_frame(p.chunk))
         if records is not None and (p.grad or p.commit):
             records.append(Record(p, x))
-        v, x0, sigma = run_pass(student, p, x, cond, memory, pinned)
+        v, x0, sigma = run_pass(student, p, x, cond, memory, clamped)
         if p.next_sigma is not None:
             target = per_frame(p.next_sigma, student, p.chunk, x)
             moved = transition(x, x0, v, sigma, target, rng).detach()
@@ -163,7 +166,7 @@ def roll_out(
         cond=cond.frames,
         memory=student.new_memory(batch, dtype=dtype),
         rng=torch.Generator().manual_seed(seed),
-        pinned=given,
+        clamped=given,
     )
     return torch.cat(list(made), dim=1)
 
@@ -176,7 +179,7 @@ def reencode(
     memory: KVMemory,
     *,
     start: int,
-    told: float = 0.0,
+    timestep: float = 0.0,
     keep_sinks: bool = True,
     sigma: float = 0.0,
     rng: torch.Generator | None = None,
@@ -186,7 +189,7 @@ def reencode(
     What a prompt switch does to what is remembered. One pass: the frames see each other in both directions, and the
     sinks, which stay unless they are rewritten themselves (`start` at the memory's origin); without `keep_sinks` the
     first of the frames become the new sinks. The frames are noised to `sigma` (drawn from `rng`), the network is told
-    `told`.
+    `timestep`.
     Source: LongLive 2509.22622, KV-recache.
     """
     if keep_sinks and start > memory.origin:
@@ -196,7 +199,7 @@ def reencode(
     if sigma:
         assert rng is not None
         x = add_noise(x, randn_like(x, rng), sigma)
-    level = torch.full(x.shape[:2], told, dtype=torch.float64, device=x.device)
+    level = torch.full(x.shape[:2], timestep, dtype=torch.float64, device=x.device)
     student.velocity(x, level, cond, start=start, memory=memory, output=False)
     memory.commit()
     student.remember(x, cond, memory, start=start)
@@ -208,7 +211,7 @@ def replay(
     *,
     cond: Conditions,
     memory: KVMemory,
-    pinned: Tensor | None = None,
+    clamped: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(chunk, prediction x0 with gradient) of every recorded pass that carries gradient, one graph at a time.
 
@@ -216,7 +219,7 @@ def replay(
     prediction before asking for the next. Source: RELIC 2512.04040, replayed back-propagation.
     """
     for record in records:
-        _, x0, _ = run_pass(student, record.run, record.x, cond, memory, pinned)
+        _, x0, _ = run_pass(student, record.run, record.x, cond, memory, clamped)
         if record.run.grad:
             yield record.run.chunk, x0
 
@@ -237,3 +240,14 @@ def chunk_noise(student: CausalStudent, batch: int, seed: int, given: Tensor | N
         return x.to(student.net.device)
 
     return noise
+
+
+class CallableModule(ModuleType):
+    """This module, which runs the loop when it is called: `from vidistill import rollout` is the loop whether or not
+    somebody has imported `vidistill.rollout` before, which puts the module in that name's place."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        return rollout(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = CallableModule

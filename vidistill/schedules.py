@@ -18,7 +18,7 @@ class Pass:
     chunk: int  # first chunk in this forward
     sigma: tuple[float, ...]  # noise going in, one per chunk
     next_sigma: tuple[float, ...] | None  # noise going out; None: context pass, output unused
-    told: tuple[float, ...] | None = None  # level told to the network where it differs from the noise
+    timesteps: tuple[float, ...] | None = None  # level told to the network where it differs from the noise
     commit: bool = False  # write the tokens of this forward to memory
     grad: bool = False  # keep autograd
     emit: bool = False  # yield the prediction x0 of the first chunk of this forward (a given chunk: itself)
@@ -42,7 +42,9 @@ class ScheduleConfig:
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)
     pattern: str = ""
     steps: tuple[tuple[float, ...], ...] = ()
-    told: tuple[tuple[float, ...], ...] = ()  # levels told to the network, list by list, where they differ from `steps`
+    timesteps: tuple[
+        tuple[float, ...], ...
+    ] = ()  # levels told to the network, list by list, where they differ from `steps`
     context: str = "clean"
     context_sigma: float = 0.0
     exit: str = "shared"
@@ -57,8 +59,10 @@ class ScheduleConfig:
             raise ValueError(f"schedule.pattern {self.pattern!r} is neither digits nor numbers with dashes: '4322222'")
         for sigmas in self.lists:
             check_sigmas(sigmas)
-        if self.told and tuple(map(len, self.told)) != tuple(map(len, self.steps)):
-            raise ValueError(f"schedule.told must match schedule.steps list by list, got {self.told} and {self.steps}")
+        if self.timesteps and tuple(map(len, self.timesteps)) != tuple(map(len, self.steps)):
+            raise ValueError(
+                f"schedule.timesteps must match schedule.steps list by list, got {self.timesteps} and {self.steps}"
+            )
         if not 0 <= self.context_sigma < 1:
             raise ValueError(f"schedule.context_sigma must lie in [0, 1), got {self.context_sigma}")
         if self.context == "noised" and not self.context_sigma:
@@ -99,7 +103,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
 
 
 def chunk_passes(
-    chunk: int, sigmas: Sequence[float], cfg: ScheduleConfig, told: Sequence[float] | None = None
+    chunk: int, sigmas: Sequence[float], cfg: ScheduleConfig, timesteps: Sequence[float] | None = None
 ) -> Iterator[Pass]:
     """Passes of one generated chunk, from noise to the memory entries it leaves."""
     last = len(sigmas) - 1
@@ -109,7 +113,7 @@ def chunk_passes(
             chunk,
             (sigma,),
             (0.0 if done else sigmas[i + 1],),
-            None if told is None else (told[i],),
+            None if timesteps is None else (timesteps[i],),
             commit=done and cfg.context == "last_step",
             emit=done,
         )
@@ -134,7 +138,7 @@ def context_level(cfg: ScheduleConfig) -> tuple[float, float]:
     """
     if cfg.context == "last_step":
         last = len(cfg.lists) - 1
-        return cfg.lists[last][-1], (cfg.told[last] if cfg.told else cfg.lists[last])[-1]
+        return cfg.lists[last][-1], (cfg.timesteps[last] if cfg.timesteps else cfg.lists[last])[-1]
     return (cfg.context_sigma if cfg.context == "noised" else 0.0), cfg.context_sigma
 
 
@@ -156,7 +160,7 @@ def chunkwise(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ())
             yield context_pass(chunk, cfg)
         else:
             index = list_of(cfg, chunk, switches)
-            yield from chunk_passes(chunk, cfg.lists[index], cfg, cfg.told[index] if cfg.told else None)
+            yield from chunk_passes(chunk, cfg.lists[index], cfg, cfg.timesteps[index] if cfg.timesteps else None)
 
 
 def rolling(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ()) -> Iterator[Pass]:
@@ -166,14 +170,14 @@ def rolling(cfg: ScheduleConfig, start: int = 0, switches: Sequence[int] = ()) -
     nothing: the chunks in flight walk on.
     Source: Rolling Forcing 2509.25161, section 3.
     """
-    levels, told = cfg.lists[0], cfg.told[0] if cfg.told else None
+    levels, timesteps = cfg.lists[0], cfg.timesteps[0] if cfg.timesteps else None
     ladder = (*levels, 0.0)
 
     def window(chunk: int, width: int, emit: bool = False) -> Pass:
         """The pass over `width` chunks, the newest of which is at the first level, the one before it at the second."""
         rungs = range(width - 1, -1, -1)
         sigma, lower = tuple(levels[i] for i in rungs), tuple(ladder[i + 1] for i in rungs)
-        return Pass(chunk, sigma, lower, None if told is None else tuple(told[i] for i in rungs), emit=emit)
+        return Pass(chunk, sigma, lower, None if timesteps is None else tuple(timesteps[i] for i in rungs), emit=emit)
 
     for chunk in range(start, cfg.given_chunks):
         yield context_pass(chunk, cfg)
@@ -231,7 +235,7 @@ def trim(p: Pass, chunks: int) -> Pass:
         p,
         sigma=p.sigma[:keep],
         next_sigma=None if p.next_sigma is None else p.next_sigma[:keep],
-        told=None if p.told is None else p.told[:keep],
+        timesteps=None if p.timesteps is None else p.timesteps[:keep],
     )
 
 

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill.bench import bench as bench_module
 from vidistill.bench import machine, random_weights
-from vidistill.bench.bench import BenchConfig, GateError, StreamTimer, bench, opponent
+from vidistill.bench.bench import BenchConfig, ConsistencyError, StreamTimer, baseline_of, bench
 from vidistill.bench.growth import growth_rows, walk
-from vidistill.bench.random_weights import Contender, RandomConfig, random_bench
+from vidistill.bench.random_weights import RandomConfig, Timed, random_bench
 from vidistill.bench.result import BenchResult
-from vidistill.checkpoint import load, load_codec_of, load_student
+from vidistill.checkpoint import load, load_codec, load_student
 from vidistill.cli.main import main
 from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import add_noise, x0_from_v
@@ -31,7 +31,7 @@ from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import SiteConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.ops.attention import use_backend
-from vidistill.streaming.runtime import SpeedConfig, faster
+from vidistill.streaming.runtime import SpeedConfig, for_inference
 from vidistill.streaming.session import StreamSession
 
 SHORT = BenchConfig(rounds=2, chunks=2, inputs=1, warmup_chunks=0, gate_chunks=2, clip_frames=5, clip_steps=2)
@@ -166,13 +166,11 @@ def test_old_and_young_stream_walk_alike():
 
 def test_a_walker_gets_somewhere_while_it_grows(student):
     world = {**WORLD, "camera": asdict(CAMERA)}
-    timer = StreamTimer(
-        replace(student, record={**student.record, "world": world}), load_codec_of(student), SHORT, None
-    )
+    timer = StreamTimer(replace(student, record={**student.record, "world": world}), load_codec(student), SHORT, None)
     with timer.open(pipelined=False) as old, timer.open(pipelined=False) as young:
         cfg = replace(SHORT, growth_minutes=(0.1,), growth_chunks=3)
         growth_rows(old, young, timer.fill, cfg, lambda *_: None)
-        assert all(len({tuple(place) for place in session.roamer.map["path"]}) > 2 for session in (old, young))
+        assert all(len({tuple(place) for place in session.navigator.map["path"]}) > 2 for session in (old, young))
 
 
 def test_a_student_whose_actions_are_its_own_does_them():
@@ -198,7 +196,7 @@ def test_as_many_minutes_as_were_asked_for_really_run_before_the_clock_is_advanc
 
     monkeypatch.setattr(StreamSession, "chunks", watched)
     monkeypatch.setattr(StreamSession, "advance", advance_after)
-    timer = StreamTimer(student, load_codec_of(student), SHORT, None)
+    timer = StreamTimer(student, load_codec(student), SHORT, None)
     with timer.open(pipelined=False) as old, timer.open(pipelined=False) as young:
         cfg = replace(SHORT, growth_minutes=(5.0,), growth_chunks=3, growth_run=0.2)
         (row,) = growth_rows(old, young, timer.fill, cfg, lambda *_: None)
@@ -283,11 +281,11 @@ def test_network_and_decoder_of_a_rival_are_compiled_too(student, tiny_teacher_p
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **kw: compiled.append(function) or function)
     fewer = replace(student, record={**student.record, "schedule": {"levels": [1.0], "given_chunks": 1}})
-    own = StreamTimer(student, load_codec_of(student), SHORT, None, SpeedConfig(compile=True))
+    own = StreamTimer(student, load_codec(student), SHORT, None, SpeedConfig(compile=True))
     ours = [function.__name__ for function in compiled]
     compiled.clear()
     vs = fewer if kind == "student" else load(tiny_teacher_path)
-    other = opponent(own, vs, SHORT, None)
+    other = baseline_of(own, vs, SHORT, None)
     assert [function.__name__ for function in compiled] == ours and other.speed.compile
     decode, clips = other.codec.decode_stream, []
     monkeypatch.setattr(other.codec, "decode_stream", lambda *args: clips.append(args) or decode(*args))
@@ -297,9 +295,9 @@ def test_network_and_decoder_of_a_rival_are_compiled_too(student, tiny_teacher_p
 
 def test_a_rival_that_cannot_run_alike_is_refused(student, tiny_teacher_path):
     teacher = replace(load(tiny_teacher_path), net=torch.nn.Linear(1, 1))
-    own = StreamTimer(student, load_codec_of(student), SHORT, None, SpeedConfig(linears="packed"))
+    own = StreamTimer(student, load_codec(student), SHORT, None, SpeedConfig(linears="packed"))
     with pytest.raises(ValueError, match=r"teacher is a Linear.*leave --compile and --linears out, or bench without"):
-        opponent(own, teacher, SHORT, None)
+        baseline_of(own, teacher, SHORT, None)
 
 
 def test_a_codec_is_no_opponent(student, tiny_codec_path, monkeypatch):
@@ -314,7 +312,7 @@ def test_nothing_is_timed_when_the_stream_differs_from_its_rollout(student, monk
     reference = StreamSession.reference
     monkeypatch.setattr(StreamSession, "reference", lambda self, chunks: reference(self, chunks) + 1e-6)
     monkeypatch.setattr(bench_module.StreamTimer, "round", lambda self, number: pytest.fail("timed"))
-    with pytest.raises(GateError, match="differ from its rollout; nothing was timed"):
+    with pytest.raises(ConsistencyError, match="differ from its rollout; nothing was timed"):
         bench(student, SHORT)
 
 
@@ -322,7 +320,7 @@ def test_the_gate_sees_memory_forget(student, monkeypatch):
     seen = []
     reference = StreamSession.reference
     monkeypatch.setattr(StreamSession, "reference", lambda self, n: seen.append(n) or reference(self, n))
-    bench_module.StreamTimer(student, load_codec_of(student), replace(SHORT, gate_chunks=0), None).gate()
+    bench_module.StreamTimer(student, load_codec(student), replace(SHORT, gate_chunks=0), None).gate()
     assert student.net.first_frame(seen[0]) > student.net.cfg.memory.frames
 
 
@@ -423,7 +421,7 @@ def test_given_weights_are_timed_instead_of_random_ones():
 
 def test_a_faster_network_is_timed_beside_the_plain_one_and_its_error_is_told():
     plain = SMALL.bundle()
-    fast = faster(plain, SpeedConfig(linears="packed"))
+    fast = for_inference(plain, SpeedConfig(linears="packed"))
     result = random_bench(replace(SMALL, rounds=1), fast, vs=plain, batch=2, profiled=True)
     assert result.name == "random weights (packed)" and result.vs["name"] == "random weights"
     assert result.vs["chunk_ratio"] > 0 and result.vs["model_flops_utilisation"] > 0
@@ -456,7 +454,7 @@ def test_random_numbers_from_a_file_make_the_latents_that_they_make_elsewhere(tm
     text = torch.randn(SMALL.text_tokens, student.net.cfg.text_dim, generator=rng)
     noise, fresh = torch.randn(SMALL.chunk, *size, generator=rng), torch.randn(1, SMALL.chunk, *size, generator=rng)
     save_file({"noise": noise, "fresh": fresh, "text": text}, path)
-    session = Contender(cfg, cfg.bundle()).session
+    session = Timed(cfg, cfg.bundle()).session
     got = next(session.latents())
     x, cond, memory = noise[None], Condition(text[None]), student.new_memory(1)
     for sigma, after in ((1.0, 0.5), (0.5, 0.0)):  # by hand

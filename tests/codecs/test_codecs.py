@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from vidistill.codecs import CODECS, GEOMETRIES, Compiled, codec_record, load_codec, visibility
+from vidistill.codecs import CODECS, GEOMETRIES, Compiled, build_codec, codec_record, visibility
 from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds, smoothed, steadied
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig, _diffusers_name
 
@@ -83,7 +83,7 @@ def shaken(codec):
 @pytest.fixture(params=CONFIGS)
 def codec(request):
     torch.manual_seed(0)
-    codec = load_codec(CONFIGS[request.param])
+    codec = build_codec(CONFIGS[request.param])
     if isinstance(codec, TinyCodec):
         shaken(codec)
         codec.set_normalisation(
@@ -203,7 +203,7 @@ def test_wrong_lengths_and_sides_name_what_is_allowed(codec):
 
 def test_a_record_rebuilds_the_codec_through_json(codec):
     record = json.loads(json.dumps(codec_record(codec)))
-    again = load_codec(record)
+    again = build_codec(record)
     assert type(again) is type(codec) and again.cfg == codec.cfg
     again.load_state_dict(codec.state_dict())
     px = clip(codec, frames=2)
@@ -212,11 +212,11 @@ def test_a_record_rebuilds_the_codec_through_json(codec):
 
 def test_unknown_names_and_keys_are_refused():
     with pytest.raises(ValueError, match="taew2_1"):
-        load_codec("taew9")
+        build_codec("taew9")
     with pytest.raises(ValueError, match="known: tiny, wan"):
-        load_codec({"patch_size": 4})
+        build_codec({"patch_size": 4})
     with pytest.raises(ValueError, match=r"no patchsize; allowed: patch_size"):
-        load_codec({"family": "tiny", "patchsize": 4})
+        build_codec({"family": "tiny", "patchsize": 4})
     assert set(CODECS) == {"tiny", "wan"} and {"tiny", "wan", "wan2_2", "taew2_1"} <= set(GEOMETRIES)
 
 
@@ -341,7 +341,7 @@ def published_weights():
 def published(published_weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "taew2_1.safetensors"
     save_file(published_weights, path)
-    return load_codec("taew2_1", path).requires_grad_(False)
+    return build_codec("taew2_1", path).requires_grad_(False)
 
 
 def by_frame(weights, half, layers, frames):
@@ -602,7 +602,7 @@ def golden():
         latent_mean=tuple(config["latents_mean"]),
         latent_std=tuple(config["latents_std"]),
     )
-    return load_codec(cfg, GOLDEN / "weights.safetensors"), tensors, config
+    return build_codec(cfg, GOLDEN / "weights.safetensors"), tensors, config
 
 
 def test_wan_decodes_the_recorded_clip_in_every_recorded_split(golden):

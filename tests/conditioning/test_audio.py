@@ -87,7 +87,7 @@ def test_what_is_pushed_late_follows_silence_and_what_waits_can_be_hushed():
     track.take(4, 6)
     assert not track.sound(4).any() and (track.sound(5) == 0.5).all() and track.came_at(4) is None
     assert track.came_at(5) == 7.0 and track.waiting == 500
-    track.hush()
+    track.clear_audio()
     track.take(6, 9)
     assert (track.sound(6) == 0.5).all() and not track.sound(7).any()
 

@@ -27,6 +27,7 @@ from vidistill.conditioning.camera import (
     wanted,
 )
 from vidistill.conditioning.condition import walked
+from vidistill.config import build
 
 DOOM = CameraConfig(step=9.375 / 64, turn=np.radians(5.625))
 FREE = replace(DOOM, actions=RELIC)
@@ -79,7 +80,7 @@ def test_a_clip_that_moves_up_or_down_and_pitches_is_told_so_and_nothing_else(up
 
 @pytest.mark.parametrize("cfg", [DOOM, FREE], ids=["planar", "free"])
 def test_a_walk_is_told_the_same_in_either_layout(cfg):
-    cfg = replace(cfg, tells=("hidden", "qk", "view"))
+    cfg = replace(cfg, sites=("hidden", "qk", "view"))
     walk = torch.rand(2, 7, 3, dtype=torch.float64)
     flat, full = walked(walk, cfg, 4), walked(rows_of(planar(walk)), cfg, 4)
     assert flat.keys() == full.keys() == {"hidden", "qk", "view"}
@@ -213,4 +214,4 @@ def test_impossible_cameras_say_what_is_wrong(kw, message):
 
 def test_planar_worlds_use_a_subset_of_the_thirteen_numbers():
     assert set(PLANAR) < set(RELIC) and len(RELIC) == 13 and DOOM.planar and not FREE.planar
-    assert CameraConfig.of({"step": 1.0, "turn": 0.1, "actions": list(RELIC)}).actions == RELIC
+    assert build(CameraConfig, {"step": 1.0, "turn": 0.1, "actions": list(RELIC)}).actions == RELIC

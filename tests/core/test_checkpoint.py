@@ -25,7 +25,7 @@ def path(tmp_path):
 
 
 def edit(path, **changes):
-    file = checkpoint.beside(path, ".json")
+    file = checkpoint.with_extension(path, ".json")
     record = json.loads(file.read_text())
     record.update(changes)
     file.write_text(json.dumps({k: v for k, v in record.items() if v is not ...}))
@@ -82,27 +82,27 @@ def test_an_unknown_name_suggests_a_known_one(monkeypatch):
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_file_cut_short_is_named(path, size):
-    file = checkpoint.beside(path, ".safetensors")
+    file = checkpoint.with_extension(path, ".safetensors")
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"student\.safetensors is damaged or cut short"):
         load(path)
 
 
 def test_a_file_of_noise_is_named(path):
-    checkpoint.beside(path, ".safetensors").write_bytes(os.urandom(5000))
+    checkpoint.with_extension(path, ".safetensors").write_bytes(os.urandom(5000))
     with pytest.raises(CheckpointError, match="is damaged or cut short"):
         load(path)
 
 
 def test_missing_weights_are_an_error_of_the_checkpoint(path):
-    checkpoint.beside(path, ".safetensors").unlink()
+    checkpoint.with_extension(path, ".safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*student\.safetensors"):
         load(path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '"x"', "\x00\x01"])
 def test_a_damaged_record_is_named(path, text):
-    checkpoint.beside(path, ".json").write_text(text)
+    checkpoint.with_extension(path, ".json").write_text(text)
     with pytest.raises(CheckpointError, match=r"student\.json"):
         load(path)
 
@@ -116,7 +116,7 @@ def test_a_damaged_record_is_named(path, text):
         ({"dit": ...}, "does not describe a network"),
         ({"dit": {"widht": 8}}, "unknown key widht; did you mean width"),
         ({"shape": {"frames": 0, "channels": 4, "height": 4, "width": 4}}, "frames must be at least 1, got 0"),
-        ({"student": 3}, "does not describe a network"),
+        ({"student": 3}, "StudentConfig must hold keys and values"),
     ],
 )
 def test_a_record_that_cannot_be_built_is_named(path, changes, message):
@@ -133,7 +133,7 @@ def test_the_wrong_kind_is_refused(path):
 
 
 def test_weights_that_do_not_fit_are_listed(path):
-    file = checkpoint.beside(path, ".safetensors")
+    file = checkpoint.with_extension(path, ".safetensors")
     tensors, info = read_tensors(file)
     name = "net.head.head.weight"
     for broken, message in (
@@ -183,21 +183,23 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
 def test_a_codec_lies_beside_its_student_or_has_a_full_path(path, tiny_codec_path):
     codec = load(tiny_codec_path).net
     with pytest.raises(CheckpointError, match="no checkpoint 'codec'"):
-        checkpoint.load_codec_of(load(path))
+        checkpoint.load_codec(load(path))
     export(path.with_name("codec"), codec, {})
-    assert checkpoint.load_codec_of(load(path)).cfg == codec.cfg
+    assert checkpoint.load_codec(load(path)).cfg == codec.cfg
     edit(path, codec=str(tiny_codec_path))
-    assert checkpoint.load_codec_of(load(path)).cfg == codec.cfg
+    assert checkpoint.load_codec(load(path)).cfg == codec.cfg
     edit(path, codec=None)
     with pytest.raises(CheckpointError, match="names no codec"):
-        checkpoint.load_codec_of(load(path))
+        checkpoint.load_codec(load(path))
 
 
 def test_a_summary_counts_without_loading_weights(path):
     row = checkpoint.summary(path)
     assert row["parameters"] == sum(p.numel() for p in random_dit(DIT).parameters())
     assert row["nfe_per_chunk"] == [3] * 7 and row["nfe_7_chunks"] == 21
-    assert row["bytes"] == checkpoint.beside(path, ".safetensors").stat().st_size and row["card"] == {"steps": 3}
+    assert row["bytes"] == checkpoint.with_extension(path, ".safetensors").stat().st_size and row["card"] == {
+        "steps": 3
+    }
 
 
 def test_a_summary_counts_half_the_evaluations_for_a_diagonal_schedule(path):

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vidistill.config import ConfigError, load_config
+from vidistill import checkpoint
+from vidistill.conditioning.camera import CameraConfig
+from vidistill.config import ConfigError, build, load_config
+from vidistill.schedules import ScheduleConfig
 from vidistill.training.config import TrainConfig
 
 
@@ -139,3 +142,24 @@ def test_every_config_of_the_repository_loads():
     assert stages
     for path in stages:
         load_config(TrainConfig, path)
+
+
+def test_former_names_of_fields_are_read_and_both_names_of_one_are_refused():
+    old = {"schedule": {"levels": [1.0, 0.5], "steps": [[1.0, 0.5]], "told": [[0.9, 0.4]]}, "loss": {"broken": 0.5}}
+    cfg = build(
+        TrainConfig, {"name": "x", "objective": "dmd", "data": "d", "teacher": "t", **old, "watch": {"judge_every": 0}}
+    )
+    assert cfg.schedule.timesteps == ((0.9, 0.4),) and cfg.loss.invalid_weight == 0.5 and cfg.validation.every == 0
+    with pytest.raises(ConfigError, match=r"schedule\.told is the former name of schedule\.timesteps"):
+        build(TrainConfig, {"name": "x", "objective": "flow", "data": "d", "schedule": {"told": [], "timesteps": []}})
+
+
+@pytest.mark.parametrize("name", sorted(set(checkpoint.zoo_names().values())))
+def test_every_bundled_record_is_built_by_its_present_names(name):
+    record = checkpoint.read_record(checkpoint.locate(name))
+    if "schedule" in record:
+        assert len(build(ScheduleConfig, record["schedule"]).levels) > 0
+    camera = (record.get("world") or {}).get("camera")
+    assert camera is None or build(CameraConfig, camera).sites
+    stage = {key: value for key, value in record["card"]["train"].items() if key not in ("validation", "watch")}
+    assert build(TrainConfig, stage).name

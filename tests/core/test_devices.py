@@ -11,10 +11,10 @@ from tiny_relic import CAMERA, POSED, REMEMBERING, posed_data, posed_teacher
 from tiny_talker import talker_stage, write_talker
 from tiny_training import DIT, codec_stage, dmd_stage, flow_stage
 
-from vidistill.checkpoint import load_codec_of, load_student
+from vidistill.checkpoint import load_codec, load_student
 from vidistill.memory.policies import MemoryConfig
 from vidistill.ops.device import named_device
-from vidistill.streaming.runtime import SpeedConfig, fast_decoder, faster
+from vidistill.streaming.runtime import SpeedConfig, fast_decoder, for_inference
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.training import trainer
 from vidistill.training.losses import LossConfig
@@ -30,7 +30,7 @@ STAGES = {
     "all terms": lambda root: dmd_stage(root, loss=TERMS),
     "replayed long streams": lambda root: dmd_stage(root, replay=True, long_frames=16, save_every=3, loss=TERMS),
     "rollouts reused": lambda root: dmd_stage(root, critic_steps=4, critic_reuse=4),
-    "recorded clips": lambda root: dmd_stage(root, loss=LossConfig(forcing=1.0, broken=0.2)),
+    "recorded clips": lambda root: dmd_stage(root, loss=LossConfig(forcing=1.0, invalid_weight=0.2)),
     "without rollouts": lambda root: dmd_stage(root, on_policy=False),
     "sid": lambda root: dmd_stage(root, objective="sid"),
     "avatar": lambda root: talker_stage(root, loss=LossConfig(guidance=2.0, audio_guidance=3.0)),
@@ -67,9 +67,9 @@ def test_a_stage_trains_where_its_networks_are(tmp_path, elsewhere, stage):
     run = Trainer(STAGES[stage](tmp_path))
     for _ in range(3):
         assert run.step()
-    for learner in run.learners.values():
-        assert {p.device for p in learner.params} == {META}
-        assert any(p.grad is not None and p.grad.device == META for p in learner.params)
+    for student_state in run.train_states.values():
+        assert {p.device for p in student_state.params} == {META}
+        assert any(p.grad is not None and p.grad.device == META for p in student_state.params)
 
 
 @pytest.mark.parametrize("memory", ["window", "endless"])
@@ -80,11 +80,11 @@ def test_a_student_streams_where_it_is_asked_to(tmp_path, tiny_student_path, tin
         memory
     ]
     speed = SpeedConfig(device="meta", precision="bf16")
-    fast, codec = faster(bundle, speed), fast_decoder(load_codec_of(bundle), speed)
+    fast, codec = for_inference(bundle, speed), fast_decoder(load_codec(bundle), speed)
     with StreamSession(fast, codec, StreamConfig(pipelined=False, memory=kept), image=tiny_image) as session:
         latents, made = session.latents(), []
         for prompt in ("a smile", "a frown"):
-            if session.listens:
+            if session.takes_prompts:
                 session.set(prompt=prompt, switch="recache")
             made += itertools.islice(latents, 4)
         assert {x.device for x in made} == {META}

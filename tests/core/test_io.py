@@ -61,7 +61,7 @@ def test_a_long_clip_is_enlarged_frame_by_frame(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("suffix", io.SUFFIXES)
 def test_every_suffix_that_is_said_to_work_does(tmp_path, suffix):
-    io.check_film(tmp_path / f"clip{suffix}")
+    io.check_video(tmp_path / f"clip{suffix}")
     write_video(tmp_path / f"clip{suffix}", clip(), fps=12)
     frames, fps = read_video(tmp_path / f"clip{suffix}")
     assert frames.shape == (12, 32, 32, 3) and fps == pytest.approx(12, abs=0.1)

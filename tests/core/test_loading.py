@@ -21,14 +21,14 @@ import sys, json, torch
 from pathlib import Path
 from vidistill import checkpoint
 from vidistill.interop.formats import read_student
-from vidistill.teachers.load import load_teacher
+from vidistill.teachers.load import read_teacher
 import vidistill.teachers.wan
 
 def status(key):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
 
 ways = {
-    "teacher": lambda path: load_teacher(path, dtype="bfloat16").net,
+    "teacher": lambda path: read_teacher(path, dtype="bfloat16").net,
     "student": lambda path: read_student(path, "self-forcing", heads=8).net(),
     "ours": lambda path: checkpoint.load(path, dtype=torch.bfloat16).net,
 }

@@ -21,7 +21,7 @@ SCHEDULES = {
 }
 
 
-def run(student, passes, *, seed=0, given=None, records=None, pinned=None, memory=None, **kw):
+def run(student, passes, *, seed=0, given=None, records=None, clamped=None, memory=None, **kw):
     """Finished chunks of a rollout whose every draw follows from the seed."""
     cond = condition(30)
     return rollout(
@@ -32,7 +32,7 @@ def run(student, passes, *, seed=0, given=None, records=None, pinned=None, memor
         memory=memory or student.new_memory(1),
         rng=torch.Generator().manual_seed(seed),
         records=records,
-        pinned=pinned,
+        clamped=clamped,
         **kw,
     )
 
@@ -84,7 +84,7 @@ def test_pinned_frames_are_seen_and_predicted_clean_and_the_callers_noise_is_unt
                 cond=lambda *_: condition(),
                 memory=student.new_memory(1),
                 rng=torch.Generator().manual_seed(0),
-                pinned=image,
+                clamped=image,
             )
         )
     assert torch.equal(chunks[0][:, :1], image) and torch.equal(noise, kept)

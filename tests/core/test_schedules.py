@@ -69,13 +69,13 @@ def test_the_chunks_after_a_switch_walk_the_first_lists_again():
         (replace(SELF_FORCING, context_sigma=0.1), (0.0, 0.1)),
         (replace(SELF_FORCING, context_sigma=0.1, context="noised"), (0.1, 0.1)),
         (DIAGONAL, (0.4, 0.4)),
-        (ScheduleConfig(steps=((1.0, 0.7),), told=((1.0, 0.71),), context="last_step"), (0.7, 0.71)),
+        (ScheduleConfig(steps=((1.0, 0.7),), timesteps=((1.0, 0.71),), context="last_step"), (0.7, 0.71)),
     ],
 )
 def test_the_context_level_is_that_of_the_pass_that_commits(cfg, level):
     assert context_level(cfg) == level
     last = [p for p in finite(endless(cfg), 4) if p.commit][-1]
-    assert (last.sigma[0], (last.told or last.sigma)[0]) == level
+    assert (last.sigma[0], (last.timesteps or last.sigma)[0]) == level
 
 
 def test_rolling_fills_its_window_then_finishes_one_chunk_a_pass():
@@ -90,8 +90,8 @@ def test_rolling_fills_its_window_then_finishes_one_chunk_a_pass():
 
 
 def test_rolling_tells_each_chunk_the_level_that_belongs_to_its_own():
-    cfg = ScheduleConfig(name="rolling", steps=((1.0, 0.6, 0.3),), told=((0.9, 0.5, 0.2),))
-    assert [p.told for p in itertools.islice(endless(cfg), 5)] == [
+    cfg = ScheduleConfig(name="rolling", steps=((1.0, 0.6, 0.3),), timesteps=((0.9, 0.5, 0.2),))
+    assert [p.timesteps for p in itertools.islice(endless(cfg), 5)] == [
         (0.9,),
         (0.5, 0.9),
         (0.2, 0.5, 0.9),
@@ -99,7 +99,7 @@ def test_rolling_tells_each_chunk_the_level_that_belongs_to_its_own():
         (0.2, 0.5, 0.9),
     ]
     ends = [p for p in training(cfg, 4, Random(0)) if p.next_sigma is not None]
-    assert all(len(p.told) == len(p.sigma) for p in ends) and ends[-1].told == (0.2,)
+    assert all(len(p.timesteps) == len(p.sigma) for p in ends) and ends[-1].timesteps == (0.2,)
 
 
 def test_given_chunks_are_shown_clean_and_emitted_as_they_are():
@@ -118,9 +118,9 @@ def test_a_clean_context_pass_may_tell_a_level_it_does_not_have():
 
 
 def test_told_levels_follow_the_step_lists():
-    cfg = ScheduleConfig(steps=((1.0, 0.71), (1.0,)), told=((1.0, 0.7), (1.0,)), context="last_step")
+    cfg = ScheduleConfig(steps=((1.0, 0.71), (1.0,)), timesteps=((1.0, 0.7), (1.0,)), context="last_step")
     passes = list(finite(endless(cfg), 3))
-    assert [(p.sigma, p.told) for p in passes] == [
+    assert [(p.sigma, p.timesteps) for p in passes] == [
         ((1.0,), (1.0,)),
         ((0.71,), (0.7,)),
         ((1.0,), (1.0,)),
@@ -179,7 +179,7 @@ def test_training_stops_at_a_shared_exit_and_runs_on_past_an_exit_of_one_chunk_o
         ({"context": "noised"}, "context_sigma above 0"),
         ({"context": "last_step", "context_sigma": 0.1}, "has no pass"),
         ({"given_chunks": -1}, "given_chunks"),
-        ({"steps": ((1.0, 0.5),), "told": ((1.0,),)}, "schedule.told"),
+        ({"steps": ((1.0, 0.5),), "timesteps": ((1.0,),)}, "schedule.timesteps"),
     ],
 )
 def test_impossible_schedules_say_what_is_wrong(kw, message):

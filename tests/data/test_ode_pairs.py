@@ -248,7 +248,7 @@ def test_a_folder_is_a_teacher_and_a_codec_of_the_same_door_as_our_own_checkpoin
     bundle = checkpoint.load(wan, dtype=torch.bfloat16)
     assert bundle.kind == "teacher" and bundle.noise.shift == 5.0 and bundle.record["guidance"] == 5.0
     assert {p.dtype for p in bundle.net.parameters()} == {torch.bfloat16} and bundle.net.cfg.text_dim == TEXT
-    codec = checkpoint.load_codec_of(bundle)
+    codec = checkpoint.load_codec(bundle)
     assert codec.temporal_factor == 4 and codec.latent_channels == 16
     assert not any(p.requires_grad for p in bundle.net.parameters())
     with pytest.raises(checkpoint.CheckpointError, match="vidistill convert"):
@@ -258,7 +258,7 @@ def test_a_folder_is_a_teacher_and_a_codec_of_the_same_door_as_our_own_checkpoin
     with pytest.raises(checkpoint.CheckpointError, match="holds no codec"):
         checkpoint.load(tmp_path, "codec")
     with pytest.raises(checkpoint.CheckpointError, match="which is not bundled"):
-        checkpoint.load_codec_of(replace(bundle, record={"codec": "wan"}))
+        checkpoint.load_codec(replace(bundle, record={"codec": "wan"}))
 
 
 def test_the_original_layout_trains_through_the_same_door(wan, prompts, tmp_path):
@@ -289,9 +289,9 @@ def test_a_teacher_of_two_experts_needs_one_network_for_the_critic_and_then_trai
 def test_a_published_tiny_codec_is_opened_by_its_file_name(tmp_path):
     from safetensors.torch import save_file
 
-    from vidistill.codecs import load_codec
+    from vidistill.codecs import build_codec
 
-    codec = load_codec("taew2_1")
+    codec = build_codec("taew2_1")
     save_file({k: v for k, v in codec.state_dict().items() if "latent_" not in k}, tmp_path / "taew2_1.safetensors")
     opened = checkpoint.load(tmp_path / "taew2_1.safetensors", "codec").net
     assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), codec.parameters(), strict=True))

@@ -9,7 +9,7 @@ from vidistill import checkpoint, cli
 from vidistill.checkpoint import Bundle
 from vidistill.config import load_config
 from vidistill.evaluation import ablation
-from vidistill.evaluation.ablation import FrontierConfig, with_schedule
+from vidistill.evaluation.ablation import AblationConfig, with_schedule
 from vidistill.schedules import ScheduleConfig
 from vidistill.training import trainer
 from vidistill.training.config import TrainConfig
@@ -74,9 +74,9 @@ def test_a_frontier_refuses_what_its_yaml_names(recipe, capsys):
 
 def test_cells_of_unknown_weights_and_recipes_without_training_are_refused():
     with pytest.raises(ValueError, match="weights of 'x'"):
-        FrontierConfig("base.yaml", 1, {"a": ablation.Cell(), "b": ablation.Cell(weights="x")})
+        AblationConfig("base.yaml", 1, {"a": ablation.Cell(), "b": ablation.Cell(weights="x")})
     with pytest.raises(ValueError, match="a cell that is trained"):
-        FrontierConfig("base.yaml", 1, {"a": ablation.Cell(weights="shared")})
+        AblationConfig("base.yaml", 1, {"a": ablation.Cell(weights="shared")})
 
 
 def test_every_cell_is_checked_before_one_is_trained(recipe, monkeypatch):
@@ -90,7 +90,7 @@ def test_every_cell_is_checked_before_one_is_trained(recipe, monkeypatch):
 
 @pytest.mark.parametrize("family", ["doom", "shapes"])
 def test_the_recipes_name_at_least_five_trained_cells_and_stages_that_can_be_built(family):
-    cfg = load_config(FrontierConfig, f"configs/{family}/frontier.yaml")
+    cfg = load_config(AblationConfig, f"configs/{family}/frontier.yaml")
     trained = [name for name, cell in cfg.cells.items() if not cell.weights]
     stages = {name: asdict(ablation.stage_of(cfg, name)) for name in trained}
     assert {"4322222", "2222222", "4322222-clean", "4322222-no-motion"} < set(trained) and len(trained) >= 5
@@ -127,5 +127,5 @@ def test_a_cell_runs_every_field_of_the_schedule_it_names():
         name="rolling", levels=(1.0, 0.9, 0.7), context="noised", context_sigma=0.1, exit="none", given_chunks=0
     )
     assert with_schedule(student, asked).schedule == replace(asked, given_chunks=1)
-    asked = ScheduleConfig(steps=((1.0, 0.5), (1.0,)), told=((0.9, 0.4), (0.8,)), exit="per_chunk", rewarm=2)
+    asked = ScheduleConfig(steps=((1.0, 0.5), (1.0,)), timesteps=((0.9, 0.4), (0.8,)), exit="per_chunk", rewarm=2)
     assert with_schedule(student, asked).schedule == replace(asked, given_chunks=1)

@@ -15,7 +15,7 @@ from vidistill import metrics
 from vidistill.checkpoint import load
 from vidistill.cli.main import main
 from vidistill.evaluation import lip_sync, report
-from vidistill.evaluation.lip_sync import AvatarConfig, figures, identity, identity_drift
+from vidistill.evaluation.lip_sync import LipSyncConfig, figures, identity, identity_drift
 from vidistill.worlds.talker.recorder import TalkerConfig, record
 
 
@@ -77,8 +77,8 @@ def test_a_stream_that_never_looked_like_its_picture_has_no_drift_that_could_cou
 
 def test_people_who_are_judged_are_none_of_those_a_checkpoint_was_chosen_on():
     chosen = range(64)  # data/talker-heldout, see configs/talker
-    clips = range(lip_sync.CLIP_SEEDS, lip_sync.CLIP_SEEDS + AvatarConfig().clips)
-    long = range(lip_sync.LONG_SEEDS, lip_sync.LONG_SEEDS + AvatarConfig().streams)
+    clips = range(lip_sync.CLIP_SEEDS, lip_sync.CLIP_SEEDS + LipSyncConfig().clips)
+    long = range(lip_sync.LONG_SEEDS, lip_sync.LONG_SEEDS + LipSyncConfig().streams)
     assert not set(chosen) & set(clips) and not set(clips) & set(long)
 
 
@@ -94,7 +94,9 @@ def test_sync_is_the_best_mean_correlation_and_its_shift():
 
 def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     folder = write_talker(tmp_path)
-    cfg = AvatarConfig(clips=2, batch=2, streams=1, long_seconds=4.0, window=1.0, steps=2, workers=1, out=str(tmp_path))
+    cfg = LipSyncConfig(
+        clips=2, batch=2, streams=1, long_seconds=4.0, window=1.0, steps=2, workers=1, out=str(tmp_path)
+    )
     net = load(folder / "student")
     record_path = folder / "student.json"
     described = json.loads(record_path.read_text())
@@ -108,7 +110,7 @@ def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     alone = lip_sync.evaluate(
         str(folder / "student"),
         str(folder / "teacher"),
-        AvatarConfig(clips=1, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out=""),
+        LipSyncConfig(clips=1, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out=""),
     )
     assert "streams" not in alone
     assert "sync" in str(lip_sync.table(alone).columns[1].header)
@@ -124,9 +126,9 @@ def test_a_diagnosis_is_drawn_and_printed(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "cosine +0.50 -0.50" in out and (tmp_path / "diagnosis.png").stat().st_size > 5000
     (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert main(["diagnose", str(tmp_path)]) == 1 and "watch.diagnose_every" in capsys.readouterr().err
+    assert main(["diagnose", str(tmp_path)]) == 1 and "validation.diagnose_every" in capsys.readouterr().err
 
 
 def test_gates_need_the_teacher_before_the_student():
-    gate = report.Gate("sync", 0.7, 0.8 * 0.9)
+    gate = report.Target("sync", 0.7, 0.8 * 0.9)
     assert not gate.kept and np.isfinite(gate.low)

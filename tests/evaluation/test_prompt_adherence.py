@@ -40,29 +40,33 @@ def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
     assert prompt_adherence.table(result).row_count == 9
 
 
-def reading(told, frames, wrong_until=0):
+def reading(walk_condition, frames, wrong_until=0):
     """What a perfect probe would say of clips that show `told` from frame `wrong_until` on."""
     times = torch.arange(2, frames, 2)
     labels = {}
     for name, words in ATTRIBUTES.items():
-        own = torch.tensor([words.index(labels_[name]) for labels_, _ in told])[:, None].repeat(1, len(times))
+        own = torch.tensor([words.index(labels_[name]) for labels_, _ in walk_condition])[:, None].repeat(1, len(times))
         own[:, times < wrong_until] = (own[:, times < wrong_until] + 1) % len(words)
         labels[name] = own
-    return Reading(torch.zeros(len(told), len(times), 1), labels, times)
+    return Reading(torch.zeros(len(walk_condition), len(times), 1), labels, times)
 
 
 def test_time_to_adherence_is_when_everything_asked_for_is_shown_and_stays():
-    told = prompt_adherence.scenes(3)
-    got = prompt_adherence.time_to_adherence(reading(told, 100, wrong_until=56), told, 40, 12.0)
+    walk_condition = prompt_adherence.scenes(3)
+    got = prompt_adherence.time_to_adherence(reading(walk_condition, 100, wrong_until=56), walk_condition, 40, 12.0)
     assert got == {"median_s": pytest.approx(16 / 12), "reached": 1.0}
-    told, times = told[:2], torch.tensor([56, 80])
-    early = reading(told, 100, wrong_until=56)
+    walk_condition, times = walk_condition[:2], torch.tensor([56, 80])
+    early = reading(walk_condition, 100, wrong_until=56)
     for name, own in early.labels.items():
         own[1, early.times < times[1]] = (own[1, early.times < times[1]] + 1) % len(ATTRIBUTES[name])
-    assert prompt_adherence.time_to_adherence(early, told, 40, 12.0)["median_s"] == pytest.approx((16 + 40) / 2 / 12)
-    never = prompt_adherence.time_to_adherence(reading(told, 100, wrong_until=100), told, 40, 12.0)
+    assert prompt_adherence.time_to_adherence(early, walk_condition, 40, 12.0)["median_s"] == pytest.approx(
+        (16 + 40) / 2 / 12
+    )
+    never = prompt_adherence.time_to_adherence(reading(walk_condition, 100, wrong_until=100), walk_condition, 40, 12.0)
     assert math.isnan(never["median_s"]) and never["reached"] == 0
-    assert prompt_adherence.accuracy(reading(told, 100, wrong_until=51), told)["asked"] == pytest.approx(0.5, abs=0.02)
+    assert prompt_adherence.accuracy(reading(walk_condition, 100, wrong_until=51), walk_condition)[
+        "asked"
+    ] == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
@@ -81,7 +85,7 @@ def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
 
 
 def test_the_command_line_knows_a_student_that_listens(world, monkeypatch, capsys, tmp_path):
-    assert checkpoint.listens(world / "student") and not checkpoint.listens(world / "teacher")
+    assert checkpoint.takes_prompts(world / "student") and not checkpoint.takes_prompts(world / "teacher")
     monkeypatch.setattr(prompt_adherence, "AdherenceConfig", lambda clips: protocol(world, tmp_path))
     assert cli.main(["eval", str(world / "student"), "--glance", "--clips", "3", "--json"]) == 0
     assert "asked" in json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -142,9 +142,9 @@ def test_the_same_run_twice_gives_the_same_figures_and_samples_the_teacher_once(
 def test_a_teacher_and_a_codec_can_be_judged_alone(cfg, tiny_teacher_path, tiny_codec_path):
     alone = quality.evaluate_teacher(str(tiny_teacher_path), cfg)
     assert {"real", "codec", "teacher", "repeat"} <= set(alone) and "student" not in alone
-    assert len(report.gates(alone)) == 6
+    assert len(report.targets(alone)) == 6
     codec = quality.evaluate_codec(str(tiny_codec_path), cfg)
-    assert codec["codec"]["psnr"] > 0 and not any(g.kept for g in report.gates(codec))  # it is untrained
+    assert codec["codec"]["psnr"] > 0 and not any(g.kept for g in report.targets(codec))  # it is untrained
 
 
 def test_only_what_learned_from_doom_is_judged_on_its_walks(cfg, tiny_student_path, tiny_codec_path):
@@ -167,9 +167,13 @@ def test_run_judges_a_checkpoint_by_its_kind_and_shows_people_a_table(
 ):
     monkeypatch.setattr(quality, "EvalConfig", lambda clips, out: replace(cfg, clips=clips, out=out))
     result = quality.run(str(tiny_codec_path), clips=4, out=cfg.out)
-    told = capsys.readouterr()
+    walk_condition = capsys.readouterr()
     assert result["protocol"]["clips"] == 4 and {"real", "codec"} <= set(result) and "student" not in result
-    assert "sharpness_ratio" in told.err and "MISSED: codec PSNR" in told.err and not told.out
+    assert (
+        "sharpness_ratio" in walk_condition.err
+        and "MISSED: codec PSNR" in walk_condition.err
+        and not walk_condition.out
+    )
     monkeypatch.setattr(quality, "evaluate", lambda name, teacher, cfg: {**result, "student": (name, teacher)})
     monkeypatch.setattr(quality.report, "show", lambda *_: None)
     assert quality.run(str(tiny_student_path), teacher="t")["student"] == (str(tiny_student_path), "t")
@@ -197,10 +201,10 @@ def test_teacher_and_student_see_start_image_and_actions(
 def test_a_student_with_a_camera_hears_where_the_walk_really_went(tiny_student_path):
     bundle, camera = checkpoint.load(tiny_student_path), CameraConfig(step=0.15, turn=0.1)
     actions, poses = torch.ones(1, 13, 4), torch.rand(1, 13, 3)
-    plain = quality.told(bundle, actions, poses, 4)
+    plain = quality.walk_condition(bundle, actions, poses, 4)
     assert set(plain.per_frame) == {"modulation"} and not plain.per_frame["modulation"][:, 0, :-1].any()
     bundle.record["world"]["camera"] = asdict(camera)
-    heard = quality.told(bundle, actions, poses, 4).per_frame
+    heard = quality.walk_condition(bundle, actions, poses, 4).per_frame
     for site, wanted in walked(poses[:, ::4], camera, 4).items():
         assert torch.equal(heard[site], wanted), site
     assert torch.equal(heard["modulation"], plain.per_frame["modulation"])
@@ -208,7 +212,7 @@ def test_a_student_with_a_camera_hears_where_the_walk_really_went(tiny_student_p
 
 def test_half_precision_of_the_rollout_does_not_leak_to_whoever_takes_the_chunks(cfg, tiny_student_path):
     student = checkpoint.load(tiny_student_path)
-    cond = quality.told(student, torch.zeros(1, 13, 4), torch.zeros(1, 13, 3), 4)
+    cond = quality.walk_condition(student, torch.zeros(1, 13, 4), torch.zeros(1, 13, 3), 4)
     memory = student.net.new_memory(1, dtype=torch.bfloat16)
     given = torch.zeros(1, 1, 4, 4, 4)
     for chunk in quality.student_chunks(student, given, cond, 2, replace(cfg, precision="bf16"), 0, memory):
@@ -267,11 +271,11 @@ def test_drift_shows_a_stream_that_loses_its_colour_and_not_one_that_keeps_it(wo
     episode = Clips(world / "data" / "long")
     px = episode.tensors["frames"].permute(0, 1, 4, 2, 3).float() / 255
     fading = torch.lerp(px, px.mean(2, keepdim=True).expand_as(px), torch.linspace(0, 1, 45)[:, None, None, None])
-    told = probes.action_labels(episode.tensors["actions"])
+    walk_condition = probes.action_labels(episode.tensors["actions"])
     tallies = [StreamTally(45, 10), StreamTally(45, 10)]
     for tally, clip in zip(tallies, (px, fading)):
         tally.add(clip)
-    real, lost = (drifts(t, tallies[0], *told, probe, 1) for t in tallies)
+    real, lost = (drifts(t, tallies[0], *walk_condition, probe, 1) for t in tallies)
     assert real["late"]["saturation_ratio"] == 1 and real["late"]["action_following"] > 0.8
     assert lost["saturation_drift"] < 0.3 * real["saturation_drift"] and lost["late"]["saturation_ratio"] < 0.3
 
@@ -317,5 +321,5 @@ def test_plain_numbers_fit_json():
 
 @pytest.mark.parametrize(("value", "kept"), [(0.79, False), (0.8, True), (1.2, True), (1.21, False), (None, False)])
 def test_a_gate_says_whether_it_is_kept(value, kept):
-    gate = report.Gate("motion", value, 0.8, 1.2)
+    gate = report.Target("motion", value, 0.8, 1.2)
     assert gate.kept is kept and ("kept" if kept else "MISSED") in str(gate) and "0.8 to 1.2" in str(gate)

@@ -22,8 +22,8 @@ from vidistill.evaluation.spatial_memory import (
     LEFT,
     RIGHT,
     PoseReader,
-    RevisitConfig,
     RevisitTally,
+    SpatialMemoryConfig,
     contenders,
     counted,
     evaluate_memory,
@@ -41,7 +41,7 @@ from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
-CFG = RevisitConfig(seconds=(2.0,), paths=1, batch=2)
+CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=2)
 
 
 @pytest.mark.parametrize("frames", [35, 88, 175, 350])
@@ -187,4 +187,4 @@ def test_motion_read_from_true_pictures_is_near_the_truth(bench):
 @pytest.mark.parametrize("kw", [{"seconds": ()}, {"judged": 12}, {"paths": 0}])
 def test_impossible_protocols_say_what_is_wrong(kw):
     with pytest.raises(ValueError, match="revisit"):
-        RevisitConfig(**kw)
+        SpatialMemoryConfig(**kw)

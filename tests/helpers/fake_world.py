@@ -33,12 +33,12 @@ class FakeFrame:
 class FakeSession:
     """A panorama of blocks that turns with the keys: each seed has its own, and it begins with the start image."""
 
-    nfe_per_chunk, memory_bytes, frames_per_chunk, unspoken_s = 5, 1_234_567, CHUNK, 0.0
+    nfe_per_chunk, memory_bytes, frames_per_chunk, queued_audio_s = 5, 1_234_567, CHUNK, 0.0
 
     def __init__(self, seed=0, image=None, *, fps=FPS, chunk_s=0.0, limit=None):
         self.fps, self.chunk_s, self.limit = fps, chunk_s, limit
         self.closed, self.made, self.inputs, self.said = False, 0, 0, []
-        self.roamer = None
+        self.navigator = None
         self.action = dict.fromkeys(ACTIONS, 0.0)
         self.picture = np.zeros((SIZE, SIZE, 3), np.uint8)
         self.reset(seed=seed, image=image)

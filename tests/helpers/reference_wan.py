@@ -111,9 +111,9 @@ class Cache:
     def begin(self, start, frames, *, again=False, keep=True):
         """Place a chunk; `again`: the newest frames are encoded once more, over their slots."""
         self.rewrites = start > 0 and keep and (again or start + frames <= self.end)
-        grown = 0 if again else max(0, start + frames - self.end)
-        self.evicted = max(0, self.used + grown - self.frames)
-        self.end, self.used = max(self.end, start + frames), self.used + grown - self.evicted
+        extend = 0 if again else max(0, start + frames - self.end)
+        self.evicted = max(0, self.used + extend - self.frames)
+        self.end, self.used = max(self.end, start + frames), self.used + extend - self.evicted
         self.first = self.used - frames
 
     def see(self, layer, q, k, v, start, rows, columns):

@@ -48,10 +48,10 @@ def steps(cfg, num, out):
     trainer.resume()
     rows = [trainer.step() for _ in range(num)]
     trainer.save()
-    nets = {name: learner.net for name, learner in trainer.learners.items()}
+    nets = {name: student_state.net for name, student_state in trainer.train_states.items()}
     tensors = {f"{n}.{k}": v.clone() for n, net in nets.items() for k, v in distributed.whole_state(net).items()}
-    trainer.learner.swap()
-    tensors.update({f"average.{k}": v for k, v in distributed.whole_state(trainer.learner.net).items()})
+    trainer.student_state.swap_ema()
+    tensors.update({f"average.{k}": v for k, v in distributed.whole_state(trainer.student_state.net).items()})
     if distributed.rank() == 0:
         save_tensors(out, tensors, {"rows": rows, "step": trainer.step_count})
 
@@ -78,8 +78,8 @@ def first_gradients(cfg, out):
     """Write the gradients of the first turn of `cfg` to `out`, whole."""
     trainer = Trainer(cfg)
     trainer.gradients("student")
-    distributed.mean_gradients(trainer.learner.params, len(trainer.parts))
-    named = {n: p.grad for n, p in trainer.learner.net.named_parameters() if p.grad is not None}
+    distributed.mean_gradients(trainer.student_state.params, len(trainer.parts))
+    named = {n: p.grad for n, p in trainer.student_state.net.named_parameters() if p.grad is not None}
     grads = {n: g.full_tensor() if distributed.is_sharded(g) else g for n, g in named.items()}
     if distributed.rank() == 0:
         save_tensors(out, grads, {})

@@ -92,7 +92,7 @@ def codec_stage(root, **settings):
 def dmd_stage(root, **settings):
     """Distribution matching of a tiny student to a tiny teacher."""
     teacher = root / "teacher"
-    if not checkpoint.beside(teacher, ".json").is_file():
+    if not checkpoint.with_extension(teacher, ".json").is_file():
         write_teacher(teacher)
     schedule = ScheduleConfig(levels=tuple(SCHEDULE["levels"]), given_chunks=1)
     base = flow_stage(

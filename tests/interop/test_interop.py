@@ -294,7 +294,11 @@ def test_step_lists_are_warped_as_published():
 
 def test_diagonal_tells_its_literals_and_draws_noise_at_the_nearest_entries():
     schedule = family("diagonal").schedule()
-    assert schedule.told == ((1.0, 0.933, 0.733, 0.357), (1.0, 0.933, 0.357), (1.0, pytest.approx(0.357143, abs=1e-5)))
+    assert schedule.timesteps == (
+        (1.0, 0.933, 0.733, 0.357),
+        (1.0, 0.933, 0.357),
+        (1.0, pytest.approx(0.357143, abs=1e-5)),
+    )
     assert schedule.steps[0] == pytest.approx((1.0, 0.933063, 0.732616, 0.357143), abs=1e-5)
     assert diagonal_steps((1000.0, 750.0, 625.5))[1] == (1000.0, 933.0, 625.0)
 
@@ -307,8 +311,10 @@ def test_passes_on_a_table_tell_what_they_were_and_noise_what_is_near():
     table = TableSchedule(shift=5.0)
     passes = [Pass(0, (0.733,), (0.0,)), Pass(0, (0.0,), None, commit=True), Pass(0, (0.0,), None, emit=True)]
     step, context, given = on_table(passes, table, noise_context=True)
-    assert step.told == (0.733,) and step.sigma == pytest.approx((0.732616,), abs=1e-5) and step.next_sigma == (0.0,)
-    assert context.told == (0.0,) and context.sigma == pytest.approx((0.00498,), abs=1e-5)
+    assert (
+        step.timesteps == (0.733,) and step.sigma == pytest.approx((0.732616,), abs=1e-5) and step.next_sigma == (0.0,)
+    )
+    assert context.timesteps == (0.0,) and context.sigma == pytest.approx((0.00498,), abs=1e-5)
     assert given.sigma == (0.0,)
 
 
@@ -356,9 +362,9 @@ def test_a_converted_student_streams_the_recorded_latents(tmp_path, case, varian
     size = (8 * noise.shape[3], 8 * noise.shape[4])
     convert(source, name, tmp_path / "ours", size=size, allow_pickle=True, heads=heads)
     bundle = load_student(tmp_path / "ours")
-    student, cond, pinned = bundle.net, Condition(tokens=io["in.prompt_embeds"][:1]), None
+    student, cond, clamped = bundle.net, Condition(tokens=io["in.prompt_embeds"][:1]), None
     if name == "livetalk":
-        cond, pinned = talking(io, variant, noise.shape[1])
+        cond, clamped = talking(io, variant, noise.shape[1])
     draws = iter(io[f"in.{variant}.renoise.{i}"] for i in range(99))
     parts = rollout(
         student,
@@ -367,7 +373,7 @@ def test_a_converted_student_streams_the_recorded_latents(tmp_path, case, varian
         cond=lambda start, stop: cond.frames(start, stop),
         memory=student.new_memory(1),
         rng=lambda x: next(draws).reshape(x.shape),
-        pinned=pinned,
+        clamped=clamped,
     )
     assert (torch.cat(list(parts), dim=1) - want).abs().max() < 1e-4
     revert(tmp_path / "ours", tmp_path / "again.pt")

@@ -13,7 +13,7 @@ from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.keys import infer_config, to_original, to_ours
 from vidistill.sampling import sample
-from vidistill.teachers.load import load_teacher
+from vidistill.teachers.load import read_teacher
 from vidistill.teachers.text_encoder import TextCache, clean
 from vidistill.teachers.wan import Experts, image_channels
 
@@ -65,7 +65,7 @@ def text_to_video(tmp_path):
 @pytest.mark.parametrize(("frames", "height", "width"), [(3, 4, 8), (1, 6, 6), (5, 8, 4)])
 def test_a_text_to_video_network_equals_diffusers(text_to_video, frames, height, width):
     net, folder = text_to_video
-    teacher = load_teacher(folder, **FLOAT)
+    teacher = read_teacher(folder, **FLOAT)
     x, text = clip(2, frames, 16, height, width), clip(2, 7, 20, seed=2)
     t = torch.tensor([900.0, 300.0])
     want = net(x.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
@@ -79,7 +79,7 @@ def test_a_time_per_frame_equals_diffusers_time_per_token(text_to_video):
     x, text = clip(1, 3, 16, 4, 8), clip(1, 7, 20, seed=2)
     t = torch.tensor([[0.0, 500.0, 500.0]])
     want = net(x.transpose(1, 2), t.repeat_interleave(8, 1), text, return_dict=False)[0].transpose(1, 2)
-    got = load_teacher(folder, **FLOAT).net.velocity(x, t.double() / 1000, Condition(tokens=text))
+    got = read_teacher(folder, **FLOAT).net.velocity(x, t.double() / 1000, Condition(tokens=text))
     assert (got - want).abs().max() < 1e-4
 
 
@@ -90,7 +90,7 @@ def test_a_time_per_frame_equals_diffusers_time_per_token(text_to_video):
 def test_an_image_to_video_network_equals_diffusers(tmp_path, frames, height, width, dtype, tolerance):
     net = module(**IMAGE)
     net.save_pretrained(tmp_path / "transformer")
-    teacher, kind = load_teacher(tmp_path, **{**FLOAT, "dtype": dtype}), getattr(torch, dtype)
+    teacher, kind = read_teacher(tmp_path, **{**FLOAT, "dtype": dtype}), getattr(torch, dtype)
     x, first = clip(1, frames, 16, height, width), clip(1, frames, 16, height, width, seed=3)
     text, image = clip(1, 512, 20, seed=2), clip(1, 257, 12, seed=4)
     channels = image_channels(first, frames)
@@ -105,18 +105,18 @@ def test_an_image_to_video_network_equals_diffusers(tmp_path, frames, height, wi
 
 def test_the_small_wan_2_2_has_its_own_latents(tmp_path):
     module(**{**TINY, "in_channels": 48, "out_channels": 48}).save_pretrained(tmp_path / "transformer")
-    teacher = load_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)
+    teacher = read_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)
     assert teacher.shape == LatentShape(3, 48, 4, 6) and teacher.codec == "wan2_2"
     module(**{**TINY, "in_channels": 20, "out_channels": 20}).save_pretrained(tmp_path / "transformer")
     with pytest.raises(ValueError, match="20 latent channels"):
-        load_teacher(tmp_path, dtype="float32")
+        read_teacher(tmp_path, dtype="float32")
 
 
 def test_half_precision_loads_and_stays_close(text_to_video):
     net, folder = text_to_video
     x, text = clip(1, 3, 16, 4, 8), clip(1, 7, 20, seed=2)
     want = net(x.transpose(1, 2), torch.tensor([500.0]), text, return_dict=False)[0].transpose(1, 2)
-    teacher = load_teacher(folder, **{**FLOAT, "dtype": "bfloat16"})
+    teacher = read_teacher(folder, **{**FLOAT, "dtype": "bfloat16"})
     got = teacher.net.velocity(x.bfloat16(), torch.full((1, 3), 0.5), Condition(tokens=text.bfloat16()))
     assert got.dtype == torch.bfloat16 and (got.float() - want).abs().max() < 0.05 * want.abs().max()
 
@@ -128,7 +128,7 @@ def test_the_original_layout_gives_the_same_network(text_to_video, tmp_path):
     (tmp_path / "wan").mkdir()
     save_file({k: v.contiguous() for k, v in original.items()}, tmp_path / "wan" / "model.safetensors")
     (tmp_path / "wan" / "config.json").write_text(json.dumps({"num_heads": 2, "eps": 1e-6}))
-    a, b = load_teacher(folder, **FLOAT).net, load_teacher(tmp_path / "wan", **FLOAT).net
+    a, b = read_teacher(folder, **FLOAT).net, read_teacher(tmp_path / "wan", **FLOAT).net
     assert a.cfg == b.cfg and all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -138,7 +138,7 @@ def test_two_experts_share_the_levels(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.8}))
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 12.0}))
-    teacher = load_teacher(tmp_path, **FLOAT)
+    teacher = read_teacher(tmp_path, **FLOAT)
     net = teacher.net
     assert isinstance(net, Experts) and net.boundary == 0.8 and teacher.noise.shift == 12.0
     x, cond = clip(2, 3, 16, 4, 8), Condition(tokens=clip(2, 7, 20, seed=2))
@@ -170,12 +170,12 @@ def test_a_hub_id_is_read_from_the_local_cache_without_the_network(tmp_path, mon
     index |= {"scheduler": ["diffusers", "UniPCMultistepScheduler"], "boundary_ratio": 0.8}
     (snapshot / "model_index.json").write_text(json.dumps(index))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    hub, folder = (load_teacher(source, **FLOAT, offline=True) for source in ("tiny/wan", snapshot))
+    hub, folder = (read_teacher(source, **FLOAT, offline=True) for source in ("tiny/wan", snapshot))
     assert isinstance(hub.net, Experts) and hub.net.boundary == 0.8 and hub.noise.shift == folder.noise.shift == 3.0
     weights = hub.net.state_dict()
     assert all(torch.equal(x, weights[name]) for name, x in folder.net.state_dict().items())
     with pytest.raises(FileNotFoundError, match="offline"):
-        load_teacher("tiny/other", **FLOAT, offline=True)
+        read_teacher("tiny/other", **FLOAT, offline=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4)])
@@ -195,7 +195,7 @@ def test_the_guided_sampler_equals_the_pipelines_loop_with_the_same_scheduler(te
         c, u = (net(x, t.expand(1), tokens, return_dict=False)[0] for tokens in (text, negative))
         x = scheduler.step(u + scale * (c - u), t, x, return_dict=False)[0]
     cond = Condition(tokens=text, negative=negative)
-    ours = sample(load_teacher(folder, **FLOAT).net, noise, sigmas, cond, nulls=[cond.null()], scales=[scale])
+    ours = sample(read_teacher(folder, **FLOAT).net, noise, sigmas, cond, nulls=[cond.null()], scales=[scale])
     assert (ours - x.transpose(1, 2)).abs().max() < 2e-3 * x.abs().max()
 
 
@@ -237,7 +237,7 @@ def test_fifty_guided_steps_equal_the_real_pipeline(wan_folder, height, width, f
         for p in prompts.values()
     ]
     cond = Condition(tokens=text[0], negative=text[1])
-    net = load_teacher(wan_folder, dtype=dtype).net
+    net = read_teacher(wan_folder, dtype=dtype).net
     sigmas = pipe.scheduler.sigmas[:-1].tolist()
     assert len(sigmas) == 50
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -291,7 +291,7 @@ def test_fifty_guided_steps_equal_the_pipelines_of_wan_2_2(tmp_path, kind):
         pipe = diffusers.WanPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     want = pipe(**call)[0].transpose(1, 2)
-    teacher = load_teacher(tmp_path, dtype="float32")
+    teacher = read_teacher(tmp_path, dtype="float32")
     cond = Condition(tokens=text[0], negative=text[1])
     sigmas = pipe.scheduler.sigmas[:-1].tolist()
     ours = sample(teacher.net, noise, sigmas, cond, nulls=[cond.null()], scales=[4.0], given=given)
@@ -322,7 +322,7 @@ def small_autoencoder():
 def test_a_foreign_family_fits_the_same_door(tmp_path):
     net = tiny_ltx(8, 10)
     net.save_pretrained(tmp_path / "transformer")
-    teacher = load_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)  # its folder says the family
+    teacher = read_teacher(tmp_path, dtype="float32", height=64, width=96, frames=3)  # its folder says the family
     assert teacher.shape == LatentShape(3, 8, 2, 3, patch=(1, 1, 1))
     x, text = clip(1, 3, 8, 2, 3), clip(1, 5, 10, seed=2)
     sigma = torch.full((1, 3), 0.6)
@@ -378,10 +378,10 @@ def test_prompts_are_encoded_once_and_read_from_disk_afterwards(tmp_path):
 
 def test_what_cannot_be_loaded_says_why(tmp_path):
     with pytest.raises(ValueError, match="known: wan, ltx"):
-        load_teacher("x", "sora")
+        read_teacher("x", "sora")
     with pytest.raises(FileNotFoundError, match="neither safetensors files"):
-        load_teacher(tmp_path)
+        read_teacher(tmp_path)
     with pytest.raises(FileNotFoundError, match="offline"):
-        load_teacher("nobody/no-such-model", offline=True)
+        read_teacher("nobody/no-such-model", offline=True)
     with pytest.raises(ValueError, match="no torch dtype"):
-        load_teacher(tmp_path, dtype="float7")
+        read_teacher(tmp_path, dtype="float7")

@@ -276,7 +276,7 @@ def test_a_compiled_student_has_no_graph_breaks_and_makes_the_same_latents(name,
     wanted = streamed(student, 6, cond)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fast = student.faster("plain", True)
+    fast = student.for_inference("plain", True)
     torch.testing.assert_close(streamed(fast, 6, cond), wanted, rtol=1e-5, atol=1e-6)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4

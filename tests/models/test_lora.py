@@ -93,7 +93,7 @@ def test_training_moves_the_adapters_of_student_and_critic_alone(tmp_path):
     for net, old in zip(nets, before, strict=True):
         moved = {n for n, p in net.named_parameters() if not torch.equal(p, old[n])}
         assert moved == {n for n in old if "lora_" in n}
-    assert len(trainer.learner.average) == len(trainer.learner.params) == 2 * 2 * 6
+    assert len(trainer.student_state.average) == len(trainer.student_state.params) == 2 * 2 * 6
 
 
 def test_a_trained_lora_resumes_exactly(tmp_path):
@@ -106,7 +106,7 @@ def test_a_trained_lora_resumes_exactly(tmp_path):
     second = Trainer(replace(cfg, name="halves"))
     second.resume()
     assert [second.step() for _ in range(2)] == rows[2:]
-    a, b = whole.learner.state("x"), second.learner.state("x")
+    a, b = whole.student_state.state("x"), second.student_state.state("x")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -115,7 +115,7 @@ def test_a_trained_lora_is_exported_merged_and_streams_as_it_was_trained(tmp_pat
     trainer = Trainer(cfg)
     path = trainer.run()
     bundle = checkpoint.load_student(path)
-    trainer.learner.swap()  # what was exported is the average
+    trainer.student_state.swap_ema()  # what was exported is the average
     want = streamed(trainer.roles.student, cfg.schedule)
     got = streamed(bundle.net, bundle.schedule)
     untrained = streamed(CausalStudent(checkpoint.load(cfg.teacher).net, STUDENT, bundle.shape), cfg.schedule)

@@ -8,11 +8,11 @@ from conftest import ACTIONS
 
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition, walked
-from vidistill.conditioning.controls import Inputs
+from vidistill.conditioning.controls import LiveConditions
 from vidistill.ops.rope import Panorama, axis_split, rope_table, rotate, view_table
 from vidistill.training.on_policy import LongRollout
 
-CAMERA = CameraConfig(step=0.15, turn=0.1, tells=("view",))
+CAMERA = CameraConfig(step=0.15, turn=0.1, sites=("view",))
 WIDE = Panorama(84.0, 8)
 HEAD = 56
 
@@ -49,23 +49,23 @@ def test_a_camera_tells_what_it_is_asked_to_tell():
     told = walked(poses, CAMERA, 4)
     assert set(told) == {"view"} and CAMERA.dims == {"view": 1}
     torch.testing.assert_close(told["view"][0, :, 0], torch.tensor([0.0, 0.4, 0.4]))
-    with pytest.raises(ValueError, match=r"camera\.tells"):
-        CameraConfig(step=1.0, turn=1.0, tells=("elsewhere",))
+    with pytest.raises(ValueError, match=r"camera\.sites"):
+        CameraConfig(step=1.0, turn=1.0, sites=("elsewhere",))
 
 
 def test_a_stream_tells_the_heading_that_its_keys_ask_for():
-    inputs = Inputs({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
+    inputs = LiveConditions({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
     inputs.set({"turn_left": 1.0}, None, None)
-    parts = [inputs.condition(inputs.wish, lo, hi).per_frame["view"][0, :, 0] for lo, hi in ((0, 1), (1, 4))]
+    parts = [inputs.condition(inputs.control, lo, hi).per_frame["view"][0, :, 0] for lo, hi in ((0, 1), (1, 4))]
     torch.testing.assert_close(torch.cat(parts), torch.tensor([0.0, 0.4, 0.8, 1.2]))
 
 
 def test_a_camera_stays_where_it_is_while_time_passes_unseen():
-    inputs = Inputs({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
+    inputs = LiveConditions({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
     inputs.set({"turn_left": 1.0}, None, None)
-    before = [inputs.condition(inputs.wish, lo, hi).per_frame["view"] for lo, hi in ((0, 1), (1, 4))]
-    inputs.stay(300)
-    after = inputs.condition(inputs.wish, 304, 307).per_frame["view"]
+    before = [inputs.condition(inputs.control, lo, hi).per_frame["view"] for lo, hi in ((0, 1), (1, 4))]
+    inputs.hold_pose(300)
+    after = inputs.condition(inputs.control, 304, 307).per_frame["view"]
     torch.testing.assert_close(after, before[1] + 1.2)
 
 
@@ -78,6 +78,6 @@ def test_a_null_condition_keeps_the_heading():
 def test_a_continued_stream_goes_on_from_its_heading():
     heading = torch.tensor([0.0, 0.1, 0.2, 0.3])[None, :, None]
     stream = LongRollout.__new__(LongRollout)
-    stream.told = Condition(per_frame={"view": heading + 2.0})
-    told = stream.told_next(Condition(per_frame={"view": heading}), 2).per_frame["view"]
+    stream.cond = Condition(per_frame={"view": heading + 2.0})
+    told = stream.next_condition(Condition(per_frame={"view": heading}), 2).per_frame["view"]
     torch.testing.assert_close(told[0, :, 0], torch.tensor([2.4, 2.5]))

@@ -92,7 +92,7 @@ def test_an_interruption_ends_what_is_said_and_the_dream_goes_on(talker):
 
 
 def test_sound_is_bounded_and_not_heard_while_paused(talker, monkeypatch):
-    monkeypatch.setattr("vidistill.serve.viewer.MAX_UNSPOKEN_S", 5)
+    monkeypatch.setattr("vidistill.serve.viewer.MAX_QUEUED_AUDIO_S", 5)
     with served(talker) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
         listen(socket, lambda kind, got: kind == "hello")
         for _ in range(2):

@@ -32,12 +32,12 @@ def session(memory=MEMORY, camera=CAMERA, gain=1.0):
 
 def test_the_map_shows_here_and_what_is_kept_of_every_frame():
     with session() as stream:
-        assert stream.roamer.placed and not stream.roamer.map
+        assert stream.navigator.placed and not stream.navigator.map
         stream.set(action={"forward": 1.0})
         latents = stream.latents()
         for _ in range(3):
             next(latents)
-        shown = stream.roamer.map
+        shown = stream.navigator.map
         stored = shown["stored"]
         assert shown["history"] and not shown["home"]
         assert [s[3] for s in stored] == [1, 2, 1, 2, 1, 2]  # the chunk in flight is not kept yet
@@ -53,20 +53,20 @@ def test_the_way_home_undoes_the_way_and_a_key_ends_it():
         for action in ({"forward": 1.0}, {"turn_left": 1.0}, {"forward": 1.0, "turn_right": 0.5}):  # from the first on
             stream.set(action=action)
             next(latents)
-        there = stream.roamer.map["here"]
-        stream.roamer.go_home()
+        there = stream.navigator.map["here"]
+        stream.navigator.return_to_start()
         seen = []
         for _ in range(5):
             next(latents)
-            seen.append(stream.roamer.map)
+            seen.append(stream.navigator.map)
         assert np.hypot(*there[:2]) > 1 and np.hypot(*seen[2]["here"][:2]) < 0.2
         assert abs(seen[2]["here"][2]) < 1e-3 and seen[0]["home"] and not seen[3]["home"]
         stream.set(action={"forward": 1.0})
         next(latents)
-        stream.roamer.go_home()
+        stream.navigator.return_to_start()
         stream.set(action={"backward": 1.0})
         next(latents)
-        assert not stream.roamer.map["home"] and stream.roamer.map["here"][0] < seen[4]["here"][0] + 1
+        assert not stream.navigator.map["home"] and stream.navigator.map["here"][0] < seen[4]["here"][0] + 1
 
 
 def test_who_is_led_home_stands_still_in_the_next_dream():
@@ -76,17 +76,17 @@ def test_who_is_led_home_stands_still_in_the_next_dream():
         for _ in range(3):
             next(latents)
         stream.set(action={})
-        stream.roamer.go_home()
+        stream.navigator.return_to_start()
         next(latents)
-        assert any(stream._engine.inputs.wish.action)
+        assert any(stream._engine.inputs.control.action)
         again = stream.latents()
         next(again)
-        assert not any(stream._engine.inputs.wish.action)
+        assert not any(stream._engine.inputs.control.action)
         stream.set(action={"forward": 1.0})  # but a key that is held goes on
-        stream.roamer.go_home()
+        stream.navigator.return_to_start()
         stream.set(action={"turn_left": 1.0})
         next(again := stream.latents())
-        assert stream._engine.inputs.wish.action == (1.0, 0.0, 0.0, 0.0)
+        assert stream._engine.inputs.control.action == (1.0, 0.0, 0.0, 0.0)
 
 
 def test_a_gain_scales_the_way():
@@ -97,7 +97,7 @@ def test_a_gain_scales_the_way():
             latents = stream.latents()
             for _ in range(2):
                 next(latents)
-            ends.append(np.array(stream.roamer.map["here"]))
+            ends.append(np.array(stream.navigator.map["here"]))
     assert ends[1][:2] == pytest.approx(2.5 * ends[0][:2], abs=2e-3) and ends[1][2] == ends[0][2] != 0
     with pytest.raises(ValueError, match="gain has no effect"):
         session(camera=None, gain=2.0)
@@ -112,19 +112,19 @@ def test_history_is_switched_while_the_stream_goes_on():
             stream.set(action={"turn_left": 1.0})
             latents = stream.latents()
             first = [next(latents) for _ in range(2)]
-            stream.roamer.show_history(on)
+            stream.navigator.show_history(on)
             runs[on] = torch.cat([*first, next(latents)], 1)
-            assert stream.roamer.map["history"] == on
+            assert stream.navigator.map["history"] == on
     assert torch.equal(runs[True][:, :6], runs[False][:, :6]) and not torch.allclose(runs[True], runs[False])
 
 
 def test_what_a_student_cannot_do_is_said():
     with session(MemoryConfig("window", frames=6)) as stream, pytest.raises(ValueError, match="no history"):
-        stream.roamer.show_history(False)
+        stream.navigator.show_history(False)
     with session(MemoryConfig("window", frames=6), camera=None) as stream:
-        assert not stream.roamer.placed and not stream.roamer.map
+        assert not stream.navigator.placed and not stream.navigator.map
         with pytest.raises(ValueError, match="not told where it goes"):
-            stream.roamer.go_home()
+            stream.navigator.return_to_start()
 
 
 def test_a_place_is_read_back_from_what_a_network_is_told():
@@ -144,7 +144,7 @@ class FakeRoamer:
         self.placed, self.remembers, self.calls = True, True, []
         self.map = {}  # as before the first chunk
 
-    def go_home(self):
+    def return_to_start(self):
         self.calls.append("home")
 
     def show_history(self, on):
@@ -161,18 +161,18 @@ def test_messages_home_and_history_are_checked():
 
 def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
     fake = FakeWorld()
-    roamer, plain_open = FakeRoamer(), fake.world.open
+    navigator, plain_open = FakeRoamer(), fake.world.open
 
     def opened(seed, image):
         one = plain_open(seed, image)
-        one.roamer = roamer
+        one.navigator = navigator
         return one
 
     fake.world = replace(fake.world, open=opened)
     with served(fake) as app, watching(app) as browser:
         hello = browser.note("hello")
         assert hello["places"] and hello["remembers"]
-        roamer.map = {
+        navigator.map = {
             "here": [1.0, 2.0, 0.5],
             "path": [[0.0, 0.0]],
             "stored": [[0.0, 0.0, 0.0, 4]],
@@ -184,7 +184,7 @@ def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
         browser.say(type="home")
         browser.say(type="history", on=False)
         browser.frame(lambda header: header["chunk"] >= 2)
-        assert roamer.calls == ["home", False]
+        assert navigator.calls == ["home", False]
 
 
 def test_a_world_without_places_says_so():

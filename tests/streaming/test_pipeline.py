@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidistill.checkpoint import load_codec_of, load_student
+from vidistill.checkpoint import load_codec, load_student
 from vidistill.streaming.session import StreamConfig, StreamSession
 
 
@@ -15,7 +15,7 @@ from vidistill.streaming.session import StreamConfig, StreamSession
 def test_workers_give_the_frames_of_a_plain_stream(tiny_student_path, tiny_image, threads):
     bundle, made = load_student(tiny_student_path), []
     for cfg in (StreamConfig(pipelined=False), StreamConfig(threads=threads, decode_threads=1)):
-        with StreamSession(bundle, load_codec_of(bundle), cfg, image=tiny_image) as session:
+        with StreamSession(bundle, load_codec(bundle), cfg, image=tiny_image) as session:
             made.append(np.stack([frame.px for frame in islice(session.frames(), 40)]))
     assert np.array_equal(*made)
 
@@ -31,17 +31,17 @@ def test_workers_share_the_threads_of_the_caller(tiny_student_path, tiny_image, 
     monkeypatch.setattr("vidistill.streaming.session.cores", lambda: cores)
     bundle, seen = load_student(tiny_student_path), []
     monkeypatch.setattr(threading, "Thread", lambda target, args, **_: seen.append(args[1]))
-    StreamSession(bundle, load_codec_of(bundle), image=tiny_image)
+    StreamSession(bundle, load_codec(bundle), image=tiny_image)
     assert seen == want
 
 
 def test_one_worker_begins_again_and_closes_in_the_middle_of_a_dream(tiny_student_path, tiny_image):
     bundle, cfg = load_student(tiny_student_path), StreamConfig(threads=64)
-    with StreamSession(bundle, load_codec_of(bundle), cfg, image=tiny_image) as session:
+    with StreamSession(bundle, load_codec(bundle), cfg, image=tiny_image) as session:
         assert len(session._pipeline._workers) == 1
         frames = session.frames()
         next(frames)
         for dream in range(1, 4):
             session.reset()
-            assert next(f for f in frames if f.dream == dream).index == 0
+            assert next(f for f in frames if f.run == dream).index == 0
     assert not any(worker.is_alive() for worker in session._pipeline._workers)

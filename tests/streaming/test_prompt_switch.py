@@ -71,7 +71,7 @@ def by_hand(schedule, policy, chunks=5, at=3):
             tail = torch.cat(first, dim=1)[:, -6:]
             level = 0.4 if schedule.context == "last_step" else 0.0
             again = torch.Generator().manual_seed(3 * 1_000_003 + at)
-            reencode(student, tail, new, memory, start=3 * at - 6, sigma=level, told=level, rng=again)
+            reencode(student, tail, new, memory, start=3 * at - 6, sigma=level, timestep=level, rng=again)
         passes = (p for p in finite(endless(schedule, at, (at,)), chunks))
         return first + list(rollout(student, passes, cond=lambda *_: new, **kw))
 

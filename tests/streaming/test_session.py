@@ -15,8 +15,8 @@ import torch
 from conftest import ACTIONS, DIT, SHAPE, STUDENT, random_dit
 from tiny_talker import write_talker
 
-from vidistill.checkpoint import Bundle, load, load_codec_of, load_student
-from vidistill.conditioning.controls import Inputs
+from vidistill.checkpoint import Bundle, load, load_codec, load_student
+from vidistill.conditioning.controls import LiveConditions
 from vidistill.conditioning.script import parse_script, scripted
 from vidistill.io import to_uint8
 from vidistill.memory.policies import MemoryConfig, say_that_full_ends
@@ -24,7 +24,7 @@ from vidistill.models.layers import DiTConfig, SiteConfig
 from vidistill.models.student import CausalStudent
 from vidistill.schedules import endless
 from vidistill.streaming.engine import Frame
-from vidistill.streaming.runtime import SpeedConfig, faster
+from vidistill.streaming.runtime import SpeedConfig, for_inference
 from vidistill.streaming.session import StreamConfig, StreamSession
 
 INLINE = StreamConfig(pipelined=False)
@@ -37,7 +37,7 @@ def bundle(tiny_student_path):
 
 @pytest.fixture(scope="module")
 def codec(bundle):
-    return load_codec_of(bundle)
+    return load_codec(bundle)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_pipelined_stream_shows_the_same_pictures(session, queue):
     plain = take_chunks(session(), 8)
     ahead = take_chunks(session(StreamConfig(queue_frames=queue)), 8)
     assert np.array_equal(pictures(plain), pictures(ahead))
-    assert [(f.index, f.chunk, f.dream) for f in plain] == [(f.index, f.chunk, f.dream) for f in ahead]
+    assert [(f.index, f.chunk, f.run) for f in plain] == [(f.index, f.chunk, f.run) for f in ahead]
 
 
 def test_the_first_picture_is_the_decoded_start_picture(session, codec, tiny_image):
@@ -287,19 +287,19 @@ def test_tokens_switch_at_a_chunk_boundary():
 
 
 def test_a_site_without_an_input_is_null():
-    inputs = Inputs({"hidden": 6, "modulation": 9}, 0, ("left", "right"), 4, "cpu")
-    cond = inputs.condition(inputs.wish, 0, 3)
+    inputs = LiveConditions({"hidden": 6, "modulation": 9}, 0, ("left", "right"), 4, "cpu")
+    cond = inputs.condition(inputs.control, 0, 3)
     assert not cond.per_frame["hidden"].any() and cond.per_frame["hidden"].shape == (1, 3, 6)
     assert torch.equal(cond.per_frame["modulation"][0, :, -1], torch.ones(3))
 
 
 def test_a_held_action_is_packed_as_recorded_actions_are():
-    inputs = Inputs({"modulation": 9}, 0, ("left", "right"), 4, "cpu")
+    inputs = LiveConditions({"modulation": 9}, 0, ("left", "right"), 4, "cpu")
     inputs.set({"left": 1.0, "right": 0.5}, None, None)
-    packed = inputs.condition(inputs.wish, 0, 2).per_frame["modulation"][0]
+    packed = inputs.condition(inputs.control, 0, 2).per_frame["modulation"][0]
     assert packed[0].tolist() == [0.0] * 8 + [1.0]
     assert packed[1].tolist() == [1.0, 0.5] * 4 + [1.0]
-    assert torch.equal(inputs.condition(inputs.wish, 7, 8).per_frame["modulation"][0, 0], packed[1])
+    assert torch.equal(inputs.condition(inputs.control, 7, 8).per_frame["modulation"][0, 0], packed[1])
 
 
 # --- starting again ---------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_a_reset_dreams_the_same_dream_again(session, cfg):
     again = take_chunks(stream, 5)
     assert np.array_equal(pictures(first), pictures(again))
     assert [f.index for f in again] == list(range(49))
-    assert {f.dream for f in first} == {0} and {f.dream for f in again} == {1}
+    assert {f.run for f in first} == {0} and {f.run for f in again} == {1}
 
 
 @pytest.mark.parametrize("cfg", [INLINE, StreamConfig()])
@@ -324,7 +324,7 @@ def test_a_reset_in_the_middle_of_a_chunk_drops_what_was_not_taken(session, cfg)
     for number in (1, 2, 3):
         stream.reset()
         again = take(source, 7)
-        assert [(f.index, f.dream) for f in again] == [(i, number) for i in range(7)]
+        assert [(f.index, f.run) for f in again] == [(i, number) for i in range(7)]
         assert np.array_equal(pictures(first[:7]), pictures(again))
 
 
@@ -338,7 +338,7 @@ def test_resets_from_many_threads_are_dreams_of_their_own(session):
 
 
 def test_a_student_of_half_the_bytes_streams_nearly_the_same(bundle, codec, tiny_image):
-    half = faster(bundle, SpeedConfig(device="cpu", precision="bf16"))
+    half = for_inference(bundle, SpeedConfig(device="cpu", precision="bf16"))
     assert half.name == "student (bf16 weights)" and bundle.net.net.dtype == torch.float32
     with (
         StreamSession(half, codec, INLINE, image=tiny_image) as session,
@@ -353,10 +353,10 @@ def test_a_student_of_half_the_bytes_streams_nearly_the_same(bundle, codec, tiny
 def test_an_avatar_of_half_the_bytes_reads_hears_and_is_told_its_picture(tmp_path, tiny_image):
     write_talker(tmp_path)
     avatar = load_student(tmp_path / "student")
-    half = faster(avatar, SpeedConfig(device="cpu", precision="bf16"))
+    half = for_inference(avatar, SpeedConfig(device="cpu", precision="bf16"))
     films = []
     for made_with in (avatar, half, half):
-        with StreamSession(made_with, load_codec_of(avatar), INLINE, image=tiny_image) as session:
+        with StreamSession(made_with, load_codec(avatar), INLINE, image=tiny_image) as session:
             session.set(audio=np.full(16_000, 0.1 * len(films), np.float32), prompt="a smile")
             films.append(session.record(20))
     assert not np.array_equal(films[1], films[2])
@@ -609,10 +609,10 @@ def test_a_stream_with_other_linear_layers_equals_its_own_rollout_and_leaves_the
         pytest.skip("this torch has no oneDNN")
     if linears == "bf16" and not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this CPU has no bfloat16 products")
-    fast = faster(bundle, SpeedConfig(linears=linears))
+    fast = for_inference(bundle, SpeedConfig(linears=linears))
     first = bundle.net.net.blocks[0].ffn[0]
     assert type(first) is torch.nn.Linear and fast.name == f"student ({linears})"
-    assert faster(bundle, SpeedConfig()) is bundle
+    assert for_inference(bundle, SpeedConfig()) is bundle
     with (
         StreamSession(fast, codec, INLINE, image=tiny_image) as session,
         StreamSession(bundle, codec, INLINE, image=tiny_image) as plain,

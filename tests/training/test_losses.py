@@ -17,9 +17,7 @@ from vidistill.rollout import chunk_noise, rollout
 from vidistill.sampling import guided
 from vidistill.schedules import ScheduleConfig, training
 from vidistill.training.losses import (
-    DISTANCES,
     LossConfig,
-    MotionHead,
     Roles,
     changing,
     chunk_levels,
@@ -28,10 +26,6 @@ from vidistill.training.losses import (
     dmd,
     flow,
     forced,
-    motion,
-    motion_gradient,
-    motion_pull,
-    motion_weights,
     noised_sample,
     pull,
     reconstruction,
@@ -40,6 +34,7 @@ from vidistill.training.losses import (
     sid,
     teacher_forcing,
 )
+from vidistill.training.motion import DISTANCES, MotionHead, motion, motion_gradient, motion_pull, motion_weights
 
 B, F = 2, 7
 CFG = LossConfig(drop=0.0)
@@ -465,10 +460,10 @@ def test_given_frames_are_shown_clean_and_never_trained(student, fn):
 def test_channel_weights_and_soundness_weigh_motion_as_they_weigh_scores(monkeypatch):
     batch, weights = clip(), tuple(0.5 + c for c in range(SHAPE.channels))
     monkeypatch.setattr(
-        "vidistill.training.losses.soundness", lambda x, real, given: torch.tensor([1.0] + [0.0] * (B - 1))
+        "vidistill.training.losses.valid_rollouts", lambda x, real, given: torch.tensor([1.0] + [0.0] * (B - 1))
     )
     grads = []
-    for cfg in (CFG, replace(CFG, channel_weights=weights, broken=0.25)):
+    for cfg in (CFG, replace(CFG, channel_weights=weights, invalid_weight=0.25)):
         x = batch.x.clone().requires_grad_()
         roles = Roles(None, Gaussian(0.5), Gaussian(-1.0, 0.5))
         grads.append(torch.autograd.grad(dmd(roles, x, batch, replace(cfg, dmd=0.0, motion=1.0), rng()).value, x)[0])
@@ -583,7 +578,7 @@ def test_a_codec_is_told_of_flicker_as_strongly_as_asked():
     px, off = randn(B, 5, 3, 16, 16), torch.zeros(B, 5, 3, 16, 16)
     off[:, 2] = 0.25
     roles = Roles(student=lambda x, noise, rng: (x + off.requires_grad_(), torch.zeros(1)))
-    quiet, loud = (reconstruction(roles, px, None, LossConfig(steady=w), rng()) for w in (0.0, 2.0))
+    quiet, loud = (reconstruction(roles, px, None, LossConfig(temporal_weight=w), rng()) for w in (0.0, 2.0))
     assert (loud.value - quiet.value).item() == pytest.approx(2 * 0.25)  # two of four changes, in pixels and in blocks
     assert loud.logs["changes"].item() == pytest.approx(0.25)
     grads = [torch.autograd.grad(each.value, off)[0] for each in (quiet, loud)]

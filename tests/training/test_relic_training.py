@@ -13,14 +13,15 @@ from vidistill import checkpoint
 from vidistill.checkpoint import load
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition, walked
-from vidistill.conditioning.controls import Inputs
+from vidistill.conditioning.controls import LiveConditions
+from vidistill.config import build
 from vidistill.data import ode_pairs
 from vidistill.data.clips import Clips
 from vidistill.data.shards import DataError
 from vidistill.data.types import Episode
 from vidistill.diffusion import LatentShape
 from vidistill.memory.policies import MemoryConfig
-from vidistill.models.dit import grown
+from vidistill.models.dit import extend
 from vidistill.models.layers import Block, SelfAttention
 from vidistill.models.student import CausalStudent
 from vidistill.ops.attention import use_backend
@@ -30,7 +31,7 @@ from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import LossConfig
 from vidistill.training.on_policy import LongRollout, SavedBytes, replayed_backward
 from vidistill.training.trainer import Trainer, train
-from vidistill.training.validation import WatchConfig
+from vidistill.training.validation import ValidationConfig
 from vidistill.worlds.doom.recorder import DoomConfig, palindrome, with_palindromes
 
 
@@ -67,23 +68,23 @@ def test_a_camera_needs_recorded_poses(root):
 def test_a_training_is_watched_with_its_camera_and_with_or_without_an_average(root, settings, ema):
     if settings:
         posed_teacher(root)
-    look = WatchConfig(str(root / "latents"), clips=2, judge_every=2, score="error")
+    look = ValidationConfig(str(root / "latents"), clips=2, every=2, score="error")
     cfg = dmd_stage(root, **settings)
-    path = train(replace(cfg, watch=look, ema=ema, steps=4, save_every=2))
+    path = train(replace(cfg, validation=look, ema=ema, steps=4, save_every=2))
     assert load(path).record["card"]["steps"] in (2, 4)
 
 
 def test_what_a_training_is_watched_on_lies_where_it_trains(root, monkeypatch):
     monkeypatch.setattr("vidistill.training.trainer.accelerator", lambda: torch.device("meta"))
-    look = WatchConfig(str(root / "latents"), clips=2, judge_every=2, score="error")
-    trainer = Trainer(dmd_stage(root, watch=look))
+    look = ValidationConfig(str(root / "latents"), clips=2, every=2, score="error")
+    trainer = Trainer(dmd_stage(root, validation=look))
     held = trainer.held.batch
     assert held.x.device.type == "meta" and all(x.device.type == "meta" for x in held.cond.per_frame.values())
     codec = Trainer(codec_stage(root))
     seen = []
     monkeypatch.setattr(codec.roles.student, "forward", lambda px: seen.append(px.device.type) or (px, px))
     monkeypatch.setattr(codec.roles.student, "set_normalisation", lambda mean, std: None)
-    codec.normalise(codec.roles.student)
+    codec.roles.student.normalise_on(codec.normalisation_clips())
     assert set(seen) == {"meta"}
 
 
@@ -106,7 +107,7 @@ def test_poses_turn_queries_and_keys_and_moves_are_added_after_self_attention():
 
 
 def test_a_stream_of_other_clips_actions_tells_no_poses(root):
-    camera = replace(CAMERA, tells=("view",))
+    camera = replace(CAMERA, sites=("view",))
     with pytest.raises(ValueError, match="whose poses begin elsewhere"):
         dmd_stage(root, long_frames=13, camera=CAMERA)
     assert dmd_stage(root, long_frames=13, camera=camera).long_frames == 13
@@ -127,7 +128,7 @@ def test_a_batch_tells_where_the_camera_was(root):
 
 def test_a_network_gains_sites_without_a_change_and_says_what_must_be_zero():
     net, x = random_dit(DIT), torch.randn(1, 7, 4, 4, 4)
-    bigger = grown(net, POSED)
+    bigger = extend(net, POSED)
     cond = walked(torch.rand(1, 7, 3), CAMERA, 4) | {"modulation": torch.rand(1, 7, 17)}
     sigma = torch.full((1, 7), 0.5)
     with torch.no_grad():
@@ -136,9 +137,9 @@ def test_a_network_gains_sites_without_a_change_and_says_what_must_be_zero():
         for p in bigger.sites["qk"].parameters():
             p.add_(0.3)
         assert not torch.allclose(bigger(x, sigma, Condition(per_frame=cond)), want)
-    assert grown(net, DIT) is net
+    assert extend(net, DIT) is net
     with pytest.raises(ValueError, match=r"dit.sites.hidden.*zero_init"):
-        grown(net, replace(POSED, sites={**SITES, "hidden": replace(SITES["hidden"], zero_init=False)}))
+        extend(net, replace(POSED, sites={**SITES, "hidden": replace(SITES["hidden"], zero_init=False)}))
 
 
 def test_a_teacher_is_trained_on_poses_through_a_curriculum_and_streams_need_no_config(root):
@@ -160,7 +161,7 @@ def test_a_teacher_is_trained_on_poses_through_a_curriculum_and_streams_need_no_
     bundle = load(trainer.run().with_suffix(""))
     after = dict(trainer.roles.student.named_parameters())
     assert any(not torch.equal(p, after[n]) for n, p in before.items())
-    assert CameraConfig.of(bundle.record["world"]["camera"]) == CAMERA and bundle.net.cfg.yarn.ratio == 2.0
+    assert build(CameraConfig, bundle.record["world"]["camera"]) == CAMERA and bundle.net.cfg.yarn.ratio == 2.0
 
 
 def test_a_stage_that_starts_from_a_student_gains_its_sites_and_recomputes_its_blocks(root):
@@ -178,7 +179,7 @@ def test_a_stage_that_starts_from_a_student_gains_its_sites_and_recomputes_its_b
         frames=7,
     )
     trainer = Trainer(stage)
-    assert trainer.roles.student.net.cfg == replace(DIT.grown(dit), checkpoint=True)
+    assert trainer.roles.student.net.cfg == replace(DIT.extend(dit), checkpoint=True)
     assert load(trainer.run().with_suffix("")).net.net.cfg.sites.keys() == POSED.sites.keys()
 
 
@@ -303,19 +304,19 @@ def test_about_the_share_asked_for_become_palindromes():
 
 
 def inputs():
-    return Inputs({"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
+    return LiveConditions({"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
 
 
 def test_a_stream_integrates_the_keys_it_is_given_chunk_by_chunk():
     a, b = inputs(), inputs()
     for one in (a, b):
         one.set({"forward": 1.0, "turn_left": 0.5}, None, None)
-    whole = a.condition(a.wish, 0, 7)
-    parts = [b.condition(b.wish, lo, hi) for lo, hi in ((0, 1), (1, 4), (4, 7))]
+    whole = a.condition(a.control, 0, 7)
+    parts = [b.condition(b.control, lo, hi) for lo, hi in ((0, 1), (1, 4), (4, 7))]
     for site in ("hidden", "qk"):
         joined = torch.cat([p.per_frame[site] for p in parts], 1)
         assert torch.allclose(joined, whole.per_frame[site], atol=1e-6)
-    again = b.condition(b.wish, 4, 7)
+    again = b.condition(b.control, 4, 7)
     assert torch.equal(again.per_frame["qk"], parts[2].per_frame["qk"])  # every pass of a chunk hears the same
     assert whole.per_frame["hidden"][0, 0, -1] == 1 and whole.per_frame["hidden"][0, 1:, 0].min() > 0.9
 
@@ -325,7 +326,7 @@ def test_a_speed_gain_takes_a_stream_twice_as_far():
     b.gain = 2.0
     for one in (a, b):
         one.set({"forward": 1.0}, None, None)
-    near, far = (one.condition(one.wish, 0, 4).per_frame["qk"][0, :, 0] for one in (a, b))
+    near, far = (one.condition(one.control, 0, 4).per_frame["qk"][0, :, 0] for one in (a, b))
     assert torch.allclose(far, 2 * near) and near[-1] > 0
 
 

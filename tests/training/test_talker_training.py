@@ -9,16 +9,16 @@ import torch
 from conftest import SHAPE, random_dit
 from tiny_talker import AUDIO, TALKER, talker_stage, write_talker, write_talks
 
-from vidistill.checkpoint import load, load_codec_of, load_student
+from vidistill.checkpoint import load, load_codec, load_student
 from vidistill.conditioning.condition import AUDIO_SITE, Condition, branches, reference_channels
 from vidistill.data.clips import Clips
 from vidistill.data.types import Batch
 from vidistill.sampling import guided
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.training import validation
-from vidistill.training.losses import LossConfig, soundness
+from vidistill.training.losses import LossConfig, valid_rollouts
 from vidistill.training.trainer import Trainer, train
-from vidistill.training.validation import Peak, WatchConfig, plateau
+from vidistill.training.validation import EarlyStopping, ValidationConfig, plateau
 from vidistill.worlds.talker import scores
 
 INLINE = StreamConfig(pipelined=False)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def session(folder, tiny_image):
     bundle = load_student(folder / "student")
-    with StreamSession(bundle, load_codec_of(bundle), INLINE, image=tiny_image) as opened:
+    with StreamSession(bundle, load_codec(bundle), INLINE, image=tiny_image) as opened:
         yield opened
 
 
@@ -65,7 +65,7 @@ def test_sound_of_the_future_cannot_change_frames_that_were_shown(folder, tiny_i
     for seed in (1, 2):
         pcm = speech(60)
         pcm[known:] = speech(60, seed)[known:]
-        with StreamSession(bundle, load_codec_of(bundle), INLINE, image=tiny_image) as session:
+        with StreamSession(bundle, load_codec(bundle), INLINE, image=tiny_image) as session:
             session.set(audio=pcm)
             shown.append(np.stack([frame.px for frame in take(session, 37)]))
     assert np.array_equal(shown[0][:25], shown[1][:25]) and not np.array_equal(shown[0], shown[1])
@@ -79,7 +79,7 @@ def test_a_stream_that_hears_equals_a_rollout_told_the_whole_clips_features(fold
 
     pcm, student = speech(60), load_student(folder / "student")
     session.set(audio=pcm)
-    given = session._engine.dream.given
+    given = session._engine.run.given
     streamed = torch.cat([x for _, x in zip(range(3), session.latents(), strict=False)], dim=1)
     audio = pack_audio(torch.from_numpy(clip_features(pcm, 25, AUDIO))[None], 4)
     cond = Condition(torch.zeros(1, 1, 24), {AUDIO_SITE: audio}, reference_channels(given, 0, 7))
@@ -90,7 +90,7 @@ def test_a_stream_that_hears_equals_a_rollout_told_the_whole_clips_features(fold
         cond=cond.frames,
         memory=student.net.new_memory(1, cfg=session.memory_config),
         rng=torch.Generator().manual_seed(0),
-        pinned=given,
+        clamped=given,
     )
     with torch.no_grad():
         assert torch.equal(streamed, torch.cat(list(whole), dim=1))
@@ -100,10 +100,10 @@ def test_hushing_drops_what_waits_and_keeps_the_memory(session):
     session.set(audio=speech(100))
     take(session, 13)
     before = session._engine.memory.frames
-    assert session.unspoken_s > 4
-    session.hush()
+    assert session.queued_audio_s > 4
+    session.clear_audio()
     rest = take(session, 24)
-    assert session.unspoken_s == 0 and not rest[-1].sound.any() and rest[-1].dream == 0
+    assert session.queued_audio_s == 0 and not rest[-1].sound.any() and rest[-1].run == 0
     assert session._engine.memory.frames[0] == before[0] == 0
 
 
@@ -111,9 +111,9 @@ def test_a_stream_tells_the_network_the_picture_it_began_with(folder, tiny_image
     bundle = load_student(folder / "student")
     inputs = []
     for image in (tiny_image, 255 - tiny_image):
-        with StreamSession(bundle, load_codec_of(bundle), INLINE, image=image) as session:
+        with StreamSession(bundle, load_codec(bundle), INLINE, image=image) as session:
             take(session, 1)
-            inputs.append(session._engine.inputs.condition(session._engine.inputs.wish, 1, 4).channels)
+            inputs.append(session._engine.inputs.condition(session._engine.inputs.control, 1, 4).channels)
     assert inputs[0].shape == (1, 3, SHAPE.channels + 1, SHAPE.height, SHAPE.width)
     assert (inputs[0][:, :, -1] == 1).all() and not torch.equal(inputs[0], inputs[1])
 
@@ -124,7 +124,7 @@ def test_sound_of_the_wrong_kind_is_refused(session, tiny_student_path, tiny_ima
         session.set(audio=np.zeros(100, np.int16))
     deaf = load_student(tiny_student_path)
     with (
-        StreamSession(deaf, load_codec_of(deaf), INLINE, image=tiny_image) as other,
+        StreamSession(deaf, load_codec(deaf), INLINE, image=tiny_image) as other,
         pytest.raises(ValueError, match="hears nothing"),
     ):
         other.set(audio=speech(1))
@@ -176,10 +176,10 @@ def test_guidance_follows_its_schedule():
 
 def test_a_stage_learns_from_audio_text_and_reference(tmp_path):
     trainer = Trainer(talker_stage(tmp_path, loss=LossConfig(guidance=2.0, audio_guidance=3.0), critic_steps=1))
-    before = [p.detach().clone() for p in trainer.learner.params]
+    before = [p.detach().clone() for p in trainer.student_state.params]
     logs = [trainer.step() for _ in range(2)]
     assert all(np.isfinite(v) for row in logs for v in row.values())
-    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.learner.params, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.student_state.params, strict=True))
     record = trainer.record()
     assert record["audio"]["kind"] == "mel" and record["text"]["kind"] == "ngrams"
 
@@ -226,10 +226,10 @@ def test_broken_rollouts_are_told_from_sound_ones_and_teach_less(tmp_path):
     )
     flickering[:, ::2] += 3.0
     for clip, sound in ((real, 1.0), (empty, 0.0), (frozen, 0.0), (flickering, 0.0)):
-        assert (soundness(clip, real, 1) == sound).all()
+        assert (valid_rollouts(clip, real, 1) == sound).all()
     norms = []
     for weight in (1.0, 0.25):
-        loss = LossConfig(guidance=1.0, broken=weight)
+        loss = LossConfig(guidance=1.0, invalid_weight=weight)
         trainer = Trainer(talker_stage(tmp_path, loss=loss, critic_steps=1, data=str(tmp_path / "talks")))
         trainer.data.tensors  # noqa: B018
         batch = trainer.batch(0)
@@ -245,16 +245,21 @@ def test_broken_rollouts_are_told_from_sound_ones_and_teach_less(tmp_path):
 
 
 def test_a_peak_is_the_best_score_and_patience_counts_from_it():
-    peak = Peak()
-    assert [peak.take(score, step) for step, score in enumerate((0.1, 0.5, 0.4, 0.3), 1)] == [True, True, False, False]
-    assert (peak.score, peak.step) == (0.5, 2) and peak.over(2) and not peak.over(3) and not peak.over(0)
+    peak = EarlyStopping()
+    assert [peak.update(score, step) for step, score in enumerate((0.1, 0.5, 0.4, 0.3), 1)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (peak.score, peak.step) == (0.5, 2) and peak.done(2) and not peak.done(3) and not peak.done(0)
 
 
 def test_training_ends_after_its_peak_with_the_best_weights(tmp_path, monkeypatch):
     scores = iter((0.2, 0.9, 0.5, 0.4, 0.3))
     monkeypatch.setattr(validation, "judge", lambda *args: next(scores))
-    look = WatchConfig(str(tmp_path / "talks"), clips=2, judge_every=2, score="error", patience=2)
-    cfg = talker_stage(tmp_path, watch=look, steps=20, save_every=2, critic_steps=1, out=str(tmp_path / "runs"))
+    look = ValidationConfig(str(tmp_path / "talks"), clips=2, every=2, score="error", patience=2)
+    cfg = talker_stage(tmp_path, validation=look, steps=20, save_every=2, critic_steps=1, out=str(tmp_path / "runs"))
     path = train(cfg)
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     assert [row["error"] for row in rows if "error" in row] == [0.2, 0.9, 0.5, 0.4]
@@ -283,14 +288,16 @@ def test_the_sync_score_prefers_mouths_that_move_and_pictures_that_do_not_flicke
 
 def test_the_error_score_prefers_the_recorded_clip(tmp_path):
     write_talks(tmp_path / "talks")
-    held = validation.held_out(Clips(tmp_path / "talks", reference=True), WatchConfig(clips=2), 7, torch.device("cpu"))
+    held = validation.held_out(
+        Clips(tmp_path / "talks", reference=True), ValidationConfig(clips=2), 7, torch.device("cpu")
+    )
     assert held.mouth.shape == (2, 25, 2)
     assert validation.error_score(held.batch.x, held, None) == 0 > validation.error_score(held.batch.x + 1, held, None)
 
 
 def test_diagnosis_finds_the_gradient_by_chunk_and_level_and_its_agreement_with_the_truth(tmp_path):
-    look = WatchConfig(str(tmp_path / "talks"), clips=2, diagnose_every=2, levels=(0.2, 0.8))
-    trainer = Trainer(talker_stage(tmp_path, watch=look, loss=LossConfig(guidance=1.0)))
+    look = ValidationConfig(str(tmp_path / "talks"), clips=2, diagnose_every=2, levels=(0.2, 0.8))
+    trainer = Trainer(talker_stage(tmp_path, validation=look, loss=LossConfig(guidance=1.0)))
     same = validation.diagnose(trainer.roles, trainer.cfg.schedule, trainer.held, trainer.loss, look.levels)
     assert same["chunks"] == [1, 2] and np.allclose(same["norm"], 0) and np.allclose(same["gap"], 0)
 
@@ -311,8 +318,8 @@ def test_diagnosis_finds_the_gradient_by_chunk_and_level_and_its_agreement_with_
 
 
 def test_a_run_that_is_diagnosed_says_so_in_its_journal(tmp_path):
-    look = WatchConfig(str(tmp_path / "talks"), clips=2, diagnose_every=2, levels=(0.5,))
-    path = train(talker_stage(tmp_path, watch=look, steps=4, save_every=4, out=str(tmp_path / "runs")))
+    look = ValidationConfig(str(tmp_path / "talks"), clips=2, diagnose_every=2, levels=(0.5,))
+    path = train(talker_stage(tmp_path, validation=look, steps=4, save_every=4, out=str(tmp_path / "runs")))
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     found = [row["diagnosis"] for row in rows if "diagnosis" in row]
     assert len(found) == 2 and set(found[0]) == {"levels", "chunks", "norm", "gap", "cosine"}

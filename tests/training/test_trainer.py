@@ -19,10 +19,10 @@ from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import StudentConfig
 from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
-from vidistill.training import optim as learners
+from vidistill.training import optim as train_states
 from vidistill.training.losses import Loss, LossConfig
 from vidistill.training.on_policy import SavedBytes
-from vidistill.training.optim import Learner, OptimConfig
+from vidistill.training.optim import OptimConfig, TrainState
 from vidistill.training.trainer import METRICS, STATE, Trainer, TrainingError, train
 
 STAGES = {
@@ -147,10 +147,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(ro
     steps(trainer, 2)
     trainer.save()
     trainer.step()
-    before = {k: v.clone() for k, v in trainer.learner.state("x").items()}
+    before = {k: v.clone() for k, v in trainer.student_state.state("x").items()}
     with pytest.raises(TrainingError, match=r"not finite at step 3 .*nothing was updated.*state.safetensors"):
         trainer.loop(FakeBar())
-    after = trainer.learner.state("x")
+    after = trainer.student_state.state("x")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert read_tensors(trainer.folder / STATE)[1]["step"] == 2
 
@@ -164,12 +164,12 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(root):
     trainer = Trainer(dmd_stage(root))
     with torch.no_grad():
         next(trainer.roles.critic.parameters()).fill_(float("inf"))
-    before = [p.clone() for p in trainer.learner.params]
+    before = [p.clone() for p in trainer.student_state.params]
     trainer.cfg = replace(trainer.cfg, objective="sid")
     with pytest.raises(FloatingPointError):
         trainer.step_count = 1  # the critic's turn
         trainer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.student_state.params))
 
 
 @pytest.mark.parametrize("role", ["teacher", "critic"])
@@ -179,10 +179,10 @@ def test_a_score_that_is_not_finite_stops_the_student(root, role, weights):
     trainer = Trainer(replace(cfg, loss=replace(cfg.loss, **weights)))
     with torch.no_grad():
         next(getattr(trainer.roles, role).parameters()).fill_(float("nan"))
-    before = [p.clone() for p in trainer.learner.params]
+    before = [p.clone() for p in trainer.student_state.params]
     with pytest.raises(FloatingPointError):
         trainer.step()  # the student's turn
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.params))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.student_state.params))
 
 
 def test_a_stage_trains_with_the_attention_backend_it_names(root, monkeypatch):
@@ -217,7 +217,7 @@ def test_a_finished_run_exports_its_average_once_more_without_training(root):
     trainer = Trainer(cfg)
     assert trainer.run() == path and trainer.step_count == 2
     net = checkpoint.load(path, "teacher").net
-    average = dict(zip((n for n, _ in trainer.roles.student.named_parameters()), trainer.learner.average))
+    average = dict(zip((n for n, _ in trainer.roles.student.named_parameters()), trainer.student_state.average))
     assert all(torch.equal(p, average[n].half().float()) for n, p in net.named_parameters())
 
 
@@ -254,41 +254,41 @@ def test_critic_updates_in_a_row_learn_from_one_rollout_until_the_student_moves(
 
 def test_learning_rates_end_at_zero_for_student_and_critic(root):
     trainer = Trainer(dmd_stage(root, steps=12, critic_steps=2))
-    assert trainer.learner.steps == 4 and trainer.critic.steps == 8
+    assert trainer.student_state.steps == 4 and trainer.critic.steps == 8
 
 
 def test_the_average_follows_its_closed_form():
     net = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(net.weight)
-    learner = Learner(net, OptimConfig(lr=1.0), steps=100, ema=0.5, ema_start=2)
+    student_state = TrainState(net, OptimConfig(lr=1.0), steps=100, ema=0.5, ema_start=2)
     want = 0.0
     for update in range(1, 8):
         nn.init.constant_(net.weight, float(update))
-        learner.updates = update
-        learner.move_average()
+        student_state.updates = update
+        student_state.update_ema()
         decay = 0.0 if update <= 2 else min(0.5, (1 + update) / (10 + update))
         want = decay * want + (1 - decay) * update
-        assert learner.average[0].item() == pytest.approx(want, rel=1e-6)
+        assert student_state.average[0].item() == pytest.approx(want, rel=1e-6)
 
 
 def test_muon_updates_only_the_matrices_it_is_asked_for():
     net = random_dit(DIT)
-    learner = Learner(net, OPTIM, steps=10)
-    names = {n for n, p in net.named_parameters() if any(p is m for m in learner.matrices)}
+    student_state = TrainState(net, OPTIM, steps=10)
+    names = {n for n, p in net.named_parameters() if any(p is m for m in student_state.matrices)}
     assert names and all(n.startswith("blocks.") and n.endswith("weight") for n in names)
-    assert sum(len(g["params"]) for o in learner.optims for g in o.param_groups) == len(learner.params)
+    assert sum(len(g["params"]) for o in student_state.optims for g in o.param_groups) == len(student_state.params)
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.0), (torch.float32, 4e-3)])
 def test_muon_is_torchs_in_the_precision_the_hardware_multiplies(monkeypatch, shape, dtype, tolerance):
     """torch rounds to bfloat16 on any hardware: there ours is the same to the bit, elsewhere it is more exact."""
-    monkeypatch.setattr(learners, "working_dtype", lambda precision, device: dtype)
+    monkeypatch.setattr(train_states, "working_dtype", lambda precision, device: dtype)
     rng = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=rng)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
     optims = [
-        learners.Muon([ours], lr=0.1, weight_decay=0.1),
+        train_states.Muon([ours], lr=0.1, weight_decay=0.1),
         torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):
@@ -311,7 +311,7 @@ def test_a_decoder_trains_on_latents_that_stay_as_they_are(root, tiny_codec_path
 
 def test_training_nothing_is_refused():
     with pytest.raises(ValueError, match="leaves nothing to train"):
-        Learner(nn.Linear(2, 2), OptimConfig(only="^encoder"), 1)
+        TrainState(nn.Linear(2, 2), OptimConfig(only="^encoder"), 1)
 
 
 def test_every_weight_of_the_student_gets_a_gradient_in_half_precision(root, monkeypatch):
@@ -319,9 +319,9 @@ def test_every_weight_of_the_student_gets_a_gradient_in_half_precision(root, mon
     for precision in ("fp32", "bf16"):
         trainer = Trainer(dmd_stage(root, precision=precision, name=precision))
         trainer.step_count = 0
-        monkeypatch.setattr(trainer.learner, "move", lambda: None)
+        monkeypatch.setattr(trainer.student_state, "step", lambda: None)
         assert trainer.step()["student/grad_norm"] > 0
-        grads[precision] = [p.grad for p in trainer.learner.params]
+        grads[precision] = [p.grad for p in trainer.student_state.params]
     for full, half in zip(grads["fp32"], grads["bf16"]):
         assert (full is None) == (half is None)
         if full is not None and full.norm() > 0:
@@ -335,9 +335,9 @@ def test_replay_gives_the_gradient_of_the_whole_graph(root):
             trainer = Trainer(dmd_stage(root, replay=replay, **settings))
             for step in range(2 if settings.get("long_frames") else 1):  # the second step continues the stream
                 trainer.step_count = step
-                trainer.learner.forget()
+                trainer.student_state.zero_grad()
                 values.append(trainer.loss_of("student", trainer.batch(step), trainer.rng_for(step)).value.detach())
-            grads.append([p.grad for p in trainer.learner.params])
+            grads.append([p.grad for p in trainer.student_state.params])
         assert torch.equal(values[0], values[len(values) // 2])
         assert any(a is not None and a.norm() > 1e-6 for a in grads[0])
         for a, b in zip(*grads):

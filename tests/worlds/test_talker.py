@@ -15,7 +15,7 @@ from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.data import clips as clips_module
 from vidistill.data import shards as shards_module
 from vidistill.data import types
-from vidistill.data.clips import curated
+from vidistill.data.clips import filter_clips
 from vidistill.worlds.talker import recorder
 from vidistill.worlds.talker.face import likeness, read_mouth
 from vidistill.worlds.talker.recorder import TalkerConfig, correlation, measures, record
@@ -116,14 +116,14 @@ def test_every_fault_is_found_by_a_measure_and_counted():
     faulty = [record(cfg, seed) for seed in range(12)]
     sound = [record(TalkerConfig(num_frames=49), seed) for seed in range(4)]
     ranges = {"brightness": (0.2, 1.0), "sharpness": (0.1, 1.0), "speech": (0.1, 1.0), "sync": (0.6, 1.0)}
-    kept, dropped = curated([{"measures": measures(c, cfg)} for c in (*sound, *faulty)], ranges, "here")
+    kept, dropped = filter_clips([{"measures": measures(c, cfg)} for c in (*sound, *faulty)], ranges, "here")
     assert kept == [0, 1, 2, 3] and sum(dropped.values()) == 16 - len(kept)
     reasons = {fault for fault in ("brightness", "speech", "sync") if f"{fault} below" in dropped}
     assert reasons == {"brightness", "speech", "sync"}
     with pytest.raises(ValueError, match="no measure 'smile'"):
-        curated([{"measures": {"sync": 1.0}}], {"smile": (0, 1)}, "here")
+        filter_clips([{"measures": {"sync": 1.0}}], {"smile": (0, 1)}, "here")
     with pytest.raises(ValueError, match="leaves no clip"):
-        curated([{"measures": {"sync": 0.1}}], {"sync": (0.5, 1)}, "here")
+        filter_clips([{"measures": {"sync": 0.1}}], {"sync": (0.5, 1)}, "here")
 
 
 def test_shards_hold_audio_at_latent_rate_the_mouth_and_the_reference(tmp_path, clips):

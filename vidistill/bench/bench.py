@@ -18,20 +18,20 @@ from vidistill.bench.growth import batch_row, growth_rows
 from vidistill.bench.machine import environment, flops_per_pass, matmul_peak_gflops, peak_bytes, threads
 from vidistill.bench.random_weights import RandomConfig, random_bench
 from vidistill.bench.result import SPREAD, BenchResult, Progress
-from vidistill.checkpoint import Bundle, is_published, load, load_codec_of, load_student, locate, read_record
+from vidistill.checkpoint import Bundle, is_published, load, load_codec, load_student, locate, read_record
 from vidistill.codecs import Codec
 from vidistill.conditioning.condition import Condition, branches
-from vidistill.conditioning.controls import Inputs
+from vidistill.conditioning.controls import LiveConditions
 from vidistill.models.dit import VideoDiT
 from vidistill.sampling import sample
 from vidistill.streaming.engine import Frame
-from vidistill.streaming.runtime import SpeedConfig, fast_decoder, faster, named
+from vidistill.streaming.runtime import SpeedConfig, fast_decoder, for_inference, named
 from vidistill.streaming.session import StreamConfig, StreamSession
 
-__all__ = ["BenchConfig", "BenchResult", "GateError", "RandomConfig", "bench", "random_bench"]
+__all__ = ["BenchConfig", "BenchResult", "ConsistencyError", "RandomConfig", "bench", "random_bench"]
 
 
-class GateError(RuntimeError):
+class ConsistencyError(RuntimeError):
     """The stream is not what its rollout says; no speed is worth printing."""
 
 
@@ -99,7 +99,7 @@ class StreamTimer:
         self, bundle: Bundle, codec: Codec, cfg: BenchConfig, image: np.ndarray | None, speed: SpeedConfig | None = None
     ) -> None:
         self.speed, self.cfg, self.origin = speed or SpeedConfig(), cfg, (bundle.folder, bundle.name, bundle.record)
-        self.codec, bundle = fast_decoder(codec, self.speed), faster(bundle, self.speed)
+        self.codec, bundle = fast_decoder(codec, self.speed), for_inference(bundle, self.speed)
         self.name, self.bundle = bundle.name, bundle
         self.image = self.default_image() if image is None and bundle.given_frames else image
         self.timings, self.device = Timings(), bundle.net.net.device
@@ -129,12 +129,12 @@ class StreamTimer:
         with self.open(pipelined=False) as session:
             expected = session.reference(chunks)
             if not torch.equal(torch.cat(list(islice(session.latents(), chunks)), dim=1), expected):
-                raise GateError(f"{self.name}: the stream's latents differ from its rollout; nothing was timed")
+                raise ConsistencyError(f"{self.name}: the stream's latents differ from its rollout; nothing was timed")
         count = chunks * self.frames_per_chunk
         with threads(1), self.open(pipelined=False) as plain, self.open(pipelined=True) as ahead:
             for a, b in zip(islice(plain.frames(), count), islice(ahead.frames(), count), strict=True):
                 if not np.array_equal(a.px, b.px):
-                    raise GateError(f"{self.name}: frame {a.index} changes when pipelined; nothing was timed")
+                    raise ConsistencyError(f"{self.name}: frame {a.index} changes when pipelined; nothing was timed")
 
     def send(self, session: StreamSession, number: int) -> int:
         """Set some input that the student has."""
@@ -143,7 +143,7 @@ class StreamTimer:
         return session.set(tokens=torch.full((1, self.bundle.record["dit"]["text_dim"]), float(number % 2)))
 
     @property
-    def listens(self) -> bool:
+    def takes_prompts(self) -> bool:
         return bool(self.actions or self.bundle.record["dit"]["text_dim"])
 
     def warm_up(self) -> float:
@@ -159,7 +159,7 @@ class StreamTimer:
         with self.open() as session:
             frames = session.frames()
             began = time.perf_counter()
-            if self.listens:
+            if self.takes_prompts:
                 self.send(session, number)
             first = next(f for f in frames if f.chunk == self.bundle.schedule.given_chunks)
             t.first_frame_ms.append(1000 * (first.made_at - began))
@@ -172,7 +172,7 @@ class StreamTimer:
             t.latents_per_s.append(self.cfg.chunks * chunk / seconds)
             t.chunk_ms += [1000 * (b.made_at - a.made_at) for a, b in pairwise(heads)]
             t.parts += [head.stats for head in heads[1:]]
-            if self.listens:
+            if self.takes_prompts:
                 t.input_ms += self.time_inputs(session, frames, statistics.median(t.chunk_ms), number)
 
     def time_inputs(
@@ -245,9 +245,9 @@ class ClipTimer:
         """Sample and decode one clip; returns how many frames of it were not given."""
         net, shape, given = self.bundle.net, self.bundle.shape, 0 if self.given is None else self.given.shape[1]
         frames, device = self.cfg.clip_frames + given, next(net.parameters()).device
-        inputs = Inputs.of(self.bundle.record, self.codec.temporal_factor, device)
+        inputs = LiveConditions.of(self.bundle.record, self.codec.temporal_factor, device)
         inputs.begin(self.given)
-        cond = inputs.condition(inputs.wish, 0, frames)
+        cond = inputs.condition(inputs.control, 0, frames)
         nulls, scales = branches(cond, *self.guidance)
         rng = torch.Generator().manual_seed(self.cfg.seed + number)
         noise = torch.randn(1, frames, shape.channels, shape.height, shape.width, generator=rng).to(device)
@@ -281,16 +281,16 @@ def bench(
         cfg = replace(cfg, growth_minutes=(1.0, 10.0, 60.0))
     bundle = student if isinstance(student, Bundle) else load_student(student)
     if isinstance(vs, str | Path) and not is_published(vs):
-        check_rival(str(vs), read_record(locate(vs))["kind"])  # told before anything runs
+        check_baseline(str(vs), read_record(locate(vs))["kind"])  # told before anything runs
     with threads(cfg.threads):
-        own = StreamTimer(bundle, codec or load_codec_of(bundle), cfg, image, speed)
+        own = StreamTimer(bundle, codec or load_codec(bundle), cfg, image, speed)
         del bundle  # plain weights are not kept beside those of another kind
         progress(0.0, "warming up")
         warmup_ms = own.warm_up()
         progress(0.0, "correctness gate")
         own.gate()
         peak = peak_bytes(own.device)
-        other = None if vs is None else opponent(own, vs if isinstance(vs, Bundle) else load(vs), cfg, image)
+        other = None if vs is None else baseline_of(own, vs if isinstance(vs, Bundle) else load(vs), cfg, image)
         if other:
             other.warm_up()
         if isinstance(other, StreamTimer):
@@ -309,19 +309,19 @@ def bench(
         return summary(own, other, warmup_ms, peak, rows, streams)
 
 
-def check_rival(name: str, kind: str) -> None:
+def check_baseline(name: str, kind: str) -> None:
     """ValueError unless a checkpoint of this kind makes clips."""
     if kind not in ("student", "teacher"):
         raise ValueError(f"{name} is a {kind}; a student is held against a student or a teacher")
 
 
-def opponent(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray | None) -> StreamTimer | ClipTimer:
+def baseline_of(own: StreamTimer, vs: Bundle, cfg: BenchConfig, image: np.ndarray | None) -> StreamTimer | ClipTimer:
     """What the student is held against, computed at its own speed setting; plainly if it is the very same student."""
-    check_rival(vs.name, vs.kind)
-    codec = load_codec_of(vs)
+    check_baseline(vs.name, vs.kind)
+    codec = load_codec(vs)
     if vs.kind == "student":
         itself = (vs.folder, vs.name, vs.record) == own.origin
-        return StreamTimer(vs, codec, cfg, image, own.speed.beside if itself else own.speed)
+        return StreamTimer(vs, codec, cfg, image, own.speed.baseline if itself else own.speed)
     with own.open() as session:
         return ClipTimer(vs, codec, cfg, session.given, own.speed)
 
@@ -334,7 +334,7 @@ def faster_teacher(bundle: Bundle, speed: SpeedConfig, frames: int) -> Bundle:
     if speed.keeps(bundle.net):
         return bundle
     if isinstance(bundle.net, VideoDiT):
-        return named(bundle, speed, bundle.net.faster(frames * bundle.shape.tokens_per_frame, *speed.how))
+        return named(bundle, speed, bundle.net.for_inference(frames * bundle.shape.tokens_per_frame, *speed.how))
     if not speed.plain:
         raise ValueError(
             f"{bundle.name} is a {type(bundle.net).__name__}, which cannot be compiled or get other linear layers, and "

@@ -35,7 +35,7 @@ from vidistill.teachers.wan import architecture, local_parts
 from vidistill.training.config import TrainConfig
 from vidistill.training.losses import OBJECTIVES
 from vidistill.training.trainer import Trainer
-from vidistill.training.validation import WatchConfig
+from vidistill.training.validation import ValidationConfig
 
 WIDTH, LAYERS, TEXT, TOKENS, CLIPS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 4, 2
 CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
@@ -133,7 +133,7 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
         accumulate=accumulate,
         loss=replace(cfg.loss, target_steps=SAMPLER_STEPS),
         init_plateau=0.0,  # nothing has converged here
-        watch=watched(cfg.watch, folder),
+        validation=watched(cfg.validation, folder),
         compile=False,
         out=str(folder / "runs"),
     )
@@ -152,7 +152,7 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
     return replace(
         small,
         latent_size=size,
-        dit=replace(tiny["student"].grown(shrink(cfg.dit, (2, 2))), checkpoint=cfg.dit.checkpoint),
+        dit=replace(tiny["student"].extend(shrink(cfg.dit, (2, 2))), checkpoint=cfg.dit.checkpoint),
         init=names["student"] if cfg.init else None,
         teacher=names.get("teacher", names["student"]) if cfg.teacher else None,
         critic_init=names.get("critic") if cfg.critic_init else None,
@@ -160,12 +160,12 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
     )
 
 
-def watched(cfg: WatchConfig, folder: Path) -> WatchConfig:
+def watched(cfg: ValidationConfig, folder: Path) -> ValidationConfig:
     """Looks at every step, where the stage looks at all."""
-    if not cfg.judge_every and not cfg.diagnose_every:
+    if not cfg.every and not cfg.diagnose_every:
         return cfg
-    judge, diagnose = min(cfg.judge_every, 1), min(cfg.diagnose_every, 1)
-    return replace(cfg, data=str(folder / "data"), clips=CLIPS, judge_every=judge, diagnose_every=diagnose)
+    judge, diagnose = min(cfg.every, 1), min(cfg.diagnose_every, 1)
+    return replace(cfg, data=str(folder / "data"), clips=CLIPS, every=judge, diagnose_every=diagnose)
 
 
 def write_network(path: Path, dit: DiTConfig, cfg: TrainConfig, size: tuple[int, int]) -> None:
@@ -253,7 +253,7 @@ def run(cfg: TrainConfig) -> list[str]:
     for _ in range(2):
         turn = "student" if trainer.is_student_turn(trainer.step_count) else "critic"
         logs = trainer.step()
-        trainer.look()
+        trainer.validate()
         done.append(f"{turn} step: " + ", ".join(f"{k.split('/')[1]} {v:.3g}" for k, v in logs.items()))
     trainer.save()
     again = Trainer(cfg)
@@ -275,7 +275,7 @@ def stream(bundle: checkpoint.Bundle) -> str:
     if given := bundle.given_frames:
         if not bundle.record["codec"]:
             return "not streamed: it starts from a picture, and the stage names no codec"
-        codec = checkpoint.load_codec_of(bundle)
+        codec = checkpoint.load_codec(bundle)
         side = codec.spatial_factor
         size = (codec.px_frames(given), side * bundle.shape.height, side * bundle.shape.width, 3)
         image = np.zeros(size, dtype=np.uint8)
@@ -382,9 +382,9 @@ def activation_bytes(dit: DiTConfig, cfg: TrainConfig) -> float:
         x = torch.zeros(1, 1, dit.channels, *side, dtype=dtype)
         per_frame = {site: torch.zeros(1, 1, s.dim, dtype=dtype) for site, s in dit.sites.items()}
         extra = torch.zeros(1, 1, dit.extra_channels, *side, dtype=dtype) if dit.extra_channels else None
-        told = torch.zeros(1, dit.image_tokens + 1, max(dit.text_dim, dit.image_dim), dtype=dtype)
+        tokens = torch.zeros(1, dit.image_tokens + 1, max(dit.text_dim, dit.image_dim), dtype=dtype)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            net(x, torch.zeros(1, 1), Condition(told if dit.text_dim else None, per_frame, extra))
+            net(x, torch.zeros(1, 1), Condition(tokens if dit.text_dim else None, per_frame, extra))
     own = {p.untyped_storage()._cdata for p in net.parameters()}
     total = sum(size for storage, size in kept.items() if storage not in own) / 64
     recomputed = dit.layers * dit.width * dtype.itemsize + total / dit.layers

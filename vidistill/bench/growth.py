@@ -12,7 +12,7 @@ from vidistill.bench.machine import resident_bytes
 from vidistill.bench.result import Progress
 from vidistill.checkpoint import Bundle
 from vidistill.conditioning.condition import Condition
-from vidistill.conditioning.controls import Inputs
+from vidistill.conditioning.controls import LiveConditions
 from vidistill.memory.policies import stream_memory
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import endless, finite
@@ -112,13 +112,13 @@ def _chunk_ms(bundle: Bundle, factor: int, batch: int, fill: int, chunks: int) -
     """Median milliseconds of the passes of a chunk of a rollout of `batch` streams."""
     student, schedule, device = bundle.net, bundle.schedule, bundle.net.net.device
     shape, watch = student.shape, Stopwatch(device)
-    inputs = Inputs.of(bundle.record, factor, device)
+    inputs = LiveConditions.of(bundle.record, factor, device)
     conds: dict[int, Condition] = {}
 
     def cond(start: int, stop: int) -> Condition:
         if start not in conds:
             conds.clear()
-            one = inputs.condition(inputs.wish, start, stop)
+            one = inputs.condition(inputs.control, start, stop)
             conds[start] = one.map(lambda t: t.expand(batch, *t.shape[1:]))
         return conds[start]
 
@@ -133,6 +133,6 @@ def _chunk_ms(bundle: Bundle, factor: int, batch: int, fill: int, chunks: int) -
     inputs.begin(None if given is None else given[:1])
     memory = student.new_memory(batch, cfg=stream_memory(student.cfg.memory, student.cfg.chunk))
     noise, rng = chunk_noise(student, batch, 0, given), torch.Generator().manual_seed(0)
-    made = rollout(student, timed(), noise=noise, cond=cond, memory=memory, rng=rng, pinned=given)
+    made = rollout(student, timed(), noise=noise, cond=cond, memory=memory, rng=rng, clamped=given)
     times = [watch.take()["chunk_ms"] for _ in made]
     return statistics.median(times[-chunks:])

@@ -20,7 +20,7 @@ from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 from vidistill.rollout import Drawn
 from vidistill.streaming.engine import Chunk
-from vidistill.streaming.runtime import SpeedConfig, faster
+from vidistill.streaming.runtime import SpeedConfig, for_inference
 from vidistill.streaming.session import StreamConfig, StreamSession
 
 GROWTH_MINUTES = (1.0, 10.0, 60.0)
@@ -163,12 +163,12 @@ def sizes(name: str, text: str, form: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-class Contender:
+class Timed:
     """A student of a random shape, computed as `speed` says, and what its chunks took, round by round."""
 
     def __init__(self, cfg: RandomConfig, bundle: Bundle, speed: SpeedConfig | None = None) -> None:
         self.cfg, self.speed = cfg, speed or SpeedConfig()
-        self.bundle = faster(bundle, self.speed)
+        self.bundle = for_inference(bundle, self.speed)
         self.device = self.bundle.net.net.device
         self.session = self.open()
         self.rounds: list[list[Chunk]] = []
@@ -252,10 +252,10 @@ def random_bench(
     with threads(cfg.threads):
         bundle = bundle or cfg.bundle()
         progress(0.0, "warming up")
-        own = Contender(cfg, bundle, speed)
+        own = Timed(cfg, bundle, speed)
         own.round()
-        rival = bundle if vs is None and own.speed != own.speed.beside else vs
-        other = Contender(cfg, rival, own.speed.beside) if rival else None
+        baseline = bundle if vs is None and own.speed != own.speed.baseline else vs
+        other = Timed(cfg, baseline, own.speed.baseline) if baseline else None
         if other:
             other.round()
         for number in range(1, cfg.rounds + 1):
@@ -269,8 +269,8 @@ def random_bench(
 
 
 def result(
-    own: Contender,
-    other: Contender | None,
+    own: Timed,
+    other: Timed | None,
     growth: list[dict[str, Any]] | None,
     streams: dict[str, Any] | None,
     shares: dict[str, float] | None,
@@ -309,7 +309,7 @@ def result(
     )
 
 
-def compare(own: Contender, other: Contender, gflops: float) -> dict[str, Any]:
+def compare(own: Timed, other: Timed, gflops: float) -> dict[str, Any]:
     """How much faster than the other, round by round, and how far the first chunk's latents are from its."""
     ratios = other.chunk_ms.sum(1) / own.chunk_ms.sum(1)
     x, y = own.rounds[0][0].latents, other.rounds[0][0].latents

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import add_speed, amount, count, speed_of
+from vidistill.cli.options import add_speed, positive_float, positive_int, speed_of
 
 
 def add_bench(commands: Any) -> argparse.ArgumentParser:
@@ -21,13 +21,17 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="chunk time and bytes after 1, 10 and 60 minutes of stream; past --growth-run the clock is advanced",
     )
-    p.add_argument("--growth-run", type=amount, metavar="MINUTES", help="with --growth: what really runs (default: 1)")
+    p.add_argument(
+        "--growth-run", type=positive_float, metavar="MINUTES", help="with --growth: what really runs (default: 1)"
+    )
     p.add_argument("--random-weights", nargs="*", metavar="key=value", help="bench any shape without a checkpoint")
     p.add_argument("--weights", type=Path, help="with --random-weights: a published file whose weights fit the shape")
     p.add_argument("--family", help="format of --weights (default: self-forcing)")
     p.add_argument("--allow-pickle", action="store_true", help="read --weights from a .pt file (weights only)")
     p.add_argument("--profile", action="store_true", help="with --random-weights: which operators take the time")
-    p.add_argument("--batch", type=count, default=1, help="also time so many streams in one pass, beside one alone")
+    p.add_argument(
+        "--batch", type=positive_int, default=1, help="also time so many streams in one pass, beside one alone"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     add_speed(p)
     p.set_defaults(run=run_bench)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from vidistill.checkpoint import CheckpointError, beside, export, locate, read_record, read_tensors, rebuild
-from vidistill.cli.options import count, sides
+from vidistill.checkpoint import CheckpointError, export, locate, read_record, read_tensors, rebuild, with_extension
+from vidistill.cli.options import height_x_width, positive_int
 from vidistill.conditioning.audio import AudioConfig
 from vidistill.conditioning.condition import AUDIO_SITE
 from vidistill.diffusion import LatentShape, NoiseSchedule
@@ -31,10 +31,14 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("out", type=Path, help="where to write")
     p.add_argument("--family", help="whose format it is: self-forcing, causvid, longlive, diagonal, livetalk, ...")
     p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
-    p.add_argument("--size", type=sides, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)")
+    p.add_argument(
+        "--size", type=height_x_width, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)"
+    )
     p.add_argument("--codec", default="wan", help="its codec: a diffusers folder with `vae`, hf://ORG/NAME, or a file")
     p.add_argument("--text", help="its text encoder: a diffusers folder or hub id with text_encoder and tokenizer")
-    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
+    p.add_argument(
+        "--tokens", type=positive_int, default=512, help="tokens a prompt is padded to (default: 512, Wan's)"
+    )
     p.add_argument("--audio", help="of one that listens: its wav2vec 2.0 encoder, a transformers folder or hub id")
     p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
     p.add_argument("--lora", type=Path, help="adapter file, merged into the weights for good")
@@ -138,7 +142,7 @@ def convert(
 def kept(source: str, out: str | Path) -> str:
     """`source` as the record of `out` keeps it: the name of what lies beside it, else a full path; hub ids stay."""
     path = Path(source)
-    ours = beside(path, ".json").is_file()
+    ours = with_extension(path, ".json").is_file()
     if ours and path.resolve().parent == Path(out).resolve().parent:
         return path.name
     return str(path.resolve()) if ours or path.exists() else source
@@ -152,7 +156,7 @@ def revert(name: str | Path, out: str | Path, dtype: torch.dtype | None = None) 
         raise CheckpointError(f"{name} was not converted from a published student: there is no format to go back to")
     with torch.device("meta"):
         config = rebuild(record, str(name)).dit_config
-    tensors, _ = read_tensors(beside(path, ".safetensors"))
+    tensors, _ = read_tensors(with_extension(path, ".safetensors"))
     state = {key.removeprefix("net."): x.to(dtype or x.dtype) for key, x in tensors.items()}
     origin = record["published"]
     published = Published(family(origin["family"]), config, state, origin["names"], origin["entry"], str(name))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidistill.cli.options import count, numbers, place, share, sides
+from vidistill.cli.options import fraction, height_x_width, non_negative_int, numbers, positive_int
 
 if TYPE_CHECKING:
     from vidistill.conditioning.condition import Encode
@@ -22,14 +22,16 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
     doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
     doom.add_argument("out", type=Path, help="folder to write")
     doom.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)
-    doom.add_argument("--episodes", type=count, default=256, help="clips to record (default: 256)")
-    doom.add_argument("--first", type=place, default=0, help="first episode of the split to record (default: 0)")
-    doom.add_argument("--frames", type=count, default=321, help="pixel frames an episode (default: 321)")
+    doom.add_argument("--episodes", type=positive_int, default=256, help="clips to record (default: 256)")
+    doom.add_argument(
+        "--first", type=non_negative_int, default=0, help="first episode of the split to record (default: 0)"
+    )
+    doom.add_argument("--frames", type=positive_int, default=321, help="pixel frames an episode (default: 321)")
     doom.add_argument("--codec", help="write latents of this codec instead of pixels")
     doom.add_argument(
-        "--palindromes", type=share, default=0.0, help="share of walks that go there and back (default: 0)"
+        "--palindromes", type=fraction, default=0.0, help="share of walks that go there and back (default: 0)"
     )
-    doom.add_argument("--workers", type=count, default=2, help="engine processes (default: 2)")
+    doom.add_argument("--workers", type=positive_int, default=2, help="engine processes (default: 2)")
     doom.set_defaults(run=run_data_doom)
     add_shapes(kinds)
     add_talker(kinds)
@@ -42,8 +44,8 @@ def add_shapes(kinds: Any) -> None:
     p = kinds.add_parser("shapes", help="captioned moving shapes, drawn here")
     p.add_argument("out", type=Path, help="folder to write")
     p.add_argument("--split", choices=("train", "held_out", "judge"), default="train", help=SPLIT)
-    p.add_argument("--episodes", type=count, default=1024, help="clips to record (default: 1024)")
-    p.add_argument("--frames", type=count, default=129, help="pixel frames an episode (default: 129)")
+    p.add_argument("--episodes", type=positive_int, default=1024, help="clips to record (default: 1024)")
+    p.add_argument("--frames", type=positive_int, default=129, help="pixel frames an episode (default: 129)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
     p.add_argument(
         "--text",
@@ -98,16 +100,16 @@ def add_talker(kinds: Any) -> None:
     p = kinds.add_parser("talker", help="people who talk, drawn here; their speech is espeak-ng's")
     p.add_argument("out", type=Path, help="folder to write")
     p.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)
-    p.add_argument("--episodes", type=count, default=1024, help="clips to record (default: 1024)")
-    p.add_argument("--first", type=place, default=0, help="first episode of the split (default: 0)")
-    p.add_argument("--frames", type=count, default=161, help="pixel frames an episode (default: 161)")
-    p.add_argument("--faults", type=share, default=0.0, help="share of clips with something wrong (default: 0)")
+    p.add_argument("--episodes", type=positive_int, default=1024, help="clips to record (default: 1024)")
+    p.add_argument("--first", type=non_negative_int, default=0, help="first episode of the split (default: 0)")
+    p.add_argument("--frames", type=positive_int, default=161, help="pixel frames an episode (default: 161)")
+    p.add_argument("--faults", type=fraction, default=0.0, help="share of clips with something wrong (default: 0)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
     p.add_argument(
         "--audio", nargs="+", default=["kind=mel"], metavar="key=value", help="features, e.g. kind=mel lookahead=1"
     )
     p.add_argument("--text", nargs="+", default=["kind=ngrams"], metavar="key=value", help="as of shapes")
-    p.add_argument("--workers", type=count, default=2, help="processes that draw (default: 2)")
+    p.add_argument("--workers", type=positive_int, default=2, help="processes that draw (default: 2)")
     p.set_defaults(run=run_data_talker)
 
 
@@ -156,18 +158,22 @@ def add_trajectories(kinds: Any) -> None:
     p.add_argument(
         "--data", type=Path, required=True, help="latents whose start pictures and actions are used; prompts"
     )
-    p.add_argument("--clips", type=count, default=1024, help="trajectories (default: 1024)")
-    p.add_argument("--frames", type=count, help="latents a clip (default: what the teacher was trained on)")
+    p.add_argument("--clips", type=positive_int, default=1024, help="trajectories (default: 1024)")
+    p.add_argument("--frames", type=positive_int, help="latents a clip (default: what the teacher was trained on)")
     p.add_argument(
-        "--steps", type=count, default=48, help="sampler steps, at least; more if --levels ask (default: 48)"
+        "--steps", type=positive_int, default=48, help="sampler steps, at least; more if --levels ask (default: 48)"
     )
     p.add_argument(
         "--levels", type=numbers, help="levels to keep, e.g. 1,0.9,0.75,0.5 (default: four even steps, warped)"
     )
     p.add_argument("--guidance", type=float, help="default: what the teacher's record says, else 1")
-    p.add_argument("--seed", type=place, default=0, help="seed of noise and clips (default: 0)")
-    p.add_argument("--size", type=sides, default=(480, 832), help="pixels, where the data are prompts (480x832)")
-    p.add_argument("--at-once", type=count, default=64, help="clips sampled together, a file each time (default: 64)")
+    p.add_argument("--seed", type=non_negative_int, default=0, help="seed of noise and clips (default: 0)")
+    p.add_argument(
+        "--size", type=height_x_width, default=(480, 832), help="pixels, where the data are prompts (480x832)"
+    )
+    p.add_argument(
+        "--at-once", type=positive_int, default=64, help="clips sampled together, a file each time (default: 64)"
+    )
     p.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32", help="of products (default: fp32)")
     p.set_defaults(run=run_data_trajectories)
 
@@ -190,7 +196,9 @@ def add_prompts(kinds: Any) -> None:
     p.add_argument("--file", type=Path, required=True, help="text file, one prompt a line")
     p.add_argument("--text", required=True, help="diffusers folder or hub id that has text_encoder and tokenizer")
     p.add_argument("--negative", default="", help="what guidance is taken against (default: the empty prompt)")
-    p.add_argument("--tokens", type=count, default=512, help="tokens a prompt is padded to (default: 512, Wan's)")
+    p.add_argument(
+        "--tokens", type=positive_int, default=512, help="tokens a prompt is padded to (default: 512, Wan's)"
+    )
     p.set_defaults(run=run_data_prompts)
 
 

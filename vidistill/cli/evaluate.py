@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import count
+from vidistill.cli.options import positive_int
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--suite", choices=("quality", "memory"), default="quality", help="what to judge (default: quality)")
     p.add_argument(
         "--clips",
-        type=count,
+        type=positive_int,
         help="held-out clips (default and protocol: 256; 96 captions for text), or paths for each time away (24)",
     )
     p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
@@ -60,15 +60,15 @@ def run_eval(args: argparse.Namespace) -> None:
     elif args.glance and (args.teacher or args.out):
         option = "--teacher" if args.teacher else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
-    elif checkpoint.talks(args.name):
+    elif checkpoint.takes_audio(args.name):
         from vidistill.evaluation import lip_sync
 
         clips = args.clips or 64
         if args.glance:
-            result = lip_sync.glance(args.name, lip_sync.AvatarConfig(clips=clips))
+            result = lip_sync.glance(args.name, lip_sync.LipSyncConfig(clips=clips))
         else:
             result = lip_sync.run(args.name, clips=clips, out=out, teacher=args.teacher)
-    elif checkpoint.listens(args.name):
+    elif checkpoint.takes_prompts(args.name):
         clips = args.clips or 96
         if args.glance:
             result = prompt_adherence.glance(args.name, prompt_adherence.AdherenceConfig(clips=clips))
@@ -95,7 +95,7 @@ def run_memory_suite(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     if args.glance or args.teacher:
         raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
     report.check_plots()
-    cfg = spatial_memory.RevisitConfig(paths=args.clips or 24, out=str(out))
+    cfg = spatial_memory.SpatialMemoryConfig(paths=args.clips or 24, out=str(out))
     result = spatial_memory.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
     Console(stderr=True).print(spatial_memory.table(result))
     return result

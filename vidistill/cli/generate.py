@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import GAIN, add_speed, amount, count, place, speed_of
+from vidistill.cli.options import GAIN, add_speed, non_negative_int, positive_float, positive_int, speed_of
 
 
 def add_generate(commands: Any) -> argparse.ArgumentParser:
@@ -17,8 +17,8 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("name", help="a bundled name or the path of a student")
     p.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="video file (default: out.mp4)")
-    p.add_argument("--seconds", type=amount, default=10.0, help="length of the video (default: 10)")
-    p.add_argument("--seed", type=place, default=0, help="seed of the noise (default: 0)")
+    p.add_argument("--seconds", type=positive_float, default=10.0, help="length of the video (default: 10)")
+    p.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise (default: 0)")
     p.add_argument("--image", type=Path, help="start picture (PNG); default: a bundled one")
     p.add_argument(
         "--action",
@@ -34,8 +34,8 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
         help='text, for students that listen to it; repeat it with times: "6 recache: a red ring moves up"; '
         "policies: keep, recache, cut",
     )
-    p.add_argument("--scale", type=count, default=4, help="enlarge pixels by this factor (default: 4)")
-    p.add_argument("--gain", type=amount, default=1.0, help=GAIN)
+    p.add_argument("--scale", type=positive_int, default=4, help="enlarge pixels by this factor (default: 4)")
+    p.add_argument("--gain", type=positive_float, default=1.0, help=GAIN)
     add_speed(p)
     p.set_defaults(run=run_generate)
     return p
@@ -44,12 +44,12 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
 def run_generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from vidistill import checkpoint, io
+    from vidistill import io
     from vidistill.conditioning.script import parse_cues, parse_script
     from vidistill.streaming.runtime import load_fast
     from vidistill.streaming.session import StreamConfig, StreamSession
 
-    io.check_film(args.out)
+    io.check_video(args.out)
     script, cues = parse_script(args.action), parse_cues(args.prompt)
     if late := next((cue for cue in cues if cue.seconds >= args.seconds), None):
         raise ValueError(
@@ -58,9 +58,7 @@ def run_generate(args: argparse.Namespace) -> None:
     bundle, codec = load_fast(args.name, speed_of(args))
     if args.image and not bundle.given_frames:
         raise ValueError(f"--image {args.image}: {args.name} starts from noise, takes no picture; leave --image out")
-    size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
-    picture = args.image or next(iter(checkpoint.start_pictures(args.name)), None)
-    image = io.read_image(picture, size) if picture and bundle.given_frames else None
+    image = bundle.start_image(codec, args.image)
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:
         total = max(1, round(args.seconds * session.fps))
         if session.audio_rate:

@@ -44,7 +44,7 @@ def read_number(text: str, kind: type[int] | type[float]) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     """A number of things: an integer of at least 1."""
     number: int = read_number(text, int)
     if number < 1:
@@ -52,7 +52,7 @@ def count(text: str) -> int:
     return number
 
 
-def place(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """A place in a row of things, counted from 0; also a seed."""
     number: int = read_number(text, int)
     if number < 0:
@@ -62,7 +62,7 @@ def place(text: str) -> int:
     return number
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A share of a whole."""
     number: float = read_number(text, float)
     if not 0 <= number <= 1:
@@ -70,7 +70,7 @@ def share(text: str) -> float:
     return number
 
 
-def amount(text: str) -> float:
+def positive_float(text: str) -> float:
     """A positive, finite number."""
     number: float = read_number(text, float)
     if not 0 < number < float("inf"):
@@ -83,7 +83,7 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-def sides(text: str) -> tuple[int, int]:
+def height_x_width(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     if not (height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")

@@ -46,7 +46,7 @@ def add_diagnose(commands: Any) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "diagnose",
         help="draw where distillation helped and where it hurt",
-        description="Draw the gradient of distillation of a run that was trained with watch.diagnose_every.",
+        description="Draw the gradient of distillation of a run that was trained with validation.diagnose_every.",
     )
     p.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, such as runs/talker")
     p.add_argument("-o", "--out", type=Path, help="picture (default: RUN/diagnosis.png)")
@@ -62,7 +62,9 @@ def run_diagnose(args: argparse.Namespace) -> None:
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = [row for row in map(json.loads, lines) if "diagnosis" in row]
     if not rows:
-        raise ValueError(f"{path} holds no diagnosis; train with watch.data=LATENTS watch.diagnose_every=STEPS")
+        raise ValueError(
+            f"{path} holds no diagnosis; train with validation.data=LATENTS validation.diagnose_every=STEPS"
+        )
     out = args.out or args.folder / "diagnosis.png"
     report.draw_diagnosis(rows, out)
     last = rows[-1]["diagnosis"]

@@ -72,7 +72,7 @@ GEOMETRIES: dict[str, CodecConfig] = {
 }
 
 
-def load_codec(codec: str | Mapping[str, Any] | CodecConfig, weights: str | Path | None = None) -> Codec:
+def build_codec(codec: str | Mapping[str, Any] | CodecConfig, weights: str | Path | None = None) -> Codec:
     """A codec by geometry name, config or record (of `codec_record`); weights: a safetensors file, None: untrained."""
     if isinstance(codec, str):
         if codec not in GEOMETRIES:
@@ -89,7 +89,7 @@ def open_codec(source: str | Path) -> Codec | None:
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".safetensors" and path.stem in GEOMETRIES:
-        return load_codec(path.stem, path)
+        return build_codec(path.stem, path)
     if path.is_dir():
         inside = next((f for f in (path / "vae", path) if (f / "config.json").is_file()), None)
         return None if inside is None else WanCodec.from_pretrained(inside)
@@ -97,7 +97,7 @@ def open_codec(source: str | Path) -> Codec | None:
 
 
 def codec_record(codec: Codec) -> dict[str, Any]:
-    """The codec's family and config as plain values for JSON; `load_codec` accepts it."""
+    """The codec's family and config as plain values for JSON; `build_codec` accepts it."""
     return {"family": _family(codec.cfg), **asdict(codec.cfg)}
 
 

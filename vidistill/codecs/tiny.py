@@ -4,6 +4,7 @@ Source: TAEHV by Ollin Boer Bohan. Layer order and parameter names are TAEHV's, 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +148,12 @@ class TinyCodec(nn.Module):
             raise ValueError(f"std must be positive in every channel; got {std.tolist()}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
+
+    @torch.no_grad()
+    def normalise_on(self, clips: Iterable[Tensor]) -> None:
+        """Set the normalisation to the mean and std of the raw latents of px clips [B, T, 3, H, W]."""
+        raw = torch.cat([self(px)[1] for px in clips]).float()
+        self.set_normalisation(raw.mean(dim=(0, 1, 3, 4)), raw.std(dim=(0, 1, 3, 4)))
 
     def px_frames(self, frames: int) -> int:
         """Px frames that `frames` latents of a fresh stream decode to."""

@@ -191,7 +191,7 @@ class Track:
             with self._lock:
                 self._queue.append((pcm.astype(np.float32), when))
 
-    def hush(self) -> None:
+    def clear_audio(self) -> None:
         """Drop what has no place yet: whoever speaks is interrupted."""
         with self._lock:
             self._queue.clear()

@@ -5,7 +5,7 @@ Axes: a camera looks along its first axis, its second points left, its third up.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class CameraConfig:
     frame, in units of positions; `turn`: radians it turns. `wavelengths`: positions are also told as sines and cosines
     of these lengths, so that near places can be told apart and far ones do not run away. `still`: a move below this
     share of a full action counts as standing still. `early`: the share of a frame's turn that comes before its walk.
-    `tells`: at which sites a network is told: relative moves at `hidden`, poses at `qk`, the heading alone at `view`.
+    `sites`: at which sites a network is told: relative moves at `hidden`, poses at `qk`, the heading alone at `view`.
     """
 
     step: float
@@ -54,21 +54,15 @@ class CameraConfig:
     wavelengths: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)
     still: float = 0.05
     early: float = 0.0
-    tells: tuple[str, ...] = ("hidden", "qk")
+    sites: tuple[str, ...] = ("hidden", "qk")
 
     def __post_init__(self) -> None:
-        if not self.tells or set(self.tells) - {"hidden", "qk", "view"}:
-            raise ValueError(f"camera.tells lists sites among hidden, qk and view, got {list(self.tells)}")
+        if not self.sites or set(self.sites) - {"hidden", "qk", "view"}:
+            raise ValueError(f"camera.sites lists some of hidden, qk and view, got {list(self.sites)}")
         if unknown := [name for name in self.actions if name not in RELIC]:
             raise ValueError(f"camera.actions has no {unknown[0]!r}; moves are {', '.join(RELIC)}")
         if self.step <= 0 or self.turn <= 0 or not 0 <= self.still < 1 or any(w <= 0 for w in self.wavelengths):
             raise ValueError(f"camera needs step, turn and wavelengths above 0 and still in [0, 1), got {self}")
-
-    @classmethod
-    def of(cls, record: Mapping) -> "CameraConfig":
-        """The config that a checkpoint's record holds."""
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
-        return cls(**values)
 
     @property
     def planar(self) -> bool:
@@ -79,7 +73,7 @@ class CameraConfig:
     def dims(self) -> Mapping[str, int]:
         """How many numbers a network is told at each site."""
         every = {"hidden": self.action_dim, "qk": self.pose_dim, "view": 1}
-        return {site: every[site] for site in self.tells}
+        return {site: every[site] for site in self.sites}
 
     @property
     def action_dim(self) -> int:
@@ -254,11 +248,11 @@ def numbers(pose: Pose, cfg: CameraConfig) -> Tensor:
     return torch.cat((*parts, torch.ones_like(place[..., :1])), -1).float()
 
 
-def place_of(told: Tensor, cfg: CameraConfig) -> list[float]:
+def place_of(numbers_: Tensor, cfg: CameraConfig) -> list[float]:
     """x, y and heading back from `numbers` [pose_dim]."""
     look = (2 if cfg.planar else 3) * (1 + 2 * len(cfg.wavelengths))
-    x, y = (told[:2] * max(cfg.wavelengths, default=1.0)).tolist()
-    return [round(x, 3), round(y, 3), round(float(torch.atan2(told[look + 1], told[look])), 3)]
+    x, y = (numbers_[:2] * max(cfg.wavelengths, default=1.0)).tolist()
+    return [round(x, 3), round(y, 3), round(float(torch.atan2(numbers_[look + 1], numbers_[look])), 3)]
 
 
 def opposite(names: Sequence[str], action: Sequence[float]) -> tuple[float, ...]:

@@ -159,12 +159,12 @@ def pack_audio(features: Tensor, factor: int) -> Tensor:
 
 def pack_camera(moved: Tensor, pose: Pose, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:
     """What a network is told of a camera [B, F] at the sites that `cfg` tells, from moves and poses at latent rate."""
-    told = {
+    vectors = {
         MOVE_SITE: lambda: relative(moved, cfg, factor),
         POSE_SITE: lambda: numbers(pose, cfg),
         VIEW_SITE: lambda: walk_of(pose)[..., 2:].float(),
     }
-    return {site: told[site]() for site in cfg.tells}
+    return {site: vectors[site]() for site in cfg.sites}
 
 
 def walked(poses: Tensor, cfg: CameraConfig, factor: int) -> dict[str, Tensor]:

@@ -24,12 +24,13 @@ from vidistill.conditioning.condition import (
     pack_camera,
     reference_channels,
 )
+from vidistill.config import build
 
 KEPT_POSES = 64  # latent frames whose pose a stream can go on from
 
 
 @dataclass(frozen=True)
-class Wish:
+class ControlInput:
     """What the user asked for in `set` number `id`."""
 
     id: int
@@ -38,8 +39,8 @@ class Wish:
     switch: str = "keep"  # what a stream does to its memory when it meets these tokens
 
 
-class Inputs:
-    """The conditions a network takes, from what the user asks for: `wish` is the latest, replaced as a whole.
+class LiveConditions:
+    """The conditions a network takes, from what the user asks for: `control` is the latest, replaced as a whole.
 
     `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent; `encode` reads prompts.
     Nothing asked for yet: actions are zero (standing still), everything else is null.
@@ -75,13 +76,13 @@ class Inputs:
                 f"actions of {factor} px frames and a flag are {needed}: student and codec do not belong together"
             )
         tokens = torch.zeros(1, 1, text_dim, device=device) if text_dim else None
-        self.wish = Wish(0, (0.0,) * len(self.actions), tokens)
+        self.control = ControlInput(0, (0.0,) * len(self.actions), tokens)
         self._lock = threading.Lock()
 
     @classmethod
     def of(
         cls, record: Mapping[str, Any], factor: int, device: torch.device | str, encode: Encode | None = None
-    ) -> "Inputs":
+    ) -> "LiveConditions":
         """Inputs of the network a checkpoint's `record` describes; ValueError if it needs what cannot be held."""
         dit = record["dit"]
         if dit["extra_channels"] and dit["extra_channels"] != dit["channels"] + 1:
@@ -91,14 +92,14 @@ class Inputs:
             )
         sites = {name: site["dim"] for name, site in dit["sites"].items()}
         world = record["world"]
-        camera = CameraConfig.of(world["camera"]) if world.get("camera") else None
-        audio = AudioConfig(**record["audio"]) if record.get("audio") else None
+        camera = build(CameraConfig, world["camera"]) if world.get("camera") else None
+        audio = build(AudioConfig, record["audio"]) if record.get("audio") else None
         pictured = dit["extra_channels"] > 0
         return cls(sites, dit["text_dim"], world.get("actions", ()), factor, device, encode, camera, audio, pictured)
 
     def speed_up(self, gain: float) -> None:
         """From now on an action goes `gain` times as far; ValueError for a network that is not told where it goes."""
-        if gain != 1 and (self.camera is None or not {MOVE_SITE, POSE_SITE} & set(self.camera.tells)):
+        if gain != 1 and (self.camera is None or not {MOVE_SITE, POSE_SITE} & set(self.camera.sites)):
             raise ValueError("this student is not told how far its camera goes, so gain has no effect: leave it 1")
         self.gain = gain
 
@@ -110,7 +111,7 @@ class Inputs:
         if self.track is not None:
             self.track.reset()
 
-    def hear(self, pcm: np.ndarray) -> None:
+    def push_audio(self, pcm: np.ndarray) -> None:
         """Sound float [S] in [-1, 1] at the track's rate, to follow what was heard before; ValueError for other."""
         if self.track is None:
             raise ValueError("this student hears nothing: it takes no audio")
@@ -140,8 +141,8 @@ class Inputs:
         if tokens is not None:
             changed |= {"tokens": self.read_tokens(tokens), "switch": switch}
         with self._lock:
-            self.wish = replace(self.wish, id=self.wish.id + 1, **changed)
-            return self.wish.id
+            self.control = replace(self.control, id=self.control.id + 1, **changed)
+            return self.control.id
 
     def read_action(self, action: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
         """One value in [0, 1] per action; those a mapping leaves out are 0. ValueError for anything else."""
@@ -176,28 +177,30 @@ class Inputs:
             raise ValueError(f"tokens must be [L >= 1, {self.text_dim}], got {tuple(tokens.shape)}")
         return tokens[None].to(self.device, torch.float32)
 
-    def condition(self, wish: Wish, start: int, stop: int) -> Condition:
-        """`wish` held through latent frames start..stop-1; sites without an input are null."""
+    def condition(self, control: ControlInput, start: int, stop: int) -> Condition:
+        """`control` held through latent frames start..stop-1; sites without an input are null."""
         per_frame = {
             site: torch.zeros(1, stop - start, dim, device=self.device)
             for site, dim in self.sites.items()
             if site != ACTION_SITE or not self.actions
         }
         if self.actions:
-            action = torch.tensor(wish.action, device=self.device)
+            action = torch.tensor(control.action, device=self.device)
             per_frame[ACTION_SITE] = hold_action(action, start, stop, self.factor)
         if self.camera is not None:
-            per_frame |= {k: v.to(self.device) for k, v in self.go_on(wish, start, stop).items() if k in self.sites}
+            per_frame |= {
+                k: v.to(self.device) for k, v in self.advance_pose(control, start, stop).items() if k in self.sites
+            }
         if self.track is not None and AUDIO_SITE in self.sites:
-            per_frame[AUDIO_SITE] = self.heard(start, stop)
+            per_frame[AUDIO_SITE] = self.audio_features(start, stop)
         channels = None if self._image is None or not self.pictured else reference_channels(self._image, start, stop)
-        return Condition(wish.tokens, per_frame, channels)
+        return Condition(control.tokens, per_frame, channels)
 
     def px_frames(self, start: int, stop: int) -> tuple[int, int]:
         """First px frame of latents start..stop-1, and the one after their last."""
         return max(0, self.factor * (start - 1) + 1), self.factor * (stop - 1) + 1
 
-    def heard(self, start: int, stop: int) -> Tensor:
+    def audio_features(self, start: int, stop: int) -> Tensor:
         """Packed audio [1, stop - start, factor * D] of latents start..stop-1."""
         assert self.track is not None
         found = torch.from_numpy(self.track.take(*self.px_frames(start, stop)))[None]
@@ -214,16 +217,16 @@ class Inputs:
         """Where the camera is after the newest latent; None before the first."""
         return self._path[max(self._path)] if self._path else None
 
-    def stay(self, frames: int) -> None:
+    def hold_pose(self, frames: int) -> None:
         """Let so many latent frames pass with the camera where it is."""
         self._path = {f + frames: pose for f, pose in self._path.items()}
 
-    def go_on(self, wish: Wish, start: int, stop: int) -> dict[str, Tensor]:
-        """Move the camera as `wish` says through latent frames start..stop-1; asked again, it starts there again."""
+    def advance_pose(self, control: ControlInput, start: int, stop: int) -> dict[str, Tensor]:
+        """Move the camera as `control` says through latent frames start..stop-1; asked again, it starts there again."""
         assert self.camera is not None
         if start and start - 1 not in self._path:
             raise ValueError(f"the camera has not been where latent frame {start} starts; ask for chunks in order")
-        action = torch.tensor(wish.action, dtype=torch.float64).expand(1, self.factor * (stop - start), -1).clone()
+        action = torch.tensor(control.action, dtype=torch.float64).expand(1, self.factor * (stop - start), -1).clone()
         if start == 0:
             action[:, : self.factor] = 0.0
         asked = wanted(action, self.actions, self.camera, self.gain)

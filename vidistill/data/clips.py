@@ -25,7 +25,9 @@ from vidistill.data.types import Batch
 Ranges = Mapping[str, tuple[float, float]]  # measure of a clip -> what it may be
 
 
-def curated(described: Sequence[Mapping[str, Any]], ranges: Ranges, where: str) -> tuple[list[int], dict[str, int]]:
+def filter_clips(
+    described: Sequence[Mapping[str, Any]], ranges: Ranges, where: str
+) -> tuple[list[int], dict[str, int]]:
     """Numbers of the clips whose `measures` lie in all ranges, and how many others there are by their first reason.
 
     `where` the clips are from, for messages. ValueError for a measure that clips lack, and where none is left.
@@ -84,7 +86,7 @@ class Clips:
             if episodes and self.ends[-1] >= episodes:
                 break
         described = self.meta["described"][: len(self)]
-        self.kept, self.dropped = curated(described, curate or {}, str(folder))  # episodes drawn; others by reason
+        self.kept, self.dropped = filter_clips(described, curate or {}, str(folder))  # episodes drawn; others by reason
 
     def __len__(self) -> int:
         return self.ends[-1]

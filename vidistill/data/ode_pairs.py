@@ -14,6 +14,7 @@ from tqdm import tqdm
 from vidistill import checkpoint
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, branches
+from vidistill.config import build
 from vidistill.data.prompts import Prompts, open_data
 from vidistill.data.shards import SETTINGS, DataError, finish_shards, partial_of, write_shard
 from vidistill.data.types import Batch
@@ -45,15 +46,15 @@ def trajectories(
     ValueError if teacher and data do not belong together, or no sampler of the teacher has all `levels`.
     """
     where = accelerator()
-    master = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
-    net = master.net.to(where)
-    talks = "dit" in master.record and master.net.cfg.extra_channels > 0
-    camera = master.record.get("world", {}).get("camera")
-    source = open_data(data, camera=camera and CameraConfig.of(camera), reference=talks)
-    frames = frames or master.record["shape"]["frames"]
-    noise = master.noise if "noise" in master.record else NoiseSchedule()
+    loaded = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
+    net = loaded.net.to(where)
+    pictured = "dit" in loaded.record and loaded.net.cfg.extra_channels > 0
+    camera = loaded.record.get("world", {}).get("camera")
+    source = open_data(data, camera=camera and build(CameraConfig, camera), reference=pictured)
+    frames = frames or loaded.record["shape"]["frames"]
+    noise = loaded.noise if "noise" in loaded.record else NoiseSchedule()
     steps, kept = sampler_levels(noise, steps, levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25)))
-    draw, found = clips_of(source, master, frames, seed, size)
+    draw, found = clips_of(source, loaded, frames, seed, size)
     meta: dict[str, Any] = {
         **{k: source.meta[k] for k in KEPT if k in source.meta},
         **found,
@@ -64,8 +65,8 @@ def trajectories(
         "seed": seed,
         "sigmas": list(noise.steps(steps)),
         "levels": list(kept),
-        "guidance": master.record.get("guidance", 1.0) if guidance is None else guidance,
-        "audio_guidance": master.record.get("audio_guidance", 0.0) if guidance is None else 0.0,
+        "guidance": loaded.record.get("guidance", 1.0) if guidance is None else guidance,
+        "audio_guidance": loaded.record.get("audio_guidance", 0.0) if guidance is None else 0.0,
     }
 
     def batch_of(count: int, i: int) -> Batch:
@@ -181,9 +182,13 @@ def write_trajectories(
             rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
             scales = meta["guidance"], meta.get("audio_guidance", 0.0)
             states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
-            told = {"actions": batch.cond.per_frame.get(ACTION_SITE), "tokens": batch.cond.tokens, "poses": batch.poses}
-            told["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
-            kept = {name: x.cpu() for name, x in told.items() if x is not None}
+            conditions = {
+                "actions": batch.cond.per_frame.get(ACTION_SITE),
+                "tokens": batch.cond.tokens,
+                "poses": batch.poses,
+            }
+            conditions["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
+            kept = {name: x.cpu() for name, x in conditions.items() if x is not None}
             if "tokens" in kept:
                 kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
             write_shard(path, {"states": states, **kept})

@@ -107,8 +107,8 @@ def talk_shards(
         heard = [clip_features(from_pcm16(c.pcm), len(c.frames), audio) for c in held]
         tensors = {**stacked(held, "frames", "pcm", "mouth"), "audio": torch.from_numpy(np.stack(heard)).half()}
         tensors["tokens"] = encode([c.caption for c in held]).half()
-        told = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
-        yield tensors, told
+        described = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
+        yield tensors, described
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:

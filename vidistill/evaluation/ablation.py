@@ -45,7 +45,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class FrontierConfig:
+class AblationConfig:
     """`stage`: YAML of the stage that tunes the trained cells for `steps` steps each, from its own `init`."""
 
     stage: str
@@ -69,24 +69,26 @@ class FrontierConfig:
             raise ValueError("a frontier needs steps of at least 1 and a cell that is trained")
 
 
-def stage_of(cfg: FrontierConfig, name: str) -> TrainConfig:
+def stage_of(cfg: AblationConfig, name: str) -> TrainConfig:
     """The training stage of a cell: the recipe's, equal in length and start, with the cell's schedule."""
     cell = cfg.cells[name]
     stage = load_config(TrainConfig, cfg.stage, [*cfg.settings, *cell.settings])
     if not stage.init:
         raise ValueError(f"{cfg.stage} names no `init`: the cells of a frontier start from one shared checkpoint")
     context, sigma = cell.context, cell.context_sigma
-    schedule = replace(stage.schedule, pattern=cell.pattern, steps=(), told=(), context=context, context_sigma=sigma)
+    schedule = replace(
+        stage.schedule, pattern=cell.pattern, steps=(), timesteps=(), context=context, context_sigma=sigma
+    )
     return replace(stage, name=name, out=cfg.out, steps=cfg.steps, schedule=schedule)
 
 
-def tuned(cfg: FrontierConfig, name: str) -> Bundle:
+def tuned(cfg: AblationConfig, name: str) -> Bundle:
     """The student of a trained cell; trained now unless it is finished.
 
     ValueError if it was finished with other settings: figures of unequal cells are not comparable.
     """
     path, stage = Path(cfg.out) / name / name, stage_of(cfg, name)
-    if not checkpoint.beside(path, ".json").is_file():
+    if not checkpoint.with_extension(path, ".json").is_file():
         train(stage)
     found, asked = (report.plain(kept) for kept in (checkpoint.read_record(path)["card"]["train"], asdict(stage)))
     changed = sorted(key for key in asked if found.get(key) != asked[key] and key not in WORKING)
@@ -101,7 +103,7 @@ def with_schedule(student: Bundle, schedule: ScheduleConfig) -> Bundle:
     return replace(student, record={**student.record, "schedule": {**asdict(schedule), "given_chunks": given}})
 
 
-def row_of(cfg: FrontierConfig, name: str, student: Bundle) -> dict[str, Any]:
+def row_of(cfg: AblationConfig, name: str, student: Bundle) -> dict[str, Any]:
     """Figures and cost of one cell."""
     cell = cfg.cells[name]
     listens = checkpoint.text_encoder(student.record) is not None
@@ -125,7 +127,7 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
 
     Finished cells are not trained again, so that the same command goes on after a stop.
     """
-    cfg = load_config(FrontierConfig, path, overrides or [])
+    cfg = load_config(AblationConfig, path, overrides or [])
     stages = {name: stage_of(cfg, name) for name in cfg.cells}  # every cell is checked before the first is trained
     start = next(stages[name] for name, cell in cfg.cells.items() if not cell.weights)
     assert start.init

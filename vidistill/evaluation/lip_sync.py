@@ -20,6 +20,7 @@ from vidistill.codecs import Codec
 from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning.condition import Condition, branches, pack_audio, reference_channels
 from vidistill.conditioning.script import Cue
+from vidistill.config import build
 from vidistill.data.types import Talk
 from vidistill.evaluation import report
 from vidistill.evaluation.quality import teacher_of
@@ -40,7 +41,7 @@ KEYS = (*SYNC, "identity_drift", *WHOLE, "mouth_motion_ratio")
 
 
 @dataclass(frozen=True)
-class AvatarConfig:
+class LipSyncConfig:
     """The protocol: `clips` held-out people and sentences as long as the student was trained on, and `streams` of
     `long_seconds` (0: none), whose first and last `window` seconds are compared."""
 
@@ -68,7 +69,7 @@ def real_clips(bundle: Bundle, frames: int, count: int, first: int, workers: int
     size = bundle.record["world"].get("px_size")
     if size is None:
         raise ValueError(f"{bundle.name} was not trained on the drawn faces that are judged here")
-    cfg = TalkerConfig(size=size, num_frames=frames, audio=AudioConfig(**bundle.record["audio"]))
+    cfg = TalkerConfig(size=size, num_frames=frames, audio=build(AudioConfig, bundle.record["audio"]))
     picked = seeds("held_out", first + count)[first:]
     return list(tqdm(record_many(cfg, picked, workers), "real clips", total=count, unit="clip"))
 
@@ -80,7 +81,7 @@ def pixels(clips: Sequence[Talk]) -> Tensor:
 
 def condition(bundle: Bundle, clips: Sequence[Talk], given: Tensor, frames: int, factor: int) -> Condition:
     """What a network is told of clips of `frames` latents: caption, audio, the picture they begin with."""
-    audio = AudioConfig(**bundle.record["audio"])
+    audio = build(AudioConfig, bundle.record["audio"])
     heard = [clip_features(from_pcm16(c.pcm), 1 + factor * (frames - 1), audio) for c in clips]
     encode, net = checkpoint.text_encoder(bundle.record), bundle.net
     dit = net.cfg if bundle.kind == "teacher" else net.net.cfg
@@ -90,7 +91,7 @@ def condition(bundle: Bundle, clips: Sequence[Talk], given: Tensor, frames: int,
 
 
 @torch.inference_mode()
-def made_clips(bundle: Bundle, codec: Codec, clips: Sequence[Talk], frames: int, cfg: AvatarConfig) -> Tensor:
+def made_clips(bundle: Bundle, codec: Codec, clips: Sequence[Talk], frames: int, cfg: LipSyncConfig) -> Tensor:
     """Clips [B, T, 3, H, W] that a teacher samples, or a student rolls out, for the pictures and sound of real ones."""
     parts = []
     for i in tqdm(range(0, len(clips), cfg.batch), bundle.name, unit="batch"):
@@ -102,14 +103,14 @@ def made_clips(bundle: Bundle, codec: Codec, clips: Sequence[Talk], frames: int,
     return torch.cat(parts)
 
 
-def sampled(bundle: Bundle, given: Tensor, cond: Condition, frames: int, cfg: AvatarConfig, seed: int) -> Tensor:
+def sampled(bundle: Bundle, given: Tensor, cond: Condition, frames: int, cfg: LipSyncConfig, seed: int) -> Tensor:
     own = bundle.record.get("guidance", 1.0), bundle.record.get("audio_guidance", 0.0)
     nulls, scales = branches(cond, *(own if cfg.guidance is None else (cfg.guidance,)))
     noise = torch.randn(len(given), frames, *given.shape[2:], generator=torch.Generator().manual_seed(seed))
     return sample(bundle.net, noise, bundle.noise.steps(cfg.steps), cond, given=given, nulls=nulls, scales=scales)
 
 
-def rolled(bundle: Bundle, given: Tensor, cond: Condition, frames: int, cfg: AvatarConfig, seed: int) -> Tensor:
+def rolled(bundle: Bundle, given: Tensor, cond: Condition, frames: int, cfg: LipSyncConfig, seed: int) -> Tensor:
     return roll_out(bundle.net, bundle.schedule, cond, (len(given), frames), seed=seed, given=given)
 
 
@@ -120,7 +121,7 @@ def stream(
     cfg = StreamConfig(seed=seed, pipelined=False, memory=memory)
     with StreamSession(bundle, codec, cfg, image=clip.frames[0]) as session:
         session.set(audio=from_pcm16(clip.pcm))
-        cues = [Cue(0.0, clip.caption)] if session.listens else []
+        cues = [Cue(0.0, clip.caption)] if session.takes_prompts else []
         return to_float(session.record(frames, cues=cues))
 
 
@@ -184,21 +185,23 @@ def identity_drift(streams: Sequence[Tensor], fps: float, window: float, others:
     return (curve[0] - curve[-1]) / curve[0] if curve[0] > 0 else math.nan, curve
 
 
-def evaluate(name: str, teacher: str | None = None, cfg: AvatarConfig = AvatarConfig()) -> dict[str, Any]:
+def evaluate(name: str, teacher_name: str | None = None, cfg: LipSyncConfig = LipSyncConfig()) -> dict[str, Any]:
     """Figures (KEYS) of student, teacher and real video on the same held-out people and sentences, and a report.
 
     `name` may be a teacher, which is then judged alone. `identity_drift` of a student and of real video is that of long
     streams, where there are any, of the teacher that of its clips; `streams` has the curves, with and without anchors.
     """
     first = checkpoint.load(name)
-    pupil = first if first.kind == "student" else None
-    if pupil is None and first.kind != "teacher":
+    student = first if first.kind == "student" else None
+    if student is None and first.kind != "teacher":
         raise ValueError(f"{name} is a {first.kind}; a student or a teacher that hears is judged here")
-    master = first if pupil is None else checkpoint.load(teacher, "teacher") if teacher else teacher_of(first)
-    codec, fps, frames = checkpoint.load_codec_of(first), float(first.record["world"]["fps"]), first.shape.frames
+    teacher = (
+        first if student is None else checkpoint.load(teacher_name, "teacher") if teacher_name else teacher_of(first)
+    )
+    codec, fps, frames = checkpoint.load_codec(first), float(first.record["world"]["fps"]), first.shape.frames
     clips = real_clips(first, codec.px_frames(frames), cfg.clips, CLIP_SEEDS, cfg.workers)
     real, truth = pixels(clips), torch.stack([torch.from_numpy(c.mouth[:, 0]) for c in clips])
-    judged = {"student": pupil, "teacher": master}
+    judged = {"student": student, "teacher": teacher}
     rows = {row: made_clips(net, codec, clips, frames, cfg) for row, net in judged.items() if net is not None}
     rows["real"] = real
     result: dict[str, Any] = {row: figures(px, real, truth) for row, px in rows.items()}
@@ -206,8 +209,8 @@ def evaluate(name: str, teacher: str | None = None, cfg: AvatarConfig = AvatarCo
     for row, px in rows.items():
         result[row]["identity_drift"] = identity_drift(list(px), fps, short, others)[0]
     sheets = {row: list(px[:3]) for row, px in rows.items()}
-    if cfg.long_seconds and pupil is not None:
-        long, sheets["streams"] = long_identity(pupil, codec, fps, others, cfg)
+    if cfg.long_seconds and student is not None:
+        long, sheets["streams"] = long_identity(student, codec, fps, others, cfg)
         for row in ("student", "real"):
             result[row]["identity_drift"] = long[row]["drift"]
         result["streams"] = long
@@ -219,17 +222,17 @@ def evaluate(name: str, teacher: str | None = None, cfg: AvatarConfig = AvatarCo
 
 
 def long_identity(
-    pupil: Bundle, codec: Codec, fps: float, others: float, cfg: AvatarConfig
+    student: Bundle, codec: Codec, fps: float, others: float, cfg: LipSyncConfig
 ) -> tuple[dict[str, dict[str, Any]], list[Tensor]]:
     """Identity of long streams, with anchors and with a window alone, and of real video as long; some streams."""
     length = round(cfg.long_seconds * fps)
-    clips = real_clips(pupil, length, cfg.streams, LONG_SEEDS, cfg.workers)
-    own = pupil.net.cfg.memory
+    clips = real_clips(student, length, cfg.streams, LONG_SEEDS, cfg.workers)
+    own = student.net.cfg.memory
     plain = MemoryConfig("window", own.frames, 0, own.phase)
     made: dict[str, list[Tensor]] = {"anchors": [], "window": []}
     for k, clip in enumerate(tqdm(clips, "long streams", unit="stream")):
-        made["anchors"].append(stream(pupil, codec, clip, length, seed=cfg.seed + k))
-        made["window"].append(stream(pupil, codec, clip, length, plain, cfg.seed + k))
+        made["anchors"].append(stream(student, codec, clip, length, seed=cfg.seed + k))
+        made["window"].append(stream(student, codec, clip, length, plain, cfg.seed + k))
     made["real"] = [to_float(c.frames) for c in clips]
     found = {}
     for row, px in made.items():
@@ -238,14 +241,14 @@ def long_identity(
     return found, [*made["anchors"][:2], *made["window"][:2]]
 
 
-def glance(student: str | Bundle, cfg: AvatarConfig = AvatarConfig()) -> dict[str, Any]:
+def glance(name: str | Bundle, cfg: LipSyncConfig = LipSyncConfig()) -> dict[str, Any]:
     """Figures of a student's clips against real ones, without teacher, streams or report: to watch a training."""
-    pupil = student if isinstance(student, Bundle) else checkpoint.load(student, "student")
-    codec = checkpoint.load_codec_of(pupil)
-    clips = real_clips(pupil, codec.px_frames(pupil.shape.frames), cfg.clips, CLIP_SEEDS, cfg.workers)
+    student = name if isinstance(name, Bundle) else checkpoint.load(name, "student")
+    codec = checkpoint.load_codec(student)
+    clips = real_clips(student, codec.px_frames(student.shape.frames), cfg.clips, CLIP_SEEDS, cfg.workers)
     truth = torch.stack([torch.from_numpy(c.mouth[:, 0]) for c in clips])
     plain: dict[str, Any] = report.plain(
-        figures(made_clips(pupil, codec, clips, pupil.shape.frames, cfg), pixels(clips), truth)
+        figures(made_clips(student, codec, clips, student.shape.frames, cfg), pixels(clips), truth)
     )
     return plain
 
@@ -270,19 +273,21 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def run(name: str, *, clips: int = 64, out: str | Path = "out/eval", teacher: str | None = None) -> dict[str, Any]:
     """Judge a network that hears by the fixed protocol; the table and what was promised go to stderr."""
-    result = evaluate(name, teacher, AvatarConfig(clips=clips, out=str(out)))
+    result = evaluate(name, teacher, LipSyncConfig(clips=clips, out=str(out)))
     console = Console(stderr=True)
     console.print(table(result))
-    student, master, real = (result.get(row, {}) for row in ("student", "teacher", "real"))
-    gates = [
-        report.Gate("teacher's sync beside the reader's on real video", master["sync_corr"], 0.8 * real["sync_corr"]),
+    student, teacher_row, real = (result.get(row, {}) for row in ("student", "teacher", "real"))
+    targets = [
+        report.Target(
+            "teacher's sync beside the reader's on real video", teacher_row["sync_corr"], 0.8 * real["sync_corr"]
+        ),
     ]
     drift = student.get("identity_drift")
-    gates += student and [
-        report.Gate("student's sync beside the teacher's", student["sync_corr"], 0.95 * master["sync_corr"]),
-        report.Gate("student's mouth motion beside real", student["mouth_motion_ratio"], 0.8),
-        report.Gate("likeness kept over a long stream", 0.0 if drift is None else 1 - drift, 0.95),
+    targets += student and [
+        report.Target("student's sync beside the teacher's", student["sync_corr"], 0.95 * teacher_row["sync_corr"]),
+        report.Target("student's mouth motion beside real", student["mouth_motion_ratio"], 0.8),
+        report.Target("likeness kept over a long stream", 0.0 if drift is None else 1 - drift, 0.95),
     ]
-    for gate in gates:
+    for gate in targets:
         console.print(str(gate))
     return result

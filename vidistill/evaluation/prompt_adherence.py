@@ -80,27 +80,27 @@ def scenes(count: int, first: int = 0) -> Scenes:
     return [shapes.describe(types.HELD_OUT_SEED + first + k) for k in range(count)]
 
 
-def right(reading: Reading, told: Scenes) -> dict[str, Tensor]:
+def right(reading: Reading, captions: Scenes) -> dict[str, Tensor]:
     """Where [B, n] a reading shows what was told, by attribute."""
     out = {}
     for name, words in ATTRIBUTES.items():
-        own = torch.tensor([words.index(labels[name]) for labels, _ in told])[:, None]
+        own = torch.tensor([words.index(labels[name]) for labels, _ in captions])[:, None]
         out[name] = reading.labels[name] == own
     return out
 
 
-def accuracy(reading: Reading, told: Scenes) -> dict[str, float]:
+def accuracy(reading: Reading, captions: Scenes) -> dict[str, float]:
     """Share of readings that show what was told, by attribute; `asked`: mean of colour, shape and motion."""
-    shares = {name: float(hit.double().mean()) for name, hit in right(reading, told).items()}
+    shares = {name: float(hit.double().mean()) for name, hit in right(reading, captions).items()}
     return {**shares, "asked": sum(shares[name] for name in ASKED) / len(ASKED)}
 
 
-def time_to_adherence(reading: Reading, told: Scenes, switched: int, fps: float) -> dict[str, float]:
+def time_to_adherence(reading: Reading, captions: Scenes, switched: int, fps: float) -> dict[str, float]:
     """Seconds from px frame `switched` until colour, shape and motion are right and stay so for a second.
 
     `median_s` over the streams that get there, and the share that does (`reached`).
     """
-    hits = right(reading, told)
+    hits = right(reading, captions)
     whole = torch.stack([hits[name] for name in ASKED]).all(0)
     stride = int(reading.times[1] - reading.times[0])
     span = max(1, round(fps / stride))
@@ -111,7 +111,7 @@ def time_to_adherence(reading: Reading, told: Scenes, switched: int, fps: float)
         if bool(good.any()):
             found.append(float(reading.times[int(good.nonzero()[0])] - switched) / fps)
     median = statistics.median(found) if found else math.nan
-    return {"median_s": median, "reached": len(found) / len(told)}
+    return {"median_s": median, "reached": len(found) / len(captions)}
 
 
 def picture_figures(px: Tensor, real: Tensor, reading: Reading, truth: Reading) -> dict[str, float]:
@@ -122,22 +122,22 @@ def picture_figures(px: Tensor, real: Tensor, reading: Reading, truth: Reading) 
     return out
 
 
-def real_clips(told: Scenes, frames: int, first: int, size: int) -> Tensor:
+def real_clips(captions: Scenes, frames: int, first: int, size: int) -> Tensor:
     """Drawn clips [B, T, 3, H, W] of scenes."""
     cfg = ShapesConfig(size=size, num_frames=frames)
-    drawn = [shapes.draw(cfg, labels, types.HELD_OUT_SEED + first + k) for k, (labels, _) in enumerate(told)]
+    drawn = [shapes.draw(cfg, labels, types.HELD_OUT_SEED + first + k) for k, (labels, _) in enumerate(captions)]
     return torch.stack([to_float(px) for px in drawn])
 
 
 @torch.inference_mode()
-def teacher_clips(teacher: Bundle, codec: Codec, told: Scenes, cfg: AdherenceConfig, seed: int) -> Tensor:
+def teacher_clips(teacher: Bundle, codec: Codec, captions: Scenes, cfg: AdherenceConfig, seed: int) -> Tensor:
     """Clips [B, T, 3, H, W] that the teacher samples from captions alone."""
     encode = checkpoint.text_encoder(teacher.record)
     assert encode is not None
     scale = float(teacher.record.get("guidance", 1.0)) if cfg.guidance is None else cfg.guidance
     shape, rng, parts = teacher.shape, torch.Generator().manual_seed(seed), []
-    for i in tqdm(range(0, len(told), cfg.batch), "teacher", unit="batch"):
-        cond = Condition(encode([words for _, words in told[i : i + cfg.batch]]))
+    for i in tqdm(range(0, len(captions), cfg.batch), "teacher", unit="batch"):
+        cond = Condition(encode([words for _, words in captions[i : i + cfg.batch]]))
         assert cond.tokens is not None
         size = (len(cond.tokens), shape.frames, shape.channels, shape.height, shape.width)
         noise = torch.randn(size, generator=rng)
@@ -149,14 +149,14 @@ def teacher_clips(teacher: Bundle, codec: Codec, told: Scenes, cfg: AdherenceCon
 
 
 @torch.inference_mode()
-def student_clips(student: Bundle, codec: Codec, told: Scenes, cfg: AdherenceConfig) -> Tensor:
+def student_clips(student: Bundle, codec: Codec, captions: Scenes, cfg: AdherenceConfig) -> Tensor:
     """Clips [B, T, 3, H, W] of the student's own rollouts under one caption each, as long as it was trained on."""
     encode, net = checkpoint.text_encoder(student.record), student.net
     assert encode is not None
     parts, dtype = [], working_dtype(cfg.precision)
-    for i in tqdm(range(0, len(told), cfg.batch), "student", unit="batch"):
-        cond = Condition(encode([words for _, words in told[i : i + cfg.batch]]))
-        size = len(told[i : i + cfg.batch]), student.shape.frames
+    for i in tqdm(range(0, len(captions), cfg.batch), "student", unit="batch"):
+        cond = Condition(encode([words for _, words in captions[i : i + cfg.batch]]))
+        size = len(captions[i : i + cfg.batch]), student.shape.frames
         with autocast(cfg.precision):
             x = roll_out(net, student.schedule, cond, size, seed=cfg.seed * 1_000_003 + i, dtype=dtype)
         parts.append(codec.decode(x.float()))
@@ -189,14 +189,14 @@ def judge_switch(
     }
 
 
-def long_drift(student: Bundle, codec: Codec, told: Scenes, cfg: AdherenceConfig) -> dict[str, Any]:
+def long_drift(student: Bundle, codec: Codec, captions: Scenes, cfg: AdherenceConfig) -> dict[str, Any]:
     """Drift of long streams under one caption each, against drawn ones."""
     made, drawn = [], []
-    for k in tqdm(range(min(cfg.streams, len(told))), "long streams", unit="stream"):
+    for k in tqdm(range(min(cfg.streams, len(captions))), "long streams", unit="stream"):
         with StreamSession(student, codec, StreamConfig(seed=cfg.seed + k, pipelined=False)) as session:
             frames, fps = round(cfg.long_seconds * session.fps), session.fps
-            made.append(to_float(session.record(frames, cues=[Cue(0.0, told[k][1])])))
-        drawn.append(real_clips(told[k : k + 1], frames, k, made[-1].shape[-1])[0])
+            made.append(to_float(session.record(frames, cues=[Cue(0.0, captions[k][1])])))
+        drawn.append(real_clips(captions[k : k + 1], frames, k, made[-1].shape[-1])[0])
     tallies = []
     for clips in (made, drawn):
         tally = StreamTally(frames, round(cfg.window * fps))
@@ -205,32 +205,32 @@ def long_drift(student: Bundle, codec: Codec, told: Scenes, cfg: AdherenceConfig
     return curve_drifts(*tallies)
 
 
-def glance(student: str | Bundle, cfg: AdherenceConfig = AdherenceConfig()) -> dict[str, Any]:
+def glance(name: str | Bundle, cfg: AdherenceConfig = AdherenceConfig()) -> dict[str, Any]:
     """Figures of a student's clips against drawn ones, without teacher, switches or report."""
-    pupil = student if isinstance(student, Bundle) else checkpoint.load(student, "student")
-    codec, probe = checkpoint.load_codec_of(pupil), load_probe(cfg.probe, SHAPES)
-    told = scenes(cfg.clips)
-    px = student_clips(pupil, codec, told, cfg)
-    real = real_clips(told, px.shape[1], 0, px.shape[-1])
+    student = name if isinstance(name, Bundle) else checkpoint.load(name, "student")
+    codec, probe = checkpoint.load_codec(student), load_probe(cfg.probe, SHAPES)
+    captions = scenes(cfg.clips)
+    px = student_clips(student, codec, captions, cfg)
+    real = real_clips(captions, px.shape[1], 0, px.shape[-1])
     seen, truth = read(probe, px, cfg.stride), read(probe, real, cfg.stride)
-    return report.plain({**picture_figures(px, real, seen, truth), **accuracy(seen, told)})
+    return report.plain({**picture_figures(px, real, seen, truth), **accuracy(seen, captions)})
 
 
-def evaluate(student: str, teacher: str | None = None, cfg: AdherenceConfig = AdherenceConfig()) -> dict[str, Any]:
+def evaluate(name: str, teacher_name: str | None = None, cfg: AdherenceConfig = AdherenceConfig()) -> dict[str, Any]:
     """Figures of student, teacher and drawn video on held-out captions, every switch policy, and drift.
 
     `before` and `after` of the teacher are whole clips under the first and the second caption.
     """
-    pupil = checkpoint.load(student, "student")
-    master = checkpoint.load(teacher, "teacher") if teacher else teacher_of(pupil)
-    codec, probe = checkpoint.load_codec_of(pupil), load_probe(cfg.probe, SHAPES)
+    student = checkpoint.load(name, "student")
+    teacher = checkpoint.load(teacher_name, "teacher") if teacher_name else teacher_of(student)
+    codec, probe = checkpoint.load_codec(student), load_probe(cfg.probe, SHAPES)
     first, second = scenes(cfg.clips), scenes(cfg.clips, SECOND_SEEDS)
-    policies = [policy for policy in SWITCHES if policy not in refused_switches(pupil)]
-    real = real_clips(first, codec.px_frames(pupil.shape.frames), 0, pupil.shape.width * codec.spatial_factor)
+    policies = [policy for policy in SWITCHES if policy not in refused_switches(student)]
+    real = real_clips(first, codec.px_frames(student.shape.frames), 0, student.shape.width * codec.spatial_factor)
     read(probe, real[:1], cfg.stride)  # pictures that it cannot read are refused before any are made
     clips = {
-        "student": student_clips(pupil, codec, first, cfg),
-        "teacher": teacher_clips(master, codec, first, cfg, 1),
+        "student": student_clips(student, codec, first, cfg),
+        "teacher": teacher_clips(teacher, codec, first, cfg, 1),
         "real": real,
     }
     readings = {name: read(probe, px, cfg.stride) for name, px in clips.items()}
@@ -238,18 +238,18 @@ def evaluate(student: str, teacher: str | None = None, cfg: AdherenceConfig = Ad
         name: picture_figures(px, real, readings[name], readings["real"]) | {"before": accuracy(readings[name], first)}
         for name, px in clips.items()
     }
-    later = read(probe, teacher_clips(master, codec, second, cfg, 2), cfg.stride)
+    later = read(probe, teacher_clips(teacher, codec, second, cfg, 2), cfg.stride)
     result["teacher"]["after"] = accuracy(later, second)
-    streams = {p: switched_streams(pupil, codec, first, second, p, cfg) for p in policies}
-    fps = float(pupil.record["world"]["fps"])
+    streams = {p: switched_streams(student, codec, first, second, p, cfg) for p in policies}
+    fps = float(student.record["world"]["fps"])
     result["switch"] = {p: judge_switch(px, first, second, probe, fps, cfg) for p, px in streams.items()}
     if cfg.long_seconds:
-        result["student"] |= long_drift(pupil, codec, first, cfg)
-    result["student"]["name"], result["teacher"]["name"] = pupil.name, master.name
+        result["student"] |= long_drift(student, codec, first, cfg)
+    result["student"]["name"], result["teacher"]["name"] = student.name, teacher.name
     result["protocol"] = asdict(cfg)
     plain: dict[str, Any] = report.plain(result)
     if cfg.out:
-        write(Path(cfg.out) / f"{pupil.name}-{master.name}", plain, streams, fps)
+        write(Path(cfg.out) / f"{student.name}-{teacher.name}", plain, streams, fps)
     return plain
 
 
@@ -293,5 +293,5 @@ def run(name: str, *, clips: int = 96, out: str | Path = "out/eval", teacher: st
     best = max(result["switch"].values(), key=lambda found: found["after"]["asked"])
     for part in ("before", "after"):
         need = 0.9 * result["teacher"][part]["asked"]
-        console.print(str(report.Gate(f"student shows what was asked {part} a switch", best[part]["asked"], need)))
+        console.print(str(report.Target(f"student shows what was asked {part} a switch", best[part]["asked"], need)))
     return result

@@ -18,6 +18,7 @@ from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, Condition, branches, pack_actions, walked
+from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.data.shards import frame_shards, write_shards
 from vidistill.evaluation import report
@@ -139,7 +140,7 @@ def windows(episodes: int, total: int, length: int, num: int) -> list[tuple[int,
     return [(e, s) for s in starts for e in range(episodes)][:num]
 
 
-def told(bundle: Bundle, actions: Tensor, poses: Tensor, factor: int) -> Condition:
+def walk_condition(bundle: Bundle, actions: Tensor, poses: Tensor, factor: int) -> Condition:
     """What a network hears of walks: actions [B, T, A] and, where it takes them, the real motion of poses [B, T, 3].
 
     The first frame is given, nothing led to it.
@@ -148,7 +149,7 @@ def told(bundle: Bundle, actions: Tensor, poses: Tensor, factor: int) -> Conditi
     actions[:, 0] = 0.0
     per_frame, camera = {ACTION_SITE: pack_actions(actions, factor)}, bundle.record["world"].get("camera")
     if camera is not None:
-        per_frame |= walked(poses[:, ::factor], CameraConfig.of(camera), factor)
+        per_frame |= walked(poses[:, ::factor], build(CameraConfig, camera), factor)
     return Condition(per_frame=per_frame)
 
 
@@ -174,7 +175,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
 
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
-        cond = told(teacher, batch.actions, batch.poses, codec.temporal_factor)
+        cond = walk_condition(teacher, batch.actions, batch.poses, codec.temporal_factor)
         rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + batch.index)
         noise = torch.randn(given.shape[0], cfg.frames, *given.shape[2:], generator=rng)
         nulls, scales = branches(cond, scale)
@@ -234,7 +235,7 @@ def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
 
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
-        cond = told(student, batch.actions, batch.poses, codec.temporal_factor)
+        cond = walk_condition(student, batch.actions, batch.poses, codec.temporal_factor)
         size, seed = (given.shape[0], cfg.frames), cfg.seed * 1_000_003 + batch.index
         with autocast(cfg.precision):
             dtype = working_dtype(cfg.precision)
@@ -309,7 +310,7 @@ def stream_student(student: Bundle, codec: Codec, walks: LongWalks, cfg: EvalCon
     given = codec.encode(to_float(walks.frames[:, :1].numpy()))
     endless_memory = stream_memory(net.cfg.memory, net.cfg.chunk)
     memory = net.new_memory(given.shape[0], dtype=working_dtype(cfg.precision), cfg=endless_memory)
-    cond, state = told(student, actions, poses, codec.temporal_factor), None
+    cond, state = walk_condition(student, actions, poses, codec.temporal_factor), None
     made = student_chunks(student, given, cond, chunks, cfg, cfg.seed * 1_000_003 + 999_983, memory)
     for chunk in tqdm(made, f"{cfg.long_seconds:g} s streams", total=chunks, unit="chunk"):
         px, state = codec.decode_stream(chunk, state)
@@ -402,25 +403,26 @@ def finish(
     return plain
 
 
-def evaluate(student: str, teacher: str | None = None, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
+def evaluate(name: str, teacher_name: str | None = None, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
     """Figures of student, teacher and real video on the same held-out episodes, written as a report into `cfg.out`."""
     began = time.time()
-    pupil = checkpoint.load(student, "student")
-    check(pupil, cfg)
-    master = checkpoint.load(teacher, "teacher") if teacher else teacher_of(pupil)
-    if pupil.record["codec"] != master.record["codec"]:
+    student = checkpoint.load(name, "student")
+    check(student, cfg)
+    teacher = checkpoint.load(teacher_name, "teacher") if teacher_name else teacher_of(student)
+    if student.record["codec"] != teacher.record["codec"]:
         raise ValueError(
-            f"{pupil.name} lives in the latents of {pupil.record['codec']}, {master.name} in {master.record['codec']}"
+            f"{student.name} lives in the latents of {student.record['codec']}, {teacher.name} in those of "
+            f"{teacher.record['codec']}"
         )
-    codec = checkpoint.load_codec_of(pupil)
-    rows = {"student": student_row(pupil, codec, cfg), "teacher": teacher_row(master, codec, cfg)}
+    codec = checkpoint.load_codec(student)
+    rows = {"student": student_row(student, codec, cfg), "teacher": teacher_row(teacher, codec, cfg)}
     result, pictures = judge(rows | {"codec": codec_row(codec), "repeat": repeat_row}, codec, cfg)
     drifting = [f"{name}_drift" for name in CURVES]
     result["teacher"] |= dict.fromkeys(drifting)
     if cfg.long_seconds:
         walks = long_walks(cfg, pictures["fps"])
         probe = load_probe(cfg.probe)
-        streams = {"real": stream_real(walks, cfg), "student": stream_student(pupil, codec, walks, cfg)}
+        streams = {"real": stream_real(walks, cfg), "student": stream_student(student, codec, walks, cfg)}
         for name, tally in streams.items():
             result[name] |= drifts(tally, streams["real"], walks.turn, walks.walk, probe, cfg.stride)
         second = round(walks.fps)
@@ -429,18 +431,18 @@ def evaluate(student: str, teacher: str | None = None, cfg: EvalConfig = EvalCon
     else:
         for name in ("student", "real"):
             result[name] |= dict.fromkeys(drifting)
-    return finish(result, pictures, {"student": pupil.name, "teacher": master.name}, cfg, began)
+    return finish(result, pictures, {"student": student.name, "teacher": teacher.name}, cfg, began)
 
 
-def evaluate_teacher(teacher: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
+def evaluate_teacher(teacher_name: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
     """Figures of a teacher alone against codec reconstructions, real video and its start image."""
     began = time.time()
-    master = checkpoint.load(teacher, "teacher")
-    check(master, cfg)
-    codec = checkpoint.load_codec_of(master)
-    rows = {"teacher": teacher_row(master, codec, cfg), "codec": codec_row(codec), "repeat": repeat_row}
+    teacher = checkpoint.load(teacher_name, "teacher")
+    check(teacher, cfg)
+    codec = checkpoint.load_codec(teacher)
+    rows = {"teacher": teacher_row(teacher, codec, cfg), "codec": codec_row(codec), "repeat": repeat_row}
     result, pictures = judge(rows, codec, cfg)
-    return finish(result, pictures, {"teacher": master.name}, cfg, began)
+    return finish(result, pictures, {"teacher": teacher.name}, cfg, began)
 
 
 def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
@@ -452,12 +454,12 @@ def evaluate_codec(codec: str, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]
     return finish(result, pictures, {"codec": bundle.name}, cfg, began)
 
 
-def glance(student: str | Bundle, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
+def glance(name: str | Bundle, cfg: EvalConfig = EvalConfig()) -> dict[str, Any]:
     """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training."""
-    pupil = student if isinstance(student, Bundle) else checkpoint.load(student, "student")
-    check(pupil)
-    codec = checkpoint.load_codec_of(pupil)
-    result, _ = judge({"student": student_row(pupil, codec, cfg)}, codec, cfg)
+    student = name if isinstance(name, Bundle) else checkpoint.load(name, "student")
+    check(student)
+    codec = checkpoint.load_codec(student)
+    result, _ = judge({"student": student_row(student, codec, cfg)}, codec, cfg)
     return report.plain(result["student"])
 
 

@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Gate:
+class Target:
     """A promise about a figure: low <= value <= high."""
 
     text: str
@@ -62,26 +62,26 @@ class Gate:
         return f"{'kept' if self.kept else 'MISSED'}: {self.text} {shown} (needed: {need})"
 
 
-def gates(result: Mapping[str, Any]) -> list[Gate]:
+def targets(result: Mapping[str, Any]) -> list[Target]:
     """The promises that can be checked with the rows of `result`."""
-    rows: dict[str, Callable[[], list[Gate]]] = {
-        "codec": lambda: codec_gates(result["codec"]),
-        "teacher": lambda: teacher_gates(result),
-        "student": lambda: student_gates(result),
+    rows: dict[str, Callable[[], list[Target]]] = {
+        "codec": lambda: codec_targets(result["codec"]),
+        "teacher": lambda: teacher_targets(result),
+        "student": lambda: student_targets(result),
     }
     return [gate for name, make in rows.items() if name in result for gate in make()]
 
 
-def codec_gates(codec: Mapping[str, Any]) -> list[Gate]:
-    return [Gate("codec PSNR, dB", codec["psnr"], 30), Gate("codec sharpness", codec["sharpness_ratio"], 0.85)]
+def codec_targets(codec: Mapping[str, Any]) -> list[Target]:
+    return [Target("codec PSNR, dB", codec["psnr"], 30), Target("codec sharpness", codec["sharpness_ratio"], 0.85)]
 
 
-def teacher_gates(result: Mapping[str, Any]) -> list[Gate]:
+def teacher_targets(result: Mapping[str, Any]) -> list[Target]:
     teacher, real = result["teacher"], result["real"]
     out = [
-        Gate("teacher's action following", teacher["action_following"], 0.95 * real["action_following"]),
-        Gate("teacher's sharpness", teacher["sharpness_ratio"], 0.85, 1.15),
-        Gate(
+        Target("teacher's action following", teacher["action_following"], 0.95 * real["action_following"]),
+        Target("teacher's sharpness", teacher["sharpness_ratio"], 0.85, 1.15),
+        Target(
             "teacher's Frechet distance to other episodes",
             teacher["frechet_other_half"],
             high=3 * result["codec"]["frechet_other_half"],
@@ -89,20 +89,20 @@ def teacher_gates(result: Mapping[str, Any]) -> list[Gate]:
     ]
     if "0.5" in teacher["psnr_by_horizon"]:
         still = result["repeat"]["psnr_by_horizon"]["0.5"]
-        out.append(Gate("teacher's PSNR at 0.5 s, dB", teacher["psnr_by_horizon"]["0.5"], still))
+        out.append(Target("teacher's PSNR at 0.5 s, dB", teacher["psnr_by_horizon"]["0.5"], still))
     return out
 
 
-def student_gates(result: Mapping[str, Any]) -> list[Gate]:
+def student_targets(result: Mapping[str, Any]) -> list[Target]:
     student, real = result["student"], result["real"]
     out = [
-        Gate("student's Frechet distance", student["frechet"], high=1.25 * result["teacher"]["frechet"]),
-        Gate("student's action following", student["action_following"], 0.9 * real["action_following"]),
+        Target("student's Frechet distance", student["frechet"], high=1.25 * result["teacher"]["frechet"]),
+        Target("student's action following", student["action_following"], 0.9 * real["action_following"]),
     ]
     for name in ("sharpness", "saturation", "motion"):
-        out.append(Gate(f"student's {name} in the first seconds", student[f"{name}_ratio"], 0.8, 1.2))
+        out.append(Target(f"student's {name} in the first seconds", student[f"{name}_ratio"], 0.8, 1.2))
         if "late" in student:
-            out.append(Gate(f"student's {name} in the last seconds", student["late"][f"{name}_ratio"], 0.8, 1.2))
+            out.append(Target(f"student's {name} in the last seconds", student["late"][f"{name}_ratio"], 0.8, 1.2))
     return out
 
 
@@ -141,7 +141,7 @@ def show(result: Mapping[str, Any], out: str) -> None:
     """Print the table, the gates and where the report lies, to stderr."""
     console = Console(stderr=True)
     console.print(table(result))
-    for gate in gates(result):
+    for gate in targets(result):
         console.print(str(gate), style="" if gate.kept else "bold red")
     if out:
         console.print(f"report: {folder_of(result, out) / 'index.html'}")
@@ -280,7 +280,7 @@ def page(result: Mapping[str, Any], files: list[tuple[str, str]]) -> str:
         for key, text in NUMBERS.items()
     )
     promises = "".join(
-        f'<li class="{"kept" if gate.kept else "missed"}">{html.escape(str(gate))}</li>' for gate in gates(result)
+        f'<li class="{"kept" if gate.kept else "missed"}">{html.escape(str(gate))}</li>' for gate in targets(result)
     )
     shown = "".join(
         f'<figure><img src="{file}" alt="{file}"><figcaption>{html.escape(text)}</figcaption></figure>'

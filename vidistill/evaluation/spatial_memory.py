@@ -33,11 +33,12 @@ from vidistill.conditioning.camera import (
     wanted,
 )
 from vidistill.conditioning.condition import ACTION_SITE
+from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.data.types import Episode
 from vidistill.evaluation import report
 from vidistill.evaluation.probes import Probe, load_probe, read
-from vidistill.evaluation.quality import EvalConfig, check, episodes_at, student_chunks, told
+from vidistill.evaluation.quality import EvalConfig, check, episodes_at, student_chunks, walk_condition
 from vidistill.io import contact_sheet, save_png, to_float, to_uint8
 from vidistill.memory.policies import stream_memory
 from vidistill.ops.precision import working_dtype
@@ -49,7 +50,7 @@ FIRST_SEED = 96  # held-out seeds after those of clips and long walks
 
 
 @dataclass(frozen=True)
-class RevisitConfig:
+class SpatialMemoryConfig:
     """`seconds` away from the start view, `paths` that count for each; frames stand still for `lead` before leaving and
     `hold` after coming back, of which the last `judged` are compared.
 
@@ -144,7 +145,7 @@ def returns(poses: np.ndarray, first: int, last: int) -> bool:
     return bool(gone < 0.05 and abs(turned) < math.radians(1.0))
 
 
-def frames_of(cfg: RevisitConfig, seconds: float, doom: DoomConfig, chunked: int) -> tuple[int, int]:
+def frames_of(cfg: SpatialMemoryConfig, seconds: float, doom: DoomConfig, chunked: int) -> tuple[int, int]:
     """(frames on the way, frames in all): whole multiples of `chunked` after the first."""
     away = round(seconds * doom.fps)
     least = cfg.lead + away + cfg.hold
@@ -152,7 +153,7 @@ def frames_of(cfg: RevisitConfig, seconds: float, doom: DoomConfig, chunked: int
 
 
 def make_path(
-    cfg: RevisitConfig, doom: DoomConfig, kind: str, seconds: float, seed: int, chunked: int
+    cfg: SpatialMemoryConfig, doom: DoomConfig, kind: str, seconds: float, seed: int, chunked: int
 ) -> Revisit | None:
     """The path of a kind in the world of a seed, or None if it does not count there."""
     away, total = frames_of(cfg, seconds, doom, chunked)
@@ -176,7 +177,7 @@ def make_path(
     return counted(cfg, kind, walk, judged, cfg.lead + away // 2)
 
 
-def counted(cfg: RevisitConfig, kind: str, walk: Episode, judged: range, away: int) -> Revisit | None:
+def counted(cfg: SpatialMemoryConfig, kind: str, walk: Episode, judged: range, away: int) -> Revisit | None:
     """The path, if only memory can say what its revisit shows."""
     label, distance = centre_texture(walk.walls, walk.poses[0])
     other, _ = centre_texture(walk.walls, walk.poses[away])
@@ -188,7 +189,7 @@ def counted(cfg: RevisitConfig, kind: str, walk: Episode, judged: range, away: i
     return Revisit(kind, walk, label, away, judged)
 
 
-def paths_of(cfg: RevisitConfig, doom: DoomConfig, seconds: float, chunked: int) -> list[Revisit]:
+def paths_of(cfg: SpatialMemoryConfig, doom: DoomConfig, seconds: float, chunked: int) -> list[Revisit]:
     """`cfg.paths` paths that count, kinds in turn, each in a world of its own."""
     found: list[Revisit] = []
     worlds = iter(seeds("held_out", FIRST_SEED + cfg.paths * cfg.tries)[FIRST_SEED:])
@@ -210,14 +211,14 @@ def paths_of(cfg: RevisitConfig, doom: DoomConfig, seconds: float, chunked: int)
 
 
 @torch.inference_mode()
-def dream(bundle: Bundle, codec: Codec, paths: Sequence[Revisit], cfg: RevisitConfig) -> Tensor:
+def dream(bundle: Bundle, codec: Codec, paths: Sequence[Revisit], cfg: SpatialMemoryConfig) -> Tensor:
     """The student's pictures [B, T, 3, H, W] along some paths of one length."""
     net, quality = bundle.net, EvalConfig(precision=cfg.precision)
     px = to_float(np.stack([p.walk.frames[:1] for p in paths]))
     given, total = codec.encode(px), len(paths[0].walk.frames)
     actions = torch.from_numpy(np.stack([p.walk.actions for p in paths]))
     poses = torch.from_numpy(np.stack([p.walk.poses for p in paths]))
-    cond = told(bundle, actions, poses, codec.temporal_factor)
+    cond = walk_condition(bundle, actions, poses, codec.temporal_factor)
     frames = cond.per_frame[ACTION_SITE].shape[1]
     memory = net.new_memory(
         len(paths), dtype=working_dtype(cfg.precision), cfg=stream_memory(net.cfg.memory, net.cfg.chunk)
@@ -339,7 +340,7 @@ def contenders(name: str, window: str | None, full: str | None) -> dict[str, Bun
     found = {"student": checkpoint.load(name, "student")}
     for row, given in (("window", window), ("full", full)):
         own = f"{name}-{row}"
-        if given or checkpoint.own_file(own) or own in checkpoint.zoo_names():
+        if given or checkpoint.find_checkpoint(own) or own in checkpoint.zoo_names():
             found[row] = checkpoint.load(given or own, "student")
     return found
 
@@ -353,7 +354,7 @@ def memory_of(bundle: Bundle) -> dict[str, int]:
 
 def evaluate_memory(
     name: str,
-    cfg: RevisitConfig = RevisitConfig(),
+    cfg: SpatialMemoryConfig = SpatialMemoryConfig(),
     *,
     window: str | None = None,
     full: str | None = None,
@@ -364,7 +365,7 @@ def evaluate_memory(
     bundles = contenders(name, window, full)
     student = bundles["student"]
     check(student)
-    codec = checkpoint.load_codec_of(student)
+    codec = checkpoint.load_codec(student)
     probe = load_probe(cfg.probe)
     recorded = episodes_at(Path(cfg.data) / "frames", (64, 321), (1, 8))
     reader = PoseReader(probe, recorded)
@@ -386,7 +387,7 @@ def evaluate_memory(
         result[row] |= {"name": bundle.name, **memory_of(bundle)}
     result |= {key: result["student"][key] for key in ("rpe_trans", "rpe_rot")}
     camera = student.record["world"].get("camera")
-    result["pose_error"] = pose_error(recorded, CameraConfig.of(camera), codec.temporal_factor) if camera else None
+    result["pose_error"] = pose_error(recorded, build(CameraConfig, camera), codec.temporal_factor) if camera else None
     result["protocol"] = {**asdict(cfg), "counted": count, "texture_chance": 1 / probe.cfg.textures}
     plain: dict[str, Any] = report.plain(result)
     if cfg.out:

@@ -161,7 +161,7 @@ def drifts(
     reading = read(probe, row.tail, stride)
     times = reading.times + row.seen - row.tail.shape[1]
     scores = [
-        metrics.balanced_accuracy(got, told[:, times], len(classes))
-        for got, told, classes in ((reading.labels["turn"], turn, TURNS), (reading.labels["walk"], walk, WALKS))
+        metrics.balanced_accuracy(got, asked[:, times], len(classes))
+        for got, asked, classes in ((reading.labels["turn"], turn, TURNS), (reading.labels["walk"], walk, WALKS))
     ]
     return {**out, "late": {**out["late"], "action_following": sum(scores) / 2}}

@@ -54,12 +54,12 @@ class Family:
         """Noise levels on the family's table, told levels as published where they differ."""
         lists = diagonal_steps(self.timesteps) if self.diagonal else (self.timesteps,)
         noise = tuple(tuple(float(self.table.sigma(t)) for t in steps) for steps in lists)
-        told = tuple(tuple(t / GRID for t in steps) for steps in lists)
+        timesteps = tuple(tuple(t / GRID for t in steps) for steps in lists)
         return ScheduleConfig(
             name="rolling" if self.rolling else "chunkwise",
             levels=noise[-1],
             steps=noise,
-            told=() if close(told, noise) else told,
+            timesteps=() if close(timesteps, noise) else timesteps,
             context="last_step" if self.diagonal else "clean",
             given_chunks=given_chunks,
         )

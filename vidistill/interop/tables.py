@@ -58,13 +58,13 @@ class TableSchedule(NoiseSchedule):
         """Noise level of timestep `t` (float64, exactly the float32 entry)."""
         return self.sigmas.double()[self.index(t)]
 
-    def level(self, told: Tensor) -> Tensor:
+    def level(self, timesteps: Tensor) -> Tensor:
         """Noise of the entry nearest to a told level in 0..1."""
-        return self.sigma(told * GRID).to(told)
+        return self.sigma(timesteps * GRID).to(timesteps)
 
-    def weight(self, told: Tensor) -> Tensor:
+    def weight(self, timesteps: Tensor) -> Tensor:
         """Training weight of the entry nearest to a told level in 0..1."""
-        return self.weights[self.index(told * GRID)].to(told)
+        return self.weights[self.index(timesteps * GRID)].to(timesteps)
 
     def warp_steps(self, steps: Sequence[int]) -> tuple[float, ...]:
         """Timesteps of a published step list with `warp_denoising_step`: step k is entry 1000 - k (0 stays 0)."""
@@ -126,14 +126,14 @@ def on_table(passes: Iterable[Pass], table: TableSchedule, *, noise_context: boo
         return float(table.sigma(level * GRID))
 
     for p in passes:
-        told = p.told or p.sigma
+        timesteps = p.timesteps or p.sigma
         if p.next_sigma is not None:
             after = tuple(near(s) if s else 0.0 for s in p.next_sigma)
-            yield replace(p, sigma=tuple(map(near, told)), told=told, next_sigma=after)
+            yield replace(p, sigma=tuple(map(near, timesteps)), timesteps=timesteps, next_sigma=after)
         elif noise_context and not p.emit:
-            yield replace(p, sigma=tuple(map(near, told)), told=told)
+            yield replace(p, sigma=tuple(map(near, timesteps)), timesteps=timesteps)
         else:
-            yield replace(p, sigma=tuple(0.0 for _ in told), told=told)
+            yield replace(p, sigma=tuple(0.0 for _ in timesteps), timesteps=timesteps)
 
 
 def diagonal_steps(levels: Sequence[float]) -> tuple[tuple[float, ...], ...]:

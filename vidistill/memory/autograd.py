@@ -17,7 +17,7 @@ class Memory(Protocol):
     def write(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> None: ...
 
 
-class Recall:
+class AutogradView:
     """A memory as one pass under autograd sees it: read once, written once, so that the backward pass may run a block
     again (activation checkpointing) and finds the history of the first time."""
 

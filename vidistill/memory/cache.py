@@ -6,8 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidistill.memory.autograd import Recall
-from vidistill.memory.history import RELIC_PATTERN, Again, ClipHistory, History, Rotate, Sketch, Stored, head_major
+from vidistill.memory.autograd import AutogradView
+from vidistill.memory.history import (
+    RELIC_PATTERN,
+    Again,
+    ClipHistory,
+    EntryRecorder,
+    History,
+    Rotate,
+    Stored,
+    head_major,
+)
 from vidistill.memory.policies import POLICIES, MemoryConfig, sink_times, stream_memory
 from vidistill.memory.pooling import Pooling, frame_positions, num_cells
 from vidistill.ops.memory_attention import Segment, joined
@@ -16,13 +25,13 @@ __all__ = [
     "POLICIES",
     "RELIC_PATTERN",
     "Again",
+    "AutogradView",
     "ClipHistory",
+    "EntryRecorder",
     "KVMemory",
     "MemoryConfig",
     "Pooling",
-    "Recall",
     "Rotate",
-    "Sketch",
     "Stored",
     "frame_positions",
     "sink_times",
@@ -30,7 +39,7 @@ __all__ = [
 ]
 
 
-KEPT = {"prompt": 1, "levels": 32, "sites": 1}  # what is read once, and of how many objects it is kept
+CACHE_SIZES = {"prompt": 1, "levels": 32, "sites": 1}  # what is read once, and of how many objects it is kept
 
 
 def neighbours(slots: list[int]) -> list[tuple[int, int, int]]:
@@ -281,9 +290,9 @@ class KVMemory:
             own = raw[:, skip : skip + (sinks - first) * n]
             self._raw_sinks[layer, :, first * n : sinks * n] = own.detach()
 
-    def recall(self) -> "Recall":
+    def recall(self) -> "AutogradView":
         """This memory as one pass under autograd sees it."""
-        return Recall(self, len(self._staged) * self.tokens_per_frame)
+        return AutogradView(self, len(self._staged) * self.tokens_per_frame)
 
     def past(self, layer: int) -> tuple[Tensor, Tensor]:
         """Copies of the remembered keys and values [B, S, h, d], without the chunk in flight."""
@@ -291,18 +300,18 @@ class KVMemory:
         keys, values = (self._gather(buffer[layer], slots).clone() for buffer in (self._keys, self._values))
         return self._with_history(layer, keys, values)
 
-    def read_once(self, kind: str, of: object, read: Callable[[], Any]) -> Any:
-        """What `read` returns, kept for the newest KEPT[kind] objects `of`; read anew wherever autograd records."""
+    def cached(self, kind: str, of: object, read: Callable[[], Any]) -> Any:
+        """What `read` returns, kept for the newest CACHE_SIZES[kind] objects `of`; read anew where autograd records."""
         if torch.is_grad_enabled():
             return read()
         found = self._once.setdefault(kind, {})
         if id(of) not in found:
-            while len(found) >= KEPT[kind]:
+            while len(found) >= CACHE_SIZES[kind]:
                 del found[next(iter(found))]
             found[id(of)] = of, read()
         return found[id(of)][1]
 
-    def read_anew(self) -> None:
+    def clear_cache(self) -> None:
         """Forget what was read once: the weights that read it have moved."""
         self._once = {}
 

@@ -241,7 +241,7 @@ class History:
         return twin
 
 
-class Sketch:
+class EntryRecorder:
     """Takes down what a network makes of a few frames alone: a memory that remembers nothing before them."""
 
     def __init__(self) -> None:
@@ -252,10 +252,10 @@ class Sketch:
     def begin(self, start: int, frames: int, poses: Tensor | None = None) -> Tensor:
         return torch.arange(start, start + frames, dtype=torch.float64)
 
-    def recall(self) -> "Sketch":
+    def recall(self) -> "EntryRecorder":
         return self
 
-    def read_once(self, kind: str, of: object, read: Callable[[], Any]) -> Any:
+    def cached(self, kind: str, of: object, read: Callable[[], Any]) -> Any:
         return read()
 
     def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
@@ -280,7 +280,7 @@ class Again:
     factor: int = 1
 
 
-class ClipHistory(Sketch):
+class ClipHistory(EntryRecorder):
     """The memory of a clip that is seen in one masked forward: behind the keys of its frames, those of some of them
     `again`, with gradient. `times` [F] are those of all frames of the forward.
 

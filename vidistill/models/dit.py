@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vidistill.conditioning.condition import VIEW_SITE, Condition
 from vidistill.diffusion import v_from_blend
 from vidistill.memory.cache import KVMemory
-from vidistill.memory.history import Sketch
+from vidistill.memory.history import EntryRecorder
 from vidistill.memory.pooling import average, frame_positions
 from vidistill.models.layers import NO_GRID, Block, DiTConfig, Entries, Head, ImageEmbedding, Shown, Site, SiteConfig
 from vidistill.ops.linear import convert_linears
@@ -20,7 +20,7 @@ from vidistill.ops.rope import composed, rope_table, rotate, view_table
 
 SHAPES = 64  # graphs of one region, one a shape of clip, before torch takes more for a mistake (its own limit is 8)
 
-__all__ = ["NO_GRID", "DiTConfig", "SiteConfig", "VideoDiT", "grown", "recomputing", "twin"]
+__all__ = ["NO_GRID", "DiTConfig", "SiteConfig", "VideoDiT", "extend", "recomputing", "share_weights"]
 
 X0_ERROR = 0.03  # variance up to which a head that predicts x0 is believed; below, the noisy latents are
 
@@ -95,7 +95,7 @@ class VideoDiT(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.head.head.weight.dtype
 
-    def faster(
+    def for_inference(
         self,
         tokens: int,
         linears: str = "plain",
@@ -106,7 +106,7 @@ class VideoDiT(nn.Module):
         """A network of the same weights that only runs, in passes of `tokens`: the linear layers of its blocks are of
         kind `linears` (see `ops.linear`), the blocks `compiled` around their attention, its weights on `device` in
         `dtype` (None: as they are). This one stays as it is."""
-        net = twin(self, self.cfg, device, dtype).eval().requires_grad_(False)
+        net = share_weights(self, self.cfg, device, dtype).eval().requires_grad_(False)
         convert_linears(net.blocks, linears, tokens)
         if compiled:
             net.compile_regions()
@@ -123,7 +123,7 @@ class VideoDiT(nn.Module):
         cond: Condition,
         *,
         start: int | Tensor = 0,
-        memory: KVMemory | Sketch | None = None,
+        memory: KVMemory | EntryRecorder | None = None,
         causal: Tensor | FrameMask | None = None,
         factor: int = 1,
         output: bool = True,
@@ -155,7 +155,9 @@ class VideoDiT(nn.Module):
         out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
         return v_from_blend(x, out, sigma, X0_ERROR) if self.cfg.predicts == "x0" else out
 
-    def times(self, start: int | Tensor, frames: int, cond: Condition, memory: KVMemory | Sketch | None) -> Tensor:
+    def times(
+        self, start: int | Tensor, frames: int, cond: Condition, memory: KVMemory | EntryRecorder | None
+    ) -> Tensor:
         """Time of each frame [F]; a memory makes room for them, and keeps their poses."""
         if memory is not None:
             poses = cond.per_frame["qk"] if "qk" in self.sites else None
@@ -163,7 +165,7 @@ class VideoDiT(nn.Module):
         return start if isinstance(start, Tensor) else torch.arange(start, start + frames)
 
     def embed_time(
-        self, sigma: Tensor, cond: Condition, memory: KVMemory | Sketch | None = None
+        self, sigma: Tensor, cond: Condition, memory: KVMemory | EntryRecorder | None = None
     ) -> tuple[Tensor, Tensor]:
         """Time embedding [B, F, D] and block modulation [B, F, 6, D]; with a memory computed once for each `sigma`."""
 
@@ -172,7 +174,7 @@ class VideoDiT(nn.Module):
             e = self.time_embedding(t.to(self.time_embedding[0].weight.dtype))
             return e, e if "modulation" in self.sites else self.modulation(e)
 
-        e, e6 = read() if memory is None else memory.read_once("levels", sigma, read)
+        e, e6 = read() if memory is None else memory.cached("levels", sigma, read)
         if "modulation" in self.sites:
             e = e + self.sites["modulation"](cond.per_frame["modulation"])[:, :, 0]
             e6 = self.modulation(e)
@@ -206,7 +208,7 @@ class VideoDiT(nn.Module):
         text = tokens[:, self.cfg.image_tokens :, : self.cfg.text_dim]
         return torch.cat((self.img_emb(image), self.text_embedding(text)), dim=1)
 
-    def read_prompt(self, cond: Condition, memory: KVMemory | Sketch | None) -> list[Entries] | None:
+    def read_prompt(self, cond: Condition, memory: KVMemory | EntryRecorder | None) -> list[Entries] | None:
         """Keys and values of the condition tokens, one item a layer; with a memory computed once for each prompt."""
         if not self.cfg.text_dim:
             return None
@@ -215,10 +217,10 @@ class VideoDiT(nn.Module):
             tokens = self.embed_tokens(cond)
             return [block.cross_attn.read(tokens) for block in self.blocks]
 
-        return read() if memory is None else memory.read_once("prompt", cond.tokens, read)
+        return read() if memory is None else memory.cached("prompt", cond.tokens, read)
 
     def read_sites(
-        self, cond: Condition, memory: KVMemory | Sketch | None, tokens: int
+        self, cond: Condition, memory: KVMemory | EntryRecorder | None, tokens: int
     ) -> tuple[Shown, Shown, Tensor | None]:
         """What sites `hidden` and `qk` show each layer, and what turns the `tokens` of a frame by site `view`; with a
         memory computed once for each condition."""
@@ -230,7 +232,7 @@ class VideoDiT(nn.Module):
                 view = view_table(heading, tokens, self.cfg.head_dim, self.cfg.panorama)
             return self.shown("hidden", cond), self.shown("qk", cond), view
 
-        return read() if memory is None else memory.read_once("sites", cond.per_frame, read)
+        return read() if memory is None else memory.cached("sites", cond.per_frame, read)
 
     def shown(self, name: str, cond: Condition) -> Shown:
         if name not in self.sites:
@@ -280,7 +282,7 @@ class Rotation:
         return rotate(keys, self.table(positions, keys.device), inverse).to(keys.dtype)
 
 
-def twin(
+def share_weights(
     net: VideoDiT, cfg: DiTConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> VideoDiT:
     """Another network of the very same weights, or of copies where they are wanted elsewhere or in another type."""
@@ -293,15 +295,15 @@ def twin(
 
 def recomputing(net: VideoDiT) -> VideoDiT:
     """A network of the very same weights that recomputes its blocks in the backward pass."""
-    return twin(net, replace(net.cfg, checkpoint=True))
+    return share_weights(net, replace(net.cfg, checkpoint=True))
 
 
-def grown(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
+def extend(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
     """`net` with the sites, field of view, pooling weights and rotary extension of `cfg` that it lacks.
 
     New sites must be `zero_init`, so that it computes what it did but for extension and view; ValueError otherwise.
     """
-    wanted = net.cfg.grown(cfg)
+    wanted = net.cfg.extend(cfg)
     new = sorted(set(wanted.projected) - set(net.cfg.sites))
     if loud := [name for name in new if not wanted.sites[name].zero_init]:
         raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")

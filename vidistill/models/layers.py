@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidistill.conditioning.condition import SITES, VIEW_SITE
-from vidistill.memory.autograd import Recall
+from vidistill.memory.autograd import AutogradView
 from vidistill.memory.cache import KVMemory
-from vidistill.memory.history import Sketch
+from vidistill.memory.history import EntryRecorder
 from vidistill.ops import fused
 from vidistill.ops.attention import attention
 from vidistill.ops.fused import wide
@@ -109,7 +109,7 @@ class DiTConfig:
     def patch_dim(self) -> int:
         return math.prod(self.patch) * self.channels
 
-    def grown(self, asked: "DiTConfig") -> "DiTConfig":
+    def extend(self, asked: "DiTConfig") -> "DiTConfig":
         """This architecture with the sites, field of view, pooling weights and rotary extension of `asked` it lacks."""
         return replace(
             self,
@@ -263,18 +263,18 @@ class Block(nn.Module):
         self._before = torch.compile(Block.before, fullgraph=True, dynamic=False, mode=mode)
         self._after = torch.compile(Block.after, fullgraph=True, dynamic=False, mode=mode)
 
-    def gates(self, e: Tensor) -> tuple[Tensor, ...]:
+    def targets(self, e: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of the attention, then of the feed-forward: six times [B, F, 1, D]."""
         return (wide(e) + wide(self.modulation))[:, :, :, None].unbind(2)
 
     def before(
         self, x: Tensor, e: Tensor, table: Tensor, key: Tensor | None, raw: bool, view: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        shift, scale, *_ = self.gates(e)
+        shift, scale, *_ = self.targets(e)
         return self.self_attn.project(fused.modulated_norm(x, shift, scale, self.eps), table, key, raw, view)
 
     def after(self, x: Tensor, out: Tensor, e: Tensor, prompt: Entries | None, inside: Tensor | None) -> Tensor:
-        _, _, gate1, shift2, scale2, gate2 = self.gates(e)
+        _, _, gate1, shift2, scale2, gate2 = self.targets(e)
         x = fused.gated_sum(x, self.self_attn(out, x), gate1)
         if inside is not None:
             x = x + inside
@@ -287,7 +287,7 @@ class Block(nn.Module):
         x: Tensor,
         e: Tensor,
         table: Tensor,
-        memory: KVMemory | Recall | Sketch | None,
+        memory: KVMemory | AutogradView | EntryRecorder | None,
         layer: int,
         key: Tensor | None,
         view: Tensor | None,
@@ -306,7 +306,7 @@ class Block(nn.Module):
         table: Tensor,
         prompt: Entries | None,
         mask: FrameMask | None,
-        memory: KVMemory | Recall | Sketch | None,
+        memory: KVMemory | AutogradView | EntryRecorder | None,
         layer: int,
         inside: Tensor | None,
         key: Tensor | None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vidistill.conditioning.condition import Condition, concat
 from vidistill.diffusion import LatentShape
 from vidistill.memory.cache import KVMemory
-from vidistill.memory.history import Again, ClipHistory, Sketch
+from vidistill.memory.history import Again, ClipHistory, EntryRecorder
 from vidistill.memory.policies import POLICIES, MemoryConfig, sink_times
 from vidistill.memory.pooling import Pooling
 from vidistill.models.dit import VideoDiT
@@ -41,9 +41,9 @@ class CausalStudent(nn.Module):
         super().__init__()
         self.net, self.cfg, self.shape = net, cfg, shape
 
-    def faster(self, *how: Any) -> "CausalStudent":
-        """A student of the same weights that only runs, its network as `VideoDiT.faster` makes it for a chunk."""
-        net = self.net.faster(self.cfg.chunk * self.shape.tokens_per_frame, *how)
+    def for_inference(self, *how: Any) -> "CausalStudent":
+        """A student of the same weights that only runs; its network is what `VideoDiT.for_inference` returns."""
+        net = self.net.for_inference(self.cfg.chunk * self.shape.tokens_per_frame, *how)
         return CausalStudent(net, self.cfg, self.shape).eval()
 
     @property
@@ -120,9 +120,9 @@ class CausalStudent(nn.Module):
                     f"{factor} times the patch {self.net.cfg.patch[1:]}; choose another pool or pattern"
                 )
             small = F.avg_pool2d(x[:, i], factor)[:, None]
-            told, sketch = torch.zeros(x.shape[0], 1, device=x.device), Sketch()
+            timestep, sketch = torch.zeros(x.shape[0], 1, device=x.device), EntryRecorder()
             part = cond.frames(i, i + 1)
-            self.net(small, told, part, start=start + i, memory=sketch, factor=factor, output=False)
+            self.net(small, timestep, part, start=start + i, memory=sketch, factor=factor, output=False)
             memory.sketch(start + i, sketch.entries)
 
     def chunk_of_frames(self, frames: int) -> Tensor:

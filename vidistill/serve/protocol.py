@@ -112,7 +112,7 @@ class Say:
 
 
 @dataclass(frozen=True)
-class Hush:
+class ClearAudio:
     """Stop speaking and listen: an interruption."""
 
 
@@ -123,7 +123,7 @@ class Speech:
     pcm: np.ndarray
 
 
-Message = Say | Hush | Speech | Keys | Prompt | Seen | Reset | Pause | Record | Home | History | Picture
+Message = Say | ClearAudio | Speech | Keys | Prompt | Seen | Reset | Pause | Record | Home | History | Picture
 
 
 def pack_frame(
@@ -175,7 +175,7 @@ def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Mess
     if kind == "say":
         return Say(_words(said["text"], "say.text"))
     if kind in ("home", "hush"):
-        return Home() if kind == "home" else Hush()
+        return Home() if kind == "home" else ClearAudio()
     if not isinstance(said["on"], bool):
         raise MessageError(f"{kind}.on is {_short(said['on'])}; allowed are true and false")
     switches: dict[str, type[Pause] | type[Record] | type[History]] = {

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MAX_NOTES = 32  # text messages that wait to be sent before no more are read
 MAX_WORDS = 8  # prompts and texts that wait to be read
-MAX_UNSPOKEN_S = 60  # seconds of sound that wait to be heard
+MAX_QUEUED_AUDIO_S = 60  # seconds of sound that wait to be heard
 MAX_SOUNDS = 64  # pieces of sound, a picture's each, that wait to be sent; the oldest goes first
 MAX_RECORDINGS = 16  # files kept; the oldest goes first
 RECORD_BYTES = 256 * 1024 * 1024  # frames of one recording, uncompressed
@@ -208,8 +208,8 @@ class Viewer:
             nfe_per_chunk=session.nfe_per_chunk,
             frames_per_chunk=session.frames_per_chunk,
             memory_bytes=session.memory_bytes,
-            places=session.roamer is not None and session.roamer.placed,
-            remembers=session.roamer is not None and session.roamer.remembers,
+            places=session.navigator is not None and session.navigator.placed,
+            remembers=session.navigator is not None and session.navigator.remembers,
             record_s=self.cfg.record_s,
             max_picture=protocol.MAX_PICTURE,
             max_seed=protocol.MAX_SEED,
@@ -268,7 +268,7 @@ class Viewer:
             self._record(message.on)
         elif isinstance(message, protocol.Home | protocol.History):
             self._roam(message)
-        elif isinstance(message, protocol.Say | protocol.Hush | protocol.Speech):
+        elif isinstance(message, protocol.Say | protocol.ClearAudio | protocol.Speech):
             self._talk(self.player.session, message)
         elif isinstance(message, protocol.Picture):
             self._picture = message.px
@@ -276,17 +276,19 @@ class Viewer:
         else:
             self._begin(message.seed, self._image(message.start))
 
-    def _talk(self, session: Session, message: protocol.Say | protocol.Hush | protocol.Speech) -> None:
+    def _talk(self, session: Session, message: protocol.Say | protocol.ClearAudio | protocol.Speech) -> None:
         if not self.world.rate:
             raise protocol.MessageError("this world hears nothing")
         if isinstance(message, protocol.Speech):
-            if session.unspoken_s > MAX_UNSPOKEN_S:
-                raise protocol.MessageError(f"more than {MAX_UNSPOKEN_S} s of sound wait already: this was not heard")
+            if session.queued_audio_s > MAX_QUEUED_AUDIO_S:
+                raise protocol.MessageError(
+                    f"more than {MAX_QUEUED_AUDIO_S} s of sound wait already: this was not heard"
+                )
             if not self.player.paused:  # who is paused does not listen, and is not late afterwards
                 session.set(audio=message.pcm)
-        elif isinstance(message, protocol.Hush):
+        elif isinstance(message, protocol.ClearAudio):
             self._hushes += 1
-            session.hush()
+            session.clear_audio()
         elif self.world.speak is None:
             raise protocol.MessageError(
                 "words are spoken by espeak-ng, which is not here: pip install 'vidistill[audio]'"
@@ -336,13 +338,13 @@ class Viewer:
 
     def _roam(self, message: protocol.Home | protocol.History) -> None:
         assert self.player.session is not None
-        roamer = self.player.session.roamer
-        if roamer is None:
+        navigator = self.player.session.navigator
+        if navigator is None:
             raise protocol.MessageError("this world knows no places")
         if isinstance(message, protocol.Home):
-            roamer.go_home()
+            navigator.return_to_start()
         else:
-            roamer.show_history(message.on)
+            navigator.show_history(message.on)
 
     def _image(self, start: str) -> np.ndarray | None:
         if start != "upload":
@@ -377,10 +379,10 @@ class Viewer:
             self._film(shown.frame.px)
         if self._slot is not None:  # the sender waits for the browser: this newer frame takes its place
             self._dropped, self._gap = self._dropped + 1, True
-        roamer = None if self.player.session is None else self.player.session.roamer
-        if roamer is not None and roamer.map and not self._notes and shown.frame.chunk != self._mapped:
+        navigator = None if self.player.session is None else self.player.session.navigator
+        if navigator is not None and navigator.map and not self._notes and shown.frame.chunk != self._mapped:
             self._mapped = shown.frame.chunk
-            self._tell("map", **roamer.map)
+            self._tell("map", **navigator.map)
         if self.world.rate and shown.frame.sound is not None:
             self._sounds.append(protocol.pack_sound(to_pcm16(shown.frame.sound), index=shown.frame.index))
             if "audio_to_lip_ms" in shown.frame.stats:

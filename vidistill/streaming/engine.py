@@ -14,7 +14,7 @@ from vidistill import checkpoint
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning.condition import Condition, concat
-from vidistill.conditioning.controls import Inputs, Wish
+from vidistill.conditioning.controls import ControlInput, LiveConditions
 from vidistill.conditioning.script import Cue, Script, scripted
 from vidistill.io import to_float, to_uint8
 from vidistill.memory.policies import MemoryConfig, stream_memory
@@ -22,7 +22,7 @@ from vidistill.models.student import CausalStudent
 from vidistill.ops.device import wait_for
 from vidistill.rollout import Drawn, Noise, Randomness, chunk_noise, rollout
 from vidistill.schedules import Pass, endless
-from vidistill.streaming.navigation import Roamer
+from vidistill.streaming.navigation import Navigator
 from vidistill.streaming.prompt_switch import SWITCHES, Past
 
 Admit = Callable[[int], bool]  # px frames of the next chunk -> may it start?
@@ -43,7 +43,7 @@ class Frame:
     index: int
     chunk: int
     input_id: int
-    dream: int
+    run: int
     made_at: float
     stats: Mapping[str, float]
     sound: np.ndarray | None = None
@@ -62,13 +62,13 @@ class Chunk:
     fresh: bool
     px_frames: int
     input_id: int
-    dream: int
+    run: int
     stats: Mapping[str, float]
     sounds: tuple[tuple[np.ndarray, float | None], ...] = ()
 
 
 @dataclass(eq=False)
-class Dream:
+class Run:
     """One run from a start to the next reset; `over` stops it before its next pass."""
 
     number: int
@@ -126,13 +126,15 @@ class Engine:
             raise ValueError(f"{bundle.name} has {self.student.shape.channels} channels, not {codec.latent_channels}")
         self.memory_config = stream_memory(memory or self.student.cfg.memory, self.student.cfg.chunk)
         self.memory = self.student.new_memory(1, cfg=self.memory_config)
-        self.inputs = Inputs.of(bundle.record, self.factor, self.device, checkpoint.text_encoder(bundle.record))
-        self.roamer = Roamer(self.memory, self.inputs)
+        self.inputs = LiveConditions.of(bundle.record, self.factor, self.device, checkpoint.text_encoder(bundle.record))
+        self.navigator = Navigator(self.memory, self.inputs)
         self.script: Script = ()  # asked for at every chunk, in place of `set`
         self.cues: deque[tuple[int, Cue]] = deque()  # (px frame, what is set there), in order
         self.closed = False
-        self.dream = Dream(0, seed, None)
-        self._taken: dict[int, tuple[Wish, Condition]] = {}  # first latent frame of a chunk -> what it is made with
+        self.run = Run(0, seed, None)
+        self._taken: dict[
+            int, tuple[ControlInput, Condition]
+        ] = {}  # first latent frame of a chunk -> what it is made with
         self._newest: Tensor | None = None  # finished latents [1, F, C, H, W] that memory may hold
         self._scenes = [0]  # chunks that a scene began with
         self.ahead = 0  # chunks to leave out before the next
@@ -140,13 +142,13 @@ class Engine:
         self._watch = Stopwatch(self.device)
         self._codec_state, self._next_index = None, 0
 
-    def begin(self, dream: Dream) -> None:
+    def begin(self, run: Run) -> None:
         """Go on with another dream; the present one ends before its next pass."""
-        self.dream.over = True
-        self.dream = dream
+        self.run.over = True
+        self.run = run
 
     def close(self) -> None:
-        self.closed = self.dream.over = True
+        self.closed = self.run.over = True
 
     def px_frames(self, chunk: int, fresh: bool = False) -> int:
         """Px frames that `chunk` decodes to; one that begins a scene (`fresh`, and the first) to fewer."""
@@ -173,37 +175,37 @@ class Engine:
         return self.codec.encode(to_float(clip)[None].to(self.device))
 
     @torch.no_grad()
-    def chunks(self, dream: Dream, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
-        """Finished chunks of `dream`, until it is over or `admit`, asked with the px frames of the next, says no."""
-        self.roamer.begin()
-        self.inputs.begin(dream.given)
+    def chunks(self, run: Run, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
+        """Finished chunks of `run`, until it is over or `admit`, asked with the px frames of the next, says no."""
+        self.navigator.begin()
+        self.inputs.begin(run.given)
         self._taken.clear()
         self._newest, self._scenes = None, [0]
         self._watch.take()
-        noise, rng = self.randomness(dream)
+        noise, rng = self.randomness(run)
         finished = rollout(
             self.student,
-            self._passes(dream, admit),
+            self._passes(run, admit),
             noise=noise,
             cond=self._condition,
             memory=self.memory,
             rng=rng,
-            pinned=dream.given,
+            clamped=run.given,
         )
         for latents in finished:
-            self.roamer.update()
+            self.navigator.update()
             index = self._emitted
-            wish = self._taken[self.student.first_frame(index)][0]
+            control = self._taken[self.student.first_frame(index)][0]
             fresh = index == self._scenes[-1]
             self._remember(latents, fresh)
             px_frames = self.px_frames(index, fresh)
             stats = self._watch.take()
-            yield Chunk(latents, index, fresh, px_frames, wish.id, dream.number, stats, self._sounds(index))
+            yield Chunk(latents, index, fresh, px_frames, control.id, run.number, stats, self._sounds(index))
 
-    def randomness(self, dream: Dream) -> tuple[Noise, Randomness]:
+    def randomness(self, run: Run) -> tuple[Noise, Randomness]:
         """What the chunks of a dream begin as, and what renoising draws from."""
-        noise = chunk_noise(self.student, 1, dream.seed, dream.given)
-        rng = torch.Generator().manual_seed(dream.seed)
+        noise = chunk_noise(self.student, 1, run.seed, run.given)
+        rng = torch.Generator().manual_seed(run.seed)
         return (noise, rng) if self.drawn is None else self.drawn.sources(self.student, noise, rng)
 
     def _sounds(self, chunk: int) -> tuple[tuple[np.ndarray, float | None], ...]:
@@ -220,7 +222,7 @@ class Engine:
             whole = latents if fresh or self._newest is None else torch.cat((self._newest, latents), dim=1)
             self._newest = whole[:, -self.memory_config.frames :]
 
-    def _passes(self, dream: Dream, admit: Admit) -> Iterator[Pass]:
+    def _passes(self, run: Run, admit: Admit) -> Iterator[Pass]:
         """The endless schedule, timed; a chunk takes the inputs of the moment it is admitted."""
         passes, current = endless(self.schedule), -1
         while True:
@@ -232,10 +234,10 @@ class Engine:
                 current = p.chunk
                 if not admit(self.px_frames(current)):
                     return
-            if dream.over:
+            if run.over:
                 return
             if self._take_inputs(p):
-                self._switch(p.chunk, dream)
+                self._switch(p.chunk, run)
                 passes = endless(self.schedule, p.chunk, (p.chunk,))
                 p = next(passes)
             self._watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
@@ -248,24 +250,24 @@ class Engine:
         chunks, self.ahead = self.ahead, 0
         frames = chunks * self.student.cfg.chunk
         self.memory.advance(frames)
-        self.inputs.stay(frames)
+        self.inputs.hold_pose(frames)
         return endless(self.schedule, chunk + chunks)
 
     def _take_inputs(self, p: Pass) -> bool:
         """Take the inputs of the chunks of a pass that have none yet; whether a chunk meets a switch of its prompt."""
         first = self.student.first_frame(p.chunk)
         before = max((start for start in self._taken if start < first), default=None)
-        told = None if before is None else self._taken[before][0].tokens
+        tokens_before = None if before is None else self._taken[before][0].tokens
         fresh = first not in self._taken
         taken = {start: v for start, v in self._taken.items() if start >= first}
         for chunk in range(p.chunk, p.chunk + len(p.sigma)):
             start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
             if start not in taken:
                 self._follow_script(start)
-                wish = self.roamer.wish(start, stop)
-                taken[start] = (wish, self.inputs.condition(wish, start, stop))
+                control = self.navigator.control(start, stop)
+                taken[start] = (control, self.inputs.condition(control, start, stop))
         self._taken = taken
-        switched = fresh and told is not None and self._taken[first][0].tokens is not told
+        switched = fresh and tokens_before is not None and self._taken[first][0].tokens is not tokens_before
         return switched and p.chunk > self.schedule.given_chunks and self.schedule.name == "chunkwise"
 
     def _follow_script(self, start: int) -> None:
@@ -279,14 +281,14 @@ class Engine:
             _, cue = cues.popleft()
             self.inputs.set(None, cue.prompt, None, cue.switch or "keep")
 
-    def _switch(self, chunk: int, dream: Dream) -> None:
+    def _switch(self, chunk: int, run: Run) -> None:
         """Do to memory what the prompt of `chunk` was set with."""
         assert self._newest is not None
         start, count = self.student.first_frame(chunk), self._newest.shape[1]
-        wish = self._taken[start][0]
-        past = Past(self.student, self.schedule, self.memory, self._newest, start, dream.seed * 1_000_003 + chunk)
+        control = self._taken[start][0]
+        past = Past(self.student, self.schedule, self.memory, self._newest, start, run.seed * 1_000_003 + chunk)
         self._watch.start("context_ms")
-        if SWITCHES[wish.switch](past, self.inputs.condition(wish, start - count, start)):
+        if SWITCHES[control.switch](past, self.inputs.condition(control, start - count, start)):
             self._scenes.append(chunk)
         self._watch.stop()
 
@@ -320,6 +322,6 @@ class Engine:
             for image, (sound, came) in zip(images, islice(sounds, len(images)), strict=True):
                 own = dict(stats) if came is None else {**stats, "audio_to_lip_ms": 1000 * (made_at - came)}
                 index, self._next_index = self._next_index, self._next_index + 1
-                frames.append(Frame(image, index, chunk.index, chunk.input_id, chunk.dream, made_at, own, sound))
+                frames.append(Frame(image, index, chunk.index, chunk.input_id, chunk.run, made_at, own, sound))
             yield frames
         assert next(sounds, None) is None, "a sound for every picture, and no more"

@@ -4,23 +4,23 @@ from collections import deque
 from typing import Any
 
 from vidistill.conditioning.camera import opposite, place_of, walk_of
-from vidistill.conditioning.controls import Inputs, Wish
+from vidistill.conditioning.controls import ControlInput, LiveConditions
 from vidistill.memory.cache import KVMemory
 
-LONGEST_WAY = 4096  # chunks that can be walked back
+LONGEST_PATH = 4096  # chunks that can be walked back
 LONGEST_TRAIL = 1024  # places that the map draws of the way
 Step = tuple[tuple[float, ...], int]  # actions, and for how many latents they were held
 
 
-class Roamer:
+class Navigator:
     """Follows one stream. `map` is replaced as a whole after every chunk and may be read from any thread."""
 
-    def __init__(self, memory: KVMemory, inputs: Inputs) -> None:
+    def __init__(self, memory: KVMemory, inputs: LiveConditions) -> None:
         self._memory, self._inputs = memory, inputs
-        self._way: deque[Step] = deque(maxlen=LONGEST_WAY)  # what the chunks so far did
+        self._path: deque[Step] = deque(maxlen=LONGEST_PATH)  # what the chunks so far did
         self._trail: deque[list[float]] = deque(maxlen=LONGEST_TRAIL)  # [x, y] after each
-        self._home: list[Step] | None = None  # what is still to be undone on the way home, last one first
-        self._home_id = 0  # number of the wish that was set last on the way home
+        self._return: list[Step] | None = None  # what is still to be undone on the way home, last one first
+        self._return_id = 0  # number of the wish that was set last on the way home
         self._noted = -1
         self.map: dict[str, Any] = {}
 
@@ -37,11 +37,11 @@ class Roamer:
     def begin(self) -> None:
         """A new dream: nothing was walked yet, nothing is remembered."""
         self._memory.reset()
-        self._way.clear()
+        self._path.clear()
         self._trail.clear()
-        if self._home is not None and self._inputs.wish.id == self._home_id:  # nobody holds what led home
+        if self._return is not None and self._inputs.control.id == self._return_id:  # nobody holds what led home
             self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
-        self._home, self._noted = None, -1
+        self._return, self._noted = None, -1
         self.update()
 
     def show_history(self, on: bool) -> None:
@@ -50,35 +50,35 @@ class Roamer:
             raise ValueError("this student's memory has no history to switch off")
         self._memory.show_history(on)
 
-    def go_home(self) -> None:
+    def return_to_start(self) -> None:
         """From the next chunk on undo what was done, last things first, until the start; keys pressed meanwhile win."""
         if self._inputs.camera is None:
             raise ValueError("this student is not told where it goes, so it cannot be led back")
-        self._home = list(self._way)
-        self._home_id = self._inputs.wish.id
+        self._return = list(self._path)
+        self._return_id = self._inputs.control.id
 
-    def wish(self, start: int, stop: int) -> Wish:
+    def control(self, start: int, stop: int) -> ControlInput:
         """What a chunk of latents `start`..`stop` - 1 is made with: the wish that is set, or the next step home."""
         if start > self._noted:
             self._noted = start
             held = stop - max(start, 1)  # the camera stands still through the first latent
-            if self._home is not None:
-                self._step_home(held)
+            if self._return is not None:
+                self._step_back(held)
             elif held:
-                self._way.append((self._inputs.wish.action, held))
-        return self._inputs.wish
+                self._path.append((self._inputs.control.action, held))
+        return self._inputs.control
 
-    def _step_home(self, held: int) -> None:
-        if self._inputs.wish.id != self._home_id:  # somebody pressed a key
-            self._home = None
-            self._way.append((self._inputs.wish.action, held))
-        elif self._home:
-            action, shorter = self._home.pop()
+    def _step_back(self, held: int) -> None:
+        if self._inputs.control.id != self._return_id:  # somebody pressed a key
+            self._return = None
+            self._path.append((self._inputs.control.action, held))
+        elif self._return:
+            action, shorter = self._return.pop()
             undone = opposite(self._inputs.actions, action)
-            self._home_id = self._inputs.set([min(1.0, shorter / held) * value for value in undone], None, None)
-            self._way.pop()
+            self._return_id = self._inputs.set([min(1.0, shorter / held) * value for value in undone], None, None)
+            self._path.pop()
         else:
-            self._home = None
+            self._return = None
             self._inputs.set((0.0,) * len(self._inputs.actions), None, None)
 
     def update(self) -> None:
@@ -97,5 +97,5 @@ class Roamer:
             "path": list(self._trail),
             "stored": stored,
             "history": self._memory.history_shown,
-            "home": self._home is not None,
+            "home": self._return is not None,
         }

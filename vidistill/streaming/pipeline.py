@@ -8,16 +8,16 @@ from itertools import chain
 
 import torch
 
-from vidistill.streaming.engine import Chunk, Dream, Engine, Frame
+from vidistill.streaming.engine import Chunk, Engine, Frame, Run
 
 
 def inline(engine: Engine) -> Iterator[Frame]:
     """Frames made in the thread that asks for them, from dream to dream, until the engine is closed."""
     while not engine.closed:
-        dream = engine.dream
-        for chunk in engine.chunks(dream):
+        run = engine.run
+        for chunk in engine.chunks(run):
             for frame in chain.from_iterable(engine.decode(chunk)):
-                if dream.over:
+                if run.over:
                     break
                 yield frame
 
@@ -65,9 +65,9 @@ class Pipeline:
             self._turn.notify_all()
             return self._ready.popleft()
 
-    def begin(self, dream: Dream) -> None:
+    def begin(self, run: Run) -> None:
         with self._turn:
-            self.engine.begin(dream)
+            self.engine.begin(run)
             self._todo.clear()
             self._ready.clear()
             self._pending = 0
@@ -96,28 +96,28 @@ class Pipeline:
         except BaseException as error:
             with self._turn:
                 self.error = self.error or error
-                self.engine.dream.over = True
+                self.engine.run.over = True
                 self._turn.notify_all()
         finally:
             torch.set_num_threads(before)
 
     def _denoise(self) -> None:
         while not self._stopped:
-            dream = self.engine.dream
-            for chunk in self.engine.chunks(dream, partial(self._admit, dream)):
+            run = self.engine.run
+            for chunk in self.engine.chunks(run, partial(self._admit, run)):
                 with self._turn:
-                    if not dream.over:
+                    if not run.over:
                         self._pending += chunk.px_frames
                         self._todo.append(chunk)
                         self._turn.notify_all()
                 if self.crowded:
                     self._decode_next()
 
-    def _admit(self, dream: Dream, px_frames: int) -> bool:
-        """Wait until a chunk fits, or nothing waits, or `dream` is over; True if the chunk may start."""
+    def _admit(self, run: Run, px_frames: int) -> bool:
+        """Wait until a chunk fits, or nothing waits, or `run` is over; True if the chunk may start."""
         with self._turn:
-            self._turn.wait_for(lambda: dream.over or not self._pending or self._pending + px_frames <= self.capacity)
-            return not dream.over
+            self._turn.wait_for(lambda: run.over or not self._pending or self._pending + px_frames <= self.capacity)
+            return not run.over
 
     def _decode(self) -> None:
         while not self._stopped:
@@ -133,7 +133,7 @@ class Pipeline:
             chunk = self._todo.popleft()
         for frames in self.engine.decode(chunk):
             with self._turn:
-                if chunk.dream != self.engine.dream.number:
+                if chunk.run != self.engine.run.number:
                     return
                 self._ready.extend(frames)
                 self._turn.notify_all()

@@ -36,10 +36,10 @@ def recache(past: Past, cond: Condition) -> bool:
     The sinks stay as they are, unless the stream is so young that they are rewritten with the rest.
     Source: LongLive 2509.22622, KV-recache.
     """
-    sigma, told = context_level(past.schedule)
+    sigma, timestep = context_level(past.schedule)
     rng = torch.Generator().manual_seed(past.seed)
     start = past.start - past.latents.shape[1]
-    reencode(past.student, past.latents, cond, past.memory, start=start, sigma=sigma, told=told, rng=rng)
+    reencode(past.student, past.latents, cond, past.memory, start=start, sigma=sigma, timestep=timestep, rng=rng)
     return False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidistill.checkpoint import Bundle, load_codec_of, load_student
+from vidistill.checkpoint import Bundle, load_codec, load_student
 from vidistill.codecs import Codec, Compiled
 from vidistill.ops.device import named_device
 from vidistill.ops.precision import PRECISIONS, working_dtype
@@ -46,7 +46,7 @@ class SpeedConfig:
         return self.linears == "plain" and not self.compile
 
     @property
-    def beside(self) -> "SpeedConfig":
+    def baseline(self) -> "SpeedConfig":
         """What shows how much this gains: everything plain, on the same device."""
         return SpeedConfig(device=self.device)
 
@@ -57,13 +57,13 @@ class SpeedConfig:
 
     @property
     def how(self) -> tuple[str, bool, torch.device, torch.dtype]:
-        """What `VideoDiT.faster` takes after the length of a pass."""
+        """What `VideoDiT.for_inference` takes after the length of a pass."""
         return self.linears, self.compile, self.where, self.dtype
 
 
-def faster(bundle: Bundle, cfg: SpeedConfig) -> Bundle:
+def for_inference(bundle: Bundle, cfg: SpeedConfig) -> Bundle:
     """The student `bundle` of the same weights, computed as `cfg` says; ValueError where that cannot run here."""
-    return bundle if cfg.keeps(bundle.net) else named(bundle, cfg, bundle.net.faster(*cfg.how))
+    return bundle if cfg.keeps(bundle.net) else named(bundle, cfg, bundle.net.for_inference(*cfg.how))
 
 
 def named(bundle: Bundle, cfg: SpeedConfig, net: nn.Module) -> Bundle:
@@ -84,4 +84,4 @@ def fast_decoder(codec: Codec, cfg: SpeedConfig) -> Codec:
 def load_fast(name: str | Path, cfg: SpeedConfig) -> tuple[Bundle, Codec]:
     """The student `name` and its codec, computed as `cfg` says."""
     bundle = load_student(name)
-    return faster(bundle, cfg), fast_decoder(load_codec_of(bundle), cfg)
+    return for_inference(bundle, cfg), fast_decoder(load_codec(bundle), cfg)

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning.controls import Inputs
+from vidistill.conditioning.controls import LiveConditions
 from vidistill.conditioning.script import Cue, Script
 from vidistill.memory.policies import MemoryConfig
 from vidistill.rollout import Drawn, rollout
 from vidistill.schedules import endless, finite
-from vidistill.streaming.engine import Chunk, Dream, Engine, Frame
-from vidistill.streaming.navigation import Roamer
+from vidistill.streaming.engine import Chunk, Engine, Frame, Run
+from vidistill.streaming.navigation import Navigator
 from vidistill.streaming.pipeline import Pipeline, inline
 from vidistill.streaming.prompt_switch import SWITCHES
-from vidistill.streaming.runtime import SpeedConfig, faster, load_fast
+from vidistill.streaming.runtime import SpeedConfig, for_inference, load_fast
 
 __all__ = [
     "SWITCHES",
@@ -33,7 +33,7 @@ __all__ = [
     "StreamConfig",
     "StreamSession",
     "check_gain",
-    "faster",
+    "for_inference",
     "load_fast",
     "refused_switches",
 ]
@@ -52,7 +52,7 @@ MAX_GAIN = 10.0
 
 def check_gain(bundle: Bundle, codec: Codec, gain: float) -> None:
     """ValueError if a session of this student would refuse `gain`."""
-    Inputs.of(bundle.record, codec.temporal_factor, "cpu").speed_up(gain)
+    LiveConditions.of(bundle.record, codec.temporal_factor, "cpu").speed_up(gain)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class StreamSession:
         self._refused = refused_switches(bundle)
         engine.inputs.speed_up(cfg.gain)
         self._resets = itertools.count(1)
-        engine.begin(Dream(0, cfg.seed, engine.encode(image)))
+        engine.begin(Run(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
             decode_threads = cfg.decode_threads or max(1, torch.get_num_threads() // 4)
@@ -150,9 +150,9 @@ class StreamSession:
         weakref.finalize(self, (self._pipeline or engine).close)
 
     @property
-    def roamer(self) -> Roamer:
+    def navigator(self) -> Navigator:
         """Map of the way, the way home, and the switch of what the memory holds beside its window."""
-        return self._engine.roamer
+        return self._engine.navigator
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ class StreamSession:
         return self._engine.inputs.actions
 
     @property
-    def listens(self) -> bool:
+    def takes_prompts(self) -> bool:
         """Whether `set` takes a prompt: the student cross-attends, and its text encoder is known."""
         return self._engine.inputs.encode is not None
 
@@ -175,20 +175,20 @@ class StreamSession:
         return 0.0 if self._engine.inputs.track is None else self._engine.inputs.track.cfg.lookahead_ms
 
     @property
-    def unspoken_s(self) -> float:
+    def queued_audio_s(self) -> float:
         """Seconds of audio that wait for their turn."""
         track = self._engine.inputs.track
         return 0.0 if track is None else track.waiting / track.cfg.rate
 
-    def hush(self) -> None:
+    def clear_audio(self) -> None:
         """Interrupt: audio that waits for its turn is dropped, and the student listens; nothing else is forgotten."""
         if self._engine.inputs.track is not None:
-            self._engine.inputs.track.hush()
+            self._engine.inputs.track.clear_audio()
 
     @property
     def given(self) -> Tensor | None:
         """The latents [1, F, C, H, W] that the dream starts from; None for one from noise."""
-        return self._engine.dream.given
+        return self._engine.run.given
 
     @property
     def frames_per_chunk(self) -> int:
@@ -230,9 +230,9 @@ class StreamSession:
         for what the student does not know; then nothing changes.
         """
         if audio is not None:
-            self._engine.inputs.hear(audio)
+            self._engine.inputs.push_audio(audio)
             if action is None and prompt is None and tokens is None:
-                return self._engine.inputs.wish.id
+                return self._engine.inputs.control.id
         return self._engine.inputs.set(action, prompt, tokens, self._policy(switch))
 
     def _policy(self, switch: str | None) -> str:
@@ -248,9 +248,9 @@ class StreamSession:
 
         Frames not yet taken are dropped. Inputs stay: call `set` first if the new dream is to begin with others.
         """
-        old = self._engine.dream
+        old = self._engine.run
         given = old.given if image is None else self._engine.encode(image)
-        (self._pipeline or self._engine).begin(Dream(next(self._resets), old.seed if seed is None else seed, given))
+        (self._pipeline or self._engine).begin(Run(next(self._resets), old.seed if seed is None else seed, given))
 
     def frames(self) -> Iterator[Frame]:
         """Frames in order, for ever; ends when the session is closed. Asked again, it goes on where it was left.
@@ -292,7 +292,7 @@ class StreamSession:
         """Finished chunks from the start of a new dream, for ever, not decoded, in the thread that asks for them."""
         self._claim("latents")
         self.reset()
-        yield from self._engine.chunks(self._engine.dream)
+        yield from self._engine.chunks(self._engine.run)
 
     def latents(self) -> Iterator[Tensor]:
         """The latents [1, f, C, H, W] of `chunks`."""
@@ -302,16 +302,16 @@ class StreamSession:
     def reference(self, chunks: int) -> Tensor:
         """Latents [1, F, C, H, W] of a plain finite rollout under the present inputs: what the stream must equal."""
         engine = self._engine
-        engine.inputs.begin(engine.dream.given)
-        noise, rng = engine.randomness(engine.dream)
+        engine.inputs.begin(engine.run.given)
+        noise, rng = engine.randomness(engine.run)
         finished = rollout(
             engine.student,
             finite(endless(engine.schedule), chunks),
             noise=noise,
-            cond=partial(engine.inputs.condition, engine.inputs.wish),
+            cond=partial(engine.inputs.condition, engine.inputs.control),
             memory=engine.student.new_memory(1, cfg=engine.memory_config),
             rng=rng,
-            pinned=engine.dream.given,
+            clamped=engine.run.given,
         )
         return torch.cat(list(finished), dim=1)
 

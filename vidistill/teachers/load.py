@@ -31,7 +31,7 @@ def family_of(source: str | Path) -> str:
     return CLASSES.get(said.get("_class_name", ""), "wan")
 
 
-def load_teacher(source: str | Path, family: str | None = None, **options: Any) -> Teacher:
+def read_teacher(source: str | Path, family: str | None = None, **options: Any) -> Teacher:
     """The teacher at `source`, a local folder or a hub id.
 
     `family` None: what the folder says. Options are those of the family's `load`. Raises ValueError for an unknown

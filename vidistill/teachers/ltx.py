@@ -38,14 +38,14 @@ class LTX(nn.Module):
         if cond.tokens is None:
             raise ValueError("LTX-Video cross-attends: Condition.tokens is missing")
         frames, height, width = x.shape[1], x.shape[3], x.shape[4]
-        told = (sigma * 1000).repeat_interleave(height * width, dim=1)
+        timestep = (sigma * 1000).repeat_interleave(height * width, dim=1)
         dtype = next(self.net.parameters()).dtype
         mask = cond.tokens.abs().amax(dim=-1) > 0
         mask = mask | ~mask.any(dim=1, keepdim=True)  # an empty prompt attends to all of its zeros
         out = self.net(
             hidden_states=rearrange(x.to(dtype), "b f c h w -> b (f h w) c"),
             encoder_hidden_states=cond.tokens.to(dtype),
-            timestep=told.to(dtype),
+            timestep=timestep.to(dtype),
             encoder_attention_mask=mask,
             num_frames=frames,
             height=height,

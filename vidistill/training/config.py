@@ -16,7 +16,7 @@ from vidistill.ops.precision import DTYPES, PRECISIONS
 from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import OBJECTIVES, LossConfig
 from vidistill.training.optim import OptimConfig
-from vidistill.training.validation import WatchConfig
+from vidistill.training.validation import ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrainConfig:
     reference: bool = False  # tell the networks the clip's first picture at every frame (condition channels)
     curate: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # measure -> what it may be of a clip
     init_plateau: float = 0.0  # refuse an `init` whose loss still fell by more than this share; 0: any will do
-    watch: WatchConfig = WatchConfig()
+    validation: ValidationConfig = ValidationConfig()
     camera: CameraConfig | None = None  # tell the networks camera moves (site `hidden`) and poses (site `qk`)
     codec_config: TinyCodecConfig = TinyCodecConfig()
     dit: DiTConfig = DiTConfig()
@@ -111,8 +111,10 @@ class TrainConfig:
             raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
         if self.init_plateau < 0 or (self.init_plateau and not self.init):
             raise ValueError(f"init_plateau {self.init_plateau} must not be negative, and asks about an `init`")
-        if self.watch.judge_every and self.save_every % self.watch.judge_every:
-            raise ValueError(f"save_every {self.save_every} must be whole watch.judge_every {self.watch.judge_every}")
+        if self.validation.every and self.save_every % self.validation.every:
+            raise ValueError(
+                f"save_every {self.save_every} must be whole validation.judge_every {self.validation.every}"
+            )
         self.check_policy()
         self.check_curriculum()
 
@@ -149,10 +151,12 @@ class TrainConfig:
             raise ValueError("loss.regression and motion_head compare rollouts with the teacher's: set on_policy=true")
         if self.loss.forcing and self.long_frames:
             raise ValueError("loss.forcing learns from recorded clips, not from streams that go on: set long_frames=0")
-        if (self.watch.judge_every or self.watch.diagnose_every) and not self.rolls:
-            raise ValueError(f"watch looks at rollouts; objective {self.objective!r} here trains on data")
-        if self.loss.broken < 1 and (not self.rolls or self.objective != "dmd" or self.long_frames):
-            raise ValueError("loss.broken compares rollouts of objective dmd with recorded clips, without long_frames")
+        if (self.validation.every or self.validation.diagnose_every) and not self.rolls:
+            raise ValueError(f"validation looks at rollouts; objective {self.objective!r} here trains on data")
+        if self.loss.invalid_weight < 1 and (not self.rolls or self.objective != "dmd" or self.long_frames):
+            raise ValueError(
+                "loss.invalid_weight compares rollouts of objective dmd with recorded clips, without long_frames"
+            )
         if (self.replay or self.long_frames) and not self.rolls:
             raise ValueError(f"replay and long_frames need rollouts; objective {self.objective!r} here trains on data")
         memory = self.student.memory
@@ -162,10 +166,10 @@ class TrainConfig:
             raise ValueError(
                 f"long_frames need clips longer than a chunk of {self.student.chunk}, frames is {self.frames}"
             )
-        if self.long_frames and self.camera and POSE_SITE in self.camera.tells:
+        if self.long_frames and self.camera and POSE_SITE in self.camera.sites:
             raise ValueError(
                 "long_frames goes on with the actions of another clip, whose poses begin elsewhere: tell no poses "
-                "(camera.tells without qk), or leave long_frames 0 and roll out longer clips"
+                "(camera.sites without qk), or leave long_frames 0 and roll out longer clips"
             )
         if self.critic_reuse > 1 and (self.long_frames or not self.rolls):
             raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidistill import metrics
 from vidistill.conditioning.condition import Condition, branches
 from vidistill.diffusion import Denoiser, NoiseSchedule, add_noise, expand, randn_like, v_from, x0_from_v
 from vidistill.models.student import CausalStudent
 from vidistill.sampling import guided
+from vidistill.training.motion import DISTANCES, motion, motion_gradient, motion_pull, motion_weights
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,11 @@ class LossConfig:
     sid_alpha: float = 1.0
     latent_noise: float = 0.1  # codec: noise on latents while training
     latent_penalty: float = 1e-3  # codec: keeps raw latents near unit size
-    edge: float = 1.0  # codec: weight of the gradient term beside L1
-    square: float = 0.0  # codec: weight of the squared error beside L1
-    steady: float = 0.0  # codec: weight of the error's change between frames: what stands still should not flicker
+    gradient_weight: float = 1.0  # codec: weight of the gradient term beside L1
+    mse_weight: float = 0.0  # codec: weight of the squared error beside L1
+    temporal_weight: float = (
+        0.0  # codec: weight of the error's change between frames: what stands still should not flicker
+    )
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # regression: the student's noise levels
     context_noise: float = 0.0  # teacher forcing: noise on the clean history
     noisy_chunks: int = 0  # teacher and diffusion forcing: only so many chunks at the end are noisy; 0: all
@@ -73,7 +76,9 @@ class LossConfig:
     distance: str = "mse"  # of that regression
     target_steps: int = 50  # sampler steps of the teacher sample
     forcing: float = 0.0  # weight of teacher forcing on the recorded clip, beside what the rollout teaches
-    broken: float = 1.0  # weight of rollouts that are empty, frozen or flicker (1: as all others), see `soundness`
+    invalid_weight: float = (
+        1.0  # weight of rollouts that are empty, frozen or flicker (1: as all others), see `valid_rollouts`
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
@@ -81,10 +86,10 @@ class LossConfig:
         if self.channel_weights and min(self.channel_weights) <= 0:
             raise ValueError(f"loss.channel_weights must be positive, got {list(self.channel_weights)}")
         steps = [step for step, _ in self.guidance_schedule]
-        if not 0 <= self.drop_audio < 1 or not 0 <= self.broken <= 1 or steps != sorted(set(steps)):
+        if not 0 <= self.drop_audio < 1 or not 0 <= self.invalid_weight <= 1 or steps != sorted(set(steps)):
             raise ValueError(
-                "loss.drop_audio lies in [0, 1), loss.broken in [0, 1], and the steps of guidance_schedule rise; got "
-                f"{self.drop_audio}, {self.broken} and {list(self.guidance_schedule)}"
+                "loss.drop_audio lies in [0, 1), loss.invalid_weight in [0, 1], and steps of guidance_schedule rise; "
+                f"got {self.drop_audio}, {self.invalid_weight} and {list(self.guidance_schedule)}"
             )
         if not 0 <= self.guidance_floor <= 1:
             raise ValueError(f"loss.guidance_floor is a noise level from 0 to 1, got {self.guidance_floor}")
@@ -152,7 +157,13 @@ def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: t
     changes = changing(error)
     penalty = raw.square().mean()
     mse = error.square().mean()
-    value = l1 + cfg.edge * edges + cfg.square * mse + cfg.steady * changes + cfg.latent_penalty * penalty
+    value = (
+        l1
+        + cfg.gradient_weight * edges
+        + cfg.mse_weight * mse
+        + cfg.temporal_weight * changes
+        + cfg.latent_penalty * penalty
+    )
     parts = {"l1": l1, "edges": edges, "changes": changes, "psnr": -10 * mse.log10(), "raw": penalty}
     return Loss(value, {name: part.detach() for name, part in parts.items()})
 
@@ -283,38 +294,40 @@ def score_level(x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) ->
 def predict(
     net: Denoiser,
     x: Tensor,
-    told: Tensor,
+    timestep: Tensor,
     sigma: Tensor,
     cond: Condition,
     guidance: float,
     audio: float = 0.0,
     floor: float = 0.0,
 ) -> Tensor:
-    """Prediction x0 [B, F, C, H, W] of a score network, with guidance; `told` may differ from the noise `sigma`."""
-    return x0_from_v(x, guided(net, x, told, cond, *branches(cond, guidance, audio), floor), sigma)
+    """Prediction x0 [B, F, C, H, W] of a score network, with guidance; `timestep` may differ from the noise `sigma`."""
+    return x0_from_v(x, guided(net, x, timestep, cond, *branches(cond, guidance, audio), floor), sigma)
 
 
 def both_scores(
-    roles: Roles, x: Tensor, told: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator
+    roles: Roles, x: Tensor, timestep: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise level [B, F] that is told as `told`, and what critic and teacher predict from `x` noised to it."""
-    sigma = hold(cfg.score_noise.level(told), batch.given)
+    """The noise level [B, F] that is told as `timestep`, and what critic and teacher predict from `x` noised to it."""
+    sigma = hold(cfg.score_noise.level(timestep), batch.given)
     noisy = add_noise(x, randn_like(x, rng), sigma)
-    fake = predict(roles.critic, noisy, told, sigma, batch.cond, cfg.critic_guidance)
-    real = predict(roles.teacher, noisy, told, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor)
+    fake = predict(roles.critic, noisy, timestep, sigma, batch.cond, cfg.critic_guidance)
+    real = predict(
+        roles.teacher, noisy, timestep, sigma, batch.cond, cfg.guidance, cfg.audio_guidance, cfg.guidance_floor
+    )
     return sigma, fake, real
 
 
 @torch.no_grad()
 def score_difference(
-    roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, told: Tensor | None = None
+    roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, timestep: Tensor | None = None
 ) -> dict[str, Tensor]:
     """What DMD is made of: the noise level, both predictions, and the normalised gradient (fake - real) on `x`.
 
     Source: DMD 2311.18828, eq. 7 and 8; normaliser of DMD2 2405.14867.
     """
-    told = score_level(x, batch, cfg, rng) if told is None else told
-    sigma, fake, real = both_scores(roles, x, told, batch, cfg, rng)
+    timestep = score_level(x, batch, cfg, rng) if timestep is None else timestep
+    sigma, fake, real = both_scores(roles, x, timestep, batch, cfg, rng)
     g = batch.given
     scale = (x - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     grad = (fake - real) / scale.clamp_min(1e-6)
@@ -339,10 +352,10 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     grad = score["grad"]
     logs = {"dmd_grad": grad[:, batch.given :].abs().mean()}
     trust: Tensor | float = 1.0  # in each clip
-    if cfg.broken < 1:
-        sound = soundness(x0.detach(), batch.x if batch.whole is None else batch.whole, batch.given)
-        logs["broken"] = 1 - sound.mean()
-        trust = (cfg.broken + (1 - cfg.broken) * sound).view(-1, 1, 1, 1, 1)
+    if cfg.invalid_weight < 1:
+        sound = valid_rollouts(x0.detach(), batch.x if batch.whole is None else batch.whole, batch.given)
+        logs["invalid"] = 1 - sound.mean()
+        trust = (cfg.invalid_weight + (1 - cfg.invalid_weight) * sound).view(-1, 1, 1, 1, 1)
     value = cfg.dmd * pull(x0, trust * by_channel(grad, cfg.channel_weights), batch.given).float()
     if cfg.motion:
         wanted = motion_gradient(x0.detach(), score["fake"], score["real"], batch.given)
@@ -365,7 +378,7 @@ def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
 EMPTY, FROZEN, FLICKER = 0.4, 0.2, 2.5  # of real clips' contrast, motion and change of motion
 
 
-def soundness(x: Tensor, real: Tensor, given: int) -> Tensor:
+def valid_rollouts(x: Tensor, real: Tensor, given: int) -> Tensor:
     """1 for each clip [B] that is neither empty (black), frozen nor flickering beside the `real` ones, else 0.
 
     After KEPO: nothing is learnt from failed samples. The measures, in latent space, are ours.
@@ -384,84 +397,10 @@ def soundness(x: Tensor, real: Tensor, given: int) -> Tensor:
     return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * wanted[1]) & (changes < FLICKER * wanted[2])).to(x)
 
 
-DISTANCES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "mse": lambda d: d.square().mean(),
-    "charbonnier": lambda d: (d.square() + 1e-6).sqrt().mean(),
-    "cauchy": lambda d: torch.log1p((d / 1e-2).square()).mean(),
-}
-
-
-def motion(x: Tensor, given: int) -> Tensor:
-    """Differences [B, T, C, H, W] of neighbouring frames, those between given frames left out."""
-    return x[:, max(given - 1, 0) :].diff(dim=1)
-
-
-def motion_gradient(x: Tensor, fake: Tensor, real: Tensor, given: int) -> Tensor:
-    """Normalised score difference of motion [B, T, C, H, W]. Source: Diagonal Distillation 2603.09488, flow DMD."""
-    moved, wanted = motion(x, given), motion(real, given)
-    scale = (moved - wanted).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return (motion(fake, given) - wanted) / scale.clamp_min(1e-6)
-
-
-def motion_weights(grad: Tensor, growth: float, dynamic: float) -> Tensor:
-    """Weight [B, T, 1, 1, 1] of each transition: cumulated error so far, mixed with an exponential of mean 1.
-
-    Source: authors' code of 2603.09488; the error is that of motion, `grad` squared; theirs compares with latents.
-    """
-    error = grad.square().mean(dim=(2, 3, 4)).cumsum(dim=1)
-    rising = 1 + error / error[:, -1:].clamp_min(1e-6)
-    powers = growth ** torch.arange(grad.shape[1], dtype=grad.dtype, device=grad.device)
-    return (dynamic * rising + (1 - dynamic) * powers / powers.mean())[..., None, None, None]
-
-
-def motion_pull(x: Tensor, grad: Tensor, weight: Tensor, given: int) -> Tensor:
-    """A loss [] whose gradient on the motion of `x` is 2 `weight` `grad` / numel, so that it reaches every frame."""
-    moved = motion(x, given).float()
-    return (weight * (moved - (moved - grad).detach()).square()).mean()
-
-
-class MotionHead(nn.Module):
-    """Learned features of motion; starts as the identity. `target` follows `net` and sees the teacher sample.
-
-    Source: Diagonal Distillation 2603.09488, authors' code (there the head is not in the optimiser; here it is).
-    """
-
-    def __init__(self, channels: int, width: int = 64, groups: int = 32, decay: float = 0.95) -> None:
-        super().__init__()
-        self.decay = decay
-        self.net, self.target = (
-            nn.Sequential(
-                nn.SiLU(),
-                nn.Conv2d(channels, width, 1),
-                nn.GroupNorm(groups, width),
-                nn.SiLU(),
-                nn.Conv2d(width, channels, 1),
-            )
-            for _ in range(2)
-        )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-        self.target.load_state_dict(self.net.state_dict())
-        self.target.requires_grad_(False)
-
-    def forward(self, moved: Tensor, wanted: Tensor) -> Tensor:
-        """Mean squared distance [] of the features of two motions [B, T, C, H, W]."""
-        y, z = moved.flatten(0, 1).float(), wanted.detach().flatten(0, 1).float()
-        with torch.no_grad():
-            aim = z + self.target(z)
-        return (y + self.net(y) - aim).square().mean()
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Move the teacher copy towards the trained one; call after each of its updates."""
-        for slow, fast in zip(self.target.parameters(), self.net.parameters(), strict=True):
-            slow.lerp_(fast, 1 - self.decay)
-
-
 def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
     """Score identity distillation, gradients through both scores. Source: 2404.04057, eq. 23; 2506.08009."""
-    told = score_level(x0, batch, cfg, rng)
-    _, fake, real = both_scores(roles, x0, told, batch, cfg, rng)
+    timestep = score_level(x0, batch, cfg, rng)
+    _, fake, real = both_scores(roles, x0, timestep, batch, cfg, rng)
     g = batch.given
     scale = (x0 - real)[:, g:].abs().mean(dim=(1, 2, 3, 4), keepdim=True).detach().clamp_min(1e-6)
     gap = real - fake
@@ -471,10 +410,10 @@ def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
 
 def critic_flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
     """Flow matching of the critic on the student's samples `x0`, at the levels the scores are taken at."""
-    told = score_level(x0, batch, cfg, rng)
-    sigma = hold(cfg.score_noise.level(told), batch.given)
+    timestep = score_level(x0, batch, cfg, rng)
+    sigma = hold(cfg.score_noise.level(timestep), batch.given)
     eps = randn_like(x0, rng)
-    v = roles.critic.velocity(add_noise(x0, eps, sigma), told, batch.cond)
+    v = roles.critic.velocity(add_noise(x0, eps, sigma), timestep, batch.cond)
     return Loss(masked_mse(v, v_from(x0, eps), batch.given, channels=cfg.channel_weights))
 
 

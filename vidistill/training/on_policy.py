@@ -84,7 +84,7 @@ class LongRollout:
         self.length = 0  # latents of the stream so far
         self.seed = 0
         self.tail: Tensor | None = None  # newest latents [B, F, C, H, W] of the stream
-        self.told = Condition()  # their condition
+        self.cond = Condition()  # their condition
 
     def new_frames(self, frames: int) -> int:
         """Latents by which a stream grows in one step."""
@@ -97,8 +97,8 @@ class LongRollout:
         """The next sample; `grad` keeps the graph of its new frames, `record` what `replayed_backward` needs."""
         draw = Random(int(torch.randint(2**31, (1,), generator=rng)))
         frames = batch.x.shape[1]
-        grown = self.length + self.new_frames(frames)
-        if self.tail is None or restart or grown > self.limit:
+        extend = self.length + self.new_frames(frames)
+        if self.tail is None or restart or extend > self.limit:
             return self.start(batch, draw, rng, grad=grad, record=record)
         return self.go_on(batch, draw, rng, grad=grad, record=record)
 
@@ -106,7 +106,7 @@ class LongRollout:
         student, (b, frames) = self.student, batch.x.shape[:2]
         passes = training(self.schedule, student.num_chunks(frames), draw)
         self.memory = student.new_memory(b, dtype=self.dtype)
-        self.seed, self.length, self.told = draw.randrange(2**31), frames, batch.cond
+        self.seed, self.length, self.cond = draw.randrange(2**31), frames, batch.cond
         out = self.roll(passes, batch, 0, batch.cond, rng, grad, record)
         if self.limit:
             self.tail = out.x0.detach()
@@ -116,37 +116,37 @@ class LongRollout:
 
     def go_on(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
         assert self.tail is not None and self.memory is not None
-        self.memory.read_anew()
+        self.memory.clear_cache()
         student, frames = self.student, batch.x.shape[1]
         new = self.new_frames(frames)
         first = whole_chunks(student, self.length)
         passes = passes_from(self.schedule, first, whole_chunks(student, self.length + new), draw)
-        told = self.told_next(batch.cond, new)
-        out = self.roll(passes, replace(batch, given=0), self.length, told, rng, grad, record)
+        following = self.next_condition(batch.cond, new)
+        out = self.roll(passes, replace(batch, given=0), self.length, following, rng, grad, record)
         self.length += new
         kept = self.tail[:, new:]
-        cond = replace(concat([self.told.frames(new, frames), told], dim=1), negative=self.told.negative)
+        cond = replace(concat([self.cond.frames(new, frames), following], dim=1), negative=self.cond.negative)
         picture = kept[:, :1] if self.repicture is None else self.repicture(self.tail[:, : new + 1])
-        self.tail, self.told = torch.cat((kept, out.x0.detach()), dim=1), cond
+        self.tail, self.cond = torch.cat((kept, out.x0.detach()), dim=1), cond
         out.x0 = torch.cat((picture, kept[:, 1:], out.x0), dim=1)
         out.batch = Batch(out.x0.detach(), start_of_clip(cond), given=batch.given)
         out.skipped = self.length - frames
         return out
 
-    def told_next(self, cond: Condition, new: int) -> Condition:
+    def next_condition(self, cond: Condition, new: int) -> Condition:
         """What the stream is told for `new` latents: the recorded actions of another clip, all else as before.
 
         The camera goes on from the heading it has.
         """
-        held, per_frame = self.told.channels, dict(cond.frames(1, 1 + new).per_frame)
+        held, per_frame = self.cond.channels, dict(cond.frames(1, 1 + new).per_frame)
         if VIEW_SITE in per_frame:
-            turned = self.told.per_frame[VIEW_SITE][:, -1:] - cond.per_frame[VIEW_SITE][:, :1]
+            turned = self.cond.per_frame[VIEW_SITE][:, -1:] - cond.per_frame[VIEW_SITE][:, :1]
             per_frame[VIEW_SITE] = per_frame[VIEW_SITE] + turned
         return Condition(
-            self.told.tokens,
+            self.cond.tokens,
             per_frame,
             None if held is None else held[:, -1:].expand(-1, new, -1, -1, -1),
-            self.told.negative,
+            self.cond.negative,
         )
 
     def roll(
@@ -167,7 +167,7 @@ class LongRollout:
                 memory=self.memory,
                 rng=rng,
                 records=records,
-                pinned=given if start == 0 else None,
+                clamped=given if start == 0 else None,
             )
             x0 = torch.cat(list(chunks), dim=1)
         return Rollout(x0, batch, records or [], before, cond, start, start)
@@ -192,7 +192,7 @@ def replayed_backward(student: CausalStudent, sample: Rollout, grad: Tensor) -> 
         sample.records,
         cond=lambda lo, hi: cond.frames(lo - sample.first, hi - sample.first),
         memory=sample.memory,
-        pinned=sample.batch.x[:, : sample.batch.given] if sample.first == 0 else None,
+        clamped=sample.batch.x[:, : sample.batch.given] if sample.first == 0 else None,
     )
     for chunk, x0 in chunks:
         lo, hi = student.first_frame(chunk), student.first_frame(chunk + 1)

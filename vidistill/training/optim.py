@@ -14,6 +14,10 @@ from vidistill.ops.precision import working_dtype
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: lifts every singular value towards 1
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what is left intact."""
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and, over the last `decay` of the run, linear decay to zero.
@@ -90,7 +94,7 @@ class Muon(torch.optim.Muon):
         return loss
 
 
-class Learner:
+class TrainState:
     """A network being trained: optimiser, learning-rate schedule, and optionally an averaged copy."""
 
     def __init__(self, net: nn.Module, cfg: OptimConfig, steps: int, ema: float = 0.0, ema_start: int = 0) -> None:
@@ -117,7 +121,7 @@ class Learner:
         self.average = [p.detach().clone() for p in self.params] if ema else []
         self.updates = 0
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drop all gradients."""
         for p in self.params:
             p.grad = None
@@ -129,7 +133,7 @@ class Learner:
             raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
         return norm
 
-    def move(self) -> None:
+    def step(self) -> None:
         """Step the optimisers along the gradients, and the average after them."""
         for view, p in zip(self.views, self.matrices, strict=True):
             view.grad = None if p.grad is None else p.grad.flatten(1)
@@ -139,10 +143,10 @@ class Learner:
             optim.step()
         self.updates += 1
         if self.average:
-            self.move_average()
+            self.update_ema()
 
     @torch.no_grad()
-    def move_average(self) -> None:
+    def update_ema(self) -> None:
         if self.updates <= self.ema_start:
             for a, p in zip(self.average, self.params, strict=True):
                 a.copy_(p)
@@ -151,7 +155,7 @@ class Learner:
             torch._foreach_lerp_(self.average, self.params, 1 - decay)
 
     @torch.no_grad()
-    def swap(self) -> None:
+    def swap_ema(self) -> None:
         """Exchange live and averaged weights; without an average nothing."""
         for a, p in zip(self.average, self.params, strict=bool(self.average)):
             held = p.detach().clone()
@@ -162,18 +166,18 @@ class Learner:
         """All tensors of this learner under `prefix`."""
         tensors = {f"{prefix}.net.{n}": t for n, t in self.net.state_dict().items()}
         tensors.update({f"{prefix}.ema.{i}": t for i, t in enumerate(self.average)})
-        for i, (optim, p) in enumerate(self.owners()):
+        for i, (optim, p) in enumerate(self.optimizer_params()):
             tensors.update({f"{prefix}.optim.{i}.{k}": v for k, v in optim.state.get(p, {}).items()})
         return tensors
 
-    def templates(self, prefix: str) -> dict[str, Tensor]:
+    def state_template(self, prefix: str) -> dict[str, Tensor]:
         """Tensors that lie as those of `state` do; an optimiser's as their parameter, their own name left out."""
         tensors: dict[str, Tensor] = {f"{prefix}.net.{n}": t for n, t in self.net.state_dict().items()}
         tensors.update({f"{prefix}.ema.{i}": t for i, t in enumerate(self.average)})
-        tensors.update({f"{prefix}.optim.{i}": p for i, (_, p) in enumerate(self.owners())})
+        tensors.update({f"{prefix}.optim.{i}": p for i, (_, p) in enumerate(self.optimizer_params())})
         return tensors
 
-    def owners(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:
+    def optimizer_params(self) -> list[tuple[torch.optim.Optimizer, nn.Parameter]]:
         """Every parameter with the optimiser that holds its state, in a fixed order."""
         return [(o, p) for o in self.optims for group in o.param_groups for p in group["params"]]
 
@@ -184,7 +188,7 @@ class Learner:
         self.net.load_state_dict(own)
         for i, a in enumerate(self.average):
             a.copy_(tensors[f"{prefix}.ema.{i}"])
-        for i, (optim, p) in enumerate(self.owners()):
+        for i, (optim, p) in enumerate(self.optimizer_params()):
             keys = [k for k in tensors if k.startswith(f"{prefix}.optim.{i}.")]
             if keys:
                 optim.state[p] = {k.rsplit(".", 1)[1]: tensors[k].clone() for k in keys}

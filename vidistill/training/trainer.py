@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.models.dit import VideoDiT, grown, recomputing
+from vidistill.models.dit import VideoDiT, extend, recomputing
 from vidistill.models.layers import DiTConfig
 from vidistill.models.lora import LoraConfig, add_lora, merge_lora
 from vidistill.models.student import CausalStudent, core
@@ -30,9 +31,10 @@ from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import sample as sample_teacher
 from vidistill.training import validation
 from vidistill.training.config import TrainConfig, check_network
-from vidistill.training.losses import OBJECTIVES, Loss, MotionHead, Roles, noised_sample
+from vidistill.training.losses import OBJECTIVES, Loss, Roles, noised_sample
+from vidistill.training.motion import MotionHead
 from vidistill.training.on_policy import LongRollout, Rollout, last_picture, replayed_backward, whole_chunks
-from vidistill.training.optim import Learner
+from vidistill.training.optim import TrainingError, TrainState
 from vidistill.training.trackers import MetricsLog
 
 log = logging.getLogger("vidistill")
@@ -40,10 +42,6 @@ log = logging.getLogger("vidistill")
 STATE = "state.safetensors"
 BEST = "best"
 METRICS = "metrics.jsonl"
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what is left intact."""
 
 
 class Trainer:
@@ -58,9 +56,14 @@ class Trainer:
         self.step_count = 0
         self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
         self.data = open_data(cfg.data, cfg.episodes, cfg.rolls, cfg.camera, cfg.reference, cfg.curate)
-        if isinstance(self.data, Prompts) and (cfg.loss.forcing or cfg.loss.broken < 1):
-            raise ValueError(f"{cfg.data} holds prompts alone: loss.forcing and loss.broken need recorded clips")
-        self.peak, self.losses = validation.Peak(), list[float]()  # best judgement so far; the loss of every logged row
+        if isinstance(self.data, Prompts) and (cfg.loss.forcing or cfg.loss.invalid_weight < 1):
+            raise ValueError(
+                f"{cfg.data} holds prompts alone: loss.forcing and loss.invalid_weight need recorded clips"
+            )
+        self.peak, self.losses = (
+            validation.EarlyStopping(),
+            list[float](),
+        )  # best judgement so far; the loss of every logged row
         if cfg.init and cfg.init_plateau:
             validation.check_plateau(
                 cfg.init, checkpoint.read_record(checkpoint.locate(cfg.init))["card"], cfg.init_plateau
@@ -71,24 +74,24 @@ class Trainer:
         self.roles, self.shape = self.make_roles()
         self.prepare()
         updates = sum(self.is_student_turn(s) for s in range(cfg.steps))
-        self.learner = Learner(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start)
+        self.student_state = TrainState(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start)
         critic, motion = self.roles.critic, self.roles.motion
-        self.critic = None if critic is None else Learner(critic, cfg.critic_optim, max(1, cfg.steps - updates))
-        self.motion = None if motion is None else Learner(motion, cfg.optim, updates)
+        self.critic = None if critic is None else TrainState(critic, cfg.critic_optim, max(1, cfg.steps - updates))
+        self.motion = None if motion is None else TrainState(motion, cfg.optim, updates)
         self.samplers = [self.make_sampler() if cfg.rolls else None for _ in self.parts]  # one a micro-batch
         self.sampler = self.samplers[0]
         self.kept: dict[int, tuple[int, Rollout]] = {}  # sampler -> the rollout of a step, for critic_reuse
         self.held: validation.HeldOut | None = None
-        if cfg.watch.judge_every or cfg.watch.diagnose_every:
-            clips = Clips(cfg.watch.data, reference=cfg.reference, camera=cfg.camera)
-            self.held = validation.held_out(clips, cfg.watch, cfg.frames, accelerator())
+        if cfg.validation.every or cfg.validation.diagnose_every:
+            clips = Clips(cfg.validation.data, reference=cfg.reference, camera=cfg.camera)
+            self.held = validation.held_out(clips, cfg.validation, cfg.frames, accelerator())
             self.codec = self.load_codec() if cfg.codec else None
 
     @property
-    def learners(self) -> dict[str, Learner]:
+    def train_states(self) -> dict[str, TrainState]:
         """What is trained, under the names of its state."""
-        every = {"student": self.learner, "critic": self.critic, "motion": self.motion}
-        return {name: learner for name, learner in every.items() if learner is not None}
+        every = {"student": self.student_state, "critic": self.critic, "motion": self.motion}
+        return {name: state for name, state in every.items() if state is not None}
 
     def prepare(self) -> None:
         """Add LoRA where it is asked for, move networks to this process's device, shard them if the run does."""
@@ -115,7 +118,7 @@ class Trainer:
         net = self.load(name) if name else VideoDiT(cfg.dit)
         if not isinstance(net, VideoDiT):
             raise checkpoint.CheckpointError(f"{name} is a {type(net).__name__}; one network is needed to start from")
-        net = grown(net, cfg.dit).requires_grad_(True).train()
+        net = extend(net, cfg.dit).requires_grad_(True).train()
         self.check_network(name or "dit", net.cfg)
         shape = LatentShape(cfg.frames, *self.latent_size(net.cfg.channels), net.cfg.patch)
         if cfg.objective == "flow":
@@ -133,17 +136,21 @@ class Trainer:
             self.check_network(cfg.teacher, teacher.net.cfg)
         self.check_network(critic_name, critic.cfg)
         self.teacher_noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
-        head = MotionHead(shape.channels) if cfg.loss.motion_head else None
-        return Roles(student, teacher.net, critic, head), shape
+        return Roles(student, teacher.net, critic, MotionHead(shape.channels) if cfg.loss.motion_head else None), shape
 
     def load(self, name: str, kind: str | None = None) -> Any:
-        """The network of a checkpoint, or inside its student; it recomputes its blocks if this stage does."""
+        """The network of a checkpoint, or that of its student; it recomputes its blocks if this stage does."""
         net = core(checkpoint.load(name, kind).net)
         return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
     def load_codec(self) -> Any:
         """The codec of the data's latents, which the stage names."""
         return checkpoint.load(str(self.cfg.codec), "codec").net.to(accelerator())
+
+    def normalisation_clips(self) -> Iterator[Tensor]:
+        """Training clips that a new codec's latents are normalised on, other than those of any step."""
+        for step in range(8):
+            yield self.clips.frames(self.cfg.batch, self.cfg.frames, self.cfg.seed + 1, step).to(accelerator())
 
     @property
     def clips(self) -> Clips:
@@ -183,9 +190,8 @@ class Trainer:
                 f"latents, and the first chunk has {student.first_frame(1)}"
             )
         student.num_chunks(cfg.frames)
-        dtype = working_dtype(cfg.precision, accelerator())
         picture = last_picture(self.load_codec()) if cfg.long_frames and cfg.codec else None
-        return LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
+        return LongRollout(student, cfg.schedule, cfg.long_frames, picture, working_dtype(cfg.precision, accelerator()))
 
     def is_student_turn(self, step: int) -> bool:
         if self.objective.critic is None:
@@ -250,16 +256,16 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One update of student or critic; returns what to log."""
         turn = "student" if self.is_student_turn(self.step_count) else "critic"
-        learners = [self.learner, self.motion] if turn == "student" else [self.critic]
-        trained = [learner for learner in learners if learner is not None]
-        for learner in trained:
-            learner.forget()
+        states = [self.student_state, self.motion] if turn == "student" else [self.critic]
+        trained = [state for state in states if state is not None]
+        for state in trained:
+            state.zero_grad()
         logs = self.gradients(turn)
-        for learner in trained:
-            distributed.mean_gradients(learner.params, len(self.parts))
-        norms = [learner.clip(logs["loss"]) for learner in trained]
-        for learner in trained:
-            learner.move()
+        for state in trained:
+            distributed.mean_gradients(state.params, len(self.parts))
+        norms = [state.clip(logs["loss"]) for state in trained]
+        for state in trained:
+            state.step()
         if turn == "student" and self.roles.motion is not None:
             self.roles.motion.follow()
         self.step_count += 1
@@ -268,7 +274,7 @@ class Trainer:
     def gradients(self, turn: str) -> dict[str, float]:
         """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
         whole, logs, device = self.batch(self.drawn_at(self.step_count)), [], accelerator()
-        recorded = whole.x.to(device) if self.loss.broken < 1 else None
+        recorded = whole.x.to(device) if self.loss.invalid_weight < 1 else None
         cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
         for k, part in enumerate(self.parts):
             self.sampler = self.samplers[k]
@@ -318,9 +324,9 @@ class Trainer:
             self.loop(bar)
         return self.finish()
 
-    def look(self) -> None:
+    def validate(self) -> None:
         """Judge and diagnose where this step is due; keep the best weights."""
-        cfg, watched = self.cfg, self.cfg.watch
+        cfg, watched = self.cfg, self.cfg.validation
         if self.held is None:
             return
         if watched.diagnose_every and self.step_count % watched.diagnose_every == 0:
@@ -329,15 +335,15 @@ class Trainer:
             )
             if distributed.rank() == 0:
                 self.metrics_log.write({"step": self.step_count, "diagnosis": found})
-        if not watched.judge_every or self.step_count % watched.judge_every or not self.learner.updates:
+        if not watched.every or self.step_count % watched.every or not self.student_state.updates:
             return
-        self.learner.swap()
+        self.student_state.swap_ema()
         score = validation.judge(self.roles.student, cfg.schedule, self.held, self.codec, watched.score)
-        if self.peak.take(score, self.step_count):
+        if self.peak.update(score, self.step_count):
             net = self.weights()
             if distributed.rank() == 0:
                 checkpoint.export(self.folder / BEST, net, self.record(), torch.float16)
-        self.learner.swap()
+        self.student_state.swap_ema()
         if distributed.rank() == 0:
             self.metrics_log.write(
                 {"step": self.step_count, watched.score.rpartition(":")[2]: score, "best_step": self.peak.step}
@@ -346,7 +352,7 @@ class Trainer:
 
     def loop(self, bar: Any) -> None:
         first = self.step_count
-        while self.step_count < self.cfg.steps and not self.peak.over(self.cfg.watch.patience):
+        while self.step_count < self.cfg.steps and not self.peak.done(self.cfg.validation.patience):
             try:
                 self.metrics_log.add(self.step())
             except FloatingPointError as error:
@@ -362,8 +368,8 @@ class Trainer:
                 row = {"step": self.step_count, "s_per_step": speed, **self.metrics_log.flush()}
                 self.losses += [row["student/loss"]] if "student/loss" in row else []
                 self.write_log(row)
-            self.look()
-            ended = self.step_count == self.cfg.steps or self.peak.over(self.cfg.watch.patience)
+            self.validate()
+            ended = self.step_count == self.cfg.steps or self.peak.done(self.cfg.validation.patience)
             if self.step_count % self.cfg.save_every == 0 or ended:
                 self.save()
 
@@ -376,11 +382,11 @@ class Trainer:
         log.info("%s %d/%d  %s  (%.0f min left)", self.cfg.name, self.step_count, self.cfg.steps, shown, left)
 
     def save(self) -> None:
-        tensors = {n: t for name, learner in self.learners.items() for n, t in learner.state(name).items()}
+        tensors = {n: t for name, state in self.train_states.items() for n, t in state.state(name).items()}
         info: dict[str, Any] = {"step": self.step_count, "config": asdict(self.cfg)}
         info |= {"losses": self.losses, "peak": asdict(self.peak)}
         info["seconds"] = self.spent + time.time() - self.started
-        info.update({name: learner.updates for name, learner in self.learners.items()})
+        info.update({name: state.updates for name, state in self.train_states.items()})
         if any(distributed.is_sharded(t) for t in tensors.values()):
             distributed.save_shards(self.folder, tensors, info)
             (self.folder / STATE).unlink(missing_ok=True)
@@ -393,21 +399,21 @@ class Trainer:
         path = distributed.newest(self.folder, self.folder / STATE)
         if not path.exists():
             return
-        templates = {n: t for name, learner in self.learners.items() for n, t in learner.templates(name).items()}
+        templates = {n: t for name, state in self.train_states.items() for n, t in state.state_template(name).items()}
         try:
             if path.is_dir():
                 tensors, info = distributed.read_shards(path, templates)
             else:
                 tensors, info = checkpoint.read_tensors(path)
                 tensors = distributed.placed(tensors, templates)
-            for name, learner in self.learners.items():
-                learner.restore(name, tensors, info[name])
+            for name, state in self.train_states.items():
+                state.restore(name, tensors, info[name])
         except (KeyError, RuntimeError) as error:
             raise TrainingError(
                 f"{path} is a run of other networks than this config ({error}); choose another name=, or remove it"
             ) from error
         self.step_count, self.spent = info["step"], info.get("seconds", 0.0)
-        self.losses, self.peak = info.get("losses", []), validation.Peak(**info.get("peak", {}))
+        self.losses, self.peak = info.get("losses", []), validation.EarlyStopping(**info.get("peak", {}))
         if distributed.rank() == 0:
             self.metrics_log.trim(self.step_count)
         now = json.loads(json.dumps(asdict(self.cfg)))
@@ -421,18 +427,18 @@ class Trainer:
         path = self.folder / Path(cfg.name).name
         if self.peak.step and distributed.rank() == 0:
             for suffix in (".safetensors", ".json"):
-                best = checkpoint.beside(self.folder / BEST, suffix).read_bytes()
-                checkpoint.write_atomic(checkpoint.beside(path, suffix), lambda p, best=best: p.write_bytes(best))
+                best, out = (checkpoint.with_extension(p, suffix) for p in (self.folder / BEST, path))
+                checkpoint.write_atomic(out, lambda p, best=best: p.write_bytes(best.read_bytes()))
         if self.peak.step:
-            return checkpoint.beside(path, ".safetensors")
-        self.learner.swap()
+            return checkpoint.with_extension(path, ".safetensors")
+        self.student_state.swap_ema()
         net = self.weights()
         if isinstance(net, TinyCodec) and not cfg.init:  # else its latents are in use
-            self.normalise(net)
+            net.normalise_on(self.normalisation_clips())
         if distributed.rank() == 0:
             checkpoint.export(path, net, self.record(), torch.float16)
-        self.learner.swap()
-        return checkpoint.beside(path, ".safetensors")
+        self.student_state.swap_ema()
+        return checkpoint.with_extension(path, ".safetensors")
 
     def weights(self) -> nn.Module:
         """The student in whole, plain weights on rank 0: shards gathered, LoRA merged."""
@@ -481,17 +487,6 @@ class Trainer:
             "world": world,
             "card": card,
         }
-
-    @torch.no_grad()
-    def normalise(self, codec: TinyCodec) -> None:
-        """Measure mean and deviation of the codec's latents on training clips and store them in the codec."""
-        raws = []
-        for step in range(8):
-            px = self.clips.frames(self.cfg.batch, self.cfg.frames, self.cfg.seed + 1, step)
-            raws.append(codec(px.to(accelerator()))[1])
-        raw = torch.cat(raws).float()
-        mean, std = raw.mean(dim=(0, 1, 3, 4)), raw.std(dim=(0, 1, 3, 4))
-        codec.set_normalisation(mean, std)
 
 
 def train(cfg: TrainConfig) -> Path:

@@ -21,10 +21,10 @@ log = logging.getLogger("vidistill")
 
 
 @dataclass(frozen=True)
-class WatchConfig:
+class ValidationConfig:
     """`clips` held-out clips of the latents in `data`, looked at every so many steps; 0: never.
 
-    `judge_every`: score the student's averaged weights (`score`, one of SCORES or MODULE:FUNCTION; higher is better).
+    `every`: score the student's averaged weights (`score`, one of SCORES or MODULE:FUNCTION; higher is better).
     The best checkpoint is what a run ends with, and after `patience` judgements without a better one it ends early (0:
     never).
     `diagnose_every`: log the gradient of distillation by chunk and noise level (`levels`), see `diagnose`.
@@ -32,7 +32,7 @@ class WatchConfig:
 
     data: str = ""
     clips: int = 16
-    judge_every: int = 0
+    every: int = 0
     score: str = "error"
     patience: int = 0
     diagnose_every: int = 0
@@ -40,24 +40,24 @@ class WatchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.judge_every, self.patience, self.diagnose_every) < 0 or self.clips < 1:
-            raise ValueError(f"watch needs clips >= 1, and judge_every, patience, diagnose_every >= 0; got {self}")
-        if (self.judge_every or self.diagnose_every) and not self.data:
-            raise ValueError("watch.data names the held-out latents that a training is watched on; set it")
+        if min(self.every, self.patience, self.diagnose_every) < 0 or self.clips < 1:
+            raise ValueError(f"validation needs clips >= 1, and every, patience, diagnose_every >= 0; got {self}")
+        if (self.every or self.diagnose_every) and not self.data:
+            raise ValueError("validation.data names the held-out latents that a training is watched on; set it")
         score_of(self.score)
         if not self.levels or not all(0 < level < 1 for level in self.levels):
-            raise ValueError(f"watch.levels lie between 0 and 1, got {list(self.levels)}")
+            raise ValueError(f"validation.levels lie between 0 and 1, got {list(self.levels)}")
 
 
 @dataclass
-class Peak:
+class EarlyStopping:
     """The best judgement so far, and how many there were since."""
 
     score: float = -math.inf
     step: int = 0
     since: int = 0
 
-    def take(self, score: float, step: int) -> bool:
+    def update(self, score: float, step: int) -> bool:
         """Whether a judgement is the best one."""
         if score > self.score:
             self.score, self.step, self.since = score, step, 0
@@ -65,7 +65,7 @@ class Peak:
         self.since += 1
         return False
 
-    def over(self, patience: int) -> bool:
+    def done(self, patience: int) -> bool:
         return 0 < patience <= self.since
 
 
@@ -78,7 +78,7 @@ class HeldOut:
     seed: int
 
 
-def held_out(clips: Clips, cfg: WatchConfig, frames: int, device: torch.device) -> HeldOut:
+def held_out(clips: Clips, cfg: ValidationConfig, frames: int, device: torch.device) -> HeldOut:
     """`cfg.clips` windows of `frames` latents on `device`, the same ones every time."""
     clips.need("latents")
     picked = clips.windows(cfg.clips, frames, cfg.seed, 0, "latents")
@@ -110,7 +110,7 @@ SCORES: Mapping[str, Score] = {"error": error_score}
 
 
 def score_of(name: str) -> Score:
-    """The score that `watch.score` names: one of SCORES, or the function MODULE:FUNCTION of a world."""
+    """The score that `validation.score` names: one of SCORES, or the function MODULE:FUNCTION of a world."""
     if name in SCORES:
         return SCORES[name]
     module, _, function = name.partition(":")
@@ -118,7 +118,7 @@ def score_of(name: str) -> Score:
         found: Score = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"watch.score {name!r} is neither one of {', '.join(SCORES)} nor a function MODULE:FUNCTION ({error})"
+            f"validation.score {name!r} is neither one of {', '.join(SCORES)} nor a function MODULE:FUNCTION ({error})"
         ) from error
     return found
 
@@ -145,10 +145,10 @@ def diagnose(
     chunks = sorted({int(c) for c in chunk[given:]})
     tables: dict[str, list[list[float]]] = {"norm": [], "gap": [], "cosine": []}
     for k, level in enumerate(levels):
-        told = torch.full(x.shape[:2], level, device=x.device)
-        told[:, :given] = 0.0
+        timestep = torch.full(x.shape[:2], level, device=x.device)
+        timestep[:, :given] = 0.0
         rng = torch.Generator().manual_seed(held.seed + k)
-        score = score_difference(roles, x, replace(batch, x=x), loss, rng, told)
+        score = score_difference(roles, x, replace(batch, x=x), loss, rng, timestep)
         pulled, wanted = score["fake"] - score["real"], x - batch.x
         rows: dict[str, list[float]] = {name: [] for name in tables}
         for c in chunks:
