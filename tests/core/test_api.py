@@ -1,15 +1,27 @@
 """The public names: there in a fresh process, loaded when they are asked for, and what the README shows."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import av
 import pytest
 
 import vidistill
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def video_size(path):
+    """Frames, height and width of a video file."""
+    with av.open(str(path)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    return len(frames), *frames[0].shape[:2]
+
+
+def run(code, cwd=None):
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -29,3 +41,17 @@ def test_every_public_name_is_there_and_nothing_else():
 def test_the_loop_is_the_public_name_whatever_was_imported_first(first):
     code = "from vidistill import rollout\ntry:\n    rollout()\nexcept TypeError as error:\n    print(error)"
     assert "rollout() missing" in run(first + code)
+
+
+def test_the_snippet_of_the_readme_writes_a_video(tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    assert code.startswith("from itertools") and len(code.splitlines()) <= 16
+    run(code, cwd=tmp_path)
+    assert video_size(tmp_path / "walk.mp4") == (70, 64, 64)
+
+
+def test_the_figures_of_the_pages_are_those_of_the_cards():
+    script = Path(__file__).parents[2] / "scripts" / "zoo_table.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}: run python scripts/zoo_table.py"
