@@ -53,6 +53,11 @@ class Denoiser(Protocol):
 Draws = Callable[[Tensor], Tensor]
 
 
+def derived_seed(seed: int, index: int) -> int:
+    """A seed of its own for the `index`-th thing (a batch, a chunk, a step) drawn under `seed`."""
+    return seed * 1_000_003 + index
+
+
 def randn_like(x: Tensor, rng: torch.Generator | Draws) -> Tensor:
     """Standard normal noise of the shape, device and dtype of `x`, drawn from `rng` (which lives on the CPU).
 

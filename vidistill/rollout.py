@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidistill.conditioning.condition import Condition
-from vidistill.diffusion import Draws, add_noise, randn_like, renoise, x0_from_v
+from vidistill.diffusion import Draws, add_noise, derived_seed, randn_like, renoise, x0_from_v
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
 from vidistill.schedules import Pass, ScheduleConfig, endless, finite
@@ -21,34 +21,6 @@ Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, 
 Conditions = Callable[[int, int], Condition]  # latent frames start, stop -> their condition
 Transition = Callable[..., Tensor]
 Randomness = torch.Generator | Draws
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Random numbers of a rollout that were drawn elsewhere, so that two implementations can make the same latents.
-
-    noise [F, C, H, W]: what the first frames begin as; fresh [N, f, C, H, W]: what renoising adds, chunk by chunk and
-    step by step. Past their end numbers are drawn as without them.
-    """
-
-    noise: Tensor
-    fresh: Tensor | None = None
-
-    def sources(self, student: CausalStudent, noise: Noise, rng: torch.Generator) -> tuple[Noise, Draws]:
-        """`noise` and `rng` of a new rollout of one stream, these numbers first."""
-        left = iter(() if self.fresh is None else self.fresh)
-
-        def begin(chunk: int) -> Tensor:
-            start, stop = student.first_frame(chunk), student.first_frame(chunk + 1)
-            if stop > len(self.noise):
-                return noise(chunk)
-            return self.noise[None, start:stop].clone().to(student.net.device)
-
-        def draw(x: Tensor) -> Tensor:
-            found = next(left, None)
-            return randn_like(x, rng) if found is None else found[None].to(x)
-
-        return begin, draw
 
 
 @dataclass(frozen=True)
@@ -93,12 +65,11 @@ def run_pass(
     start = student.first_frame(p.chunk)
     shown = cond(start, start + x.shape[1])
     with torch.set_grad_enabled(p.grad and torch.is_grad_enabled()):
-        output = p.next_sigma is not None or p.grad  # else a context pass: nobody asks what it predicts
+        output = p.kind == "denoise" or p.grad  # of a context pass only what it writes to memory is wanted
         v = student.velocity(x, timestep, shown, start=start, memory=memory, output=output)
         x0 = clamp_frames(x0_from_v(x, v, sigma), clamped, start)
     if p.commit:
-        memory.commit()
-        student.remember(x if p.next_sigma is None else x0.detach(), shown, memory, start=start)
+        student.commit(memory, x if p.kind == "context" else x0.detach(), shown, start=start)
     return v, x0, sigma
 
 
@@ -124,10 +95,10 @@ def rollout(
     for p in passes:
         chunks = range(p.chunk, p.chunk + len(p.sigma))
         for c in chunks:
-            if c not in state:
+            if c not in state:  # asked once and as late as possible: a stream without end has noise without end
                 state[c] = noise(c)
         x = torch.cat([state[c] for c in chunks], dim=1) if len(chunks) > 1 else state[p.chunk]
-        if p.next_sigma is None and any(p.sigma):
+        if p.kind == "context" and any(p.sigma):
             x = add_noise(x, randn_like(x, rng), per_frame(p.sigma, student, p.chunk, x))
         x = clamp_frames(x, clamped, student.first_frame(p.chunk))
         if records is not None and (p.grad or p.commit):
@@ -135,11 +106,12 @@ def rollout(
         v, x0, sigma = run_pass(student, p, x, cond, memory, clamped)
         if p.next_sigma is not None:
             target = per_frame(p.next_sigma, student, p.chunk, x)
+            # Gradient leaves through the emitted x0 alone: to later passes the state is data, so one pass is one graph.
             moved = transition(x, x0, v, sigma, target, rng).detach()
             lengths = [state[c].shape[1] for c in chunks]
             state.update(zip(chunks, moved.split(lengths, dim=1), strict=True))
-        if p.emit:
-            yield state[p.chunk] if p.next_sigma is None else x0[:, : state[p.chunk].shape[1]]
+        if p.emit:  # a context pass emits the chunk as it was given, any other what it predicts of its first chunk
+            yield state[p.chunk] if p.kind == "context" else x0[:, : state[p.chunk].shape[1]]
         for c in [c for c in state if c < p.chunk]:
             del state[c]
 
@@ -201,8 +173,7 @@ def reencode(
         x = add_noise(x, randn_like(x, rng), sigma)
     level = torch.full(x.shape[:2], timestep, dtype=torch.float64, device=x.device)
     student.velocity(x, level, cond, start=start, memory=memory, output=False)
-    memory.commit()
-    student.remember(x, cond, memory, start=start)
+    student.commit(memory, x, cond, start=start)
 
 
 def replay(
@@ -234,7 +205,7 @@ def chunk_noise(student: CausalStudent, batch: int, seed: int, given: Tensor | N
         if stop <= given_frames:
             assert given is not None
             return given[:, start:stop]
-        mixed = ((seed * 1_000_003 + chunk) * 2_654_435_761 + 97) % 2**63  # never the seed of a caller's own draws
+        mixed = (derived_seed(seed, chunk) * 2_654_435_761 + 97) % 2**63  # never the seed of a caller's own draws
         rng = torch.Generator().manual_seed(mixed)
         x = torch.randn(batch, stop - start, shape.channels, shape.height, shape.width, generator=rng)
         return x.to(student.net.device)

@@ -23,6 +23,11 @@ class Pass:
     grad: bool = False  # keep autograd
     emit: bool = False  # yield the prediction x0 of the first chunk of this forward (a given chunk: itself)
 
+    @property
+    def kind(self) -> str:
+        """`denoise`, or `context`: the pass only shows finished or given chunks to memory."""
+        return "context" if self.next_sigma is None else "denoise"
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -219,7 +224,7 @@ def training(cfg: ScheduleConfig, chunks: int, rng: Random) -> Iterator[Pass]:
     by_chunk = itertools.groupby(finite(endless(cfg), chunks), key=lambda p: p.chunk)
     for _, group in by_chunk:
         passes = list(group)
-        steps = [p for p in passes if p.next_sigma is not None]
+        steps = [p for p in passes if p.kind == "denoise"]
         if not steps:
             yield from passes
             continue
@@ -242,7 +247,7 @@ def trim(p: Pass, chunks: int) -> Pass:
 def exit_at(passes: Sequence[Pass], step: int, *, complete: bool) -> Iterator[Pass]:
     """The passes of one chunk with its output taken, with gradient, at denoising pass number `step`."""
     for i, p in enumerate(passes):
-        if p.next_sigma is None or i < step:
+        if p.kind == "context" or i < step:
             yield replace(p, emit=False)
         elif i == step:
             yield replace(p, next_sigma=p.next_sigma if complete else (0.0,), grad=True, emit=True)

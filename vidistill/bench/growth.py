@@ -13,6 +13,7 @@ from vidistill.bench.result import Progress
 from vidistill.checkpoint import Bundle
 from vidistill.conditioning.condition import Condition
 from vidistill.conditioning.controls import LiveConditions
+from vidistill.diffusion import derived_seed
 from vidistill.memory.policies import stream_memory
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import endless, finite
@@ -94,7 +95,7 @@ def walk(session: StreamSession, seed: int, chunk: int) -> None:
     One of `WALK` where the student knows any, else one of its actions; a student without actions is told nothing.
     """
     if known := [name for name in WALK if name in session.actions] or list(session.actions):
-        session.set(action={Random(seed * 1_000_003 + chunk // HELD_CHUNKS).choice(known): 1.0})
+        session.set(action={Random(derived_seed(seed, chunk // HELD_CHUNKS)).choice(known): 1.0})
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def _chunk_ms(bundle: Bundle, factor: int, batch: int, fill: int, chunks: int) -
 
     def timed() -> Iterator[Any]:
         for p in finite(endless(schedule), schedule.given_chunks + fill + chunks):
-            watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
+            watch.start(f"{p.kind}_ms")
             yield p
             watch.stop()
 

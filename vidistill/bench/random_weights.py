@@ -18,7 +18,7 @@ from vidistill.bench.result import SPREAD, BenchResult, Progress
 from vidistill.checkpoint import Bundle, rebuild
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
-from vidistill.rollout import Drawn
+from vidistill.streaming.drawn import Drawn
 from vidistill.streaming.engine import Chunk
 from vidistill.streaming.runtime import SpeedConfig, for_inference
 from vidistill.streaming.session import StreamConfig, StreamSession
@@ -32,7 +32,7 @@ class RandomConfig:
     `steps` denoising passes and one context pass a chunk, memory as long as `chunks` chunks of `chunk` frames, of which
     `sinks` never leave; `history` frames behind it are remembered in compressed form, as `entries` (see MemoryConfig).
     `noise`: a safetensors file of numbers drawn elsewhere, `noise` [F, C, H, W] and maybe `fresh` [N, f, C, H, W], both
-    as in `rollout.Drawn`, and `text` [L, D]. `growth_chunks` and `growth_run`: see BenchConfig.
+    as in `streaming.drawn.Drawn`, and `text` [L, D]. `growth_chunks` and `growth_run`: see BenchConfig.
     """
 
     dim: int = 384

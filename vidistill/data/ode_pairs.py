@@ -18,7 +18,7 @@ from vidistill.config import build
 from vidistill.data.prompts import Prompts, open_data
 from vidistill.data.shards import SETTINGS, DataError, finish_shards, partial_of, write_shard
 from vidistill.data.types import Batch
-from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.diffusion import Denoiser, NoiseSchedule, derived_seed
 from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import trajectory
@@ -179,7 +179,7 @@ def write_trajectories(
         size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
         if not path.is_file():
             batch = batch_of(size, i)
-            rng = torch.Generator().manual_seed(meta["seed"] * 1_000_003 + i)
+            rng = torch.Generator().manual_seed(derived_seed(meta["seed"], i))
             scales = meta["guidance"], meta.get("audio_guidance", 0.0)
             states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
             conditions = {

@@ -22,6 +22,7 @@ from vidistill.conditioning.condition import Condition, branches, pack_audio, re
 from vidistill.conditioning.script import Cue
 from vidistill.config import build
 from vidistill.data.types import Talk
+from vidistill.diffusion import derived_seed
 from vidistill.evaluation import report
 from vidistill.evaluation.quality import teacher_of
 from vidistill.io import contact_sheet, save_png, to_float
@@ -99,7 +100,7 @@ def made_clips(bundle: Bundle, codec: Codec, clips: Sequence[Talk], frames: int,
         given = codec.encode(pixels(few)[:, :1])
         cond = condition(bundle, few, given, frames, codec.temporal_factor)
         make = sampled if bundle.kind == "teacher" else rolled
-        parts.append(codec.decode(make(bundle, given, cond, frames, cfg, cfg.seed * 1_000_003 + i).float()))
+        parts.append(codec.decode(make(bundle, given, cond, frames, cfg, derived_seed(cfg.seed, i)).float()))
     return torch.cat(parts)
 
 

@@ -20,6 +20,7 @@ from vidistill.codecs import Codec
 from vidistill.conditioning.condition import Condition, branches
 from vidistill.conditioning.script import Cue
 from vidistill.data import types
+from vidistill.diffusion import derived_seed
 from vidistill.evaluation import report
 from vidistill.evaluation.probes import SHAPES, Probe, Reading, load_probe, read
 from vidistill.evaluation.quality import teacher_of
@@ -158,7 +159,7 @@ def student_clips(student: Bundle, codec: Codec, captions: Scenes, cfg: Adherenc
         cond = Condition(encode([words for _, words in captions[i : i + cfg.batch]]))
         size = len(captions[i : i + cfg.batch]), student.shape.frames
         with autocast(cfg.precision):
-            x = roll_out(net, student.schedule, cond, size, seed=cfg.seed * 1_000_003 + i, dtype=dtype)
+            x = roll_out(net, student.schedule, cond, size, seed=derived_seed(cfg.seed, i), dtype=dtype)
         parts.append(codec.decode(x.float()))
     return torch.cat(parts)
 

@@ -21,6 +21,7 @@ from vidistill.conditioning.condition import ACTION_SITE, Condition, branches, p
 from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.data.shards import frame_shards, write_shards
+from vidistill.diffusion import derived_seed
 from vidistill.evaluation import report
 from vidistill.evaluation.probes import Probe, action_labels, load_probe, visible_walks
 from vidistill.evaluation.tally import CURVES, ClipBatch, StreamTally, Tally, drifts, figures
@@ -176,7 +177,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
         cond = walk_condition(teacher, batch.actions, batch.poses, codec.temporal_factor)
-        rng = torch.Generator().manual_seed(cfg.seed * 1_000_003 + batch.index)
+        rng = torch.Generator().manual_seed(derived_seed(cfg.seed, batch.index))
         noise = torch.randn(given.shape[0], cfg.frames, *given.shape[2:], generator=rng)
         nulls, scales = branches(cond, scale)
 
@@ -236,7 +237,7 @@ def student_row(student: Bundle, codec: Codec, cfg: EvalConfig) -> Source:
     def row(batch: ClipBatch) -> Tensor:
         given = codec.encode(batch.px[:, :1])
         cond = walk_condition(student, batch.actions, batch.poses, codec.temporal_factor)
-        size, seed = (given.shape[0], cfg.frames), cfg.seed * 1_000_003 + batch.index
+        size, seed = (given.shape[0], cfg.frames), derived_seed(cfg.seed, batch.index)
         with autocast(cfg.precision):
             dtype = working_dtype(cfg.precision)
             made = roll_out(net, student.schedule, cond, size, seed=seed, given=given, dtype=dtype)
@@ -311,7 +312,7 @@ def stream_student(student: Bundle, codec: Codec, walks: LongWalks, cfg: EvalCon
     endless_memory = stream_memory(net.cfg.memory, net.cfg.chunk)
     memory = net.new_memory(given.shape[0], dtype=working_dtype(cfg.precision), cfg=endless_memory)
     cond, state = walk_condition(student, actions, poses, codec.temporal_factor), None
-    made = student_chunks(student, given, cond, chunks, cfg, cfg.seed * 1_000_003 + 999_983, memory)
+    made = student_chunks(student, given, cond, chunks, cfg, derived_seed(cfg.seed, 999_983), memory)
     for chunk in tqdm(made, f"{cfg.long_seconds:g} s streams", total=chunks, unit="chunk"):
         px, state = codec.decode_stream(chunk, state)
         tally.add(px)

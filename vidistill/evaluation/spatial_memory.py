@@ -36,6 +36,7 @@ from vidistill.conditioning.condition import ACTION_SITE
 from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.data.types import Episode
+from vidistill.diffusion import derived_seed
 from vidistill.evaluation import report
 from vidistill.evaluation.probes import Probe, load_probe, read
 from vidistill.evaluation.quality import EvalConfig, check, episodes_at, student_chunks, walk_condition
@@ -224,7 +225,7 @@ def dream(bundle: Bundle, codec: Codec, paths: Sequence[Revisit], cfg: SpatialMe
         len(paths), dtype=working_dtype(cfg.precision), cfg=stream_memory(net.cfg.memory, net.cfg.chunk)
     )
     state, parts = None, []
-    seed = cfg.seed * 1_000_003 + paths[0].walk.seed
+    seed = derived_seed(cfg.seed, paths[0].walk.seed)
     for chunk in student_chunks(bundle, given, cond, net.num_chunks(frames), quality, seed, memory):
         part, state = codec.decode_stream(chunk, state)
         parts.append(part)

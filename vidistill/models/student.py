@@ -103,11 +103,12 @@ class CausalStudent(nn.Module):
         return Pooling(cfg.pool, self.shape.grid, self.net.pool_scores, cfg.stretch)
 
     @torch.no_grad()
-    def remember(self, x: Tensor, cond: Condition, memory: KVMemory, *, start: int) -> None:
-        """Where a memory wants frames encoded again at the resolution it keeps them at, do that for finished latents.
+    def commit(self, memory: KVMemory, x: Tensor, cond: Condition, *, start: int) -> None:
+        """Keep the chunk staged last; `x` [B, f, C, H, W] are its finished latents, from frame `start` on.
 
-        `x` [B, f, C, H, W] from frame `start` on; each frame is pooled and seen alone. Does nothing for other pools.
+        Where memory wants frames encoded again at the resolution it keeps them at, each is pooled and seen alone.
         """
+        memory.commit()
         if not (memory.cfg.remembers and memory.cfg.pool == "reencode"):
             return
         for i in range(x.shape[1]):

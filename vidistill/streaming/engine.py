@@ -16,12 +16,14 @@ from vidistill.codecs import Codec
 from vidistill.conditioning.condition import Condition, concat
 from vidistill.conditioning.controls import ControlInput, LiveConditions
 from vidistill.conditioning.script import Cue, Script, scripted
+from vidistill.diffusion import derived_seed
 from vidistill.io import to_float, to_uint8
 from vidistill.memory.policies import MemoryConfig, stream_memory
 from vidistill.models.student import CausalStudent
 from vidistill.ops.device import wait_for
-from vidistill.rollout import Drawn, Noise, Randomness, chunk_noise, rollout
+from vidistill.rollout import Noise, Randomness, chunk_noise, rollout
 from vidistill.schedules import Pass, endless
+from vidistill.streaming.drawn import Drawn
 from vidistill.streaming.navigation import Navigator
 from vidistill.streaming.prompt_switch import SWITCHES, Past
 
@@ -240,7 +242,7 @@ class Engine:
                 self._switch(p.chunk, run)
                 passes = endless(self.schedule, p.chunk, (p.chunk,))
                 p = next(passes)
-            self._watch.start("context_ms" if p.next_sigma is None else "denoise_ms")
+            self._watch.start(f"{p.kind}_ms")
             self._emitted = p.chunk
             yield p
             self._watch.stop()
@@ -286,7 +288,7 @@ class Engine:
         assert self._newest is not None
         start, count = self.student.first_frame(chunk), self._newest.shape[1]
         control = self._taken[start][0]
-        past = Past(self.student, self.schedule, self.memory, self._newest, start, run.seed * 1_000_003 + chunk)
+        past = Past(self.student, self.schedule, self.memory, self._newest, start, derived_seed(run.seed, chunk))
         self._watch.start("context_ms")
         if SWITCHES[control.switch](past, self.inputs.condition(control, start - count, start)):
             self._scenes.append(chunk)

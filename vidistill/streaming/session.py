@@ -17,8 +17,9 @@ from vidistill.codecs import Codec
 from vidistill.conditioning.controls import LiveConditions
 from vidistill.conditioning.script import Cue, Script
 from vidistill.memory.policies import MemoryConfig
-from vidistill.rollout import Drawn, rollout
+from vidistill.rollout import rollout
 from vidistill.schedules import endless, finite
+from vidistill.streaming.drawn import Drawn
 from vidistill.streaming.engine import Chunk, Engine, Frame, Run
 from vidistill.streaming.navigation import Navigator
 from vidistill.streaming.pipeline import Pipeline, inline

@@ -20,7 +20,7 @@ from vidistill.data.clips import Clips
 from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
-from vidistill.diffusion import LatentShape, NoiseSchedule
+from vidistill.diffusion import LatentShape, NoiseSchedule, derived_seed
 from vidistill.models.dit import VideoDiT, extend, recomputing
 from vidistill.models.layers import DiTConfig
 from vidistill.models.lora import LoraConfig, add_lora, merge_lora
@@ -208,7 +208,7 @@ class Trainer:
         return step - since % self.cfg.critic_reuse
 
     def rng_for(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + step)
+        return torch.Generator().manual_seed(derived_seed(self.cfg.seed, step))
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step."""
