@@ -10,11 +10,12 @@ from golden_networks import grad_norms, grad_of, network, text
 from golden_rollouts import Run, live, variant_memory
 from parity import Draws, Golden
 from torch import Tensor
+from wan_tables import Table, TableScore, on_table, warp_timestep
 
 from vidistill.conditioning.condition import Condition
 from vidistill.data.types import Batch
 from vidistill.diffusion import LatentShape, v_from
-from vidistill.interop.tables import GRID, TableSchedule, TableScore, on_table, warp_timestep
+from vidistill.interop.tables import GRID
 from vidistill.models.dit import VideoDiT
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.rollout import rollout
@@ -57,7 +58,7 @@ def start_training(
     """A student with the variant's chunks and table; its window, as in training there, has no sinks."""
     cfg = golden.config
     net = network(golden.weights, arch, prefix)
-    table = TableSchedule(shift=cfg.get("timestep_shift", cfg.get("generator_scheduler_shift")))
+    table = Table(shift=cfg.get("timestep_shift", cfg.get("generator_scheduler_shift")))
     given = golden.io.get(f"in.{name}.initial_latent")
     hw = golden.given(f"{name}.noise").shape[-3:] if f"in.{name}.noise" in golden.io else variant["chw"]
     student = CausalStudent(
@@ -124,7 +125,7 @@ def train(golden: Golden, name: str, variant: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Recorded(TableSchedule):
+class Recorded(Table):
     """The generator's table, whose random draws are the recorded timesteps."""
 
     drawn: tuple[float, ...] = ()
@@ -156,7 +157,7 @@ class Scores:
     def compare(self, prefix: str, shape: torch.Size) -> None:
         """The networks' inputs and outputs; 0 fake cond, 1 fake uncond, 2 real cond, 3 real uncond."""
         golden, names = self.golden, ("fake_cond", "fake_uncond", "real_cond", "real_uncond")
-        own = TableSchedule(shift=score_shift(golden.config))
+        own = Table(shift=score_shift(golden.config))
         order = []
         for net, first in (("fake", 0), ("real", 2)):
             for i, (x, v) in enumerate(self.seen[net]):
@@ -183,7 +184,7 @@ def scores(golden: Golden, archs: dict[str, Any], raw: list[int], shift: float, 
         shift=cfg.get("generator_scheduler_shift", cfg.get("generator_timestep_shift")),
         drawn=tuple(timesteps.tolist()),
     )
-    own = TableSchedule(shift=score_shift(cfg))
+    own = Table(shift=score_shift(cfg))
     roles = Roles(student=None, teacher=TableScore(real, own, table), critic=TableScore(fake, own, table))
     loss = LossConfig(score_noise=table, sigma_min=cfg["min_step"] / GRID, sigma_max=cfg["max_step"] / GRID, **settings)
     seen: dict[str, list] = {"real": [], "fake": []}
@@ -352,13 +353,13 @@ def score_identity(golden: Golden, tag: str, alpha: float) -> None:
     parts.compare(tag, x.shape)
 
 
-def student_for(golden: Golden, x: Tensor) -> tuple[CausalStudent, TableSchedule]:
+def student_for(golden: Golden, x: Tensor) -> tuple[CausalStudent, Table]:
     cfg = golden.config
     net = network(golden.weights, cfg["transformer"], "generator.")
     memory = variant_memory({"local_attn_size": -1}, x.shape[1], infinite=False)
     shape = LatentShape(x.shape[1], *x.shape[2:], patch=net.cfg.patch)
     student = CausalStudent(net, StudentConfig(chunk=cfg["num_frame_per_block"], memory=memory), shape)
-    return student, TableSchedule(shift=cfg["generator_timestep_shift"])
+    return student, Table(shift=cfg["generator_timestep_shift"])
 
 
 def regress(golden: Golden) -> None:

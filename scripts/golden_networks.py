@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from parity import Golden
 from torch import Tensor
+from wan_tables import Table
 
 from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import LatentShape
 from vidistill.interop.keys import State, bare, build, infer_config, original_key, to_ours
-from vidistill.interop.tables import TableSchedule
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.dit import VideoDiT
 from vidistill.models.student import CausalStudent, StudentConfig
@@ -45,7 +45,7 @@ def grad_of(net: VideoDiT, name: str, shape: torch.Size) -> Tensor:
 def bidirectional(golden: Golden) -> None:
     cfg = golden.config
     arch = cfg["transformer"]
-    net, table = network(golden.weights, arch), TableSchedule(shift=cfg["timestep_shift"])
+    net, table = network(golden.weights, arch), Table(shift=cfg["timestep_shift"])
     x = golden.given("x")
     cond = text(golden, slice(0, x.shape[0]), arch)
     i = 0
@@ -95,11 +95,11 @@ def activations(golden: Golden, prefix: str, seen: dict[str, Tensor]) -> None:
 
 def train_mask(golden: Golden) -> None:
     cfg = golden.config
-    net, table = network(golden.weights, cfg["transformer"]), TableSchedule(shift=cfg["timestep_shift"])
+    net, table = network(golden.weights, cfg["transformer"]), Table(shift=cfg["timestep_shift"])
     golden.each_variant(lambda golden, name, variant: masked_forward(golden, name, variant, net, table))
 
 
-def masked_forward(golden: Golden, name: str, variant: dict[str, Any], net: VideoDiT, table: TableSchedule) -> None:
+def masked_forward(golden: Golden, name: str, variant: dict[str, Any], net: VideoDiT, table: Table) -> None:
     """One block-causal (or teacher-forcing) forward and its loss gradient."""
     x, t = golden.given("x"), golden.given(f"{name}.timestep")
     cond = text(golden, slice(0, x.shape[0]), golden.config["transformer"])

@@ -9,10 +9,11 @@ import torch
 from golden_networks import network, text
 from parity import Golden
 from torch import Tensor
+from wan_tables import Table, on_table
 
 from vidistill.conditioning.condition import Condition, pack_audio
 from vidistill.diffusion import LatentShape
-from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table
+from vidistill.interop.tables import diagonal_steps
 from vidistill.memory.cache import KVMemory
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import CausalStudent, StudentConfig
@@ -70,7 +71,7 @@ class Run:
     variant: dict[str, Any]
     student: CausalStudent
     memory: KVMemory
-    table: TableSchedule
+    table: Table
     conds: list[Condition]
     told: list[tuple[float, ...]]  # timesteps of chunk 0, 1, ...; the last list repeats
     integer: list[bool]  # whether the original's timesteps of those lists are Python integers
@@ -136,9 +137,7 @@ def interactive(variant: dict[str, Any]) -> bool:
     return variant.get("switch_frame_indices") is not None or variant.get("pipeline") == "interactive"
 
 
-def step_lists(
-    golden: Golden, name: str, variant: dict[str, Any], table: TableSchedule
-) -> tuple[list, list[bool], tuple]:
+def step_lists(golden: Golden, name: str, variant: dict[str, Any], table: Table) -> tuple[list, list[bool], tuple]:
     """(timesteps of chunk 0, 1, ..., whether each list is of integers, the plain list) of a variant."""
     steps, used = variant["denoising_step_list"], golden.want(f"{name}.denoising_step_list")
     if used is not None and len(used) < len(steps):  # training drops a last step at 0, inference runs it
@@ -175,7 +174,7 @@ def prepare(golden: Golden, name: str, variant: dict[str, Any]) -> Run:
         ),
         LatentShape(total, *noise.shape[2:], patch=net.cfg.patch),
     )
-    table = TableSchedule(shift=cfg["timestep_shift"])
+    table = Table(shift=cfg["timestep_shift"])
     told, integer, plain = step_lists(golden, name, variant, table)
     golden.compare(f"{name}.denoising_step_list", list(plain))
     batch = noise.shape[0]
@@ -328,7 +327,7 @@ def talk(golden: Golden, name: str, variant: dict[str, Any]) -> None:
     memory = variant_memory(variant, frames, infinite=False)
     shape = LatentShape(frames, *noise.shape[2:], patch=net.cfg.patch)
     student = Whole(net, StudentConfig(chunk=chunk, memory=memory), shape)
-    table = TableSchedule(shift=cfg["timestep_shift"], entries=cfg["scheduler_num_inference_steps"])
+    table = Table(shift=cfg["timestep_shift"], entries=cfg["scheduler_num_inference_steps"])
     levels: Sequence[float] = table.timesteps.tolist()
     golden.compare(f"{name}.denoising_step_list", list(levels))
     cond = talker_condition(golden, golden.given(f"{name}.audio_features"), image, frames)

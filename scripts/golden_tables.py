@@ -3,10 +3,12 @@
 import torch
 from parity import Golden
 from torch import Tensor
+from wan_solvers import solver
+from wan_tables import Table, warp_timestep
 
 from vidistill.codecs.wan import WanCodec, WanCodecConfig
 from vidistill.diffusion import euler
-from vidistill.interop.tables import GRID, TableSchedule, warp_timestep
+from vidistill.interop.tables import GRID
 
 
 def scheduler(golden: Golden) -> None:
@@ -15,11 +17,11 @@ def scheduler(golden: Golden) -> None:
         name = recorded(golden, "shift", shift)
         with golden.guarded(f"{name}."):
             tables(golden, float(shift), name)
-    for solver in cfg["solvers"]:
-        for kind in solver["kinds"]:
-            name = recorded(golden, f"{kind}.n{solver['steps']}.shift", solver["shift"])
+    for run in cfg["solvers"]:
+        for kind in run["kinds"]:
+            name = recorded(golden, f"{kind}.n{run['steps']}.shift", run["shift"])
             with golden.guarded(f"{name}."):
-                solve(golden, name, kind, solver["steps"], solver["shift"])
+                solve(golden, name, kind, run["steps"], run["shift"])
 
 
 def recorded(golden: Golden, prefix: str, number: float) -> str:
@@ -31,7 +33,7 @@ def recorded(golden: Golden, prefix: str, number: float) -> str:
 def tables(golden: Golden, shift: float, name: str) -> None:
     """One shift's table, look-ups, conversions, and the step lists warped with it."""
     cfg = golden.config
-    table = TableSchedule(
+    table = Table(
         shift=shift,
         entries=cfg["num_train_timesteps"],
         lowest=cfg["sigma_min"],
@@ -53,16 +55,14 @@ def tables(golden: Golden, shift: float, name: str) -> None:
         golden.compare(f"{name}.warp.{label}", list(table.warp_steps(steps)))
     golden.compare(f"{name}.dmd_warp_clamped", warp_timestep(golden.given("dmd_warp_input"), shift))
     for n in cfg["short_steps"]:
-        short = TableSchedule(shift=shift, entries=n)
+        short = Table(shift=shift, entries=n)
         golden.compare(f"{name}.set_timesteps{n}", short.timesteps)
-        default = TableSchedule(shift=shift, entries=n, lowest=0.003 / 1.002, strength=0.8, drop_end=False)
+        default = Table(shift=shift, entries=n, lowest=0.003 / 1.002, strength=0.8, drop_end=False)
         golden.compare(f"{name}.default_sigma_min_strength0.8_n{n}", default.sigmas)
 
 
 def solve(golden: Golden, name: str, kind: str, steps: int, shift: float) -> None:
     """A solver's whole trajectory on an analytic field; multistep solvers are diffusers', at the edge."""
-    from vidistill.teachers.solvers import solver
-
     anchor, x = golden.given("x0")[0], golden.given("noise")[0]
     run = solver(kind, steps, shift)
     golden.compare(f"{name}.sigmas", run.sigmas)

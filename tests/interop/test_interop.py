@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wan_tables import on_table, warp_timestep
 
 from vidistill.bench.cost import NETWORKS, against_papers, named_cost, parameters, policies
 from vidistill.cli.convert import convert, revert, student_of
@@ -17,7 +18,7 @@ from vidistill.conditioning.condition import Condition, pack_audio
 from vidistill.interop.families import FAMILIES, NON_COMMERCIAL, family
 from vidistill.interop.formats import merge_lora, read_student, write_student
 from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
-from vidistill.interop.tables import TableSchedule, diagonal_steps, on_table, warp_timestep
+from vidistill.interop.tables import TableSchedule, diagonal_steps
 from vidistill.memory.policies import POLICIES
 from vidistill.models.dit import VideoDiT
 from vidistill.rollout import rollout

@@ -169,14 +169,3 @@ def architecture(part: Part, heads: int = 0) -> DiTConfig:
     said = part.config
     heads = heads or said.get("num_attention_heads", 0) or said.get("num_heads", 0)
     return replace(infer_config(part.state, heads=heads), eps=said.get("eps", 1e-6))
-
-
-def image_channels(latents: Tensor, frames: int, temporal: int = 4) -> Tensor:
-    """Condition channels [B, F, temporal + C, H, W] of Wan's image-to-video networks: a mask, then latents.
-
-    `latents` [B, F, C, H, W] encode the image followed by grey frames; the mask is 1 for pixel frames that are given,
-    which is latent frame 0. Source: Wan2.1, `image2video.py` (behaviour).
-    """
-    mask = torch.zeros(latents.shape[0], frames, temporal, *latents.shape[-2:], dtype=latents.dtype)
-    mask[:, 0] = 1
-    return torch.cat((mask.to(latents.device), latents), dim=2)
