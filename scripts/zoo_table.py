@@ -28,9 +28,8 @@ ROWS = (
 
 
 def records() -> dict[str, dict[str, Any]]:
-    return {
-        p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(ZOO.glob("*.json")) if p.stem != "aliases"
-    }
+    paths = [path for path in sorted(ZOO.glob("*.json")) if path.stem not in ("aliases", "clone_only")]
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def find(figures: Mapping[str, Any], key: str) -> Any:

@@ -1,10 +1,12 @@
 """What is bundled: every name loads, fits its codec and says where it comes from; the whole stays small."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from vidistill import checkpoint
+from vidistill.checkpoint import CheckpointError
 from vidistill.cli.main import main
 
 NAMES = checkpoint.zoo_names()
@@ -14,7 +16,7 @@ PROMISED = {
     "shapes", "talker", "talker-teacher", "talker-selfforcing",
 }  # fmt: skip
 CARD = {"objective", "steps", "seed", "data", "commit", "hours", "train"}
-SUFFIXES = {".json", ".safetensors", ".png", ".py"}  # nothing that is unpickled
+SUFFIXES = {".json", ".safetensors", ".png", ".py", ".md", ""}  # nothing that is unpickled; NOTICE
 
 
 def size(*names: str) -> int:
@@ -88,3 +90,14 @@ def test_a_file_of_ones_own_that_is_called_like_an_alias_is_none(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert "alias_of" not in checkpoint.summary("doom") and "alias_of" not in checkpoint.summary("doom.json")
     assert checkpoint.summary("shapes")["alias_of"] == "shapes-selfforcing"
+
+
+def test_what_installed_packages_leave_out_says_where_it_is(monkeypatch, tmp_path):
+    controls = json.loads((checkpoint.zoo_folder() / "clone_only.json").read_text())
+    excluded = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert all(excluded.count(f"vidistill/zoo/{name}.*") == 2 for name in controls)  # wheel and sdist
+    (tmp_path / "clone_only.json").write_text(json.dumps(controls))
+    monkeypatch.setattr(checkpoint, "zoo_folder", lambda: tmp_path)
+    for name in controls:
+        with pytest.raises(CheckpointError, match=f"{name} .*clone"):
+            checkpoint.locate(name)

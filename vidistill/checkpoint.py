@@ -211,7 +211,7 @@ def zoo_folder() -> Path:
 def zoo_names() -> dict[str, str]:
     """Bundled names -> file stem; aliases included."""
     folder = zoo_folder()
-    names = {p.stem: p.stem for p in sorted(folder.glob("*.json")) if p.stem != "aliases"}
+    names = {p.stem: p.stem for p in sorted(folder.glob("*.json")) if p.stem not in ("aliases", "clone_only")}
     aliases = folder / "aliases.json"
     if aliases.is_file():
         names.update(json.loads(aliases.read_text()))
@@ -225,6 +225,8 @@ def locate(name: str | Path) -> Path:
     names = zoo_names()
     if str(name) in names:
         return zoo_folder() / names[str(name)]
+    if str(name) in json.loads((zoo_folder() / "clone_only.json").read_text()):
+        raise CheckpointError(f"{name} is a control that installed packages leave out; it is in a clone of the source")
     near = difflib.get_close_matches(str(name), names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"bundled names: {', '.join(names) or 'none'}"
     if len(Path(name).parts) > 1:
