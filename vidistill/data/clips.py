@@ -20,7 +20,7 @@ from vidistill.conditioning.condition import (
     walked,
 )
 from vidistill.data.shards import DataError, read_meta, read_shards
-from vidistill.data.types import Batch
+from vidistill.data.types import ENDS, Batch, count_episodes, row_lengths, unpack_rows
 
 Ranges = Mapping[str, tuple[float, float]]  # measure of a clip -> what it may be
 
@@ -57,7 +57,8 @@ class Clips:
     """Episodes on disk, drawn as random windows; batch number `step` depends on (seed, step) alone.
 
     Shards are mapped, not read: only what is drawn comes into memory. Beside frames, latents or states an episode may
-    have `actions` (one a latent) and `tokens` [L, D] of its prompt.
+    have `actions` (one a latent) and `tokens` [L, D] of its prompt. Episodes may differ in length: every window that
+    fits one of them is then as likely as any other.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class Clips:
         self.ends: list[int] = []  # episodes up to and with each part
         for part in read_shards(folder, names):
             self.parts.append(part)
-            self.ends.append(len(next(iter(part.values()))) + (self.ends[-1] if self.ends else 0))
+            self.ends.append(count_episodes(part) + (self.ends[-1] if self.ends else 0))
             if episodes and self.ends[-1] >= episodes:
                 break
         described = self.meta["described"][: len(self)]
+        self._lengths: dict[str, list[int]] = {}
         self.kept, self.dropped = filter_clips(described, curate or {}, str(folder))  # episodes drawn; others by reason
 
     def __len__(self) -> int:
@@ -93,13 +95,25 @@ class Clips:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Everything in memory, shards joined."""
+        """Everything in memory, shards joined; DataError where episodes differ in length."""
+        if self.ragged:
+            raise DataError(f"{self.folder} holds episodes of several lengths, which make no one tensor; use `episode`")
         return {name: torch.cat([p[name] for p in self.parts]) for name in self.parts[0]}
 
     def episode(self, name: str, k: int) -> Tensor:
         """Tensor `name` of episode `k`, mapped."""
         i = bisect.bisect_right(self.ends, k)
-        return self.parts[i][name][k - (self.ends[i - 1] if i else 0)]
+        return unpack_rows(self.parts[i], name, k - (self.ends[i - 1] if i else 0))
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether episodes differ in length."""
+        name = {"frames": "frames", "latents": "latents", "trajectories": "states"}[self.kind]
+        return any(name + ENDS in p for p in self.parts) or len({p[name].shape[1] for p in self.parts}) > 1
+
+    def lengths(self, name: str) -> list[int]:
+        """Rows of tensor `name` in every episode."""
+        return [length for part in self.parts for length in row_lengths(part, name)]
 
     @property
     def given(self) -> int:
@@ -162,13 +176,29 @@ class Clips:
         self, batch: int, length: int, seed: int, step: int, name: str, stride: int = 1
     ) -> list[tuple[int, int]]:
         """(episode, first frame) of `batch` windows of `length` entries of tensor `name`, starts on `stride`."""
-        total = self.parts[0][name].shape[1]
+        rng, total = np.random.default_rng((seed, step)), self.longest(name)
         if length > total:
             raise DataError(f"clips of {length} frames do not fit episodes of {total}; record longer ones")
-        rng = np.random.default_rng((seed, step))
+        if self.ragged:
+            ends = np.cumsum([max(0, (rows - length) // stride + 1) for rows in self.kept_lengths(name)])
+            places = rng.integers(0, ends[-1], size=batch)
+            found = np.searchsorted(ends, places, side="right")
+            first = (places - np.concatenate(([0], ends))[found]) * stride
+            return [(self.kept[k], int(s)) for k, s in zip(found, first, strict=True)]
         starts = rng.integers(0, (total - length) // stride + 1, size=batch) * stride
         drawn = [self.kept[k] for k in rng.integers(0, len(self.kept), size=batch)]
         return list(zip(drawn, starts.tolist(), strict=True))
+
+    def kept_lengths(self, name: str) -> list[int]:
+        """Rows of tensor `name` in the episodes that are drawn."""
+        if name not in self._lengths:
+            every = self.lengths(name)
+            self._lengths[name] = [every[k] for k in self.kept]
+        return self._lengths[name]
+
+    def longest(self, name: str) -> int:
+        """Rows of tensor `name` in the longest episode that is drawn."""
+        return max(self.kept_lengths(name))
 
     def begun(self, cond: Condition, x: Tensor) -> Condition:
         """`cond` of clips [B, F, C, H, W], told their first picture where a reference is asked for."""

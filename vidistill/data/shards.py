@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning.condition import Encode, pack_actions, pack_audio
-from vidistill.data.types import Captioned, Episode, Talk
+from vidistill.data.types import Captioned, Episode, Talk, count_episodes, pack_rows, unpack_rows
 
 META = "meta.json"
 SETTINGS = "settings.json"
@@ -141,24 +141,34 @@ def latent_shard(shard: Shard, codec: Any) -> Shard:
     [N, F, 3 or 12], tokens [N, L, D], what there is of them.
 
     `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
-    that picture alone, which is what a clip starts from.
+    that picture alone, which is what a clip starts from. Px frames at the end of an episode that fill no whole latent
+    are left out.
     """
     tensors, described = shard
     factor = codec.temporal_factor
     latents, images = [], []
-    for frames in tensors["frames"]:
-        px = frames.permute(0, 3, 1, 2).float() / 255
+    count = count_episodes(tensors)
+    for k in range(count):
+        frames = unpack_rows(tensors, "frames", k)
+        px = whole_latents(frames, factor).permute(0, 3, 1, 2).float() / 255
         latents.append(codec.encode(px[None])[0].half())
         images.append(codec.encode(px[::factor, None])[:, 0].half())
-    out = {"latents": torch.stack(latents), "images": torch.stack(images)}
-    out |= {name: LATENT_RATE[name](x, factor) for name, x in tensors.items() if name in LATENT_RATE}
+    out = pack_rows("latents", latents) | pack_rows("images", images)
+    for name in (n for n in tensors if n in LATENT_RATE):
+        out |= pack_rows(name, [LATENT_RATE[name](unpack_rows(tensors, name, k), factor) for k in range(count)])
     return out, described
 
 
+def whole_latents(rows: Tensor, factor: int) -> Tensor:
+    """The rows of px frames [T, ...] that whole latents of `factor` px frames cover: a rest at the end is left out."""
+    return rows[: 1 + (len(rows) - 1) // factor * factor]
+
+
+# What becomes of a tensor of one episode, a row a px frame, where its latents hold `factor` px frames.
 LATENT_RATE: Mapping[str, Callable[[Tensor, int], Tensor]] = {
-    "actions": pack_actions,
-    "poses": lambda poses, factor: poses[:, ::factor].contiguous(),
-    "audio": pack_audio,
-    "mouth": lambda mouth, factor: mouth,  # at pixel rate, as it is judged
-    "tokens": lambda tokens, factor: tokens,
+    "actions": lambda rows, factor: pack_actions(whole_latents(rows, factor)[None], factor)[0],
+    "poses": lambda rows, factor: whole_latents(rows, factor)[::factor].contiguous(),
+    "audio": lambda rows, factor: pack_audio(whole_latents(rows, factor)[None], factor)[0],
+    "mouth": lambda rows, factor: rows,  # at pixel rate, as it is judged
+    "tokens": lambda rows, factor: rows,
 }

@@ -1,7 +1,7 @@
 """What recorders give and what trainers take: an episode, a captioned clip, a talking face, a batch."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,37 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The clips and their condition on a device."""
         return replace(self, x=self.x.to(device), cond=self.cond.to(device))
+
+
+ENDS = ".ends"  # `frames.ends` [N]: where each episode ends in `frames`, whose episodes of other lengths lie in a row
+
+
+def pack_rows(name: str, episodes: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Tensors of a shard that hold `episodes` [T, ...]: stacked [N, T, ...], or in a row where lengths differ."""
+    if len({len(x) for x in episodes}) == 1:
+        return {name: torch.stack(list(episodes))}
+    return {name: torch.cat(list(episodes)), name + ENDS: torch.tensor([len(x) for x in episodes]).cumsum(0)}
+
+
+def count_episodes(part: Mapping[str, Tensor]) -> int:
+    """Episodes of a shard."""
+    name = next(iter(part)).removesuffix(ENDS)
+    return len(part.get(name + ENDS, part[name]))
+
+
+def row_lengths(part: Mapping[str, Tensor], name: str) -> list[int]:
+    """Rows of tensor `name` in each episode of a shard."""
+    if name + ENDS not in part:
+        return [part[name].shape[1]] * len(part[name])
+    return part[name + ENDS].diff(prepend=torch.zeros(1, dtype=torch.long)).tolist()
+
+
+def unpack_rows(part: Mapping[str, Tensor], name: str, k: int) -> Tensor:
+    """Tensor `name` [T, ...] of episode `k` of a shard, not copied."""
+    if name + ENDS not in part:
+        return part[name][k]
+    ends = part[name + ENDS]
+    return part[name][int(ends[k - 1]) if k else 0 : int(ends[k])]
 
 
 HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
