@@ -124,6 +124,7 @@ def test_recomputed_blocks_give_the_same_training(root, stage):
     assert_same(result(again, 3, root / "recomputed"), result(cfg, 3, root / "kept"))
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [*STAGES, "sid", "avatar"])
 def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
     make = {**STAGES, **MORE}[stage]
@@ -159,6 +160,7 @@ def velocity_in_shards(make, out):
         save_tensors(out, {"v": v}, {})
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("make", [experts, ltx])
 def test_teachers_of_several_networks_or_of_another_library_are_sharded_too(tmp_path, make):
     velocity_in_shards(make, tmp_path / "one")
@@ -167,6 +169,7 @@ def test_teachers_of_several_networks_or_of_another_library_are_sharded_too(tmp_
     torch.testing.assert_close(two, one)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", [{}, {"replay": True}, {"objective": "teacher_forcing", "teacher": None}])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shards_get_every_gradient_in_half_precision(root, settings, recompute):
@@ -179,11 +182,13 @@ def test_shards_get_every_gradient_in_half_precision(root, settings, recompute):
     assert all((one[n] - two[n]).norm() < 0.05 * one[n].norm() + 1e-6 for n in one)
 
 
+@pytest.mark.timeout(600)
 def test_two_processes_with_whole_networks_may_use_muon(root):
     one = result(STAGES["flow"](root, name="one", optim=OPTIM), 3, root / "one")
     assert_same(result(STAGES["flow"](root, name="two", optim=OPTIM), 3, root / "two", count=2), one)
 
 
+@pytest.mark.timeout(600)
 def test_two_processes_with_every_option_equal_one_with_none(root):
     one = result(everything(root, name="one"), 4, root / "one")
     cfg = everything(root, name="two", parallel="shard", accumulate=2)
@@ -191,6 +196,7 @@ def test_two_processes_with_every_option_equal_one_with_none(root):
     assert_same(result(cfg, 4, root / "two", count=2), one)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("parallel", distributed.PARALLEL)
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(root, parallel, first, then):
@@ -204,6 +210,7 @@ def test_a_run_goes_on_with_another_number_of_processes(root, parallel, first, t
     assert_same(rest, (whole[0], whole[1][2:]))
 
 
+@pytest.mark.timeout(600)
 def test_shards_of_another_network_are_refused(root):
     cfg = STAGES["flow"](root, parallel="shard")
     result(cfg, 1, root / "out", count=2)
@@ -211,6 +218,7 @@ def test_shards_of_another_network_are_refused(root):
         Trainer(replace(cfg, dit=replace(DIT, ffn=64))).resume()
 
 
+@pytest.mark.timeout(600)
 def test_a_sharded_run_writes_its_log_and_its_export_once(root):
     settings = {"steps": 2, "log_every": 1, "save_every": 1}
     one = train(STAGES["flow"](root, name="one", **settings))

@@ -27,6 +27,7 @@ from vidistill.training.trainer import Trainer, train
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+from tiny_training import rolled
 from tiny_wan import LENGTH, TEXT, write_wan
 
 FRAMES = 6
@@ -186,10 +187,9 @@ def test_long_streams_on_prompts_score_no_frame_as_given(wan, prompts, tmp_path)
     memory = MemoryConfig("window", frames=6, sinks=1)
     cfg = stage(wan, prompts, tmp_path, long_frames=12, student=StudentConfig(chunk=3, memory=memory))
     trainer = Trainer(cfg)
-    rng = trainer.rng_for(0)
-    first = trainer.sample(trainer.batch(0), rng, grad=False)
+    first = rolled(trainer)
     trainer.step_count = 1
-    later = trainer.sample(trainer.batch(1), rng, grad=False)
+    later = rolled(trainer)
     assert (first.batch.given, later.batch.given) == (0, 0) and later.skipped == 3
     assert torch.equal(first.batch.cond.tokens, later.batch.cond.tokens), "a stream keeps its prompt"
     assert torch.equal(later.x0[:, 1:3], first.x0[:, 4:6])
@@ -203,7 +203,7 @@ def test_a_stream_that_goes_on_reads_its_prompt_and_levels_with_the_weights_of_n
         module.register_forward_hook(lambda module, args, out: read.append((module, out)))
     for step in range(2):
         trainer.step_count = step
-        trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=False)
+        rolled(trainer)
         with torch.no_grad():
             for p in net.parameters():
                 p.mul_(1.1)

@@ -107,3 +107,20 @@ def dmd_stage(root, **settings):
         critic_optim=replace(OPTIM, lr=2e-3),
     )
     return replace(base, **settings)
+
+
+def rolled(trainer, batch=None, grad=False):
+    """The rollout of the trainer's present step for its batch, or another one."""
+    step = trainer.step_count
+    turn = replace(trainer.cfg.turn(step, trainer.loss), role="student" if grad else "critic")
+    return trainer.samplers[0].roll(trainer.batch(step) if batch is None else batch, turn.rng(), turn)
+
+
+def backward(trainer, batch=None):
+    """The loss of the student at the trainer's present step, its gradients left in the network."""
+    turn, sampler = replace(trainer.cfg.turn(trainer.step_count, trainer.loss), role="student"), trainer.samplers[0]
+    rng = turn.rng()
+    sample = sampler(trainer.batch(turn.step) if batch is None else batch, rng, turn)
+    loss = trainer.objective.student(trainer.roles, sample.x0, sample.batch, turn.loss, rng)
+    sampler.backward(loss.value, sample)
+    return loss

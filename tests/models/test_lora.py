@@ -126,6 +126,7 @@ def test_a_trained_lora_is_exported_merged_and_streams_as_it_was_trained(tmp_pat
     assert all(torch.equal(p.half().float(), q) for p, q in zip(merged.parameters(), bundle.net.parameters()))
 
 
+@pytest.mark.timeout(600)
 def test_two_processes_train_a_sharded_lora_as_one_does(tmp_path):
     adamw = replace(OPTIM, muon="")
     cfg = dmd_stage(tmp_path, batch=2, lora=LORA, critic_lora=LORA, optim=adamw, critic_optim=adamw, steps=3)

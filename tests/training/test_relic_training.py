@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ACTIONS, DIT, random_dit
+from saved_bytes import SavedBytes
 from tiny_relic import CAMERA, MEMORY, POSED, REMEMBERING, SITES, posed_data, posed_teacher
-from tiny_training import FRAMES, codec_stage, dmd_stage, flow_stage
+from tiny_training import FRAMES, backward, codec_stage, dmd_stage, flow_stage
 
 from vidistill import checkpoint
 from vidistill.checkpoint import load
@@ -29,7 +30,7 @@ from vidistill.ops.rope import Yarn, rope_table, rotate
 from vidistill.sampling import sample
 from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import LossConfig
-from vidistill.training.on_policy import LongRollout, SavedBytes, replayed_backward
+from vidistill.training.on_policy import LongRollout, replayed_backward
 from vidistill.training.trainer import Trainer, train
 from vidistill.training.validation import ValidationConfig
 from vidistill.worlds.doom.recorder import DoomConfig, palindrome, with_palindromes
@@ -198,7 +199,7 @@ def test_hybrid_forcing_scores_only_the_noisy_end(root, objective):
     torch.nn.init.normal_(trainer.roles.student.net.head.head.weight, std=0.3)
     batch = trainer.batch(0)
     batch.x.requires_grad_()
-    loss = trainer.loss_of("student", batch, trainer.rng_for(0))
+    loss = backward(trainer, batch=batch)
     assert batch.x.grad[:, :7].abs().max() > 0 and torch.isfinite(loss.value)
     assert trainer.roles.student.net.pool_weights["2"].grad.abs().max() > 0
     trainer.step()
@@ -221,7 +222,7 @@ def test_recorded_clips_teach_beside_the_rollout_what_it_never_asks_for(root, re
         loss = LossConfig(guidance=2.0, noisy_chunks=1, **weights)
         memory = {"student": REMEMBERING, "camera": CAMERA, "dit": POSED, "frames": 10}
         trainer = Trainer(dmd_stage(root, loss=loss, replay=replay, **memory))
-        logs = trainer.gradients("student")
+        logs = backward(trainer).numbers()
         return torch.cat([p.grad.flatten() for p in trainer.roles.student.parameters()]), logs
 
     (alone, _), (both, logs), (data, _) = (gradients(**w) for w in ({}, {"forcing": 2.0}, {"dmd": 0.0, "forcing": 1.0}))

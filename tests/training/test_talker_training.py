@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SHAPE, random_dit
 from tiny_talker import AUDIO, TALKER, talker_stage, write_talker, write_talks
+from tiny_training import rolled
 
 from vidistill.checkpoint import load, load_codec, load_student
 from vidistill.conditioning.condition import AUDIO_SITE, Condition, branches, reference_channels
@@ -234,8 +235,10 @@ def test_broken_rollouts_are_told_from_sound_ones_and_teach_less(tmp_path):
         trainer.data.tensors  # noqa: B018
         batch = trainer.batch(0)
         still = replace(batch, x=batch.x + 50 * torch.arange(batch.x.shape[1]).view(1, -1, 1, 1, 1) ** 2)
-        x0 = trainer.sample(batch, trainer.rng_for(0), grad=True).x0
-        found = trainer.objective.student(trainer.roles, x0, still, trainer.loss, trainer.rng_for(1))
+        x0 = rolled(trainer, batch, grad=True).x0
+        found = trainer.objective.student(
+            trainer.roles, x0, still, trainer.loss, trainer.cfg.turn(1, trainer.loss).rng()
+        )
         (grad,) = torch.autograd.grad(found.value, x0)
         norms.append(float(grad.norm()))
     assert norms[1] == pytest.approx(0.25 * norms[0], rel=1e-4)

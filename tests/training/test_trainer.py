@@ -10,7 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SHAPE, STUDENT, random_dit
-from tiny_training import DIT, FRAMES, OPTIM, codec_stage, dmd_stage, flow_stage, write_latents, write_teacher
+from saved_bytes import SavedBytes
+from tiny_training import (
+    DIT,
+    FRAMES,
+    OPTIM,
+    backward,
+    codec_stage,
+    dmd_stage,
+    flow_stage,
+    rolled,
+    write_latents,
+    write_teacher,
+)
 from torch import nn
 
 from vidistill import checkpoint
@@ -21,7 +33,7 @@ from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
 from vidistill.training import optim as train_states
 from vidistill.training.losses import Loss, LossConfig
-from vidistill.training.on_policy import SavedBytes
+from vidistill.training.on_policy import DataSampler
 from vidistill.training.optim import OptimConfig, TrainState
 from vidistill.training.trainer import METRICS, STATE, Trainer, TrainingError, train
 
@@ -97,6 +109,7 @@ def test_all_parts_of_a_state_are_saved(root):
     assert kinds == {f"{a}.{b}" for a in ("student", "critic", "motion") for b in ("net", "optim")} | {"student.ema"}
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_run_is_readable_and_resumes(root):
     flow_stage(root)
     run = root / "runs" / "flow"
@@ -137,13 +150,13 @@ def wait_for(path, child):
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(root, monkeypatch):
     cfg = flow_stage(root, save_every=2)
     trainer = Trainer(cfg)
-    loss_of = trainer.loss_of
+    fn = trainer.objective.student
 
-    def spoiled(turn, batch, rng):
-        loss = loss_of(turn, batch, rng)
+    def spoiled(*args):
+        loss = fn(*args)
         return Loss(loss.value * float("nan")) if trainer.step_count == 3 else loss
 
-    monkeypatch.setattr(trainer, "loss_of", spoiled)
+    monkeypatch.setattr(trainer, "objective", replace(trainer.objective, student=spoiled))
     steps(trainer, 2)
     trainer.save()
     trainer.step()
@@ -238,15 +251,15 @@ def test_resuming_with_another_network_says_so(root):
 
 def test_a_student_is_updated_once_in_six_steps_after_the_warm_up(root):
     trainer = Trainer(dmd_stage(root, critic_steps=5, critic_warmup=2))
-    turns = "".join("s" if trainer.is_student_turn(s) else "c" for s in range(15))
+    turns = "".join(trainer.cfg.turn(s, trainer.loss).role[0] for s in range(15))
     assert turns == "ccscccccsccccc" + "s"
 
 
 def test_critic_updates_in_a_row_learn_from_one_rollout_until_the_student_moves(root):
     trainer, drawn = Trainer(dmd_stage(root, critic_steps=5, critic_warmup=3, critic_reuse=2)), []
-    make = trainer.samplers[0]
-    trainer.samplers = [lambda *a, **k: drawn.append(trainer.step_count) or make(*a, **k)]
-    assert [trainer.drawn_at(s) for s in range(10)] == [0, 0, 2, 3, 4, 4, 6, 6, 8, 9]
+    sampler = trainer.samplers[0]
+    make, sampler.rollouts = sampler.rollouts, lambda *a, **k: drawn.append(trainer.step_count) or make(*a, **k)
+    assert [trainer.cfg.turn(s, trainer.loss).drawn for s in range(10)] == [0, 0, 2, 3, 4, 4, 6, 6, 8, 9]
     rows = steps(trainer, 10)
     assert drawn == [0, 2, 3, 4, 6, 8, 9]
     assert rows[4]["critic/loss"] != rows[5]["critic/loss"]  # other noise
@@ -336,7 +349,7 @@ def test_replay_gives_the_gradient_of_the_whole_graph(root):
             for step in range(2 if settings.get("long_frames") else 1):  # the second step continues the stream
                 trainer.step_count = step
                 trainer.student_state.zero_grad()
-                values.append(trainer.loss_of("student", trainer.batch(step), trainer.rng_for(step)).value.detach())
+                values.append(backward(trainer).value.detach())
             grads.append([p.grad for p in trainer.student_state.params])
         assert torch.equal(values[0], values[len(values) // 2])
         assert any(a is not None and a.norm() > 1e-6 for a in grads[0])
@@ -354,7 +367,7 @@ def test_replay_keeps_the_graph_of_one_chunk_only(root):
             cfg = dmd_stage(root, replay=replay, frames=frames, student=replace(STUDENT, memory=memory))
             trainer = Trainer(cfg)
             with SavedBytes() as saved:
-                trainer.loss_of("student", trainer.batch(0), trainer.rng_for(0))
+                backward(trainer)
             assert saved.now == 0
             peaks[replay, frames] = saved.peak
     assert peaks[False, 13] > 2.5 * peaks[False, 4]
@@ -366,9 +379,9 @@ def test_a_long_stream_goes_on_from_step_to_step_and_starts_anew_where_it_should
     lengths, firsts = [], []
     for step in range(7):
         trainer.step_count = step
-        before = trainer.sampler.tail
-        sample = trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=True)
-        lengths.append(trainer.sampler.length)
+        before = trainer.samplers[0].rollouts.tail
+        sample = rolled(trainer, grad=True)
+        lengths.append(trainer.samplers[0].rollouts.length)
         firsts.append(sample.batch.x[0, 0, 0, 0, 0].item())
         assert sample.x0.shape[1] == FRAMES and sample.batch.given == 1
         assert sample.batch.cond.per_frame["modulation"].shape[1] == FRAMES
@@ -381,10 +394,10 @@ def test_a_long_stream_goes_on_from_step_to_step_and_starts_anew_where_it_should
 def test_the_first_latent_of_a_continued_window_is_a_picture_of_the_codec(root, tiny_codec_path):
     trainer = Trainer(dmd_stage(root, long_frames=13, codec=str(tiny_codec_path)))
     codec = checkpoint.load(tiny_codec_path).net
-    trainer.sample(trainer.batch(0), trainer.rng_for(0), grad=False)
-    tail = trainer.sampler.tail
+    rolled(trainer, grad=False)
+    tail = trainer.samplers[0].rollouts.tail
     trainer.step_count = 1
-    sample = trainer.sample(trainer.batch(1), trainer.rng_for(1), grad=False)
+    sample = rolled(trainer, grad=False)
     want = codec.encode(codec.decode(tail[:, :4])[:, -1:])
     assert torch.equal(sample.x0[:, :1], want) and torch.equal(sample.x0[:, 1:4], tail[:, 4:])
     assert torch.equal(sample.batch.x, sample.x0)
@@ -392,13 +405,13 @@ def test_the_first_latent_of_a_continued_window_is_a_picture_of_the_codec(root, 
 
 def test_gradient_of_a_continued_stream_stays_in_its_new_frames(root):
     trainer = Trainer(dmd_stage(root, long_frames=13))
-    trainer.sample(trainer.batch(0), trainer.rng_for(0), grad=True)
+    rolled(trainer, grad=True)
     trainer.step_count = 1
-    sample = trainer.sample(trainer.batch(1), trainer.rng_for(1), grad=True)
+    sample = rolled(trainer, grad=True)
     seen = torch.autograd.grad(sample.x0.sum(), sample.x0, retain_graph=True)[0]
     assert seen.abs().min() > 0 and sample.x0[:, 4:].requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
-        trainer.sampler.tail.sum().backward()
+        trainer.samplers[0].rollouts.tail.sum().backward()
 
 
 def test_a_long_stream_equals_one_rollout_of_the_same_length(root):
@@ -410,12 +423,12 @@ def test_a_long_stream_equals_one_rollout_of_the_same_length(root):
     head = replace(batch, x=batch.x[:, :7], cond=batch.cond.frames(0, 7))
     tail = replace(batch, x=batch.x[:, 3:], cond=batch.cond.frames(6, 10))
     with torch.no_grad():
-        first = stream.sample(head, stream.rng_for(0), grad=False)
-        seed = stream.sampler.seed
+        first = rolled(stream, head)
+        seed = stream.samplers[0].rollouts.seed
         stream.step_count = 1
-        second = stream.sampler(replace(tail, x=batch.x[:, :7]), stream.rng_for(1), grad=False)
-        want = whole.sample(batch, whole.rng_for(0), grad=False)
-    assert whole.sampler.seed == seed
+        second = rolled(stream, replace(tail, x=batch.x[:, :7]))
+        want = rolled(whole, batch)
+    assert whole.samplers[0].rollouts.seed == seed
     assert torch.equal(first.x0, want.x0[:, :7])
     assert torch.equal(second.x0, want.x0[:, 3:])
 
@@ -428,7 +441,7 @@ def test_rollouts_of_rolling_windows_train(root):
 
 def test_training_on_noised_real_latents_is_a_setting(root):
     trainer = Trainer(dmd_stage(root, on_policy=False))
-    assert trainer.sampler is None
+    assert isinstance(trainer.samplers[0], DataSampler)
     assert trainer.step()["student/grad_norm"] > 0 and trainer.step()["critic/grad_norm"] > 0
 
 
@@ -437,7 +450,7 @@ def test_a_picture_that_fills_half_a_chunk_is_pinned(root):
     student = replace(STUDENT, first_chunk=0)
     trainer = Trainer(replace(cfg, student=student, schedule=replace(cfg.schedule, given_chunks=0)))
     batch = trainer.batch(0)
-    sample = trainer.sample(batch, trainer.rng_for(0), grad=False)
+    sample = rolled(trainer, batch, grad=False)
     assert torch.equal(sample.x0[:, 0], batch.x[:, 0])
     assert not torch.equal(sample.x0[:, 1], batch.x[:, 1])
 
@@ -526,10 +539,10 @@ def test_the_teachers_sample_starts_from_the_noise_of_the_new_frames(root):
     trainer = Trainer(dmd_stage(root, long_frames=13))
     for step in range(2):
         trainer.step_count = step
-        sample = trainer.sample(trainer.batch(step), trainer.rng_for(step), grad=False)
-        noise = trainer.sampler.noise_of(sample, trainer.rng_for(9))
+        sample = rolled(trainer, grad=False)
+        noise = trainer.samplers[0].rollouts.noise_of(sample, trainer.cfg.turn(9, trainer.loss).rng())
         assert noise.shape == sample.x0.shape
-    whole = chunk_noise(trainer.roles.student, 2, trainer.sampler.seed)
+    whole = chunk_noise(trainer.roles.student, 2, trainer.samplers[0].rollouts.seed)
     assert torch.equal(noise[:, -3:], whole(3)) and sample.first == 7 and sample.skipped == 3
 
 

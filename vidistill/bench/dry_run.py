@@ -251,7 +251,7 @@ def run(cfg: TrainConfig) -> list[str]:
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.step_count = cfg.critic_warmup
     for _ in range(2):
-        turn = "student" if trainer.is_student_turn(trainer.step_count) else "critic"
+        turn = "student" if cfg.is_student_turn(trainer.step_count) else "critic"
         logs = trainer.step()
         trainer.validate()
         done.append(f"{turn} step: " + ", ".join(f"{k.split('/')[1]} {v:.3g}" for k, v in logs.items()))

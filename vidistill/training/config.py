@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE
+from vidistill.diffusion import derived_seed
 from vidistill.models.layers import DiTConfig
 from vidistill.models.lora import LoraConfig
 from vidistill.models.student import StudentConfig
@@ -17,6 +20,27 @@ from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import OBJECTIVES, LossConfig
 from vidistill.training.optim import OptimConfig
 from vidistill.training.validation import ValidationConfig
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One update: all that its number alone decides, so that a resumed run repeats it."""
+
+    step: int
+    role: str  # whose turn it is: student or critic
+    drawn: int  # step whose batch and rollout it learns from: its own, or that of a critic turn before it
+    shared: bool  # whether later critic turns may learn from the same rollout
+    restart: bool  # whether a stream starts anew
+    loss: LossConfig
+    seed: int
+
+    @property
+    def of_student(self) -> bool:
+        return self.role == "student"
+
+    def rng(self, step: int | None = None) -> torch.Generator:
+        """Fresh randomness of this turn, or of the turn at `step`."""
+        return torch.Generator().manual_seed(derived_seed(self.seed, self.step if step is None else step))
 
 
 @dataclass(frozen=True)
@@ -126,6 +150,28 @@ class TrainConfig:
     def frames_at(self, step: int) -> int:
         """Latent frames of the clips of a step."""
         return next((frames for first, frames in reversed(self.curriculum) if step >= first), self.frames)
+
+    def is_student_turn(self, step: int) -> bool:
+        """Whether a step updates the student: alone, or after `critic_steps` updates of the critic.
+
+        The critic must know the samples of the student as it is now, or its score pulls towards an older one.
+        """
+        late = step - self.critic_warmup
+        return OBJECTIVES[self.objective].critic is None or (late >= 0 and late % (self.critic_steps + 1) == 0)
+
+    def turn(self, step: int, loss: LossConfig) -> Turn:
+        """What the update at `step` is."""
+        of_student, late = self.is_student_turn(step), step - self.critic_warmup
+        since = step if late < 0 else late % (self.critic_steps + 1) - 1  # critic updates since the student moved
+        return Turn(
+            step,
+            "student" if of_student else "critic",
+            step if of_student else step - since % self.critic_reuse,
+            shared=not of_student and self.critic_reuse > 1,
+            restart=step % self.save_every == 0,  # a state holds no memory of a stream
+            loss=loss.at(step),
+            seed=self.seed,
+        )
 
     def check_curriculum(self) -> None:
         """Raise ValueError unless the curriculum rises in steps and ends with clips of `frames`."""

@@ -33,10 +33,14 @@ class Loss:
     value: Tensor
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def numbers(self) -> dict[str, float]:
+        """All of it as numbers to log."""
+        return {"loss": float(self.value.detach()), **{k: float(v) for k, v in self.logs.items()}}
+
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Settings of all losses; each reads its own.
+    """Settings of all losses; each reads its own, and the keys of a config are the same for every objective.
 
     `guidance` and `teacher_shift` belong to the scores of DMD and SiD: v = u + guidance (c - u), levels warped by the
     shift and clamped to [`sigma_min`, `sigma_max`]. `audio_guidance`: a scale of audio alone (0: as `guidance`, which
@@ -44,10 +48,22 @@ class LossConfig:
     `guidance_floor` are not guided: high ones decide what is seen, low ones how sharp it is.
     """
 
+    # flow, teacher and diffusion forcing
     noise: NoiseSchedule = NoiseSchedule()
     channel_weights: tuple[float, ...] = ()  # of latent channels in squared errors and DMD, see `codecs.visibility`
     drop: float = 0.1  # probability that a condition is dropped (flow)
     drop_audio: float = 0.0  # probability that audio alone is dropped (flow)
+    context_noise: float = 0.0  # teacher forcing: noise on the clean history
+    noisy_chunks: int = 0  # teacher and diffusion forcing: only so many chunks at the end are noisy; 0: all
+    # regression
+    levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # the student's noise levels
+    # codec
+    latent_noise: float = 0.1  # noise on latents while training
+    latent_penalty: float = 1e-3  # keeps raw latents near unit size
+    gradient_weight: float = 1.0  # weight of the gradient term beside L1
+    mse_weight: float = 0.0  # weight of the squared error beside L1
+    temporal_weight: float = 0.0  # weight of the error's change between frames: what stands still should not flicker
+    # the scores of dmd and sid
     guidance: float = 1.0
     audio_guidance: float = 0.0
     guidance_schedule: tuple[tuple[int, float], ...] = ()
@@ -57,16 +73,7 @@ class LossConfig:
     sigma_min: float = 0.02
     sigma_max: float = 0.98
     sid_alpha: float = 1.0
-    latent_noise: float = 0.1  # codec: noise on latents while training
-    latent_penalty: float = 1e-3  # codec: keeps raw latents near unit size
-    gradient_weight: float = 1.0  # codec: weight of the gradient term beside L1
-    mse_weight: float = 0.0  # codec: weight of the squared error beside L1
-    temporal_weight: float = (
-        0.0  # codec: weight of the error's change between frames: what stands still should not flicker
-    )
-    levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # regression: the student's noise levels
-    context_noise: float = 0.0  # teacher forcing: noise on the clean history
-    noisy_chunks: int = 0  # teacher and diffusion forcing: only so many chunks at the end are noisy; 0: all
+    # dmd and the terms beside it
     dmd: float = 1.0  # weight of distribution matching itself
     motion: float = 0.0  # weight of distribution matching on differences of neighbouring frames
     motion_growth: float = 1.2  # later transitions weigh more, by this factor each ...
@@ -76,9 +83,7 @@ class LossConfig:
     distance: str = "mse"  # of that regression
     target_steps: int = 50  # sampler steps of the teacher sample
     forcing: float = 0.0  # weight of teacher forcing on the recorded clip, beside what the rollout teaches
-    invalid_weight: float = (
-        1.0  # weight of rollouts that are empty, frozen or flicker (1: as all others), see `valid_rollouts`
-    )
+    invalid_weight: float = 1.0  # weight of empty, frozen or flickering rollouts (1: as all others): `valid_rollouts`
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1:
@@ -424,6 +429,12 @@ class Objective:
     student: LossFn
     critic: LossFn | None = None
     on_policy: bool = False
+
+    def loss_of(self, role: str) -> LossFn:
+        """The loss of a role that this stage trains."""
+        fn = self.critic if role == "critic" else self.student
+        assert fn is not None
+        return fn
 
 
 OBJECTIVES = {

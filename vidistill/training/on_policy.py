@@ -1,22 +1,44 @@
-"""Training on rollouts that one graph cannot hold: streams continued step by step, and replayed backward passes."""
+"""What a turn of training learns from: the student's own rollouts, or recorded clips.
+
+Rollouts that one graph cannot hold are continued step by step (streams) or run again chunk by chunk (replay).
+"""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vidistill.conditioning.condition import VIEW_SITE, Condition, concat
+from vidistill.conditioning.condition import VIEW_SITE, Condition, branches, concat
 from vidistill.data.clips import start_of_clip
 from vidistill.data.types import Batch
+from vidistill.diffusion import Denoiser, NoiseSchedule
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
 from vidistill.rollout import Record, chunk_noise, replay, rollout
+from vidistill.sampling import sample as sample_teacher
 from vidistill.schedules import Pass, ScheduleConfig, training
+from vidistill.training.config import Turn
+from vidistill.training.losses import LossConfig, noised_sample
 
 Repicture = Callable[[Tensor], Tensor]  # latents [B, n, C, H, W] -> latent [B, 1, C, H, W] of their last picture alone
+
+
+class Sample(Protocol):
+    """What a loss is taken on: `x0` [B, F, C, H, W], and the batch it is of."""
+
+    x0: Tensor
+    batch: Batch
+
+
+@dataclass
+class Clip:
+    """A sample that no rollout made."""
+
+    x0: Tensor
+    batch: Batch
 
 
 @dataclass
@@ -29,11 +51,35 @@ class Rollout:
 
     x0: Tensor
     batch: Batch
-    records: list[Record]
     memory: KVMemory
     cond: Condition  # of latents `first` and on
     first: int  # latent of the stream that `cond` starts with
     skipped: int  # latents of the stream before `x0`
+    records: list[Record] = field(default_factory=list)
+
+
+class Sampler(Protocol):
+    """Makes the sample of a turn, and takes the gradient of its loss to the network whose turn it is."""
+
+    def __call__(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Sample: ...
+
+    def backward(self, loss: Tensor, sample: Any) -> None: ...
+
+
+class DataSampler:
+    """Recorded clips; with `levels` what `student` predicts from them, noised to these levels (CausVid)."""
+
+    def __init__(self, student: Any, levels: tuple[float, ...] = ()) -> None:
+        self.student, self.levels = student, levels
+
+    def __call__(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Clip:
+        if not self.levels:
+            return Clip(batch.x, batch)
+        with torch.set_grad_enabled(turn.of_student):
+            return Clip(noised_sample(self.student, batch, self.levels, rng), batch)
+
+    def backward(self, loss: Tensor, sample: Clip) -> None:
+        loss.backward()
 
 
 def last_picture(codec: Any) -> Repicture:
@@ -64,10 +110,11 @@ def passes_from(cfg: ScheduleConfig, start: int, stop: int, draw: Random) -> Ite
 class LongRollout:
     """On-policy samples of `frames` latents that continue one stream up to `limit` latents, then start a new one.
 
-    Every call goes on by as many whole chunks as leave at least one chunk of overlap; memory is kept, detached. The
+    Every call continues by as many whole chunks as leave at least one chunk of overlap; memory is kept, detached. The
     sample is the newest `frames` latents, of which only the new ones may carry gradient; the first one is given, as in
-    every clip. With `limit` 0 every call is a clip of its own. A stream also starts anew where `restart` says so, which
-    makes training resumable there. Source: LongLive 2509.22622, streaming long tuning; Self Forcing 2506.08009, alg. 1.
+    every clip. With `limit` 0 every call is a clip of its own. A stream also starts anew where `restart` says so: no
+    saved state holds its memory, so a run resumes exactly only where one starts.
+    Source: LongLive 2509.22622, streaming long tuning; Self Forcing 2506.08009, alg. 1.
     """
 
     def __init__(
@@ -99,24 +146,24 @@ class LongRollout:
         frames = batch.x.shape[1]
         extend = self.length + self.new_frames(frames)
         if self.tail is None or restart or extend > self.limit:
-            return self.start(batch, draw, rng, grad=grad, record=record)
-        return self.go_on(batch, draw, rng, grad=grad, record=record)
+            return self.start_stream(batch, draw, rng, grad=grad, record=record)
+        return self.continue_stream(batch, draw, rng, grad=grad, record=record)
 
-    def start(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
+    def start_stream(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
         student, (b, frames) = self.student, batch.x.shape[:2]
         passes = training(self.schedule, student.num_chunks(frames), draw)
         self.memory = student.new_memory(b, dtype=self.dtype)
         self.seed, self.length, self.cond = draw.randrange(2**31), frames, batch.cond
         out = self.roll(passes, batch, 0, batch.cond, rng, grad, record)
         if self.limit:
-            self.tail = out.x0.detach()
+            self.tail = out.x0.detach()  # history: a later step's gradient ends where its own frames begin
         else:
             self.memory = None  # nothing goes on from here: a replay has a memory of its own
         return out
 
-    def go_on(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
+    def continue_stream(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
         assert self.tail is not None and self.memory is not None
-        self.memory.clear_cache()
+        self.memory.clear_cache()  # what was read for an earlier graph carries that graph
         student, frames = self.student, batch.x.shape[1]
         new = self.new_frames(frames)
         first = whole_chunks(student, self.length)
@@ -158,6 +205,8 @@ class LongRollout:
         noise = chunk_noise(self.student, batch.x.shape[0], self.seed, given)
         records: list[Record] | None = [] if record else None
         before = self.memory.fork() if record else self.memory
+        # Only the emitted predictions carry gradient (`Pass.grad`): what a chunk becomes at its next level, and what is
+        # written to memory, is detached, as Self Forcing's paper has it.
         with torch.set_grad_enabled(grad):
             chunks = rollout(
                 self.student,
@@ -170,7 +219,7 @@ class LongRollout:
                 clamped=given if start == 0 else None,
             )
             x0 = torch.cat(list(chunks), dim=1)
-        return Rollout(x0, batch, records or [], before, cond, start, start)
+        return Rollout(x0, batch, before, cond, start, start, records or [])
 
     def noise_of(self, sample: Rollout, rng: torch.Generator) -> Tensor:
         """The noise [B, F, C, H, W] that a sample's new frames began with, fresh noise where it overlaps older ones."""
@@ -199,47 +248,50 @@ def replayed_backward(student: CausalStudent, sample: Rollout, grad: Tensor) -> 
         x0[:, : hi - lo].backward(grad[:, lo - sample.skipped : hi - sample.skipped].to(x0.dtype))
 
 
-class SavedBytes:
-    """Measures, as a context manager, how many bytes autograd keeps for the backward pass: `peak` and `now`.
+class OnPolicySampler:
+    """The student's own rollouts: made in its turn, shared by so many critic turns as learn from one, replayed.
 
-    Tensors that share memory count once; parameters count as long as a graph refers to them.
+    `replay`: a student turn records its passes instead of their graph, and `backward` runs them again chunk by chunk.
+    `teacher`, `noise`: what samples the target of losses that compare with it.
     """
 
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self.users: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+    def __init__(
+        self, rollouts: LongRollout, replay: bool = False, teacher: Denoiser | None = None, noise: Any = None
+    ) -> None:
+        self.rollouts, self.replay = rollouts, replay
+        self.teacher, self.noise = teacher, noise or NoiseSchedule()
+        self.kept: tuple[int, Rollout] | None = None  # step it was drawn at, for the critic turns that share it
 
-    def pack(self, x: Tensor) -> "Held":
-        storage = x.untyped_storage()
-        key = storage.data_ptr()
-        self.users[key] = self.users.get(key, 0) + 1
-        if self.users[key] == 1:
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-        return Held(x, self)
+    def __call__(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Rollout:
+        if self.kept is None or self.kept[0] != turn.drawn:  # the first to use it, or a run resumed in between
+            own = turn.drawn == turn.step
+            self.kept = turn.drawn, self.roll(batch, rng if own else turn.rng(turn.drawn), turn)
+        sample = self.kept[1]
+        if not turn.shared:
+            self.kept = None
+        if turn.of_student and turn.loss.needs_target:
+            sample.batch = replace(sample.batch, target=self.target(sample, turn.loss, rng))
+        return sample
 
-    def release(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key = storage.data_ptr()
-        self.users[key] -= 1
-        if self.users[key] == 0:
-            del self.users[key]
-            self.now -= storage.nbytes()
+    def roll(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Rollout:
+        """A new rollout for the condition and given frames of `batch`, with gradient where it is the student's turn."""
+        recorded = turn.of_student and self.replay
+        grad = turn.of_student and not recorded
+        sample = self.rollouts(batch, rng, grad=grad, restart=turn.restart, record=recorded)
+        if recorded:
+            sample.x0 = sample.x0.detach().requires_grad_()
+        return sample
 
-    def __enter__(self) -> "SavedBytes":
-        self.hooks.__enter__()
-        return self
+    def target(self, sample: Rollout, cfg: LossConfig, rng: torch.Generator) -> Tensor:
+        """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
+        assert self.teacher is not None
+        batch, noise = sample.batch, self.rollouts.noise_of(sample, rng)
+        nulls, scales = branches(batch.cond, cfg.guidance, cfg.audio_guidance)
+        given, sigmas = batch.x[:, : batch.given], self.noise.steps(cfg.target_steps)
+        return sample_teacher(self.teacher, noise, sigmas, batch.cond, given=given, nulls=nulls, scales=scales)
 
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
-
-class Held:
-    """A saved tensor that tells when it is let go."""
-
-    def __init__(self, tensor: Tensor, owner: SavedBytes) -> None:
-        self.tensor, self.owner = tensor, owner
-
-    def __del__(self) -> None:
-        self.owner.release(self.tensor)
+    def backward(self, loss: Tensor, sample: Rollout) -> None:
+        loss.backward()
+        if sample.records:
+            assert sample.x0.grad is not None
+            replayed_backward(self.rollouts.student, sample, sample.x0.grad)

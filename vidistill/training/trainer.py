@@ -15,25 +15,24 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vidistill import checkpoint, distributed
 from vidistill.codecs.tiny import TinyCodec
-from vidistill.conditioning.condition import branches
 from vidistill.data.clips import Clips
 from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
-from vidistill.diffusion import LatentShape, NoiseSchedule, derived_seed
-from vidistill.models.dit import VideoDiT, extend, recomputing
-from vidistill.models.layers import DiTConfig
-from vidistill.models.lora import LoraConfig, add_lora, merge_lora
-from vidistill.models.student import CausalStudent, core
 from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
-from vidistill.sampling import sample as sample_teacher
-from vidistill.training import validation
-from vidistill.training.config import TrainConfig, check_network
-from vidistill.training.losses import OBJECTIVES, Loss, Roles, noised_sample
-from vidistill.training.motion import MotionHead
-from vidistill.training.on_policy import LongRollout, Rollout, last_picture, replayed_backward, whole_chunks
+from vidistill.training import networks, validation
+from vidistill.training.config import TrainConfig, Turn
+from vidistill.training.losses import OBJECTIVES
+from vidistill.training.on_policy import (
+    DataSampler,
+    LongRollout,
+    OnPolicySampler,
+    Sampler,
+    last_picture,
+    whole_chunks,
+)
 from vidistill.training.optim import TrainingError, TrainState
 from vidistill.training.trackers import MetricsLog
 
@@ -48,7 +47,7 @@ class Trainer:
     """Runs one stage: `step` after `step`, resumable at any saved one."""
 
     def __init__(self, cfg: TrainConfig) -> None:
-        self.cfg = cfg
+        self.cfg, self.device = cfg, accelerator()
         self.objective = OBJECTIVES[cfg.objective]
         self.parts = distributed.parts(cfg.batch, cfg.accumulate)
         self.folder = Path(cfg.out) / cfg.name
@@ -60,31 +59,24 @@ class Trainer:
             raise ValueError(
                 f"{cfg.data} holds prompts alone: loss.forcing and loss.invalid_weight need recorded clips"
             )
-        self.peak, self.losses = (
-            validation.EarlyStopping(),
-            list[float](),
-        )  # best judgement so far; the loss of every logged row
+        self.peak, self.losses = validation.EarlyStopping(), list[float]()  # best score; the loss of every logged row
         if cfg.init and cfg.init_plateau:
-            validation.check_plateau(
-                cfg.init, checkpoint.read_record(checkpoint.locate(cfg.init))["card"], cfg.init_plateau
-            )
+            card = checkpoint.read_record(checkpoint.locate(cfg.init))["card"]
+            validation.check_plateau(cfg.init, card, cfg.init_plateau)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
-        self.teacher_noise = cfg.loss.noise
         torch.manual_seed(cfg.seed)
-        self.roles, self.shape = self.make_roles()
-        self.prepare()
-        updates = sum(self.is_student_turn(s) for s in range(cfg.steps))
+        self.roles, self.shape, self.teacher_noise = networks.make_roles(cfg, self.data)
+        networks.prepare(cfg, self.roles, self.device)
+        updates = sum(cfg.is_student_turn(s) for s in range(cfg.steps))
         self.student_state = TrainState(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start)
         critic, motion = self.roles.critic, self.roles.motion
         self.critic = None if critic is None else TrainState(critic, cfg.critic_optim, max(1, cfg.steps - updates))
         self.motion = None if motion is None else TrainState(motion, cfg.optim, updates)
-        self.samplers = [self.make_sampler() if cfg.rolls else None for _ in self.parts]  # one a micro-batch
-        self.sampler = self.samplers[0]
-        self.kept: dict[int, tuple[int, Rollout]] = {}  # sampler -> the rollout of a step, for critic_reuse
+        self.samplers = [self.make_sampler() for _ in self.parts]  # one a micro-batch: each continues its own streams
         self.held: validation.HeldOut | None = None
         if cfg.validation.every or cfg.validation.diagnose_every:
             clips = Clips(cfg.validation.data, reference=cfg.reference, camera=cfg.camera)
-            self.held = validation.held_out(clips, cfg.validation, cfg.frames, accelerator())
+            self.held = validation.held_out(clips, cfg.validation, cfg.frames, self.device)
             self.codec = self.load_codec() if cfg.codec else None
 
     @property
@@ -93,82 +85,20 @@ class Trainer:
         every = {"student": self.student_state, "critic": self.critic, "motion": self.motion}
         return {name: state for name, state in every.items() if state is not None}
 
-    def prepare(self) -> None:
-        """Add LoRA where it is asked for, move networks to this process's device, shard them if the run does."""
-        cfg, roles = self.cfg, self.roles
-        for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
-            if net is None:
-                continue
-            inner: VideoDiT = core(net.to(accelerator()))
-            add_lora(inner, lora)
-            if cfg.parallel == "shard":
-                distributed.shard(inner, inner.units)
-            if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
-                inner.compile_regions()
-        if roles.motion is not None:
-            roles.motion.to(accelerator())
-
-    def make_roles(self) -> tuple[Roles, LatentShape | None]:
-        """The networks of this stage."""
-        cfg = self.cfg
-        if cfg.objective == "codec":
-            codec = checkpoint.load(cfg.init, "codec").net if cfg.init else TinyCodec(cfg.codec_config)
-            return Roles(codec.requires_grad_(True).train()), None
-        name = cfg.init or cfg.teacher
-        net = self.load(name) if name else VideoDiT(cfg.dit)
-        if not isinstance(net, VideoDiT):
-            raise checkpoint.CheckpointError(f"{name} is a {type(net).__name__}; one network is needed to start from")
-        net = extend(net, cfg.dit).requires_grad_(True).train()
-        self.check_network(name or "dit", net.cfg)
-        shape = LatentShape(cfg.frames, *self.latent_size(net.cfg.channels), net.cfg.patch)
-        if cfg.objective == "flow":
-            return Roles(net), shape
-        student = CausalStudent(net, cfg.student, shape).train()
-        if not self.objective.critic:
-            return Roles(student), shape
-        assert cfg.teacher
-        critic_name = cfg.critic_init or cfg.teacher
-        teacher = checkpoint.load(cfg.teacher, "teacher", working_dtype(cfg.teacher_precision))
-        critic = self.load(critic_name, "teacher").requires_grad_(True).train()
-        if not isinstance(critic, VideoDiT):
-            raise ValueError(f"{critic_name} is no single network: name one in critic_init for the critic")
-        if isinstance(teacher.net, VideoDiT):
-            self.check_network(cfg.teacher, teacher.net.cfg)
-        self.check_network(critic_name, critic.cfg)
-        self.teacher_noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
-        return Roles(student, teacher.net, critic, MotionHead(shape.channels) if cfg.loss.motion_head else None), shape
-
-    def load(self, name: str, kind: str | None = None) -> Any:
-        """The network of a checkpoint, or that of its student; it recomputes its blocks if this stage does."""
-        net = core(checkpoint.load(name, kind).net)
-        return recomputing(net) if self.cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
-
     def load_codec(self) -> Any:
         """The codec of the data's latents, which the stage names."""
-        return checkpoint.load(str(self.cfg.codec), "codec").net.to(accelerator())
+        return checkpoint.load(str(self.cfg.codec), "codec").net.to(self.device)
 
     def normalisation_clips(self) -> Iterator[Tensor]:
         """Training clips that a new codec's latents are normalised on, other than those of any step."""
         for step in range(8):
-            yield self.clips.frames(self.cfg.batch, self.cfg.frames, self.cfg.seed + 1, step).to(accelerator())
+            yield self.clips.frames(self.cfg.batch, self.cfg.frames, self.cfg.seed + 1, step).to(self.device)
 
     @property
     def clips(self) -> Clips:
         """The data of a stage that needs more than prompts."""
         assert isinstance(self.data, Clips)
         return self.data
-
-    def latent_size(self, channels: int) -> tuple[int, int, int]:
-        """Channels, height and width of a latent frame: those of the data, those of the stage where it has none."""
-        if not isinstance(self.data, Prompts):
-            return self.data.latent_size
-        if not all(self.cfg.latent_size):
-            raise ValueError(f"{self.cfg.data} holds prompts alone: set latent_size=[HEIGHT, WIDTH], in latents")
-        return (channels, *self.cfg.latent_size)
-
-    def check_network(self, name: str, dit: DiTConfig) -> None:
-        """Raise ValueError unless a network takes the latents and conditions of this stage's data."""
-        check_network(self.cfg, self.data, self.latent_size(dit.channels), name, dit)
 
     def levels(self) -> tuple[float, ...]:
         """The exact noise levels of the stored trajectories; ValueError if they are not the configured ones."""
@@ -180,9 +110,11 @@ class Trainer:
             raise ValueError(f"frames {self.cfg.frames} are not those of {self.cfg.data}: {self.clips.meta['frames']}")
         return stored
 
-    def make_sampler(self) -> LongRollout:
-        """What makes the student's rollouts."""
+    def make_sampler(self) -> Sampler:
+        """What makes the samples of a micro-batch that its losses are taken on."""
         cfg, student = self.cfg, self.roles.student
+        if not cfg.rolls:
+            return DataSampler(student, cfg.schedule.levels if self.objective.on_policy else ())
         given = whole_chunks(student, self.data.given)
         if cfg.schedule.given_chunks != given:
             raise ValueError(
@@ -191,24 +123,9 @@ class Trainer:
             )
         student.num_chunks(cfg.frames)
         picture = last_picture(self.load_codec()) if cfg.long_frames and cfg.codec else None
-        return LongRollout(student, cfg.schedule, cfg.long_frames, picture, working_dtype(cfg.precision, accelerator()))
-
-    def is_student_turn(self, step: int) -> bool:
-        if self.objective.critic is None:
-            return True
-        late = step - self.cfg.critic_warmup
-        return late >= 0 and late % (self.cfg.critic_steps + 1) == 0
-
-    def drawn_at(self, step: int) -> int:
-        """The step whose batch and rollout an update learns from: its own, or that of a critic update before it."""
-        if self.is_student_turn(step):
-            return step
-        late, cycle = step - self.cfg.critic_warmup, self.cfg.critic_steps + 1
-        since = step if late < 0 else late % cycle - 1  # critic updates since the student moved
-        return step - since % self.cfg.critic_reuse
-
-    def rng_for(self, step: int) -> torch.Generator:
-        return torch.Generator().manual_seed(derived_seed(self.cfg.seed, step))
+        dtype = working_dtype(cfg.precision, self.device)
+        rollouts = LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
+        return OnPolicySampler(rollouts, cfg.replay, self.roles.teacher, self.teacher_noise)
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step."""
@@ -222,92 +139,51 @@ class Trainer:
             return self.data.batch(cfg.batch, cfg.frames_at(step), size, cfg.seed, step)
         return self.clips.latents(cfg.batch, cfg.frames_at(step), cfg.seed, step)
 
-    def sample(self, batch: Batch, rng: torch.Generator, grad: bool) -> Rollout:
-        """The student's own rollout for the condition and given frames of `batch`, with `grad` or to be replayed."""
-        assert self.sampler is not None
-        restart, replayed = self.step_count % self.cfg.save_every == 0, grad and self.cfg.replay
-        return self.sampler(batch, rng, grad=grad and not replayed, restart=restart, record=replayed)
-
-    def rolled(self, batch: Batch, rng: torch.Generator, learning: bool) -> Rollout:
-        """The rollout of a turn, made now or kept from a critic update before."""
-        drawn, held = self.drawn_at(self.step_count), self.kept.pop(id(self.sampler), None)
-        if held is None or held[0] != drawn:  # the first to use it, or a run that was resumed in between
-            own = drawn == self.step_count
-            held = drawn, self.sample(batch, rng if own else self.rng_for(drawn), learning)
-        if not learning and self.cfg.critic_reuse > 1:
-            self.kept[id(self.sampler)] = held
-        return held[1]
-
-    def target(self, sample: Rollout, rng: torch.Generator) -> Tensor:
-        """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
-        assert self.sampler is not None
-        batch, cfg = sample.batch, self.loss.at(self.step_count)
-        nulls, scales = branches(batch.cond, cfg.guidance, cfg.audio_guidance)
-        return sample_teacher(
-            self.roles.teacher,
-            self.sampler.noise_of(sample, rng),
-            self.teacher_noise.steps(cfg.target_steps),
-            batch.cond,
-            given=batch.x[:, : batch.given],
-            nulls=nulls,
-            scales=scales,
-        )
+    def micro_batch(self, whole: Batch, part: distributed.Part) -> Batch:
+        """One part of a global batch, on this process's device."""
+        recorded = (
+            whole.x.to(self.device) if self.loss.invalid_weight < 1 else None
+        )  # a rollout is judged beside all recorded clips
+        mine = replace(whole, x=part.rows(whole.x), cond=whole.cond.map(part.rows), whole=recorded)
+        return mine.to(self.device)
 
     def step(self) -> dict[str, float]:
         """One update of student or critic; returns what to log."""
-        turn = "student" if self.is_student_turn(self.step_count) else "critic"
-        states = [self.student_state, self.motion] if turn == "student" else [self.critic]
-        trained = [state for state in states if state is not None]
-        for state in trained:
+        turn = self.cfg.turn(self.step_count, self.loss)
+        states, logs = self.trained(turn), []
+        for state in states:
             state.zero_grad()
-        logs = self.gradients(turn)
-        for state in trained:
+        whole, loss_of = self.batch(turn.drawn), self.objective.loss_of(turn.role)
+        for sampler, part in zip(self.samplers, self.parts, strict=True):  # micro-batches
+            batch, rng = self.micro_batch(whole, part), turn.rng()
+            with autocast(self.cfg.precision, self.device, self.caching), part.draws(len(batch.x)):
+                sample = sampler(batch, rng, turn)
+                loss = loss_of(self.roles, sample.x0, sample.batch, turn.loss, rng)
+                sampler.backward(loss.value, sample)
+            logs.append(loss.numbers())
+        return self.update(turn, states, distributed.mean(logs))
+
+    def trained(self, turn: Turn) -> list[TrainState]:
+        """What a turn updates; its norm is that of the first."""
+        states = [self.student_state, self.motion] if turn.of_student else [self.critic]
+        return [state for state in states if state is not None]
+
+    @property
+    def caching(self) -> bool:
+        """Whether passes may share the cast of a weight: FSDP2 has collected its gradient by the second."""
+        return self.cfg.parallel != "shard"
+
+    def update(self, turn: Turn, states: list[TrainState], logs: dict[str, float]) -> dict[str, float]:
+        """Clip and take the step along the gradients of all micro-batches and processes; returns what to log."""
+        for state in states:
             distributed.mean_gradients(state.params, len(self.parts))
-        norms = [state.clip(logs["loss"]) for state in trained]
-        for state in trained:
+        norms = [state.clip(logs["loss"]) for state in states]  # all of them, before the first one moves
+        for state in states:
             state.step()
-        if turn == "student" and self.roles.motion is not None:
+        if turn.of_student and self.roles.motion is not None:
             self.roles.motion.follow()
         self.step_count += 1
-        return {f"{turn}/{k}": v for k, v in {"loss": logs["loss"], "grad_norm": norms[0], **logs}.items()}
-
-    def gradients(self, turn: str) -> dict[str, float]:
-        """Means over the whole batch of the loss of a turn and its logs; gradients of this process's parts added up."""
-        whole, logs, device = self.batch(self.drawn_at(self.step_count)), [], accelerator()
-        recorded = whole.x.to(device) if self.loss.invalid_weight < 1 else None
-        cache = self.cfg.parallel != "shard"  # a cast shared by passes gets its gradient after FSDP2 has collected it
-        for k, part in enumerate(self.parts):
-            self.sampler = self.samplers[k]
-            batch = replace(whole, x=part.rows(whole.x), cond=whole.cond.map(part.rows), whole=recorded).to(device)
-            half = autocast(self.cfg.precision, device, cache)
-            with half, part.draws(batch.x.shape[0]):
-                loss = self.loss_of(turn, batch, self.rng_for(self.step_count))
-            logs.append({"loss": float(loss.value.detach()), **{k: float(v) for k, v in loss.logs.items()}})
-        return distributed.mean(logs)
-
-    def loss_of(self, turn: str, batch: Batch, rng: torch.Generator) -> Loss:
-        """The loss of a turn, its gradients accumulated."""
-        learning = turn == "student"
-        fn = self.objective.student if learning else self.objective.critic
-        assert fn is not None
-        x0, sample = batch.x, None
-        if self.sampler is not None:
-            sample = self.rolled(batch, rng, learning)
-            x0, batch = sample.x0, sample.batch
-        elif self.objective.on_policy:
-            with torch.set_grad_enabled(learning):
-                x0 = noised_sample(self.roles.student, batch, self.cfg.schedule.levels, rng)
-        if sample is not None and learning and self.loss.needs_target:
-            batch = replace(batch, target=self.target(sample, rng))
-        replayed = sample is not None and learning and self.cfg.replay
-        if replayed:
-            x0 = x0.detach().requires_grad_()
-        loss: Loss = fn(self.roles, x0, batch, self.loss.at(self.step_count), rng)
-        loss.value.backward()
-        if replayed:
-            assert sample is not None and x0.grad is not None
-            replayed_backward(self.roles.student, sample, x0.grad)
-        return loss
+        return {f"{turn.role}/{k}": v for k, v in {"loss": logs["loss"], "grad_norm": norms[0], **logs}.items()}
 
     def run(self) -> Path:
         """Train to the end, saving and logging on the way; returns the path of the exported weights."""
@@ -441,17 +317,8 @@ class Trainer:
         return checkpoint.with_extension(path, ".safetensors")
 
     def weights(self) -> nn.Module:
-        """The student in whole, plain weights on rank 0: shards gathered, LoRA merged."""
-        net, lora = self.roles.student, self.cfg.lora
-        if not lora.rank and not any(distributed.is_sharded(p) for p in net.parameters()):
-            return net
-        state = distributed.whole_state(net)
-        plain = checkpoint.rebuild(checkpoint.describe(net))
-        add_lora(core(plain), lora)
-        if distributed.rank() == 0:
-            checkpoint.load_into(plain, state, self.cfg.name)
-        merge_lora(core(plain))
-        return plain
+        """The student in whole, plain weights on rank 0."""
+        return networks.whole_weights(self.roles.student, self.cfg.lora, self.cfg.name)
 
     def record(self) -> dict[str, Any]:
         cfg = self.cfg
