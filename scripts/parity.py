@@ -3,7 +3,7 @@
     python scripts/parity.py DIR [DIR ...] [--tolerance 1e-4] [--quiet]
 
 One line an output; the last line of each folder is a JSON object {"case", "max_abs", "ok", "declined"}. An output is
-`ok`, `differs`, or `declined`: a defect of the original that we refuse to reproduce, listed in vidistill/DECISIONS.md.
+`ok`, `differs`, or `declined`: a defect of the original that we refuse to reproduce (vidistill/interop/README.md).
 Exits with 1 if anything differs, 2 if a folder cannot be read.
 """
 

@@ -64,7 +64,7 @@ class MemoryConfig:
     pose as. `pool`: `average` of keys before rotation and of values; `rescaled`, with keys as long as before;
     `learned` weights; `reencode`: the network sees the pooled latents themselves. `stretch`: keys of the history are so
     many times as long, so that what is far back is looked at as sharply as what is near. `entries` of the history:
-    `dense`, `int8` or `fp8`. Source: RELIC 2512.04040, section on compressed memory; factors count a side (DECISIONS).
+    `dense`, `int8` or `fp8`. Source: RELIC 2512.04040, section on compressed memory; factors count a side (D8).
     """
 
     policy: str = "full"
