@@ -62,6 +62,7 @@ def unpack_rows(part: Mapping[str, Tensor], name: str, k: int) -> Tensor:
     return part[name][int(ends[k - 1]) if k else 0 : int(ends[k])]
 
 
+IGNORED = -100  # a label that no picture shows
 HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
 SPLITS = {"train": 0, "held_out": HELD_OUT_SEED}  # split -> its first seed
 

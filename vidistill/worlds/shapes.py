@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from vidistill.data.clips import Clips
 from vidistill.data.types import HELD_OUT_SEED, Captioned, split_seeds
+from vidistill.worlds.spec import WorldSpec
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -131,3 +134,24 @@ def record_many(cfg: ShapesConfig, seeds: Iterable[int]) -> Iterator[Captioned]:
     for seed in seeds:
         labels, words = describe(seed)
         yield Captioned(draw(cfg, labels, seed), words, labels, seed)
+
+
+def shape_labels(clips: Clips) -> dict[str, torch.Tensor]:
+    """Colour, shape, motion and ground of every frame: the words of its caption as class indices."""
+    frames, described = clips.tensors["frames"].shape[1], clips.meta["described"][: len(clips)]
+    return {
+        name: torch.tensor([words.index(d[name]) for d in described])[:, None].expand(-1, frames)
+        for name, words in ATTRIBUTES.items()
+    }
+
+
+WORLD = WorldSpec(
+    "prompt_adherence",
+    ShapesConfig,
+    record_many,
+    seeds,
+    heads=ATTRIBUTES,
+    labels=shape_labels,
+    mirrored={"motion": (1, 0, 2, 3, 4)},
+    probe="probes/shapes-probe",
+)
