@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "schedule": SCHEDULE,
         "codec": str(folder / "codec"),
         "world": WORLD,
-        "card": {"commit": None},
+        "card": {"commit": None, "data": {"source": "doom"}},
     }
     shape = {"frames": 22, "channels": 4, "height": SHAPE.height, "width": SHAPE.width}
     checkpoint.export(folder / "teacher", net, {**record, "shape": shape, "guidance": 2.0})

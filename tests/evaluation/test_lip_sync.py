@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,8 +13,10 @@ from tiny_talker import write_talker
 from vidistill import metrics
 from vidistill.checkpoint import load
 from vidistill.cli.main import main
-from vidistill.evaluation import lip_sync, report
-from vidistill.evaluation.lip_sync import LipSyncConfig, figures, identity, identity_drift
+from vidistill.evaluation import lip_sync, report, suite
+from vidistill.evaluation.lip_sync import METRICS, SUITE, LipSyncConfig, apart, identity, identity_drift, reader
+from vidistill.evaluation.suite import Batch, Data, measure
+from vidistill.io import to_float
 from vidistill.worlds.talker.recorder import TalkerConfig, record
 
 
@@ -26,12 +27,24 @@ def clips():
 
 @pytest.fixture(scope="module")
 def real(clips):
-    return lip_sync.pixels(clips)
+    return torch.stack([to_float(c.frames) for c in clips])
 
 
 @pytest.fixture(scope="module")
 def truth(clips):
     return torch.stack([torch.from_numpy(c.mouth[:, 0]) for c in clips])
+
+
+def figures(px, real, truth):
+    """What a glance says of clips px beside real ones."""
+    wanted = {name: metric for name, metric in METRICS.items() if metric.glance}
+    data = Data([Batch(real, None, 0, facts={"mouth": truth})], 16.0)
+    tallies = measure(wanted, {"row": lambda batch: px}, data)
+    return suite.figures(wanted, tallies["row"], tallies["real"])
+
+
+def looks(px):
+    return reader("looks", px[None])[0]
 
 
 def test_real_video_is_in_sync_whole_and_moves_as_much_as_itself(real, truth):
@@ -60,18 +73,22 @@ def test_broken_video_is_found(real, truth):
 
 
 def test_somebody_else_is_not_the_same_person(real):
-    others = lip_sync.apart(real)
-    same = identity(real[0], 16.0, 1.0, others)
+    others = apart(reader("looks", real))
+    same = identity(looks(real[0]), 16.0, 1.0, others)
     swapped = torch.cat((real[0, :32], real[1, :33]))
-    changed = identity(swapped, 16.0, 1.0, others)
+    changed = identity(looks(swapped), 16.0, 1.0, others)
     assert min(same) > 0.5 and changed[0] > 0.5 and changed[-1] < 0.5 * min(same)
-    assert identity_drift([swapped], 16.0, 1.0, others)[0] > 0.5 > abs(identity_drift([real[0]], 16.0, 1.0, others)[0])
+    assert (
+        identity_drift([looks(swapped)], 16.0, 1.0, others)[0]
+        > 0.5
+        > abs(identity_drift([looks(real[0])], 16.0, 1.0, others)[0])
+    )
 
 
 def test_a_stream_that_never_looked_like_its_picture_has_no_drift_that_could_count_as_kept(real):
-    others = lip_sync.apart(real)
+    others = apart(reader("looks", real))
     strangers = torch.cat((real[0, :1], real[1, :32], 1 - real[1, :32]))
-    drift, curve = identity_drift([strangers], 16.0, 1.0, others / 10)
+    drift, curve = identity_drift([looks(strangers)], 16.0, 1.0, others / 10)
     assert curve[0] < 0 and math.isnan(drift)
 
 
@@ -95,25 +112,22 @@ def test_sync_is_the_best_mean_correlation_and_its_shift():
 def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     folder = write_talker(tmp_path)
     cfg = LipSyncConfig(
-        clips=2, batch=2, streams=1, long_seconds=4.0, window=1.0, steps=2, workers=1, out=str(tmp_path)
+        clips=2, batch=2, streams=1, long_seconds=4.0, window=1.0, steps=2, workers=1, out=str(tmp_path), cache=""
     )
     net = load(folder / "student")
     record_path = folder / "student.json"
     described = json.loads(record_path.read_text())
     described["shape"]["frames"] = 10
     record_path.write_text(json.dumps(described))
-    result = lip_sync.evaluate(str(folder / "student"), str(folder / "teacher"), cfg)
+    result = suite.evaluate(SUITE, str(folder / "student"), str(folder / "teacher"), cfg)
     for row in ("student", "teacher", "real"):
-        assert set(result[row]) == set(lip_sync.KEYS) and net.kind == "student"
+        assert set(result[row]) - {"name"} == set(METRICS) and net.kind == "student"
     assert set(result["streams"]) == {"student", "window", "real"} and len(result["streams"]["student"]["curve"]) == 4
-    assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "streams.png", "student.png"}
-    alone = lip_sync.evaluate(
-        str(folder / "student"),
-        str(folder / "teacher"),
-        LipSyncConfig(clips=1, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out=""),
-    )
+    assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "streams.png", "clips.png"}
+    short = LipSyncConfig(clips=2, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out="", cache="")
+    alone = suite.evaluate(SUITE, str(folder / "student"), str(folder / "teacher"), short)
     assert "streams" not in alone
-    assert "sync" in str(lip_sync.table(alone).columns[1].header)
+    assert "sync_corr" in list(report.table(METRICS, alone).columns[0].cells)
 
 
 def test_a_diagnosis_is_drawn_and_printed(tmp_path, capsys):
@@ -129,6 +143,10 @@ def test_a_diagnosis_is_drawn_and_printed(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 1 and "validation.diagnose_every" in capsys.readouterr().err
 
 
-def test_gates_need_the_teacher_before_the_student():
-    gate = report.Target("sync", 0.7, 0.8 * 0.9)
-    assert not gate.kept and np.isfinite(gate.low)
+def test_targets_need_the_teacher_and_a_student_adds_its_own():
+    real, teacher = {"sync_corr": 1.0}, {"sync_corr": 0.79}
+    student = {"sync_corr": 0.76, "mouth_motion_ratio": 0.7, "identity_drift": None}
+    assert SUITE.targets({"real": real}) == []
+    assert [t.met for t in SUITE.targets({"real": real, "teacher": teacher})] == [False]
+    found = SUITE.targets({"real": real, "teacher": teacher, "student": student})
+    assert [t.met for t in found] == [False, True, False, False]

@@ -9,6 +9,7 @@ from vidistill import checkpoint
 from vidistill.data.clips import Clips
 from vidistill.evaluation import probes
 from vidistill.evaluation.probes import IGNORED, Probe, ProbeConfig
+from vidistill.worlds.doom.labels import TURNS, WALKS, action_labels, visible_walks
 
 TINY = ProbeConfig(size=16, unshuffle=2, widths=(24, 32), features=16, textures=5)
 
@@ -68,15 +69,15 @@ def test_a_stack_holds_two_frames_before_and_one_after():
 
 def test_action_labels_follow_the_order_of_the_recorder():
     left, right, forward, backward = torch.eye(4)
-    turn, walk = probes.action_labels(torch.stack([left, right, forward, backward, left + forward, torch.zeros(4)]))
-    assert [probes.TURNS[i] for i in turn] == ["left", "right", "none", "none", "left", "none"]
-    assert [probes.WALKS[i] for i in walk] == ["none", "none", "forward", "backward", "forward", "none"]
+    turn, walk = action_labels(torch.stack([left, right, forward, backward, left + forward, torch.zeros(4)]))
+    assert [TURNS[i] for i in turn] == ["left", "right", "none", "none", "left", "none"]
+    assert [WALKS[i] for i in walk] == ["none", "none", "forward", "backward", "forward", "none"]
 
 
 def test_a_step_that_a_wall_stops_has_no_label():
     poses = torch.zeros(1, 4, 3)
     poses[0, 1:, 0] = SPEED / 64  # the first step moves, the others do not
-    walk = probes.visible_walks(torch.tensor([[2, 2, 2, 1]]), poses, SPEED)
+    walk = visible_walks(torch.tensor([[2, 2, 2, 1]]), poses, SPEED)
     assert walk.tolist() == [[IGNORED, 2, IGNORED, 1]]
 
 

@@ -9,10 +9,11 @@ from tiny_text import write_world
 from vidistill import checkpoint, cli
 from vidistill.conditioning.text import Ngrams
 from vidistill.data.shards import captioned_shards, write_shards
-from vidistill.evaluation import probes, prompt_adherence
+from vidistill.evaluation import SUITES, probes, prompt_adherence, report, suite
 from vidistill.evaluation.probes import Reading
-from vidistill.evaluation.prompt_adherence import AdherenceConfig
-from vidistill.worlds import shapes
+from vidistill.evaluation.prompt_adherence import METRICS, SUITE, AdherenceConfig, accuracy, right_of
+from vidistill.streaming.prompt_switch import SWITCHES
+from vidistill.worlds import WORLDS, shapes
 from vidistill.worlds.shapes import ATTRIBUTES
 
 
@@ -24,49 +25,52 @@ def world(tmp_path_factory):
 def protocol(world, tmp_path):
     return AdherenceConfig(
         clips=3, batch=2, before=1.0, after=1.5, window=0.7, streams=2, long_seconds=2.0, steps=2, stride=1,
-        probe=str(world / "probe"), out=str(tmp_path),
+        probe=str(world / "probe"), out=str(tmp_path), cache=str(tmp_path / "cache"),
     )  # fmt: skip
 
 
 def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
-    result = prompt_adherence.evaluate(str(world / "student"), None, protocol(world, tmp_path))
+    result = suite.evaluate(SUITE, str(world / "student"), None, protocol(world, tmp_path))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result["switch"]) == {"keep", "recache", "cut"}
     for row in (result["teacher"], *result["switch"].values()):
         assert all(0 <= row[part][name] <= 1 for part in ("before", "after") for name in (*ATTRIBUTES, "asked"))
     assert result["real"]["motion_ratio"] == 1 and result["real"]["frechet"] == pytest.approx(0, abs=1e-4)
     assert result["student"]["sharpness_drift"] > 0 and result["student"]["frechet"] > 0
-    assert {p.name for p in (tmp_path / "student-teacher").iterdir()} == {"result.json", "switches.png"}
-    assert prompt_adherence.table(result).row_count == 9
+    assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "switches.png", "index.html"}
+    table = report.table(METRICS, result)
+    assert [c.header for c in table.columns[1:]] == ["real", "teacher", "student", *(f"switch: {p}" for p in SWITCHES)]
+    assert table.row_count > 20
 
 
-def reading(walk_condition, frames, wrong_until=0):
-    """What a perfect probe would say of clips that show `told` from frame `wrong_until` on."""
+def reading(asked, frames, wrong_until=0):
+    """What a perfect probe would say of clips that show what is asked [B, 1, heads] from frame `wrong_until` on."""
     times = torch.arange(2, frames, 2)
     labels = {}
-    for name, words in ATTRIBUTES.items():
-        own = torch.tensor([words.index(labels_[name]) for labels_, _ in walk_condition])[:, None].repeat(1, len(times))
+    for i, (name, words) in enumerate(ATTRIBUTES.items()):
+        own = asked[..., i].repeat(1, len(times))
         own[:, times < wrong_until] = (own[:, times < wrong_until] + 1) % len(words)
         labels[name] = own
-    return Reading(torch.zeros(len(walk_condition), len(times), 1), labels, times)
+    return Reading(torch.zeros(len(asked), len(times), 1), labels, times)
 
 
 def test_time_to_adherence_is_when_everything_asked_for_is_shown_and_stays():
-    walk_condition = prompt_adherence.scenes(3)
-    got = prompt_adherence.time_to_adherence(reading(walk_condition, 100, wrong_until=56), walk_condition, 40, 12.0)
-    assert got == {"median_s": pytest.approx(16 / 12), "reached": 1.0}
-    walk_condition, times = walk_condition[:2], torch.tensor([56, 80])
-    early = reading(walk_condition, 100, wrong_until=56)
+    heads = list(ATTRIBUTES)
+    asked = prompt_adherence.asked_of(WORLDS["shapes"], prompt_adherence.scenes(WORLDS["shapes"], 3))
+
+    def took(found, asked):
+        right = right_of(found, asked, heads)
+        return prompt_adherence.time_to_adherence(right, found.times, heads, 40, 12.0)
+
+    assert took(reading(asked, 100, 56), asked) == {"median_s": pytest.approx(16 / 12), "reached": 1.0}
+    early = reading(asked[:2], 100, 56)
     for name, own in early.labels.items():
-        own[1, early.times < times[1]] = (own[1, early.times < times[1]] + 1) % len(ATTRIBUTES[name])
-    assert prompt_adherence.time_to_adherence(early, walk_condition, 40, 12.0)["median_s"] == pytest.approx(
-        (16 + 40) / 2 / 12
-    )
-    never = prompt_adherence.time_to_adherence(reading(walk_condition, 100, wrong_until=100), walk_condition, 40, 12.0)
+        own[1, early.times < 80] = (own[1, early.times < 80] + 1) % len(ATTRIBUTES[name])
+    assert took(early, asked[:2])["median_s"] == pytest.approx((16 + 40) / 2 / 12)
+    never = took(reading(asked, 100, 100), asked)
     assert math.isnan(never["median_s"]) and never["reached"] == 0
-    assert prompt_adherence.accuracy(reading(walk_condition, 100, wrong_until=51), walk_condition)[
-        "asked"
-    ] == pytest.approx(0.5, abs=0.02)
+    half = accuracy(right_of(reading(asked, 100, 51), asked, heads), heads)
+    assert half["asked"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
@@ -86,7 +90,8 @@ def test_a_trained_probe_reads_what_held_out_captions_say(tmp_path):
 
 def test_the_command_line_knows_a_student_that_listens(world, monkeypatch, capsys, tmp_path):
     assert checkpoint.takes_prompts(world / "student") and not checkpoint.takes_prompts(world / "teacher")
-    monkeypatch.setattr(prompt_adherence, "AdherenceConfig", lambda clips: protocol(world, tmp_path))
+    own = replace(SUITE, config=lambda clips: protocol(world, tmp_path))
+    monkeypatch.setitem(SUITES, SUITE.name, own)
     assert cli.main(["eval", str(world / "student"), "--glance", "--clips", "3", "--json"]) == 0
     assert "asked" in json.loads(capsys.readouterr().out.splitlines()[-1])
     story = ["generate", str(world / "student"), "-o", str(tmp_path / "a.mp4"), "--seconds", "3", "--scale", "1"]

@@ -18,26 +18,28 @@ from vidistill.data.types import Episode
 from vidistill.diffusion import LatentShape
 from vidistill.evaluation.probes import load_probe
 from vidistill.evaluation.spatial_memory import (
-    KINDS,
-    LEFT,
-    RIGHT,
     PoseReader,
     RevisitTally,
     SpatialMemoryConfig,
     contenders,
-    counted,
     evaluate_memory,
-    full_turn,
     held,
-    look_away,
-    make_path,
     returned,
-    returns,
     table,
-    walk_out,
 )
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import CausalStudent, StudentConfig
+from vidistill.worlds.doom.paths import (
+    KINDS,
+    LEFT,
+    RIGHT,
+    counted,
+    full_turn,
+    look_away,
+    make_path,
+    returns,
+    walk_out,
+)
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
@@ -110,7 +112,7 @@ def student(folder, name, memory, codec):
         "schedule": SCHEDULE,
         "codec": str(codec),
         "world": {"fps": 17.5, "actions": ["turn_left", "turn_right", "forward", "backward"], "camera": asdict(CAMERA)},
-        "card": {},
+        "card": {"data": {"source": "doom"}},
     }
     checkpoint.export(folder / name, CausalStudent(net, StudentConfig(3, 1, memory), shape), record)
 

@@ -17,8 +17,15 @@ from vidistill.training.config import TrainConfig
 AUDIO = AudioConfig(bands=4)  # 16 numbers a px frame, 64 a latent
 TEXT = {"kind": "ngrams", "dim": 8, "length": 6}
 WORLD = {"fps": 16.0, "px_size": 16, "temporal": 4}
+CARD = {"losses": [1.0] * 8, "data": {"source": "talker"}}
 TALKER = replace(DIT, sites={"hidden": SiteConfig(64, hidden=8)}, text_dim=24, extra_channels=SHAPE.channels + 1)
-RECORD = {"noise": {"shift": 2.0}, "audio": asdict(AUDIO), "text": TEXT, "world": WORLD, "card": {"losses": [1.0] * 8}}
+RECORD = {
+    "noise": {"shift": 2.0},
+    "audio": asdict(AUDIO),
+    "text": TEXT,
+    "world": WORLD,
+    "card": {"losses": [1.0] * 8, "data": {"source": "talker"}},
+}
 
 
 def write_talker(folder):

@@ -33,7 +33,7 @@ def write_world(root):
         "codec": str(root / "codec"),
         "world": {"fps": 12.0, "px_size": 32},
         "text": TEXT,
-        "card": {"parents": [str(root / "teacher")]},
+        "card": {"parents": [str(root / "teacher")], "data": {"source": "shapes"}},
     }
     checkpoint.export(root / "teacher", net, {**record, "shape": asdict(shape), "guidance": 2.0})
     cfg = StudentConfig(chunk=3, memory=MemoryConfig("window", frames=6))

@@ -35,67 +35,52 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from vidistill import checkpoint
-    from vidistill.evaluation import prompt_adherence, quality, report
-
     if not args.name and not args.frontier:
         raise ValueError("name a checkpoint, or give --frontier")
-    out = args.out or Path("out/eval")
-    if args.frontier:
-        from vidistill.evaluation import ablation
-
-        given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
-        given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
-        if foreign := [key for key, value in given.items() if value]:
-            raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
-        report.check_plots()
-        result = ablation.frontier(args.frontier)
-        Console(stderr=True).print(ablation.table(result))
-    elif args.suite == "memory":
-        result = run_memory_suite(args, out)
-    elif args.window or args.full:
-        raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
-    elif args.glance and (args.teacher or args.out):
-        option = "--teacher" if args.teacher else "--out"
-        raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
-    elif checkpoint.takes_audio(args.name):
-        from vidistill.evaluation import lip_sync
-
-        clips = args.clips or 64
-        if args.glance:
-            result = lip_sync.glance(args.name, lip_sync.LipSyncConfig(clips=clips))
-        else:
-            result = lip_sync.run(args.name, clips=clips, out=out, teacher=args.teacher)
-    elif checkpoint.takes_prompts(args.name):
-        clips = args.clips or 96
-        if args.glance:
-            result = prompt_adherence.glance(args.name, prompt_adherence.AdherenceConfig(clips=clips))
-        else:
-            result = prompt_adherence.run(args.name, clips=clips, out=out, teacher=args.teacher)
-    else:
-        clips = args.clips or 256
-        if args.glance:
-            result = quality.glance(args.name, quality.EvalConfig(clips=clips))
-            print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
-        else:
-            result = quality.run(args.name, clips=clips, out=out, teacher=args.teacher)
-    if args.glance:
-        result["clips"] = clips
+    judged = run_frontier if args.frontier else run_memory if args.suite == "memory" else run_suite
+    result = judged(args)
     if args.json:
         print(json.dumps(result))
 
 
-def run_memory_suite(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
-    from vidistill.evaluation import report, spatial_memory
+    from vidistill.evaluation import ablation, report
+
+    given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
+    given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
+    if foreign := [key for key, value in given.items() if value]:
+        raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
+    report.check_plots()
+    result = ablation.frontier(args.frontier)
+    Console(stderr=True).print(ablation.table(result))
+    return result
+
+
+def run_memory(args: argparse.Namespace) -> dict[str, Any]:
+    from vidistill.evaluation import spatial_memory
 
     if args.glance or args.teacher:
         raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
-    report.check_plots()
-    cfg = spatial_memory.SpatialMemoryConfig(paths=args.clips or 24, out=str(out))
-    result = spatial_memory.evaluate_memory(args.name, cfg, window=args.window, full=args.full)
-    Console(stderr=True).print(spatial_memory.table(result))
-    return result
+    settings = {"paths": args.clips, "out": args.out and str(args.out)}
+    return spatial_memory.run(args.name, args.window, args.full, **{k: v for k, v in settings.items() if v})
+
+
+def run_suite(args: argparse.Namespace) -> dict[str, Any]:
+    from vidistill import checkpoint
+    from vidistill.evaluation import suite, suite_of
+
+    if args.window or args.full:
+        raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
+    if args.glance and (args.teacher or args.out):
+        option = "--teacher" if args.teacher else "--out"
+        raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
+    own = suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
+    settings = {"clips": args.clips} if args.clips else {}
+    if not args.glance:
+        return suite.run(own, args.name, args.teacher, **settings, **({"out": str(args.out)} if args.out else {}))
+    cfg = own.config(**settings)
+    result = suite.glance(own, args.name, cfg)
+    print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))
+    return {**result, "clips": cfg.clips}

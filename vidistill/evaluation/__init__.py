@@ -1,1 +1,14 @@
-"""Students judged beside their teachers and real video."""
+"""Students judged beside their teachers and real video, each by the suite of the world it learned from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vidistill.evaluation import lip_sync, prompt_adherence, quality
+from vidistill.evaluation.suite import Suite, world_of
+
+SUITES = {suite.name: suite for suite in (quality.SUITE, prompt_adherence.SUITE, lip_sync.SUITE)}
+
+
+def suite_of(name: str, record: Mapping[str, Any]) -> Suite:
+    """The suite that judges a checkpoint by its record; ValueError if it learned from a world that is not bundled."""
+    return SUITES[world_of(name, record)[1].suite]

@@ -1,6 +1,5 @@
 """Quality against evaluations: cells of schedule x context, tuned equally from one checkpoint or run untuned."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,11 +11,10 @@ from rich.table import Table
 from vidistill import checkpoint
 from vidistill.checkpoint import Bundle
 from vidistill.config import load_config
-from vidistill.evaluation import report
+from vidistill.evaluation import report, suite_of
 from vidistill.evaluation.prompt_adherence import AdherenceConfig
-from vidistill.evaluation.prompt_adherence import glance as glance_at_text
 from vidistill.evaluation.quality import EvalConfig
-from vidistill.evaluation.quality import glance as glance_at_walks
+from vidistill.evaluation.suite import glance
 from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.training.config import TrainConfig
 from vidistill.training.trainer import train
@@ -106,9 +104,8 @@ def with_schedule(student: Bundle, schedule: ScheduleConfig) -> Bundle:
 def row_of(cfg: AblationConfig, name: str, student: Bundle) -> dict[str, Any]:
     """Figures and cost of one cell."""
     cell = cfg.cells[name]
-    listens = checkpoint.text_encoder(student.record) is not None
-    found = glance_at_text(student, cfg.text) if listens else glance_at_walks(student, cfg.walks)
-    counted = evaluations(student.schedule, CHUNKS)
+    suite, counted = suite_of(student.name, student.record), evaluations(student.schedule, CHUNKS)
+    own = {"quality": cfg.walks, "prompt_adherence": cfg.text}.get(suite.name)
     return {
         "cell": name,
         "pattern": cell.pattern or "all",
@@ -118,7 +115,7 @@ def row_of(cfg: AblationConfig, name: str, student: Bundle) -> dict[str, Any]:
         "settings": list(cell.settings),
         "nfe_7_chunks": sum(counted),
         "nfe_steady": counted[-1],
-        **found,
+        **glance(suite, student, own),
     }
 
 
@@ -143,44 +140,41 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     return result
 
 
-def label(row: Mapping[str, Any]) -> str:
-    return "tuned" if row["trained"] else f"inference only, weights of {row['weights']}"
+def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
+    """What people see: heads, then a row a cell."""
+    heads = ["cell", "steps a chunk", "context", "weights", "evaluations, 7 chunks", *result["measures"]]
+    rows = []
+    for row in result["cells"]:
+        weights = "tuned" if row["trained"] else f"inference only, weights of {row['weights']}"
+        known = [row["cell"], row["pattern"], row["context"], weights, str(row["nfe_7_chunks"])]
+        rows.append([*known, *(report.number(row, m) for m in result["measures"])])
+    return [heads, *rows]
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    measures = result["measures"]
-    out = Table(title=f"{result['steps']} steps each from {result['shared']}")
-    for name in ("cell", "steps a chunk", "context", "weights", "evaluations, 7 chunks", *measures):
-        out.add_column(name)
-    for row in result["cells"]:
-        known = (row["cell"], row["pattern"], row["context"], label(row), str(row["nfe_7_chunks"]))
-        out.add_row(*known, *(report.number(row, m) for m in measures))
+    heads, *rows = rows_of(result)
+    out = Table(*heads, title=f"{result['steps']} steps each from {result['shared']}")
+    for row in rows:
+        out.add_row(*row)
     return out
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> None:
     """The figures as JSON, as a table in Markdown, and as one plot."""
-    measures = result["measures"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
-    heads = ("cell", "steps a chunk", "context", "weights", "evaluations, 7 chunks", *measures)
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row in result["cells"]:
-        known = (row["cell"], row["pattern"], row["context"], label(row), str(row["nfe_7_chunks"]))
-        lines.append(f"| {' | '.join([*known, *(report.number(row, m) for m in measures)])} |")
-    (folder / "frontier.md").write_text("\n".join(lines) + "\n")
+    report.save(folder, "frontier.json", result)
+    heads, *rows = (f"| {' | '.join(row)} |" for row in rows_of(result))
+    (folder / "frontier.md").write_text("\n".join([heads, "|" + "---|" * heads.count(" |"), *rows]) + "\n")
 
-    def draw(made: Any) -> None:
+    def paint(made: Any) -> None:
         axes = made.add_subplot()
         for row in result["cells"]:
             colour = {"clean": "C0", "noised": "C2", "last_step": "C1"}[row["context"]]
-            face = colour if row["trained"] else "none"
-            axes.scatter(row["nfe_7_chunks"], row["frechet"], facecolors=face, edgecolors=colour)
             at = (row["nfe_7_chunks"], row["frechet"])
+            axes.scatter(*at, facecolors=colour if row["trained"] else "none", edgecolors=colour)
             axes.annotate(row["cell"], at, xytext=(5, -2), textcoords="offset points", fontsize=7)
         axes.set(xlabel="evaluations for 7 chunks", ylabel="Frechet distance (lower is better)")
         axes.margins(0.12)
         colours = "orange: last_step, blue: clean, green: noised"
         axes.set_title(f"filled: tuned equally; hollow: inference only; {colours}", fontsize=8)
 
-    report.figure(draw, folder / "frontier.png", width=8.0)
+    report.draw(folder / "frontier.png", 8.0, paint)

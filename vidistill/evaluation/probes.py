@@ -17,20 +17,19 @@ from vidistill import checkpoint
 from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.data.shards import read_meta
+from vidistill.data.types import IGNORED
 from vidistill.metrics import balanced_accuracy
 from vidistill.ops.precision import autocast
-from vidistill.worlds.doom.maps import centre_texture
+from vidistill.worlds import WORLDS
+from vidistill.worlds.doom.labels import TURNS, WALKS
 from vidistill.worlds.shapes import ATTRIBUTES
+from vidistill.worlds.spec import WorldSpec
 
-TURNS = ("left", "none", "right")
-WALKS = ("backward", "none", "forward")
-IGNORED = -100  # a label that no picture shows
 BEFORE, AFTER = 2, 1  # frames of a stack before and after the one its labels belong to
 STACK = BEFORE + 1 + AFTER
 PLACES = ("told", "same")
 DAMAGES = ("blur", "saturation", "contrast", "noise")
-BUNDLED = "probes/doom-probe"  # in the zoo, but no network that `checkpoint.load` rebuilds
-SHAPES = "probes/shapes-probe"
+BUNDLED = WORLDS["doom"].probe  # in the zoo, but no network that `checkpoint.load` rebuilds
 
 
 @dataclass(frozen=True)
@@ -136,57 +135,15 @@ def read(probe: Probe, px: Tensor, stride: int = 1, batch: int = 256) -> Reading
     return Reading(torch.cat([f for f, _ in parts]).view(*shape, -1), labels, times)
 
 
-def action_labels(actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn and walk classes [...] of actions [..., 4] as `sources.doom` records them."""
-    left, right, forward, backward = actions.unbind(-1)
-    return (right - left).sign().long() + 1, (forward - backward).sign().long() + 1
-
-
-def visible_walks(walk: Tensor, poses: Tensor, speed: float) -> Tensor:
-    """Walk classes [N, T] with those ignored where a wall stopped the walker, since no picture can show them.
-
-    poses [N, T, 3] in map units / 64; `speed` in map units a frame.
-    """
-    moved = torch.zeros_like(poses[..., 0])
-    moved[..., 1:] = (poses[..., 1:, :2] - poses[..., :-1, :2]).norm(dim=-1) * 64
-    return walk.masked_fill((walk != 1) & (moved < speed / 2), IGNORED)
-
-
 def labels_of(clips: Clips) -> dict[str, Tensor]:
     """Labels [N, T] of every recorded frame, as the world of the clips has them."""
-    return LABELS[clips.meta.get("source", "doom")](clips)
+    labels = world_of(clips).labels
+    assert labels is not None, "a world without labels has no probe"
+    return labels(clips)
 
 
-def shape_labels(clips: Clips) -> dict[str, Tensor]:
-    """Colour, shape, motion and ground of every frame: the words of its caption as class indices."""
-    frames = clips.tensors["frames"].shape[1]
-    return {
-        name: torch.tensor([words.index(d[name]) for d in clips.meta["described"]])[: len(clips), None].expand(
-            -1, frames
-        )
-        for name, words in ATTRIBUTES.items()
-    }
-
-
-def doom_labels(clips: Clips) -> dict[str, Tensor]:
-    """Turn, walk, texture (of the wall in the centre of view) and distance of every frame."""
-    poses = clips.tensors["poses"]
-    turn, walk = action_labels(clips.tensors["actions"])
-    seen = np.array(
-        [
-            [centre_texture(d["walls"], pose) for pose in path]
-            for d, path in zip(clips.meta["described"], poses.double().numpy(), strict=True)
-        ]
-    )
-    texture = torch.from_numpy(seen[..., 0]).long()
-    distance = torch.from_numpy(seen[..., 1]).float().nan_to_num(posinf=0.0).log1p()
-    walk = visible_walks(walk, poses, clips.meta["config"]["speed"])
-    return {"turn": turn, "walk": walk, "texture": texture.masked_fill(texture < 0, IGNORED), "distance": distance}
-
-
-LABELS: Mapping[str, Callable[[Clips], dict[str, Tensor]]] = {"doom": doom_labels, "shapes": shape_labels}
-MIRRORED = {"turn": (2, 1, 0), "motion": (1, 0, 2, 3, 4)}  # class of a mirrored picture
-BALANCED = ("turn", "walk")  # heads whose rare classes count as much as common ones
+def world_of(clips: Clips) -> WorldSpec:
+    return WORLDS[clips.meta.get("source", "doom")]
 
 
 def draw(
@@ -201,8 +158,8 @@ def draw(
     own = {name: values[episode, time] for name, values in labels.items()}
     mirror = torch.from_numpy(rng.random(batch) < 0.5)
     px = torch.where(mirror[:, None, None, None, None], px.flip(-1), px)
-    for name in MIRRORED.keys() & own.keys():
-        own[name] = torch.where(mirror, torch.tensor(MIRRORED[name])[own[name]], own[name])
+    for name, classes in world_of(clips).mirrored.items():
+        own[name] = torch.where(mirror, torch.tensor(classes)[own[name]], own[name])
     return px, own
 
 
@@ -252,7 +209,7 @@ def train_probes(
     optim = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=0.02)
     plan = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
     weights = {
-        name: class_weights(labels[name], num) if name in BALANCED else torch.ones(num)
+        name: class_weights(labels[name], num) if name in world_of(clips).balanced else torch.ones(num)
         for name, num in cfg.classes.items()
     }
     draws, rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)

@@ -3,8 +3,8 @@
 import html
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,6 @@ from rich.table import Table
 from vidistill.io import contact_sheet, save_png
 
 ORDER = ("real", "codec", "teacher", "student", "repeat")
-NUMBERS = {
-    "frechet": "Frechet distance of probe features, against the real futures of the same clips (real: two halves)",
-    "frechet_other_half": "the same against real clips of other episodes",
-    "action_following": "balanced accuracy of the actions a probe reads back, mean of turning and walking",
-    "action_chance": "the same against the actions of other clips",
-    "sharpness_ratio": "mean gradient, against real",
-    "saturation_ratio": "mean chroma, against real",
-    "contrast_ratio": "deviation of brightness, against real",
-    "motion_ratio": "mean change between frames, against real",
-    "flicker_ratio": "brightness of blocks that comes and goes within three frames, against real",
-    "idle_motion": "mean change between frames where no action was given",
-    "sharpness_drift": "last seconds of a long stream against the first",
-    "saturation_drift": "",
-    "motion_drift": "",
-}
 
 
 def plain(value: Any) -> Any:
@@ -44,8 +29,23 @@ def plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A figure of a row: the only place where it is computed, named and explained.
+
+    text: what it is, None for one that stands in JSON alone. figure: of the tallies of the row and of real video; None
+    where that row has none, or for one that is not measured on clips. parts: what it needs of every clip, by name;
+    metrics may share them. glance: whether a glance shows it.
+    """
+
+    text: str | None = None
+    figure: Callable[[Any, Any], Any] | None = None
+    parts: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    glance: bool = True
+
+
+@dataclass(frozen=True)
 class Target:
-    """A promise about a figure: low <= value <= high."""
+    """What a figure should be: low <= value <= high."""
 
     text: str
     value: float | None
@@ -53,96 +53,61 @@ class Target:
     high: float = math.inf
 
     @property
-    def kept(self) -> bool:
+    def met(self) -> bool:
         return self.value is not None and self.low <= self.value <= self.high
 
     def __str__(self) -> str:
         shown = "not measured" if self.value is None else f"{self.value:.3g}"
         need = f"{self.low:.3g} to {self.high:.3g}".replace("-inf to", "at most").replace(" to inf", " or more")
-        return f"{'kept' if self.kept else 'MISSED'}: {self.text} {shown} (needed: {need})"
-
-
-def targets(result: Mapping[str, Any]) -> list[Target]:
-    """The promises that can be checked with the rows of `result`."""
-    rows: dict[str, Callable[[], list[Target]]] = {
-        "codec": lambda: codec_targets(result["codec"]),
-        "teacher": lambda: teacher_targets(result),
-        "student": lambda: student_targets(result),
-    }
-    return [gate for name, make in rows.items() if name in result for gate in make()]
-
-
-def codec_targets(codec: Mapping[str, Any]) -> list[Target]:
-    return [Target("codec PSNR, dB", codec["psnr"], 30), Target("codec sharpness", codec["sharpness_ratio"], 0.85)]
-
-
-def teacher_targets(result: Mapping[str, Any]) -> list[Target]:
-    teacher, real = result["teacher"], result["real"]
-    out = [
-        Target("teacher's action following", teacher["action_following"], 0.95 * real["action_following"]),
-        Target("teacher's sharpness", teacher["sharpness_ratio"], 0.85, 1.15),
-        Target(
-            "teacher's Frechet distance to other episodes",
-            teacher["frechet_other_half"],
-            high=3 * result["codec"]["frechet_other_half"],
-        ),
-    ]
-    if "0.5" in teacher["psnr_by_horizon"]:
-        still = result["repeat"]["psnr_by_horizon"]["0.5"]
-        out.append(Target("teacher's PSNR at 0.5 s, dB", teacher["psnr_by_horizon"]["0.5"], still))
-    return out
-
-
-def student_targets(result: Mapping[str, Any]) -> list[Target]:
-    student, real = result["student"], result["real"]
-    out = [
-        Target("student's Frechet distance", student["frechet"], high=1.25 * result["teacher"]["frechet"]),
-        Target("student's action following", student["action_following"], 0.9 * real["action_following"]),
-    ]
-    for name in ("sharpness", "saturation", "motion"):
-        out.append(Target(f"student's {name} in the first seconds", student[f"{name}_ratio"], 0.8, 1.2))
-        if "late" in student:
-            out.append(Target(f"student's {name} in the last seconds", student["late"][f"{name}_ratio"], 0.8, 1.2))
-    return out
+        return f"{'met' if self.met else 'missed'}: {self.text} {shown} (target: {need})"
 
 
 def folder_of(result: Mapping[str, Any], out: str) -> Path:
     """Where the report of `result` lies under `out`: named after what was judged."""
-    return Path(out) / "-".join(
-        result[row]["name"] for row in ("student", "teacher", "codec") if "name" in result.get(row, {})
-    )
+    rows = [result[row] for row in ("student", "teacher", "codec") if row in result]
+    return Path(out) / "-".join(row["name"] for row in rows if "name" in row)
 
 
-def shown_rows(result: Mapping[str, Any]) -> list[str]:
-    return [name for name in ORDER if name in result]
+def number(row: Mapping[str, Any] | None, key: str) -> str:
+    """A figure with three digits; "-" where there is none. A key "a/b" is part b of figure a."""
+    for part in key.split("/"):
+        row = row.get(part) if isinstance(row, Mapping) else None
+    return "-" if row is None else f"{row:.3f}"
 
 
-def number(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    return "-" if value is None else f"{value:.3f}"
+def lines(numbers: Mapping[str, Metric], columns: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
+    """(key, what it is, cells) for every figure that has a text, its parts one by one."""
+    for key, metric in numbers.items():
+        held = [column[key] for column in columns.values() if key in column]
+        parts = dict.fromkeys(part for value in held if isinstance(value, Mapping) for part in value)
+        for name in [f"{key}/{part}" for part in parts] or [key] if metric.text else []:
+            yield name, metric.text or "", [number(column, name) for column in columns.values()]
 
 
-def table(result: Mapping[str, Any]) -> Table:
+def columns_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The kinds of video in `result`, and a column for every way to switch."""
+    rows = {name: result[name] for name in ORDER if name in result}
+    return rows | {f"switch: {name}": row for name, row in result.get("switch", {}).items()}
+
+
+def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     """The figures, one column a row of the evaluation, for a terminal."""
-    names = shown_rows(result)
+    columns = columns_of(result)
     out = Table(title=f"{result['protocol']['clips']} held-out clips")
     out.add_column("measure")
-    for name in names:
+    for name in columns:
         out.add_column(name, justify="right")
-    for key in NUMBERS:
-        out.add_row(key, *(number(result[name], key) for name in names))
-    for horizon in result[names[-1]].get("psnr_by_horizon", {}):
-        cells = [number(result[name].get("psnr_by_horizon", {}), horizon) for name in names]
-        out.add_row(f"PSNR at {horizon} s", *cells)
+    for key, _, cells in lines(numbers, columns):
+        out.add_row(key.replace("/", " "), *cells)
     return out
 
 
-def show(result: Mapping[str, Any], out: str) -> None:
-    """Print the table, the gates and where the report lies, to stderr."""
+def show(numbers: Mapping[str, Metric], result: Mapping[str, Any], targets: Sequence[Target], out: str) -> None:
+    """Print the table, the targets and where the report lies, to stderr."""
     console = Console(stderr=True)
-    console.print(table(result))
-    for gate in targets(result):
-        console.print(str(gate), style="" if gate.kept else "bold red")
+    console.print(table(numbers, result))
+    for target in targets:
+        console.print(str(target), style="" if target.met else "bold red")
     if out:
         console.print(f"report: {folder_of(result, out) / 'index.html'}")
 
@@ -150,41 +115,76 @@ def show(result: Mapping[str, Any], out: str) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, result: dict[str, Any], pictures: dict[str, Any]) -> None:
-    """result.json, curves.json, plots and contact sheets as PNG, and index.html in `folder`."""
+@dataclass(frozen=True)
+class Sheet:
+    """A contact sheet: clips uint8 [T, H, W, 3] below each other, one picture every `every` frames."""
+
+    name: str
+    rows: Sequence[np.ndarray]
+    labels: Sequence[str]
+    caption: str
+    every: int = 1
+
+    @classmethod
+    def beside(cls, name: str, clips: Mapping[str, np.ndarray], caption: str, noun: str, every: float = 1.0) -> "Sheet":
+        """The k-th clips [T, H, W, 3] of all kinds of video below each other, then the next ones."""
+        kinds = sorted(clips, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
+        picked = [(kind, k) for k in range(min(map(len, clips.values()))) for kind in kinds]
+        labels = [f"{kind}, {noun} {k + 1}" for kind, k in picked]
+        return cls(name, [clips[kind][k] for kind, k in picked], labels, caption, max(1, round(every)))
+
+
+@dataclass
+class Pictures:
+    """What a report draws: sheets, motion by time of every row, and curves of long streams."""
+
+    fps: float
+    sheets: list[Sheet] = field(default_factory=list)
+    motion: dict[str, list[float]] = field(default_factory=dict)
+    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+
+def save(folder: Path, name: str, result: Mapping[str, Any]) -> None:
+    """Figures as a file of JSON in `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    curves = {"motion_first_seconds": pictures["motion"], "long": pictures.get("curves", {})}
-    (folder / "curves.json").write_text(json.dumps(plain(curves)) + "\n")
-    files = [
-        *sheets(folder, pictures),
-        plot_horizons(folder, result),
-        plot_motion(folder, pictures["motion"], pictures["fps"]),
-    ]
-    if "curves" in pictures:
-        files.append(plot_drift(folder, pictures["curves"], pictures["fps"]))
-    (folder / "index.html").write_text(page(result, [f for f in files if f]))
+    (folder / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def sheets(folder: Path, pictures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Contact sheets (file, caption): every clip as one row for each kind of video; long streams below each other."""
-    clips: Mapping[str, np.ndarray] = pictures["clips"]
-    names = [name for name in ORDER if name in clips and name != "repeat"]
-    fps = pictures["fps"]
-    every = max(1, round(fps * 0.4))
-    made = []
-    rows = [clips[name][k] for k in range(len(clips["real"])) for name in names]
-    labels = [f"{name}, clip {k + 1}" for k in range(len(clips["real"])) for name in names]
-    save_png(folder / "clips.png", contact_sheet(rows, every=every, labels=labels))
-    made.append(("clips.png", f"Same start image, same actions; one picture every {every / fps:.1f} s."))
-    if "streams" in pictures:
-        streams: Mapping[str, np.ndarray] = pictures["streams"]
-        order = [name for name in ORDER if name in streams]
-        rows = [streams[name][k] for k in range(len(streams["real"])) for name in order]
-        labels = [f"{name}, stream {k + 1}" for k in range(len(streams["real"])) for name in order]
-        save_png(folder / "streams.png", contact_sheet(rows, labels=labels))
-        made.append(("streams.png", "Long streams, one picture for every window of the protocol."))
-    return made
+def save_sheets(folder: Path, sheets: Sequence[Sheet]) -> list[tuple[str, str]]:
+    """(file, caption) of contact sheets that are written as PNG."""
+    for sheet in sheets:
+        save_png(folder / f"{sheet.name}.png", contact_sheet(sheet.rows, sheet.every, sheet.labels))
+    return [(f"{sheet.name}.png", sheet.caption) for sheet in sheets]
+
+
+def write(
+    folder: Path,
+    numbers: Mapping[str, Metric],
+    result: Mapping[str, Any],
+    pictures: Pictures,
+    targets: Sequence[Target],
+) -> None:
+    """result.json, curves.json, plots and contact sheets as PNG, and index.html in `folder`."""
+    save(folder, "result.json", result)
+    save(folder, "curves.json", plain({"motion_first_seconds": pictures.motion, "long": pictures.curves}))
+    files = save_sheets(folder, pictures.sheets)
+    horizons = {name: row["psnr_by_horizon"] for name, row in columns_of(result).items() if "psnr_by_horizon" in row}
+    if any(horizons.values()):
+        by_time = {name: ([float(h) for h in row], list(row.values())) for name, row in horizons.items()}
+        text = "PSNR against the true future, dB"
+        files.append(plot(folder / "horizons.png", {text: by_time}, "How far each stays with what really happened."))
+    if pictures.motion:
+        step = quarter(pictures.fps) / pictures.fps
+        moved = {name: (step * np.arange(len(v)), v) for name, v in pictures.motion.items()}
+        files.append(plot(folder / "motion.png", {"change between frames": moved}, "Motion by time, mean over clips."))
+    if pictures.curves:
+        step, text = round(pictures.fps) / pictures.fps, "A long stream by time: the student must stay with real video."
+        panels = {
+            measure: {name: (step * np.arange(len(c[measure])), c[measure]) for name, c in pictures.curves.items()}
+            for measure in pictures.curves["real"]
+        }
+        files.append(plot(folder / "drift.png", panels, text))
+    (folder / "index.html").write_text(page(numbers, result, targets, files))
 
 
 def canvas(width: float, height: float) -> Any:
@@ -204,60 +204,30 @@ def check_plots() -> None:
     canvas(1.0, 1.0)
 
 
-def figure(draw: Callable[[Any], None], path: Path, width: float = 6.0) -> None:
+def draw(path: Path, width: float, paint: Callable[[Any], None]) -> None:
     """Draw one matplotlib figure into a file."""
     made = canvas(width, 3.4)
-    draw(made)
+    paint(made)
     made.savefig(path, dpi=100)
 
 
-def plot_horizons(folder: Path, result: Mapping[str, Any]) -> tuple[str, str] | None:
-    lines = {name: result[name]["psnr_by_horizon"] for name in shown_rows(result) if "psnr_by_horizon" in result[name]}
-    if not any(lines.values()):
-        return None
+def plot(path: Path, panels: Mapping[str, Mapping[str, tuple[Any, Any]]], caption: str) -> tuple[str, str]:
+    """Lines (x, y) by name in panels beside each other, seconds along x; the file and its caption."""
 
-    def draw(made: Any) -> None:
-        axes = made.add_subplot()
-        for name, values in lines.items():
-            axes.plot([float(h) for h in values], list(values.values()), marker="o", label=name)
-        axes.set(xlabel="seconds after the start image", ylabel="PSNR against the true future, dB", xscale="log")
+    def paint(made: Any) -> None:
+        for axes, (title, rows) in zip(made.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for name, (x, y) in rows.items():
+                axes.plot(x, y, marker="o" if len(x) < 8 else None, label=name)
+            axes.set(title=title, xlabel="seconds")
         axes.legend()
 
-    figure(draw, folder / "horizons.png")
-    return "horizons.png", "How far each stays with what really happened; `repeat` shows the start image for ever."
+    draw(path, 6.0 if len(panels) == 1 else 3.3 * len(panels), paint)
+    return path.name, caption
 
 
 def quarter(fps: float) -> int:
     """Px frames of about a quarter of a second."""
     return max(1, round(fps / 4))
-
-
-def plot_motion(folder: Path, motion: Mapping[str, list[float]], fps: float) -> tuple[str, str]:
-    step = quarter(fps) / fps
-
-    def draw(made: Any) -> None:
-        axes = made.add_subplot()
-        for name, values in motion.items():
-            axes.plot(step * np.arange(len(values)), values, label=name)
-        axes.set(xlabel="seconds after the start image", ylabel="change between frames", ylim=(0, None))
-        axes.legend()
-
-    figure(draw, folder / "motion.png")
-    return "motion.png", "Motion by time, mean over clips."
-
-
-def plot_drift(folder: Path, curves: Mapping[str, Mapping[str, list[float]]], fps: float) -> tuple[str, str]:
-    measures, step = list(curves["real"]), round(fps) / fps
-
-    def draw(made: Any) -> None:
-        for axes, measure in zip(made.subplots(1, len(measures)), measures, strict=True):
-            for name, own in curves.items():
-                axes.plot(step * np.arange(len(own[measure])), own[measure], label=name)
-            axes.set(title=measure, xlabel="seconds", ylim=(0, None))
-        axes.legend()
-
-    figure(draw, folder / "drift.png", width=13.0)
-    return "drift.png", "A long stream by time: the student's lines must stay with the real ones."
 
 
 STYLE = (
@@ -268,29 +238,27 @@ STYLE = (
 )
 
 
-def page(result: Mapping[str, Any], files: list[tuple[str, str]]) -> str:
-    """One HTML page: figures, promises, pictures, protocol."""
-    names = shown_rows(result)
-    title = ", ".join(f"{name} {result[name]['name']}" for name in names if "name" in result[name])
-    head = "".join(f"<th>{name}</th>" for name in names)
+def page(
+    numbers: Mapping[str, Metric], result: Mapping[str, Any], targets: Sequence[Target], files: list[tuple[str, str]]
+) -> str:
+    """One HTML page: figures, targets, pictures, protocol."""
+    columns = columns_of(result)
+    title = ", ".join(f"{name} {row['name']}" for name, row in columns.items() if "name" in row)
     body = "".join(
-        f"<tr><td>{key}<br><small>{html.escape(text)}</small></td>"
-        + "".join(f"<td>{number(result[name], key)}</td>" for name in names)
-        + "</tr>"
-        for key, text in NUMBERS.items()
+        f"<tr><td>{key}<br><small>{html.escape(text)}</small></td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for key, text, cells in lines(numbers, columns)
     )
-    promises = "".join(
-        f'<li class="{"kept" if gate.kept else "missed"}">{html.escape(str(gate))}</li>' for gate in targets(result)
-    )
+    goals = "".join(f'<li class="{"met" if t.met else "missed"}">{html.escape(str(t))}</li>' for t in targets)
     shown = "".join(
         f'<figure><img src="{file}" alt="{file}"><figcaption>{html.escape(text)}</figcaption></figure>'
         for file, text in files
     )
-    protocol = html.escape(json.dumps(result["protocol"], indent=1))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1><table><tr><th></th>{head}</tr>{body}</table>"
-        f"<h2>Promises</h2><ul>{promises}</ul><h2>Pictures</h2>{shown}<h2>Protocol</h2><pre>{protocol}</pre></html>\n"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+        f"<table><tr><th></th>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{body}</table>"
+        f"<h2>Targets</h2><ul>{goals}</ul><h2>Pictures</h2>{shown}"
+        f"<h2>Protocol</h2><pre>{html.escape(json.dumps(result['protocol'], indent=1))}</pre></html>\n"
     )
 
 
