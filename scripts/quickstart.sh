@@ -4,6 +4,7 @@
 #
 # VIDISTILL_VENV   where the environment lives (default .venv)
 # VIDISTILL_TORCH  the torch to install (default torch==2.13.0)
+# VIDISTILL_PYTHON the Python to build it with (default: the first of python3.11, python3, python that is 3.11 or newer)
 # VIDISTILL_SEED   seed of the first recorded episode (default: from the clock)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,12 +12,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${VIDISTILL_VENV:-.venv}"
 torch="${VIDISTILL_TORCH:-torch==2.13.0}"
 out=out/quickstart
-say() { printf '\n== %s\n' "$*"; }
+. scripts/environment.sh
 
-say "environment in $venv"
-[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet "$torch"
-"$venv/bin/python" -m pip install --quiet "$torch" -e ".[doom,demo,eval]"
+make_environment "$venv" "$torch" doom,demo,eval
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"
 
 rm -rf "$out"

@@ -6,7 +6,7 @@
 #   bash scripts/test.sh -m "gpu or slow"    a later -m replaces the default selection
 #   bash scripts/test.sh -n 0                in one process (the default: one a core, four at most)
 #
-# VIDISTILL_VENV    where the environment lives (default .venv-test); reused while pyproject.toml stays the same
+# VIDISTILL_VENV    where the environment lives (default .venv-test); reused while pyproject.toml and constraints stay the same
 # VIDISTILL_TORCH   the torch to install (default torch==2.13.0); installed first, so that nothing else picks a build
 # VIDISTILL_PYTHON  the Python to build the environment with (default: the first of python3.11, python3, python that is 3.11 or newer)
 # CI=true           a missing browser is an error, not a reason to skip
@@ -17,38 +17,7 @@ venv="${VIDISTILL_VENV:-.venv-test}"
 torch="${VIDISTILL_TORCH:-torch==2.13.0}"
 browsers="chromium chromium-browser google-chrome google-chrome-stable"
 
-say() { printf '==> %s\n' "$*" >&2; }
-die() { printf 'test.sh: %s\n' "$*" >&2; exit 1; }
-
-find_python() {
-    local candidate
-    for candidate in ${VIDISTILL_PYTHON:-python3.11 python3 python}; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-            command -v "$candidate"
-            return
-        fi
-    done
-    die "needs Python 3.11 or newer with the venv module; tried: ${VIDISTILL_PYTHON:-python3.11 python3 python}." \
-        "Install it (Debian: apt-get install python3.11 python3.11-venv) or name one with VIDISTILL_PYTHON=/path/to/python."
-}
-
-# Builds the environment, or keeps it when it was built from the same pyproject.toml, torch, Python and folder.
-make_environment() {
-    local python stamp
-    python="$(find_python)"
-    stamp="$("$python" -c 'import hashlib, pathlib, sys
-print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes()).hexdigest(), *sys.argv[1:], sys.version.split()[0])' "$torch" "$PWD")"
-    if [ "$(cat "$venv/vidistill.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null; then
-        return
-    fi
-    say "building $venv with $("$python" --version) and $torch"
-    "$python" -m venv --clear "$venv"
-    export PIP_DISABLE_PIP_VERSION_CHECK=1
-    "$venv/bin/python" -m pip install --quiet --upgrade pip
-    "$venv/bin/python" -m pip install --quiet "$torch"
-    "$venv/bin/python" -m pip install --quiet --prefer-binary "$torch" -e ".[dev]"
-    printf '%s\n' "$stamp" >"$venv/vidistill.stamp"
-}
+. scripts/environment.sh
 
 find_browser() {
     local name
@@ -80,7 +49,7 @@ make_browser() {
     say "$how The browser tests will be skipped."
 }
 
-make_environment
+make_environment "$venv" "$torch" dev
 make_browser
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"
 # Tests run side by side, file by file, and share the cores: most are too small for a second thread.
