@@ -119,13 +119,13 @@ def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     described = json.loads(record_path.read_text())
     described["shape"]["frames"] = 10
     record_path.write_text(json.dumps(described))
-    result = suite.evaluate(SUITE, str(folder / "student"), str(folder / "teacher"), cfg)
+    result = suite.evaluate(SUITE, str(folder / "student"), cfg, teacher=str(folder / "teacher"))
     for row in ("student", "teacher", "real"):
         assert set(result[row]) - {"name"} == set(METRICS) and net.kind == "student"
     assert set(result["streams"]) == {"student", "window", "real"} and len(result["streams"]["student"]["curve"]) == 4
     assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "streams.png", "clips.png"}
     short = LipSyncConfig(clips=2, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out="", cache="")
-    alone = suite.evaluate(SUITE, str(folder / "student"), str(folder / "teacher"), short)
+    alone = suite.evaluate(SUITE, str(folder / "student"), short, teacher=str(folder / "teacher"))
     assert "streams" not in alone
     assert "sync_corr" in list(report.table(METRICS, alone).columns[0].cells)
 

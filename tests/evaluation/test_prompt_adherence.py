@@ -30,7 +30,7 @@ def protocol(world, tmp_path):
 
 
 def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
-    result = suite.evaluate(SUITE, str(world / "student"), None, protocol(world, tmp_path))
+    result = suite.evaluate(SUITE, str(world / "student"), protocol(world, tmp_path))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result["switch"]) == {"keep", "recache", "cut"}
     for row in (result["teacher"], *result["switch"].values()):

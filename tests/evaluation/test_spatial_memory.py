@@ -16,17 +16,19 @@ from vidistill.conditioning.camera import moves, planar
 from vidistill.data.shards import frame_shards, write_shards
 from vidistill.data.types import Episode
 from vidistill.diffusion import LatentShape
+from vidistill.evaluation import SUITES, suite
 from vidistill.evaluation.probes import load_probe
+from vidistill.evaluation.report import table
 from vidistill.evaluation.spatial_memory import (
+    METRICS,
+    SUITE,
     PoseReader,
-    RevisitTally,
     SpatialMemoryConfig,
+    batch_of,
     contenders,
-    evaluate_memory,
-    held,
-    returned,
-    table,
+    repeat_last,
 )
+from vidistill.evaluation.suite import Data, measure
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.worlds.doom.paths import (
@@ -72,11 +74,10 @@ def test_paths_return_in_the_real_engine_and_the_floor_does_not(kind):
     assert returns(poses, 0, path.judged[-1]) and not returns(poses, 0, path.away)
     assert (len(path.walk.frames) - 1) % 12 == 0
     probe = load_probe()
-    figures = {}
-    for row, clip in (("real", returned(path)), ("floor", held(path, path.away))):
-        tally = RevisitTally(probe, None)
-        tally.add("2", clip[None], [path])
-        figures[row] = tally.figures()
+    batch = batch_of([path], 2.0, 1, 0)
+    wanted = {key: metric for key, metric in METRICS.items() if key.startswith("revisit")}
+    tallies = measure(wanted, {"floor": repeat_last}, Data([batch], DOOM.fps, probe))
+    figures = {row: suite.figures(wanted, tally, tally) for row, tally in tallies.items()}
     assert figures["real"]["revisit_psnr"]["2"] > 25 and figures["real"]["revisit_texture_acc"]["2"] == 1
     assert figures["floor"]["revisit_psnr"]["2"] < cfg.floor_psnr
     assert figures["floor"]["revisit_texture_acc"]["2"] == 0
@@ -133,7 +134,7 @@ def bench(tmp_path_factory):
 
 def test_the_suite_end_to_end_on_tiny_random_students(bench):
     cfg = replace(CFG, data=str(bench / "data"), out=str(bench / "out"))
-    result = evaluate_memory(str(bench / "relic"), cfg, doom=DOOM)
+    result = suite.evaluate(SUITE, str(bench / "relic"), cfg)
     assert result["full"] is None
     for row in ("student", "window", "repeat_last", "real"):
         for key in ("revisit_psnr", "revisit_texture_acc"):
@@ -145,32 +146,29 @@ def test_the_suite_end_to_end_on_tiny_random_students(bench):
     assert result["pose_error"]["told"] < 1e-4 and result["pose_error"]["seconds"] == pytest.approx(76 / 17.5)
     assert result["pose_error"]["keys"] > 0.001  # walls, and the engine's rounding of angles
     files = {p.name for p in (bench / "out" / "relic-memory").iterdir()}
-    assert files == {"memory.json", "memory.png", "away-2s.png"}
-    assert json.loads((bench / "out" / "relic-memory" / "memory.json").read_text()) == result
-    assert table(result).row_count == 4
+    assert files >= {"result.json", "index.html", "clips.png", "revisit_psnr.png"}
+    assert json.loads((bench / "out" / "relic-memory" / "result.json").read_text()) == result
+    assert [c.header for c in table(METRICS, result).columns[1:]] == ["real", "student", "window", "repeat_last"]
 
 
 def test_a_baseline_that_is_damaged_is_told_and_not_left_out(bench, tmp_path):
     for file in bench.glob("relic*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert contenders(str(tmp_path / "relic"), None, None).keys() == {"student", "window"}
+    student = checkpoint.load(tmp_path / "relic")
+    assert contenders(student, {}).keys() == {"window"}
     (tmp_path / "relic-window.json").write_text("{")
     with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-        contenders(str(tmp_path / "relic"), None, None)
+        contenders(student, {})
 
 
 def test_the_command_line_reaches_the_suite(bench, monkeypatch, capsys):
-    asked = {}
-
-    def fake(name, cfg, **given):
-        asked.update(name=name, cfg=cfg, **given)
-        rows = {"revisit_psnr": {"2": 1.0}, "revisit_texture_acc": {"2": 0.5}}
-        return dict.fromkeys(("student", "real"), rows) | dict.fromkeys(("window", "full", "repeat_last"))
-
-    monkeypatch.setattr("vidistill.evaluation.spatial_memory.evaluate_memory", fake)
-    assert main(["eval", "NAME", "--suite", "memory", "--clips", "5", "--window", "W", "--json"]) == 0
-    assert asked["name"] == "NAME" and asked["window"] == "W" and asked["cfg"].paths == 5
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["student"]["revisit_texture_acc"] == {"2": 0.5}
+    own = replace(CFG, data=str(bench / "data"), out="")
+    monkeypatch.setitem(SUITES, "memory", replace(SUITE, config=lambda paths: replace(own, paths=paths)))
+    window = str(bench / "relic")
+    assert main(["eval", str(bench / "relic"), "--suite", "memory", "--clips", "1", "--window", window, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["window"] == {**result["student"], "name": "relic"} and result["full"] is None
+    assert result["protocol"]["paths"] == 1
 
 
 def test_motion_read_from_true_pictures_is_near_the_truth(bench):

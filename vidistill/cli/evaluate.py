@@ -37,8 +37,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 def run_eval(args: argparse.Namespace) -> None:
     if not args.name and not args.frontier:
         raise ValueError("name a checkpoint, or give --frontier")
-    judged = run_frontier if args.frontier else run_memory if args.suite == "memory" else run_suite
-    result = judged(args)
+    result = run_frontier(args) if args.frontier else run_suite(args)
     if args.json:
         print(json.dumps(result))
 
@@ -58,28 +57,23 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def run_memory(args: argparse.Namespace) -> dict[str, Any]:
-    from vidistill.evaluation import spatial_memory
-
-    if args.glance or args.teacher:
-        raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
-    settings = {"paths": args.clips, "out": args.out and str(args.out)}
-    return spatial_memory.run(args.name, args.window, args.full, **{k: v for k, v in settings.items() if v})
-
-
 def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     from vidistill import checkpoint
-    from vidistill.evaluation import suite, suite_of
+    from vidistill.evaluation import SUITES, suite, suite_of
 
-    if args.window or args.full:
+    memory, named = args.suite == "memory", {"teacher": args.teacher, "window": args.window, "full": args.full}
+    if memory and (args.glance or args.teacher):
+        raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
+    if not memory and (args.window or args.full):
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
     if args.glance and (args.teacher or args.out):
         option = "--teacher" if args.teacher else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
-    own = suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
-    settings = {"clips": args.clips} if args.clips else {}
+    own = SUITES["memory"] if memory else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
+    asked = {"paths" if memory else "clips": args.clips, "out": args.out and str(args.out)}
+    settings = {key: value for key, value in asked.items() if value}
     if not args.glance:
-        return suite.run(own, args.name, args.teacher, **settings, **({"out": str(args.out)} if args.out else {}))
+        return suite.run(own, args.name, named, **settings)
     cfg = own.config(**settings)
     result = suite.glance(own, args.name, cfg)
     print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))

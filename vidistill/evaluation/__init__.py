@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vidistill.evaluation import lip_sync, prompt_adherence, quality
+from vidistill.evaluation import lip_sync, prompt_adherence, quality, spatial_memory
 from vidistill.evaluation.suite import Suite, world_of
 
-SUITES = {suite.name: suite for suite in (quality.SUITE, prompt_adherence.SUITE, lip_sync.SUITE)}
+SUITES = {module.SUITE.name: module.SUITE for module in (quality, prompt_adherence, lip_sync, spatial_memory)}
 
 
 def suite_of(name: str, record: Mapping[str, Any]) -> Suite:
     """The suite that judges a checkpoint by its record; ValueError if it learned from a world that is not bundled."""
-    return SUITES[world_of(name, record)[1].suite]
+    return SUITES[world_of(name, record)[1].suites[0]]

@@ -88,7 +88,9 @@ def caption_condition(clips: Sequence[Captioned], bundle: Bundle, codec: Codec, 
 
 def batch_of(world: WorldSpec, clips: Sequence[Captioned], seed: int) -> Batch:
     px = torch.stack([to_float(clip.frames) for clip in clips])
-    return Batch(px, partial(caption_condition, clips), seed, False, {"asked": asked_of(world, clips, px.shape[1])})
+    return Batch(
+        px, partial(caption_condition, clips), seed, False, facts={"asked": asked_of(world, clips, px.shape[1])}
+    )
 
 
 def captions(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: AdherenceConfig, first: int = 0) -> Data:

@@ -31,8 +31,10 @@ from vidistill.evaluation.suite import (
     Suite,
     SuiteConfig,
     Tally,
+    codec_row,
     picture_ratios,
     read_parts,
+    repeat_row,
 )
 from vidistill.io import to_float
 from vidistill.worlds.spec import WorldSpec
@@ -275,9 +277,10 @@ def long_walks(judged: Judgement) -> None:
     clips = episodes_at(judged.world, Path(cfg.data) / "long", size, size, LONG_EPISODES_FROM)
     frames, actions, poses = (clips.tensors[name][: cfg.streams] for name in ("frames", "actions", "poses"))
     tallies = {name: StreamTally(length, data.window or 1) for name in ("real", "student")}
+    seed = derived_seed(cfg.seed, 999_983)
     for piece in frames.split(64, dim=1):
         tallies["real"].add(to_float(piece.numpy()))
-    for px in walk_along(student, codec, to_float(frames[:, :1].numpy()), actions, poses, length, cfg, 999_983):
+    for px in walk_along(student, codec, to_float(frames[:, :1].numpy()), actions, poses, length, seed, cfg.precision):
         tallies["student"].add(px)
     judged.add_streams(tallies)
     assert judged.world.asked is not None and data.probe is not None
@@ -305,12 +308,12 @@ def walk_along(
     actions: Tensor,
     poses: Tensor,
     length: int,
-    cfg: Any,
-    more: int,
+    seed: int,
+    precision: str,
 ) -> Iterator[Tensor]:
     """Pieces [B, t, 3, H, W] of streams from start images px [B, 1, 3, H, W] along walks, at least `length` frames.
 
-    Walks that end before the last chunk does stand still to its end. `more` is added to the seed.
+    Walks that end before the last chunk does stand still to its end.
     """
     net, chunks = student.net, 1
     while codec.px_frames(net.first_frame(chunks)) < length:
@@ -319,9 +322,10 @@ def walk_along(
     short = max(0, total - actions.shape[1])
     actions = torch.cat((actions, actions.new_zeros(len(actions), short, actions.shape[2])), dim=1)[:, :total]
     poses = torch.cat((poses, poses[:, -1:].expand(-1, short, -1)), dim=1)[:, :total]
-    cond, seed = walk_condition(actions, poses, student, codec), derived_seed(cfg.seed, more)
-    made = pieces(student, codec, codec.encode(px), cond, chunks, seed, cfg.precision)
+    cond = walk_condition(actions, poses, student, codec)
+    made = pieces(student, codec, codec.encode(px), cond, chunks, seed, precision)
     return tqdm(made, f"{len(px)} streams", total=chunks, unit="chunk")
 
 
-SUITE = Suite("quality", EvalConfig, held_out, METRICS, targets, long_walks, rows=("codec", "repeat"))
+ROWS = {"codec": codec_row, "repeat": lambda codec: repeat_row}
+SUITE = Suite("quality", EvalConfig, held_out, METRICS, targets, long_walks, ROWS)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vidistill.io import contact_sheet, save_png
 
-ORDER = ("real", "codec", "teacher", "student", "repeat")
+ORDER = ("real", "codec", "teacher", "student", "window", "full", "repeat", "repeat_last")
 
 
 def plain(value: Any) -> Any:
@@ -62,10 +62,10 @@ class Target:
         return f"{'met' if self.met else 'missed'}: {self.text} {shown} (target: {need})"
 
 
-def folder_of(result: Mapping[str, Any], out: str) -> Path:
-    """Where the report of `result` lies under `out`: named after what was judged."""
-    rows = [result[row] for row in ("student", "teacher", "codec") if row in result]
-    return Path(out) / "-".join(row["name"] for row in rows if "name" in row)
+def folder_of(result: Mapping[str, Any], suite: str, out: str) -> Path:
+    """Where the report of `result` lies under `out`: named after what was judged, a student alone also by what."""
+    names = [result[row]["name"] for row in ("student", "teacher", "codec") if "name" in result.get(row, {})]
+    return Path(out) / "-".join([*names, *([suite] if "student" in result and len(names) == 1 else [])])
 
 
 def number(row: Mapping[str, Any] | None, key: str) -> str:
@@ -86,14 +86,15 @@ def lines(numbers: Mapping[str, Metric], columns: Mapping[str, Any]) -> Iterator
 
 def columns_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """The kinds of video in `result`, and a column for every way to switch."""
-    rows = {name: result[name] for name in ORDER if name in result}
+    rows = {name: result[name] for name in ORDER if result.get(name)}
     return rows | {f"switch: {name}": row for name, row in result.get("switch", {}).items()}
 
 
 def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     """The figures, one column a row of the evaluation, for a terminal."""
     columns = columns_of(result)
-    out = Table(title=f"{result['protocol']['clips']} held-out clips")
+    protocol = result["protocol"]
+    out = Table(title=f"{protocol.get('clips', protocol.get('paths'))} held-out clips")
     out.add_column("measure")
     for name in columns:
         out.add_column(name, justify="right")
@@ -102,14 +103,16 @@ def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     return out
 
 
-def show(numbers: Mapping[str, Metric], result: Mapping[str, Any], targets: Sequence[Target], out: str) -> None:
+def show(
+    numbers: Mapping[str, Metric], result: Mapping[str, Any], targets: Sequence[Target], folder: Path | str
+) -> None:
     """Print the table, the targets and where the report lies, to stderr."""
     console = Console(stderr=True)
     console.print(table(numbers, result))
     for target in targets:
         console.print(str(target), style="" if target.met else "bold red")
-    if out:
-        console.print(f"report: {folder_of(result, out) / 'index.html'}")
+    if folder:
+        console.print(f"report: {Path(folder) / 'index.html'}")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ class Sheet:
     every: int = 1
 
     @classmethod
-    def beside(cls, name: str, clips: Mapping[str, np.ndarray], caption: str, noun: str, every: float = 1.0) -> "Sheet":
+    def beside(cls, name: str, clips: Mapping[str, Any], caption: str, noun: str, every: float = 1.0) -> "Sheet":
         """The k-th clips [T, H, W, 3] of all kinds of video below each other, then the next ones."""
         kinds = sorted(clips, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
         picked = [(kind, k) for k in range(min(map(len, clips.values()))) for kind in kinds]
@@ -168,11 +171,11 @@ def write(
     save(folder, "result.json", result)
     save(folder, "curves.json", plain({"motion_first_seconds": pictures.motion, "long": pictures.curves}))
     files = save_sheets(folder, pictures.sheets)
-    horizons = {name: row["psnr_by_horizon"] for name, row in columns_of(result).items() if "psnr_by_horizon" in row}
-    if any(horizons.values()):
-        by_time = {name: ([float(h) for h in row], list(row.values())) for name, row in horizons.items()}
-        text = "PSNR against the true future, dB"
-        files.append(plot(folder / "horizons.png", {text: by_time}, "How far each stays with what really happened."))
+    for key, metric in numbers.items():  # figures by seconds
+        held = {name: row[key] for name, row in columns_of(result).items() if isinstance(row.get(key), Mapping)}
+        if held and all(part.replace(".", "").isdigit() for row in held.values() for part in row):
+            curves = {name: ([float(part) for part in row], list(row.values())) for name, row in held.items()}
+            files.append(plot(folder / f"{key}.png", {key.replace("_", " "): curves}, metric.text or ""))
     if pictures.motion:
         step = quarter(pictures.fps) / pictures.fps
         moved = {name: (step * np.arange(len(v)), v) for name, v in pictures.motion.items()}

@@ -4,16 +4,14 @@ Students are told the same actions as the real engine, and start from the same p
 `worlds.doom.paths`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from vidistill import checkpoint, metrics
@@ -32,19 +30,19 @@ from vidistill.conditioning.camera import (
 )
 from vidistill.config import build
 from vidistill.data.clips import Clips
-from vidistill.evaluation import report
-from vidistill.evaluation.probes import Probe, load_probe, read
-from vidistill.evaluation.quality import episodes_at, walk_along
-from vidistill.evaluation.report import Sheet
-from vidistill.evaluation.suite import world_of
-from vidistill.io import to_float, to_uint8
+from vidistill.diffusion import derived_seed
+from vidistill.evaluation.probes import Probe, Reading, load_probe, read
+from vidistill.evaluation.quality import episodes_at, walk_along, walk_condition
+from vidistill.evaluation.report import Metric
+from vidistill.evaluation.suite import Batch, Data, Judgement, Row, Suite, Tally, View
+from vidistill.io import to_float
 from vidistill.memory.policies import stream_memory
 from vidistill.ops.precision import PRECISIONS
 from vidistill.worlds.doom.paths import KINDS, PathConfig, Revisit, paths_of
-from vidistill.worlds.doom.recorder import ACTIONS, DoomConfig
+from vidistill.worlds.doom.recorder import ACTIONS
+from vidistill.worlds.spec import WorldSpec
 
-ROWS = ("student", "window", "full", "repeat_last", "real")
-MEASURES = ("revisit_psnr", "revisit_texture_acc")
+BASELINES = ("window", "full")  # the same student with another memory: NAME-window, NAME-full
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,6 @@ class SpatialMemoryConfig(PathConfig):
         super().__post_init__()
         if self.batch < 1 or self.precision not in PRECISIONS:
             raise ValueError(f"revisit needs a batch above 0 and a precision of {PRECISIONS}; got {self}")
-
-
-@torch.inference_mode()
-def played(bundle: Bundle, codec: Codec, paths: Sequence[Revisit], cfg: SpatialMemoryConfig) -> Tensor:
-    """The student's pictures [B, T, 3, H, W] along some paths of one length."""
-    walks = [path.walk for path in paths]
-    frames, actions, poses = (np.stack([getattr(w, name) for w in walks]) for name in ("frames", "actions", "poses"))
-    px, told, total = to_float(frames[:, :1]), (torch.from_numpy(actions), torch.from_numpy(poses)), frames.shape[1]
-    return torch.cat(list(walk_along(bundle, codec, px, *told, total, cfg, walks[0].seed)), dim=1)[:, :total]
 
 
 class PoseReader:
@@ -125,65 +114,150 @@ def pose_error(recorded: Clips, camera: CameraConfig, factor: int) -> dict[str, 
     return {"seconds": frames / recorded.meta["fps"], **off}
 
 
-class RevisitTally:
-    """What one row showed at the revisits."""
-
-    def __init__(self, probe: Probe, reader: PoseReader | None) -> None:
-        self.probe, self.reader = probe, reader
-        self.parts: dict[str, dict[str, list[float]]] = {}
-        self.rpe: dict[str, list[float]] = {"rpe_trans": [], "rpe_rot": []}
-
-    def add(self, key: str, px: Tensor, paths: Sequence[Revisit]) -> None:
-        """Compare clips px [B, T, 3, H, W] with the true pictures of the paths."""
-        into = self.parts.setdefault(key, {"error": [], "right": [], "features": []})
-        for clip, path in zip(px, paths, strict=True):
-            lo, hi = path.judged.start, path.judged.stop
-            true = to_float(path.walk.frames[lo - 2 : hi + 1])
-            shown = clip[lo - 2 : hi + 1]
-            into["error"].append(float(metrics.mse(shown[2:-1], true[2:-1]).mean()))
-            readings = [read(self.probe, x[None]) for x in (shown, true)]
-            votes = torch.bincount(readings[0].labels["texture"][0], minlength=self.probe.cfg.textures)
-            into["right"].append(float(int(votes.argmax()) == path.label))
-            into["features"].append(float((readings[0].features - readings[1].features).norm(dim=-1).mean()))
-            if self.reader is not None:
-                poses = torch.from_numpy(path.walk.poses)[None]
-                for name, error in zip(self.rpe, self.reader.error(clip[None], poses), strict=True):
-                    self.rpe[name].append(float(error.mean()))
-
-    def figures(self) -> dict[str, Any]:
-        """Revisit PSNR (of the mean squared error), share of wall pictures recognised, feature distance, by seconds."""
-
-        def mean(values: Sequence[float]) -> float:
-            return sum(values) / len(values)
-
-        out: dict[str, Any] = {
-            "revisit_psnr": {k: float(metrics.decibels(torch.tensor(mean(v["error"])))) for k, v in self.parts.items()},
-            "revisit_texture_acc": {k: mean(v["right"]) for k, v in self.parts.items()},
-            "revisit_feature_distance": {k: mean(v["features"]) for k, v in self.parts.items()},
-        }
-        return out | {name: mean(values) for name, values in self.rpe.items() if values}
+# --- paths and rows ---------------------------------------------------------------------------------------------------
 
 
-def held(path: Revisit, frame: int) -> Tensor:
-    """A clip [T, 3, H, W] that shows one frame of a path for ever."""
-    return to_float(path.walk.frames[frame])[None].expand(len(path.walk.frames), -1, -1, -1)
+def recorded(world: WorldSpec, cfg: SpatialMemoryConfig) -> Clips:
+    """Held-out walks that motion is read from."""
+    return episodes_at(world, Path(cfg.data) / "frames", (64, 321), (1, 8))
 
 
-def returned(path: Revisit) -> Tensor:
-    """The true clip [T, 3, H, W], with the view from before the walk in place of the revisit."""
-    px = to_float(path.walk.frames)
-    px[path.judged.start - 2 : path.judged.stop + 1] = px[0].clone()
-    return px
+def revisits(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: SpatialMemoryConfig) -> Data:
+    """Batches of paths of one length. Their clips are what perfect memory of the start shows: the view from before the
+    walk in place of the revisit; fact "true" is what the engine showed."""
+    engine, probe = world.config(), load_probe(cfg.probe, world.probe)
+    chunked, batches = codec.temporal_factor * bundle.net.cfg.chunk, []
+    for seconds in cfg.seconds:
+        paths = paths_of(cfg, engine, seconds, chunked)
+        parts = [paths[i : i + cfg.batch] for i in range(0, len(paths), cfg.batch)]
+        batches += [batch_of(part, seconds, int(part is parts[0]), cfg.seed) for part in parts]
+    return Data(batches, engine.fps, probe, {}, reader=PoseReader(probe, recorded(world, cfg)))
 
 
-def contenders(name: str, window: str | None, full: str | None) -> dict[str, Bundle]:
-    """The student and its baselines: those named, else NAME-window and NAME-full where they exist."""
-    found = {"student": checkpoint.load(name, "student")}
-    for row, given in (("window", window), ("full", full)):
-        own = f"{name}-{row}"
-        if given or checkpoint.find_checkpoint(own) or own in checkpoint.zoo_names():
-            found[row] = checkpoint.load(given or own, "student")
+def batch_of(paths: Sequence[Revisit], seconds: float, shown: int, seed: int) -> Batch:
+    walks, judged = [path.walk for path in paths], paths[0].judged
+    frames, actions, poses = (np.stack([getattr(w, name) for w in walks]) for name in ("frames", "actions", "poses"))
+    true = to_float(frames)
+    px = true.clone()
+    px[:, judged.start - 2 : judged.stop + 1] = px[:, :1]
+    rows = {"label": [p.label for p in paths], "away": [p.away for p in paths], "kind": [*map(kind_of, paths)]}
+    facts = {"true": true, "actions": torch.from_numpy(actions), "poses": torch.from_numpy(poses)}
+    facts |= {name: torch.tensor(row) for name, row in rows.items()}
+    facts |= {"seconds": torch.full((len(paths),), seconds), "judged": torch.tensor([[judged.start, judged.stop]])}
+    condition = partial(walk_condition, facts["actions"], facts["poses"])
+    return Batch(px, condition, derived_seed(seed, walks[0].seed), facts=facts, shown=shown)
+
+
+def kind_of(path: Revisit) -> int:
+    return list(KINDS).index(path.kind)
+
+
+def played(bundle: Bundle, codec: Codec, cfg: SpatialMemoryConfig) -> Row:
+    """The student's streams along the paths, at constant memory."""
+
+    def row(batch: Batch) -> Tensor:
+        told, total = (batch.facts["actions"], batch.facts["poses"]), batch.px.shape[1]
+        made = walk_along(bundle, codec, batch.px[:, :1], *told, total, batch.seed, cfg.precision)
+        return torch.cat(list(made), dim=1)[:, :total]
+
+    return row
+
+
+def repeat_last(batch: Batch) -> Tensor:
+    """The last view that is not the revisited one, for ever."""
+    own = batch.facts["true"][torch.arange(len(batch.px)), batch.facts["away"]]
+    return own[:, None].expand_as(batch.px)
+
+
+def contenders(student: Bundle, named: Mapping[str, str | None]) -> dict[str, Bundle]:
+    """The baselines of a student: those named, else NAME-window and NAME-full where they exist."""
+    found = {}
+    for row in BASELINES:
+        own = f"{student.name}-{row}"
+        own = own if own in checkpoint.zoo_names() else str(student.folder / own)
+        if named.get(row) or checkpoint.find_checkpoint(own) or own in checkpoint.zoo_names():
+            found[row] = checkpoint.load(named.get(row) or own, "student")
     return found
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def judged_frames(view: View, px: Tensor, beyond: int = 0) -> Tensor:
+    """The frames of a clip that are compared, and what the probe needs around them."""
+    start, stop = view.batch.facts["judged"][0].tolist()
+    return px[:, start - 2 * beyond : stop + beyond]
+
+
+def readings(view: View) -> tuple[Reading, Reading]:
+    """What the probe sees of the judged frames of a row, and of the true ones."""
+    assert view.data.probe is not None
+    shown, true = (judged_frames(view, px, 1) for px in (view.px, view.batch.facts["true"]))
+    return read(view.data.probe, shown), read(view.data.probe, true)
+
+
+def recognised(view: View) -> Tensor:
+    """Whether most judged frames [B] show the wall picture that was there."""
+    labels = readings(view)[0].labels["texture"]
+    return (F.one_hot(labels).sum(1).argmax(-1) == view.batch.facts["label"]).double()
+
+
+def distance(view: View) -> Tensor:
+    shown, true = readings(view)
+    return (shown.features - true.features).norm(dim=-1).mean(1)
+
+
+def error(view: View) -> Tensor:
+    return metrics.mse(judged_frames(view, view.px), judged_frames(view, view.batch.facts["true"])).mean(1)
+
+
+def by_seconds(name: str, of: Callable[[Tensor], float] = float) -> Callable[[Tally, Tally], dict[str, float]]:
+    """The mean of a part for every time away."""
+
+    def figure(row: Tally, real: Tally) -> dict[str, float]:
+        values, away = row[name].double(), row["seconds"]
+        return {f"{float(s):g}": of(values[away == s].mean()) for s in away.unique()}
+
+    return figure
+
+
+METRICS = {
+    "revisit_psnr": Metric(
+        "PSNR of the revisited view in dB, by seconds away",
+        by_seconds("error", lambda x: float(metrics.decibels(x))),
+        {"error": error, "seconds": lambda v: v.batch.facts["seconds"]},
+    ),
+    "revisit_texture_acc": Metric("share of wall pictures recognised", by_seconds("texture"), {"texture": recognised}),
+    "revisit_feature_distance": Metric("distance of probe features", by_seconds("distance"), {"distance": distance}),
+    "rpe_trans": Metric(
+        "error of the motion that is read back, in map units / 64 a frame",
+        lambda row, _: row.mean("rpe_trans"),
+        {"rpe_trans": lambda v: v.data.reader.error(v.px, v.batch.facts["poses"])[0].mean(1)},
+    ),
+    "rpe_rot": Metric(
+        "the same of turns, in degrees a frame",
+        lambda row, _: row.mean("rpe_rot"),
+        {"rpe_rot": lambda v: v.data.reader.error(v.px, v.batch.facts["poses"])[1].mean(1)},
+    ),
+}
+
+
+def details(judged: Judgement) -> None:
+    """What the memories cost, how exact poses are, and how many paths of each kind counted."""
+    result, student, cfg = judged.result, judged.bundles["student"], judged.cfg
+    for row, bundle in judged.bundles.items():
+        result[row] |= memory_of(bundle)
+    result |= {row: None for row in BASELINES if row not in result}
+    result |= {key: result["student"][key] for key in ("rpe_trans", "rpe_rot")}
+    camera, factor = student.record["world"].get("camera"), judged.codec.temporal_factor
+    walks = recorded(judged.world, cfg)
+    result["pose_error"] = pose_error(walks, build(CameraConfig, camera), factor) if camera else None
+    counted: dict[str, dict[str, int]] = {f"{s:g}": dict.fromkeys(KINDS, 0) for s in cfg.seconds}
+    for batch in judged.data.batches:
+        for kind in batch.facts["kind"]:
+            counted[f"{float(batch.facts['seconds'][0]):g}"][list(KINDS)[int(kind)]] += 1
+    assert judged.data.probe is not None
+    judged.protocol |= {"counted": counted, "texture_chance": 1 / judged.data.probe.cfg.textures}
 
 
 def memory_of(bundle: Bundle) -> dict[str, int]:
@@ -193,93 +267,14 @@ def memory_of(bundle: Bundle) -> dict[str, int]:
     return {"memory_tokens": memory.tokens, "memory_bytes": memory.memory_bytes}
 
 
-def evaluate_memory(
-    name: str,
-    cfg: SpatialMemoryConfig = SpatialMemoryConfig(),
-    *,
-    window: str | None = None,
-    full: str | None = None,
-    doom: DoomConfig | None = None,
-) -> dict[str, Any]:
-    """Revisit figures of a student, its baselines, the repeated last view and real video; a report into `cfg.out`."""
-    doom = doom or DoomConfig()
-    bundles = contenders(name, window, full)
-    student = bundles["student"]
-    worlds = {row: world_of(bundle.name, bundle.record) for row, bundle in bundles.items()}
-    if other := [bundles[row].name for row, (source, _) in worlds.items() if source != "doom"]:
-        raise ValueError(f"{', '.join(other)} did not learn from doom, whose paths the suite memory plays")
-    codec, probe = checkpoint.load_codec(student), load_probe(cfg.probe)
-    recorded = episodes_at(worlds["student"][1], Path(cfg.data) / "frames", (64, 321), (1, 8))
-    reader = PoseReader(probe, recorded)
-    tallies = {row: RevisitTally(probe, reader) for row in (*bundles, "repeat_last", "real")}
-    chunked, count = codec.temporal_factor * student.net.cfg.chunk, {}
-    sheets: dict[str, Sheet] = {}
-    for seconds in cfg.seconds:
-        paths = paths_of(cfg, doom, seconds, chunked)
-        count[f"{seconds:g}"] = {kind: sum(p.kind == kind for p in paths) for kind in KINDS}
-        for batch in batches(paths, cfg.batch):
-            rows = {row: played(bundle, codec, batch, cfg) for row, bundle in bundles.items()}
-            rows["repeat_last"] = torch.stack([held(p, p.away) for p in batch])
-            rows["real"] = torch.stack([returned(p) for p in batch])
-            for row, px in rows.items():
-                tallies[row].add(f"{seconds:g}", px, batch)
-            sheets.setdefault(f"{seconds:g}", sheet_of(f"away-{seconds:g}s", batch[0], rows))
-    result: dict[str, Any] = {row: tallies[row].figures() if row in tallies else None for row in ROWS}
-    for row, bundle in bundles.items():
-        result[row] |= {"name": bundle.name, **memory_of(bundle)}
-    result |= {key: result["student"][key] for key in ("rpe_trans", "rpe_rot")}
-    camera = student.record["world"].get("camera")
-    result["pose_error"] = pose_error(recorded, build(CameraConfig, camera), codec.temporal_factor) if camera else None
-    result["protocol"] = {**asdict(cfg), "counted": count, "texture_chance": 1 / probe.cfg.textures}
-    plain: dict[str, Any] = report.plain(result)
-    if cfg.out:
-        write(Path(cfg.out) / f"{student.name}-memory", plain, list(sheets.values()))
-    return plain
-
-
-def batches(paths: Sequence[Revisit], size: int) -> Iterator[Sequence[Revisit]]:
-    return (paths[i : i + size] for i in range(0, len(paths), size))
-
-
-# --- what people see --------------------------------------------------------------------------------------------------
-
-
-def table(result: Mapping[str, Any]) -> Table:
-    """The figures, one line a row, one column a time away."""
-    out = Table(title="what comes back: PSNR in dB / share of wall pictures recognised")
-    times = list(result["real"]["revisit_psnr"])
-    for head in ("row", *(f"{t} s away" for t in times), "tokens", "bytes"):
-        out.add_column(head, justify="left" if head == "row" else "right")
-    for row in ROWS:
-        r = result[row]
-        if r is not None:
-            cells = [f"{r['revisit_psnr'][t]:.1f} / {r['revisit_texture_acc'][t]:.2f}" for t in times]
-            out.add_row(row, *cells, str(r.get("memory_tokens", "-")), str(r.get("memory_bytes", "-")))
-    return out
-
-
-def sheet_of(name: str, path: Revisit, rows: Mapping[str, Tensor]) -> Sheet:
-    """The first path of some as the engine and the students show it."""
-    clips = {"real": to_float(path.walk.frames), **{row: px[0] for row, px in rows.items() if row in ROWS[:3]}}
-    pictures = [to_uint8(px[: path.judged.stop]) for px in clips.values()]
-    return Sheet(name, pictures, list(clips), "", max(1, len(path.walk.frames) // 14))
-
-
-def write(folder: Path, result: Mapping[str, Any], sheets: Sequence[Sheet]) -> None:
-    """memory.json, a plot of both measures by time away, and a contact sheet of one path for each."""
-    report.save(folder, "memory.json", result)
-    rows = {row: result[row] for row in ROWS[:4] if result[row] is not None}
-    panels = {
-        measure: {name: ([float(t) for t in row[measure]], list(row[measure].values())) for name, row in rows.items()}
-        for measure in MEASURES
-    }
-    report.plot(folder / "memory.png", panels, "")
-    report.save_sheets(folder, sheets)
-
-
-def run(name: str, window: str | None = None, full: str | None = None, **settings: Any) -> dict[str, Any]:
-    """Judge what a student remembers; the table goes to stderr."""
-    report.check_plots()
-    result = evaluate_memory(name, SpatialMemoryConfig(**settings), window=window, full=full)
-    Console(stderr=True).print(table(result))
-    return result
+SUITE = Suite(
+    "memory",
+    SpatialMemoryConfig,
+    revisits,
+    METRICS,
+    lambda result: [],
+    details,
+    rows={"repeat_last": lambda codec: repeat_last},
+    student=played,
+    others=contenders,
+)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -79,13 +80,15 @@ class SuiteConfig:
 class Batch:
     """Real clips px [B, T, 3, H, W] that are judged together, and what is true of them (`facts`, B rows each).
 
-    `condition(bundle, codec, given)` is what a network is told of them; `given`: whether it knows the start image.
+    `condition(bundle, codec, given)` is what a network is told of them; `given`: whether it knows the start image. The
+    first `shown` are kept to look at.
     """
 
     px: Tensor
     condition: Callable[[Bundle, Codec, Tensor | None], Condition]
     seed: int
     given: bool = True
+    shown: int = SHOWN
     facts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -102,6 +105,7 @@ class Data:
     heads: Mapping[str, int] = field(default_factory=dict)
     stride: int = 1
     window: int | None = None
+    reader: Any = None  # of camera motion, where a suite reads it
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Tally:
     def __init__(self, data: Data) -> None:
         self.data = data
         self.parts: dict[str, list[Tensor]] = {}
+        self.shown: list[np.ndarray] = []
 
     def add(self, parts: Mapping[str, Callable[[View], Tensor]], px: Tensor, batch: Batch) -> None:
         """Measure the clips px that stand for those of a batch; ValueError if they are of another size."""
@@ -144,8 +149,8 @@ class Tally:
             raise ValueError(f"clips are {tuple(view.px.shape)} where real ones are {tuple(view.batch.px.shape)}")
         for name, measure in parts.items():
             self.parts.setdefault(name, []).append(measure(view))
-        if sum(len(x) for x in self.parts.get("shown", [])) < SHOWN:
-            self.parts.setdefault("shown", []).append(torch.from_numpy(to_uint8(view.px[:SHOWN])))
+        few = min(batch.shown, SHOWN - len(self.shown))
+        self.shown += list(to_uint8(px[: max(0, few)]))
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.cat(self.parts[name])
@@ -289,6 +294,7 @@ class Judgement:
     tallies: dict[str, Tally]
     result: dict[str, Any]
     pictures: Pictures
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def add_streams(self, tallies: Mapping[str, StreamTally]) -> None:
         """The drift, curves and pictures of long streams, `real` and `student`."""
@@ -301,13 +307,36 @@ class Judgement:
         self.pictures.sheets.append(Sheet.beside("streams", shown, caption, "stream"))
 
 
+def beside_student(student: Bundle, named: Mapping[str, str | None]) -> Mapping[str, Bundle]:
+    """Its teacher: the one that is named, else the one in its card."""
+    name = named.get("teacher")
+    return {"teacher": checkpoint.load(name, "teacher") if name else teacher_of(student)}
+
+
+def find(name: str) -> Bundle:
+    """A parent by the path in a card, or bundled under its last part."""
+    try:
+        return checkpoint.load(name)
+    except CheckpointError:
+        return checkpoint.load(Path(name).name)
+
+
+def teacher_of(bundle: Bundle) -> Bundle:
+    """The teacher a student descends from, by its card."""
+    for name in reversed(bundle.record.get("card", {}).get("parents", [])):
+        parent = find(name)
+        return parent if parent.kind == "teacher" else teacher_of(parent)
+    raise CheckpointError(f"the card of {bundle.name} names no teacher; say which one to compare it with")
+
+
 @dataclass(frozen=True)
 class Suite:
     """What one suite does its own way.
 
     data: the clips that a checkpoint is judged on. metrics: every figure, in the order of the report. more: what is
-    judged beside clips; it may be given no student. rows: made beside the networks that are judged. spread:
-    figures with parts that a glance shows by themselves.
+    judged beside clips; it may be given no student. rows: made beside the networks that are judged. spread: figures
+    with parts that a glance shows by themselves. student: its clips. others: networks beside a student, some of them
+    named by the user.
     """
 
     name: str
@@ -316,8 +345,10 @@ class Suite:
     metrics: Mapping[str, Metric]
     targets: Callable[[Mapping[str, Any]], list[Target]]
     more: Callable[[Judgement], None] = lambda judged: None
-    rows: tuple[str, ...] = ()
+    rows: Mapping[str, Callable[[Codec], Row]] = field(default_factory=dict)
     spread: tuple[str, ...] = ()
+    student: Callable[[Bundle, Codec, Any], Row] = student_row
+    others: Callable[[Bundle, Mapping[str, str | None]], Mapping[str, Bundle]] = beside_student
 
 
 def source_of(record: Mapping[str, Any]) -> str | None:
@@ -344,44 +375,28 @@ def clip_size(bundle: Bundle, codec: Codec, world: WorldSpec) -> tuple[int, int]
     return bundle.shape.frames, bundle.shape.width * codec.spatial_factor
 
 
-def find(name: str) -> Bundle:
-    """A parent by the path in a card, or bundled under its last part."""
-    try:
-        return checkpoint.load(name)
-    except CheckpointError:
-        return checkpoint.load(Path(name).name)
-
-
-def teacher_of(bundle: Bundle) -> Bundle:
-    """The teacher a student descends from, by its card."""
-    for name in reversed(bundle.record.get("card", {}).get("parents", [])):
-        parent = find(name)
-        return parent if parent.kind == "teacher" else teacher_of(parent)
-    raise CheckpointError(f"the card of {bundle.name} names no teacher; say which one to compare it with")
-
-
 def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, glance: bool = False) -> Judgement:
     """Figures of `real` and every row on the held-out clips."""
     first = next(iter(bundles.values()))
     source, world = world_of(first.name, first.record)
     for bundle in bundles.values():
-        if source_of(bundle.record) not in (source, None) or world.suite != suite.name:
+        if source_of(bundle.record) not in (source, None) or suite.name not in world.suites:
             raise ValueError(
                 f"{bundle.name} did not learn from a world of the suite {suite.name} that judges {first.name} but from "
                 f"{source_of(bundle.record)}; leave the choice of the suite to `vidistill eval {bundle.name}`"
             )
     codec: Codec = first.net if first.kind == "codec" else checkpoint.load_codec(first)
     data = suite.data(first, codec, world, cfg)
-    makers = {"student": student_row, "teacher": teacher_row, "codec": lambda bundle, *_: codec_row(bundle.net)}
-    rows: dict[str, Row] = {row: makers[row](bundle, codec, cfg) for row, bundle in bundles.items()}
+    makers = {"student": suite.student, "teacher": teacher_row, "codec": lambda bundle, *_: codec_row(bundle.net)}
+    rows: dict[str, Row] = {row: makers[bundle.kind](bundle, codec, cfg) for row, bundle in bundles.items()}
     if not glance and "codec" not in bundles:
-        rows |= {name: {"codec": codec_row(codec), "repeat": repeat_row}[name] for name in suite.rows}
+        rows |= {name: make(codec) for name, make in suite.rows.items()}
     wanted = {key: m for key, m in suite.metrics.items() if m.figure and (m.glance or not glance)}
     tallies = measure(wanted, rows, data)
     result = {name: figures(wanted, tally, tallies["real"]) for name, tally in tallies.items()}
     pictures = Pictures(data.fps)
     if not glance:
-        shown = {name: tally["shown"].numpy() for name, tally in tallies.items() if name != "repeat"}
+        shown = {name: tally.shown for name, tally in tallies.items() if "repeat" not in name}
         pictures.sheets.append(Sheet.beside("clips", shown, "Same start, same conditions.", "clip", data.fps * 0.4))
         if "motion" in tallies["real"].parts:
             quarter = report.quarter(data.fps)
@@ -413,10 +428,11 @@ def figures(wanted: Mapping[str, Metric], row: Tally, real: Tally) -> dict[str, 
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(suite: Suite, name: str, teacher_name: str | None = None, cfg: Any = None) -> dict[str, Any]:
-    """Figures of a checkpoint beside its teacher and real video, plain numbers (None for what cannot be measured).
+def evaluate(suite: Suite, name: str, cfg: Any = None, **named: str | None) -> dict[str, Any]:
+    """Figures of a checkpoint beside others and real video, plain numbers (None for what cannot be measured).
 
-    A teacher or a codec is judged alone. With `cfg.out` a report is written; ImportError if it could not be drawn.
+    A teacher or a codec is judged alone, a student beside its teacher or the baselines that are `named`. With `cfg.out`
+    a report is written; ImportError if it could not be drawn.
     """
     began, cfg = time.time(), cfg or suite.config()
     if cfg.out:
@@ -424,7 +440,7 @@ def evaluate(suite: Suite, name: str, teacher_name: str | None = None, cfg: Any 
     first = checkpoint.load(name)
     bundles = {first.kind: first}
     if first.kind == "student":
-        bundles["teacher"] = checkpoint.load(teacher_name, "teacher") if teacher_name else teacher_of(first)
+        bundles |= suite.others(first, named)
     if len({b.record.get("codec") for b in bundles.values()}) > 1:
         told = " and ".join(f"{b.name} in those of {b.record['codec']}" for b in bundles.values())
         raise ValueError(f"{first.name} and its teacher live in different latents: {told}")
@@ -433,10 +449,12 @@ def evaluate(suite: Suite, name: str, teacher_name: str | None = None, cfg: Any 
     for row, bundle in bundles.items():
         judged.result[row] = {"name": bundle.name, **judged.result[row]}
     taken = {"features": "probe features", "seconds_taken": round(time.time() - began, 1)}
-    judged.result["protocol"] = {**asdict(cfg), **taken}
+    judged.result["protocol"] = {**asdict(cfg), **judged.protocol, **taken}
     plain: dict[str, Any] = report.plain(judged.result)
     if cfg.out:
-        report.write(report.folder_of(plain, cfg.out), suite.metrics, plain, judged.pictures, suite.targets(plain))
+        report.write(
+            report.folder_of(plain, suite.name, cfg.out), suite.metrics, plain, judged.pictures, suite.targets(plain)
+        )
     return plain
 
 
@@ -449,9 +467,9 @@ def glance(suite: Suite, name: str | Bundle, cfg: Any = None) -> dict[str, Any]:
     return plain
 
 
-def run(suite: Suite, name: str, teacher: str | None = None, **settings: Any) -> dict[str, Any]:
+def run(suite: Suite, name: str, named: Mapping[str, str | None], **settings: Any) -> dict[str, Any]:
     """Judge a checkpoint by the protocol of a suite; table and targets go to stderr."""
     cfg = suite.config(**settings)
-    result = evaluate(suite, name, teacher, cfg)
-    report.show(suite.metrics, result, suite.targets(result), cfg.out)
+    result = evaluate(suite, name, cfg=cfg, **named)
+    report.show(suite.metrics, result, suite.targets(result), cfg.out and report.folder_of(result, suite.name, cfg.out))
     return result

@@ -146,7 +146,7 @@ def shape_labels(clips: Clips) -> dict[str, torch.Tensor]:
 
 
 WORLD = WorldSpec(
-    "prompt_adherence",
+    ("prompt_adherence",),
     ShapesConfig,
     record_many,
     seeds,

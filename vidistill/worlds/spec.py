@@ -14,14 +14,14 @@ from vidistill.data.clips import Clips
 class WorldSpec:
     """A world: one such line in `worlds.WORLDS` is all that evaluation and probes need.
 
-    suite: which of evaluation's suites judges its students. config, record, seeds: how clips of given seeds are made.
-    heads: what a probe can be asked, and the words for its answers. labels: of every frame of recorded clips, [N, T] by
-    head. mirrored: the class of a mirrored picture; balanced: heads whose rare classes count as much as common ones.
-    actions: heads that read an action back, "none" in the middle. probe: the bundled one. readers: other measures of
-    frames uint8 or float [T, H, W, 3] that evaluation takes by name.
+    suites: of evaluation, that judge its students, the first unless another is asked for. config, record, seeds: how
+    clips of given seeds are made. heads: what a probe can be asked, and the words for its answers. labels: of every
+    frame of recorded clips, [N, T] by head; asked: the same of the actions alone, "none" in the middle. mirrored: the
+    class of a mirrored picture; balanced: heads whose rare classes count as much as common ones. probe: the bundled
+    one. readers: other measures of frames [T, H, W, 3] that evaluation takes by name.
     """
 
-    suite: str
+    suites: tuple[str, ...]
     config: Callable[..., Any]
     record: Callable[..., Iterator[Any]]
     seeds: Callable[[str, int], Iterable[int]]

@@ -5,7 +5,7 @@ from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 from vidistill.worlds.spec import WorldSpec
 
 WORLD = WorldSpec(
-    "quality",
+    ("quality", "memory"),
     DoomConfig,
     record_many,
     seeds,
