@@ -69,7 +69,7 @@ def speak(args: argparse.Namespace) -> None:
     if picture is None:
         raise ValueError(f"{args.name} has no start pictures; give one with --image")
     with StreamSession(student, codec, StreamConfig(seed=args.seed), image=read_image(picture, size)) as session:
-        if session.takes_prompts:
+        if "prompt" in session.takes:
             session.set(prompt=args.prompt)
         session.set(audio=pcm)
         frames = session.record(round((len(pcm) / speech.RATE + 1.0) * session.fps))

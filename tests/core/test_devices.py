@@ -84,7 +84,7 @@ def test_a_student_streams_where_it_is_asked_to(tmp_path, tiny_student_path, tin
     with StreamSession(fast, codec, StreamConfig(pipelined=False, memory=kept), image=tiny_image) as session:
         latents, made = session.latents(), []
         for prompt in ("a smile", "a frown"):
-            if session.takes_prompts:
+            if "prompt" in session.takes:
                 session.set(prompt=prompt, switch="recache")
             made += itertools.islice(latents, 4)
         assert {x.device for x in made} == {META}

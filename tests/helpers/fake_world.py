@@ -6,8 +6,8 @@ import json
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,18 +16,10 @@ from PIL import Image
 from vidistill.serve import protocol
 from vidistill.serve.app import ServeConfig, create_app, server_config
 from vidistill.serve.viewer import World
+from vidistill.streaming.session import Frame
 
 ACTIONS = ("turn_left", "turn_right", "forward", "backward")
 SIZE, CHUNK, FPS, SPEED = 64, 4, 40.0, 4  # px, frames a chunk, frames a second, px a frame
-
-
-@dataclass(frozen=True)
-class FakeFrame:
-    px: np.ndarray
-    index: int
-    chunk: int
-    input_id: int
-    made_at: float
 
 
 class FakeSession:
@@ -38,13 +30,16 @@ class FakeSession:
     def __init__(self, seed=0, image=None, *, fps=FPS, chunk_s=0.0, limit=None):
         self.fps, self.chunk_s, self.limit = fps, chunk_s, limit
         self.closed, self.made, self.inputs, self.said = False, 0, 0, []
-        self.navigator = None
+        self.navigator = SimpleNamespace(placed=False, remembers=False, map={})
+        self.takes = {"action": {"kind": "hold", "names": list(ACTIONS)}}
         self.action = dict.fromkeys(ACTIONS, 0.0)
         self.picture = np.zeros((SIZE, SIZE, 3), np.uint8)
         self.reset(seed=seed, image=image)
 
     def set(self, *, action=None, prompt=None, switch=None):
-        self.action, self.inputs = self.action if action is None else dict(action), self.inputs + 1
+        if action is not None:
+            self.action = {name: float(action.get(name, 0.0)) for name in ACTIONS}
+        self.inputs += 1
         self.said.append((prompt, switch))
         return self.inputs
 
@@ -67,7 +62,8 @@ class FakeSession:
                 self.heading += round(SPEED * (action["turn_right"] - action["turn_left"]))
                 columns = np.arange(self.heading, self.heading + SIZE) % self.panorama.shape[1]
                 self.made += 1
-                yield FakeFrame(self.panorama[:, columns], chunk * CHUNK + i, chunk, input_id, time.perf_counter())
+                px = self.panorama[:, columns]
+                yield Frame(px, chunk * CHUNK + i, chunk, input_id, 0, time.perf_counter(), {})
 
     def close(self):
         self.closed = True
@@ -78,13 +74,15 @@ class FakeWorld:
 
     session = FakeSession
 
-    def __init__(self, pictures=True, switches=(), **options):
-        self.sessions, self.options = [], options
+    def __init__(self, pictures=True, prompts=False, **options):
+        self.sessions, self.options, self.prompts = [], options, prompts
         self.starts = {"blocks": blocks(np.random.default_rng(9), 8), "red": picture(200, 30, 30)} if pictures else None
-        self.world = World("fake", ACTIONS, (SIZE, SIZE), self.open, self.starts, switches=switches)
+        self.world = World("fake", (SIZE, SIZE), self.open, self.starts)
 
     def open(self, seed, image):
         self.sessions.append(self.session(seed, image, **self.options))
+        if self.prompts:
+            self.sessions[-1].takes["prompt"] = {"kind": "text", "switches": ["keep", "recache"]}
         return self.sessions[-1]
 
 
@@ -120,6 +118,9 @@ class Browser:
 
     def say(self, **message):
         self.socket.send_text(json.dumps(message))
+
+    def set(self, number, **inputs):
+        self.say(type="set", id=number, inputs=inputs)
 
     def receive(self):
         """A note as dict, or a frame as (header fields, px)."""

@@ -1,6 +1,7 @@
 """Tokens placed by the direction they look in: geometry, what data and streams tell of the heading, long streams."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -53,18 +54,24 @@ def test_a_camera_tells_what_it_is_asked_to_tell():
         CameraConfig(step=1.0, turn=1.0, sites=("elsewhere",))
 
 
+def turning():
+    """What a network that is told its heading gets while a key turns it to the left."""
+    dit = {"sites": {"modulation": {"dim": 17}, "view": {"dim": 1}}, "text_dim": 0, "extra_channels": 0}
+    inputs = LiveConditions.of({"dit": dit, "world": {"actions": ACTIONS, "camera": asdict(CAMERA)}}, 4, "cpu")
+    inputs.set({"action": {"turn_left": 1.0}})
+    return inputs
+
+
 def test_a_stream_tells_the_heading_that_its_keys_ask_for():
-    inputs = LiveConditions({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
-    inputs.set({"turn_left": 1.0}, None, None)
+    inputs = turning()
     parts = [inputs.condition(inputs.control, lo, hi).per_frame["view"][0, :, 0] for lo, hi in ((0, 1), (1, 4))]
     torch.testing.assert_close(torch.cat(parts), torch.tensor([0.0, 0.4, 0.8, 1.2]))
 
 
 def test_a_camera_stays_where_it_is_while_time_passes_unseen():
-    inputs = LiveConditions({"modulation": 17, "view": 1}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
-    inputs.set({"turn_left": 1.0}, None, None)
+    inputs = turning()
     before = [inputs.condition(inputs.control, lo, hi).per_frame["view"] for lo, hi in ((0, 1), (1, 4))]
-    inputs.hold_pose(300)
+    inputs.skip(300)
     after = inputs.condition(inputs.control, 304, 307).per_frame["view"]
     torch.testing.assert_close(after, before[1] + 1.2)
 

@@ -41,7 +41,8 @@ pytestmark = pytest.mark.timeout(60)
 def test_hello_tells_the_page_what_it_shows():
     with served(FakeWorld()) as app, watching(app) as browser:
         hello = browser.receive()
-    assert hello["type"] == "hello" and hello["actions"] == list(ACTIONS) and hello["starts"] == ["blocks", "red"]
+    assert hello["type"] == "hello" and hello["takes"] == {"action": {"kind": "hold", "names": list(ACTIONS)}}
+    assert hello["starts"] == ["blocks", "red"]
     assert (hello["width"], hello["height"], hello["fps"]) == (SIZE, SIZE, FPS)
     assert (hello["nfe_per_chunk"], hello["memory_bytes"], hello["frames_per_chunk"]) == (5, 1_234_567, CHUNK)
 
@@ -50,7 +51,7 @@ def test_a_key_turns_the_picture_and_its_id_comes_back():
     with served(FakeWorld()) as app, watching(app) as browser:
         header, _ = browser.frame()
         assert header["flags"] & protocol.FIRST and header["input_id"] == 0
-        browser.say(type="keys", id=7, action={"turn_left": 1})
+        browser.set(7, action={"turn_left": 1})
         header, before = browser.frame(lambda header: header["input_id"] == 7)
         after_header, after = browser.frame()
         assert after_header["index"] == header["index"] + 1
@@ -66,7 +67,7 @@ def test_reset_begins_again_with_the_seed_and_picture_asked_for():
             browser.say(type="reset", seed=5, start=start)
             _, px = browser.frame(lambda header: header["flags"] & protocol.FIRST)
             assert np.array_equal(px, want)
-        browser.say(type="keys", id=1, action={"turn_right": 1})
+        browser.set(1, action={"turn_right": 1})
         _, px = browser.frame(lambda header: header["input_id"] == 1)
         assert np.array_equal(px[:, -SPEED:], FakeSession(5).panorama[:, SIZE : SIZE + SPEED])
 
@@ -84,13 +85,13 @@ def test_a_world_that_begins_from_noise_takes_no_picture():
 
 def test_a_world_that_begins_from_a_picture_needs_one():
     with pytest.raises(ValueError, match="--starts FOLDER"):
-        World("fake", ACTIONS, (SIZE, SIZE), FakeSession, {})
+        World("fake", (SIZE, SIZE), FakeSession, {})
 
 
 def test_keys_stay_held_through_a_reset():
     with served(FakeWorld()) as app, watching(app) as browser:
         browser.note("hello")
-        browser.say(type="keys", id=1, action={"turn_left": 1})
+        browser.set(1, action={"turn_left": 1})
         browser.frame(lambda header: header["input_id"] == 1)
         browser.say(type="reset", seed=5, start="blocks")
         browser.frame(lambda header: header["flags"] & protocol.FIRST)
@@ -135,8 +136,12 @@ def test_a_real_student_is_served_from_its_files(tiny_student_path, tiny_image, 
     with served(fake) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
         browser = Browser(socket, side=len(tiny_image))
         hello = browser.note("hello")
-        assert hello["actions"] == list(ACTIONS) and hello["starts"] == ["here"] and hello["width"] == len(tiny_image)
-        browser.say(type="keys", id=3, action={"forward": 1})
+        assert (
+            hello["takes"]["action"]["names"] == list(ACTIONS)
+            and hello["starts"] == ["here"]
+            and hello["width"] == len(tiny_image)
+        )
+        browser.set(3, action={"forward": 1})
         _, walked = browser.frame(lambda header: header["input_id"] == 3)
         browser.say(type="reset", seed=7, start="here")
         header, _ = browser.frame(lambda header: header["flags"] & protocol.FIRST)
@@ -257,28 +262,29 @@ BAD = [
     ("{", "not JSON"),
     ("[" * 4000, "not JSON"),
     ("[1]", "not a JSON object"),
-    ('{"type": "fly"}', 'unknown message type "fly"; known are keys'),
-    ('{"type": ["keys"]}', "unknown message type"),
+    ('{"type": "fly"}', 'unknown message type "fly"; known are set'),
+    ('{"type": ["set"]}', "unknown message type"),
     ("x" * 5000, "5000 characters; at most 4096"),
-    ('{"type": "keys", "id": 1}', "keys needs the field action"),
-    ('{"type": "keys", "id": 1, "action": {}, "extra": 1}', 'no field "extra"'),
-    ('{"type": "keys", "id": 0, "action": {}}', "keys.id is 0; allowed are whole numbers 1 to"),
-    ('{"type": "keys", "id": true, "action": {}}', "keys.id is true"),
-    ('{"type": "keys", "id": 1, "action": []}', "needed is an object"),
-    ('{"type": "keys", "id": 1, "action": {"jump": 1}}', 'no "jump"; this world knows turn_left'),
-    ('{"type": "keys", "id": 1, "action": {"forward": 1.5}}', "forward is 1.5; allowed are numbers 0 to 1"),
-    ('{"type": "keys", "id": 1, "action": {"forward": NaN}}', "forward is NaN"),
-    ('{"type": "keys", "id": 1, "action": {"forward": "1"}}', 'forward is "1"'),
-    ('{"type": "keys", "id": 1, "action": {"forward": 1' + "0" * 400 + "}}", "allowed are numbers 0 to 1"),
+    ('{"type": "set", "id": 1}', "set needs the field inputs"),
+    ('{"type": "set", "id": 1, "inputs": {"action": {}}, "extra": 1}', 'no field "extra"'),
+    ('{"type": "set", "id": 0, "inputs": {"action": {}}}', "set.id is 0; allowed are whole numbers 1 to"),
+    ('{"type": "set", "id": true, "inputs": {"action": {}}}', "set.id is true"),
+    ('{"type": "set", "id": 1, "inputs": []}', "needed is an object"),
+    ('{"type": "set", "id": 1, "inputs": {}}', "needed is an object"),
+    ('{"type": "set", "id": 1, "inputs": {"self": 1}}', "takes no self; it takes action"),
+    ('{"type": "set", "id": 1, "inputs": {"action": {}, "switch": ["cut"]}}', "set.inputs.switch"),
     ('{"type": "seen", "sequence": 4000000000}', "frames were sent"),
     ('{"type": "reset", "seed": -1, "start": ""}', "reset.seed is -1"),
     ('{"type": "reset", "seed": 1.5, "start": ""}', "reset.seed is 1.5"),
     ('{"type": "reset", "seed": 1, "start": "../secret"}', "no start image"),
-    ('{"type": "reset", "seed": 1, "start": ["red"]}', "no start image"),
+    ('{"type": "reset", "seed": 1, "start": ["red"]}', "reset.start"),
     ('{"type": "pause", "on": 1}', "pause.on is 1; allowed are true and false"),
     ('{"type": "record", "on": false}', "nothing is being recorded"),
     (b"", "bytes must start with their kind"),
     (b"\x09sound", "bytes must start with their kind"),
+    (b"\x02", "its place among action"),
+    (b"\x02\x01sound", "its place among action"),
+    (b"\x02\x00" + bytes(protocol.MAX_INPUT), "at most 1,048,576"),
     (b"\x01not a picture", "not a whole PNG"),
     (b"\x01" + png()[:60], "not a whole PNG"),
     (b"\x01" + png(5000, 10), "5000x10; at most 4096"),
@@ -290,13 +296,13 @@ def test_bad_messages_are_answered_and_nothing_is_lost():
     fake = FakeWorld()
     with served(fake) as app, watching(app) as browser:
         browser.note("hello")
-        browser.say(type="keys", id=1, action={"turn_left": 1})
+        browser.set(1, action={"turn_left": 1})
         for message, why in BAD:
             (browser.socket.send_bytes if isinstance(message, bytes) else browser.socket.send_text)(message)
             assert why in browser.note("error")["message"]
         browser.frame(lambda header: header["input_id"] == 1)  # the same session, the key still held
         assert len(fake.sessions) == 1 and not fake.sessions[0].closed
-        browser.say(type="keys", id=2, action={})
+        browser.set(2, action={})
         browser.frame(lambda header: header["input_id"] == 2)
 
 
@@ -372,7 +378,7 @@ def test_a_recording_that_cannot_be_written_is_said_and_the_stream_goes_on(monke
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vidistill.serve.viewer.write_video", full)
+    monkeypatch.setattr("vidistill.serve.recorder.write_video", full)
     with served(FakeWorld()) as app, watching(app) as browser:
         browser.frame()
         browser.say(type="record", on=True)
@@ -456,11 +462,10 @@ def test_a_start_picture_may_not_be_called_as_the_visitors_own(tmp_path):
 
 
 def test_pictures_larger_than_the_page_sends_are_refused_before_they_are_read():
-    kind = bytes([protocol.PICTURE])
-    assert protocol.parse_bytes(kind + png(1000, 1000), (SIZE, SIZE)).px.shape == (SIZE, SIZE, 3)
+    assert protocol.read_picture(png(1000, 1000), (SIZE, SIZE)).shape == (SIZE, SIZE, 3)
     with pytest.raises(protocol.MessageError, match="pixels are read"):
-        protocol.parse_bytes(kind + png(2000, 2000), (SIZE, SIZE))
-    assert protocol.parse_bytes(kind + png(2000, 2000), (500, 500)).px.shape == (500, 500, 3)
+        protocol.read_picture(png(2000, 2000), (SIZE, SIZE))
+    assert protocol.read_picture(png(2000, 2000), (500, 500)).shape == (500, 500, 3)
 
 
 def test_a_program_without_an_origin_may_open_the_stream():
@@ -509,19 +514,17 @@ def test_a_large_picture_is_sent_as_jpeg():
     px = np.zeros((256, 256, 3), np.uint8)
     data = protocol.pack_frame(px, sequence=1, index=2, chunk=0, input_id=3, first=True, gap=False, recording=True)
     header = protocol.HEADER.unpack_from(data)
-    assert header == (1, protocol.FRAME, protocol.JPEG, protocol.FIRST | protocol.RECORDING, 1, 2, 0, 3)
+    assert header == (protocol.VERSION, protocol.FRAME, protocol.JPEG, protocol.FIRST | protocol.RECORDING, 1, 2, 0, 3)
     assert Image.open(io.BytesIO(data[protocol.HEADER.size :])).size == (256, 256)
 
 
 def test_words_reach_the_session_and_come_back_in_the_first_frame_that_heard_them():
-    fake = FakeWorld(switches=("keep", "recache"))
+    fake = FakeWorld(prompts=True)
     with served(fake) as app, watching(app) as browser:
-        assert browser.note("hello")["switches"] == ["keep", "recache"]
-        browser.say(type="prompt", id=7, text="  a red   ring ", switch="recache")
+        assert browser.note("hello")["takes"]["prompt"]["switches"] == ["keep", "recache"]
+        browser.set(7, prompt="  a red   ring ", switch="recache")
         header, _ = browser.frame(lambda header: header["input_id"] == 7)
         assert header["index"] > 0 and fake.sessions[0].said == [("a red ring", "recache")]
-        browser.say(type="prompt", id=8, text="a cut", switch="cut")
-        assert "switch cut" in browser.note("error")["message"]
 
 
 def test_while_words_are_read_pictures_and_keys_go_on():
@@ -534,15 +537,15 @@ def test_while_words_are_read_pictures_and_keys_go_on():
                 assert read.wait(10)
             return super().set(prompt=prompt, **kw)
 
-    fake = FakeWorld(switches=("keep",))
+    fake = FakeWorld(prompts=True)
     fake.session = Reader
     with served(fake) as app, watching(app) as browser:
         browser.note("hello")
-        browser.say(type="prompt", id=7, text="a ring", switch="keep")
+        browser.set(7, prompt="a ring", switch="keep")
         assert reading.wait(5)
-        browser.say(type="keys", id=8, action={"turn_left": 1})
+        browser.set(8, action={"turn_left": 1})
         browser.frame(lambda header: header["input_id"] == 8)
-        browser.say(type="prompt", id=9, text="a box", switch="keep")
+        browser.set(9, prompt="a box", switch="keep")
         read.set()
         browser.frame(lambda header: header["input_id"] == 9)
     assert [prompt for prompt, _ in fake.sessions[0].said] == [None, "a ring", "a box"]
@@ -566,13 +569,13 @@ class Reader(FakeSession):
 
 
 def reader():
-    fake = FakeWorld(switches=("keep",))
+    fake = FakeWorld(prompts=True)
     fake.session = type("Reader", (Reader,), {"go": threading.Semaphore(0)})
     return fake
 
 
 def prompt(browser, number, text):
-    browser.say(type="prompt", id=number, text=text, switch="keep")
+    browser.set(number, prompt=text, switch="keep")
 
 
 def test_a_start_waits_for_the_words_before_it_and_words_that_fail_are_told():
@@ -606,13 +609,13 @@ def test_words_beyond_a_few_are_refused_and_nobody_reads_for_one_who_left():
 def test_a_world_that_does_not_listen_refuses_words():
     with served(FakeWorld()) as app, watching(app) as browser:
         browser.note("hello")
-        browser.say(type="prompt", id=1, text="anything", switch="keep")
-        assert "takes no prompt" in browser.note("error")["message"]
+        browser.set(1, prompt="anything", switch="keep")
+        assert "takes no prompt; it takes action" in browser.note("error")["message"]
 
 
-@pytest.mark.parametrize("change", [{"text": " "}, {"text": "x" * 401}, {"text": 3}, {"switch": "burn"}, {"id": 0}])
-def test_words_are_bounded_and_their_switch_is_known(change):
-    said = {"type": "prompt", "id": 1, "text": "a ring", "switch": "keep"}
-    assert protocol.parse_text(json.dumps(said), (), ()) == protocol.Prompt(1, "a ring", "keep")
-    with pytest.raises(protocol.MessageError, match=f"prompt.{next(iter(change))}"):
-        protocol.parse_text(json.dumps({**said, **change}), (), ())
+@pytest.mark.parametrize("text", [" ", "x" * 401])
+def test_a_prompt_is_bounded(text):
+    said = {"type": "set", "id": 1, "inputs": {"prompt": "a ring", "switch": "keep"}}
+    assert protocol.parse_text(json.dumps(said)) == protocol.Set(1, said["inputs"])
+    with pytest.raises(protocol.MessageError, match=r"set\.inputs\.prompt"):
+        protocol.parse_text(json.dumps({**said, "inputs": {"prompt": text}}))

@@ -205,7 +205,7 @@ def test_lips_follow_the_microphone(launch, tmp_path):
     with running(load_world("talker")) as address, opened(browser, address) as page:
         wait_for_pictures(page)
         silent = mouth(page, 20)
-        page.click("#mic")
+        page.click(".mic")
         wait(page, "Number(document.getElementById('lips').textContent) > 0")
         page.wait_for_timeout(1000)
         speaking = mouth(page, 60)
@@ -232,7 +232,7 @@ def test_a_picture_of_ones_own_a_seed_and_a_recording(browser, tmp_path):
         page.wait_for_timeout(500)
         page.keyboard.press("KeyV")
         with page.expect_download() as download:
-            page.click("#films a")
+            page.click("#videos a")
         assert Path(download.value.path()).read_bytes()[4:8] == b"ftyp"
 
 
@@ -257,7 +257,7 @@ def test_one_viewer_too_many_reads_why_and_can_try_again(browser):
         wait_for_pictures(first)
         with opened(browser, address) as second:
             second.wait_for_selector("#overbutton", state="visible")
-            assert "All places are taken" in second.inner_text("#overlay")
+            assert "All seats are taken" in second.inner_text("#overlay")
             assert "room for 1 viewer" in second.inner_text("#overlay")
             first.goto("about:blank")
             second.wait_for_timeout(300)

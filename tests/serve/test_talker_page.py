@@ -18,6 +18,9 @@ from vidistill.serve.app import load_world
 pytestmark = pytest.mark.timeout(60)
 
 
+AUDIO = bytes([protocol.INPUT, 1])  # the talker takes a prompt and audio
+
+
 class Talker:
     """Something that is served: a world, as `fake_world.served` takes it."""
 
@@ -69,10 +72,10 @@ def send(socket, **message):
 def test_sound_that_is_sent_comes_back_with_its_pictures_and_its_delay_is_told(talker):
     with served(talker) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
         hello = listen(socket, lambda kind, got: kind == "hello")
-        assert hello["rate"] == 16_000
+        assert hello["takes"]["audio"]["rate"] == 16_000
         index, samples = listen(socket, silent)
         assert len(samples) == 1000
-        socket.send_bytes(bytes([protocol.SPEECH]) + speech(3.0).tobytes())
+        socket.send_bytes(AUDIO + speech(3.0).tobytes())
         later, samples = listen(socket, loud)
         assert later > index and samples.max() == pytest.approx(0.4 * 32767, abs=2)
         stats = listen(socket, lambda kind, got: kind == "stats" and got["lips_ms"])
@@ -82,12 +85,12 @@ def test_sound_that_is_sent_comes_back_with_its_pictures_and_its_delay_is_told(t
 def test_an_interruption_ends_what_is_said_and_the_dream_goes_on(talker):
     with served(talker) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
         listen(socket, lambda kind, got: kind == "hello")
-        socket.send_bytes(bytes([protocol.SPEECH]) + speech(20.0).tobytes())
+        socket.send_bytes(AUDIO + speech(20.0).tobytes())
         spoken, _ = listen(socket, loud)
-        send(socket, type="hush")
+        send(socket, type="clear_audio")
         quiet, _ = listen(socket, silent)
         assert 0 < quiet - spoken < 60  # twenty seconds are 320 pictures
-        socket.send_bytes(bytes([protocol.SPEECH]) + speech(1.0).tobytes())
+        socket.send_bytes(AUDIO + speech(1.0).tobytes())
         assert listen(socket, loud)[0] > quiet
 
 
@@ -96,15 +99,15 @@ def test_sound_is_bounded_and_not_heard_while_paused(talker, monkeypatch):
     with served(talker) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
         listen(socket, lambda kind, got: kind == "hello")
         for _ in range(2):
-            socket.send_bytes(bytes([protocol.SPEECH]) + speech(20.0).tobytes())
+            socket.send_bytes(AUDIO + speech(20.0).tobytes())
         assert "wait already" in listen(socket, lambda kind, got: kind == "error")["message"]
-        send(socket, type="hush")
+        send(socket, type="clear_audio")
         send(socket, type="pause", on=True)
-        socket.send_bytes(bytes([protocol.SPEECH]) + speech(2.0).tobytes())
+        socket.send_bytes(AUDIO + speech(2.0).tobytes())
         send(socket, type="pause", on=False)
         listen(socket, silent)
         heard = [listen(socket, lambda kind, got: kind == protocol.SOUND)[1] for _ in range(40)]
-        assert not any(samples.any() for samples in heard[12:])  # what was made before the hush is shown
+        assert not any(samples.any() for samples in heard[12:])  # what was made before the interruption is shown
 
 
 def test_words_are_spoken_in_turn_and_an_interruption_reaches_those_that_are_not_spoken_yet(talker):
@@ -122,7 +125,7 @@ def test_words_are_spoken_in_turn_and_an_interruption_reaches_those_that_are_not
         send(socket, type="say", text="first")
         send(socket, type="say", text="second")
         assert began.wait(5)
-        send(socket, type="hush")
+        send(socket, type="clear_audio")
         listen(socket, silent)
         assert said == ["first"]
         go.set()
@@ -139,12 +142,17 @@ def test_words_are_spoken(talker):
         listen(socket, loud)
 
 
-def test_a_world_that_hears_nothing_says_so_and_half_a_sample_is_refused():
+def test_half_a_sample_is_refused(talker):
+    with served(talker) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
+        listen(socket, lambda kind, got: kind == "hello")
+        socket.send_bytes(AUDIO + b"abc")
+        assert "16-bit" in listen(socket, lambda kind, got: kind == "error")["message"]
+
+
+def test_a_world_without_audio_says_so():
     with served(FakeWorld()) as app, watching(app) as browser:
-        assert browser.note("hello")["rate"] == 0
-        browser.say(type="hush")
-        assert "hears nothing" in browser.note("error")["message"]
-        browser.socket.send_bytes(bytes([protocol.SPEECH]) + b"abc")
-        assert "16-bit" in browser.note("error")["message"]
+        assert "audio" not in browser.note("hello")["takes"]
+        browser.say(type="clear_audio")
+        assert "takes no audio" in browser.note("error")["message"]
         browser.say(type="say", text="")
         assert "say.text" in browser.note("error")["message"]

@@ -78,15 +78,15 @@ def test_who_is_led_home_stands_still_in_the_next_dream():
         stream.set(action={})
         stream.navigator.return_to_start()
         next(latents)
-        assert any(stream._engine.inputs.control.action)
+        assert any(stream.inputs.control.values["action"])
         again = stream.latents()
         next(again)
-        assert not any(stream._engine.inputs.control.action)
+        assert not any(stream.inputs.control.values["action"])
         stream.set(action={"forward": 1.0})  # but a key that is held goes on
         stream.navigator.return_to_start()
         stream.set(action={"turn_left": 1.0})
         next(again := stream.latents())
-        assert stream._engine.inputs.control.action == (1.0, 0.0, 0.0, 0.0)
+        assert stream.inputs.control.values["action"] == (1.0, 0.0, 0.0, 0.0)
 
 
 def test_a_gain_scales_the_way():
@@ -152,11 +152,12 @@ class FakeRoamer:
 
 
 def test_messages_home_and_history_are_checked():
-    assert protocol.parse_text('{"type": "home"}', ACTIONS, [""]) == protocol.Home()
-    assert protocol.parse_text('{"type": "history", "on": false}', ACTIONS, [""]) == protocol.History(False)
-    for text in ('{"type": "home", "on": true}', '{"type": "history"}', '{"type": "history", "on": 1}'):
+    assert protocol.parse_text('{"type": "return_to_start"}') == protocol.ReturnToStart()
+    assert protocol.parse_text('{"type": "show_history", "on": false}') == protocol.ShowHistory(False)
+    history = '{"type": "show_history"'
+    for text in ('{"type": "return_to_start", "on": true}', history + "}", history + ', "on": 1}'):
         with pytest.raises(protocol.MessageError):
-            protocol.parse_text(text, ACTIONS, [""])
+            protocol.parse_text(text)
 
 
 def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
@@ -171,7 +172,7 @@ def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
     fake.world = replace(fake.world, open=opened)
     with served(fake) as app, watching(app) as browser:
         hello = browser.note("hello")
-        assert hello["places"] and hello["remembers"]
+        assert hello["has_map"] and hello["has_history"]
         navigator.map = {
             "here": [1.0, 2.0, 0.5],
             "path": [[0.0, 0.0]],
@@ -181,14 +182,7 @@ def test_the_page_gets_a_map_and_its_buttons_reach_the_roamer():
         }
         shown = browser.note("map")
         assert shown["here"] == [1.0, 2.0, 0.5] and shown["stored"] == [[0.0, 0.0, 0.0, 4]]
-        browser.say(type="home")
-        browser.say(type="history", on=False)
+        browser.say(type="return_to_start")
+        browser.say(type="show_history", on=False)
         browser.frame(lambda header: header["chunk"] >= 2)
         assert navigator.calls == ["home", False]
-
-
-def test_a_world_without_places_says_so():
-    with served(FakeWorld()) as app, watching(app) as browser:
-        assert not browser.note("hello")["places"]
-        browser.say(type="home")
-        assert "no places" in browser.note("error")["message"]

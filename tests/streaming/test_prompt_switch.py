@@ -59,7 +59,7 @@ def by_hand(schedule, policy, chunks=5, at=3):
     """The same without a session."""
     own = bundle(schedule)
     student, memory = own.net, own.net.new_memory(1, cfg=own.net.cfg.memory)
-    encode = session(schedule)._engine.inputs.encode
+    encode = session(schedule).inputs.net.encode
     old, new = (Condition(encode([text])) for text in (A, B))
     rng, noise = torch.Generator().manual_seed(3), chunk_noise(student, 1, 3)
     kw = {"noise": noise, "memory": memory, "rng": rng}

@@ -230,7 +230,7 @@ def test_a_wrong_action_is_refused_and_changes_nothing(session, action, message)
 
 def test_inputs_a_student_does_not_know_are_refused(session):
     stream = session()
-    with pytest.raises(ValueError, match="needs an action, a prompt or tokens"):
+    with pytest.raises(ValueError, match="nothing to set"):
         stream.set()
     with pytest.raises(ValueError, match="takes no prompt"):
         stream.set(prompt="a red ball")
@@ -282,20 +282,26 @@ def test_tokens_switch_at_a_chunk_boundary():
     assert (first.input_id, second.input_id) == (0, 1)
     with pytest.raises(ValueError, match=r"tokens must be \[L >= 1, 8\], got \(5, 7\)"):
         told.set(tokens=torch.ones(5, 7))
-    with pytest.raises(ValueError, match="takes no actions"):
+    with pytest.raises(ValueError, match="takes no action"):
         told.set(action={"forward": 1.0})
 
 
+def conditions(sites: dict[str, int]) -> LiveConditions:
+    """What a network of these sites, without text, takes in a world of two actions."""
+    dit = {"sites": {name: {"dim": dim} for name, dim in sites.items()}, "text_dim": 0}
+    return LiveConditions.of({"dit": {**dit, "extra_channels": 0}, "world": {"actions": ["left", "right"]}}, 4, "cpu")
+
+
 def test_a_site_without_an_input_is_null():
-    inputs = LiveConditions({"hidden": 6, "modulation": 9}, 0, ("left", "right"), 4, "cpu")
+    inputs = conditions({"hidden": 6, "modulation": 9})
     cond = inputs.condition(inputs.control, 0, 3)
     assert not cond.per_frame["hidden"].any() and cond.per_frame["hidden"].shape == (1, 3, 6)
     assert torch.equal(cond.per_frame["modulation"][0, :, -1], torch.ones(3))
 
 
 def test_a_held_action_is_packed_as_recorded_actions_are():
-    inputs = LiveConditions({"modulation": 9}, 0, ("left", "right"), 4, "cpu")
-    inputs.set({"left": 1.0, "right": 0.5}, None, None)
+    inputs = conditions({"modulation": 9})
+    inputs.set({"action": {"left": 1.0, "right": 0.5}})
     packed = inputs.condition(inputs.control, 0, 2).per_frame["modulation"][0]
     assert packed[0].tolist() == [0.0] * 8 + [1.0]
     assert packed[1].tolist() == [1.0, 0.5] * 4 + [1.0]
@@ -574,7 +580,7 @@ def test_what_cannot_stream_says_why(bundle, codec, tiny_teacher_path, tiny_imag
     with pytest.raises(ValueError, match="cannot hold 2 sinks and a chunk of 3"):
         opening(bundle, replace(INLINE, memory=MemoryConfig("window", frames=4, sinks=2)))
     wide = noise_bundle(replace(DIT, sites={"modulation": SiteConfig(5)}))
-    assert StreamSession(wide, None, INLINE).actions == ()
+    assert not StreamSession(wide, None, INLINE).takes
 
 
 @pytest.mark.parametrize("name", ["queue_frames", "threads", "decode_threads"])
@@ -591,7 +597,7 @@ def test_threads_without_workers_are_refused():
 def test_a_session_tells_its_numbers(session):
     stream = session()
     assert stream.fps == 17.5
-    assert stream.actions == ACTIONS
+    assert stream.takes == {"action": {"kind": "hold", "names": list(ACTIONS)}}
     assert stream.frames_per_chunk == 12
     assert stream.nfe_per_chunk == 4
     expected = STUDENT.memory.bytes(layers=2, width=24, tokens_per_frame=4)

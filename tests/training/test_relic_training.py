@@ -305,13 +305,15 @@ def test_about_the_share_asked_for_become_palindromes():
 
 
 def inputs():
-    return LiveConditions({"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}, 0, ACTIONS, 4, "cpu", camera=CAMERA)
+    sites = {name: {"dim": dim} for name, dim in {"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}.items()}
+    dit = {"sites": sites, "text_dim": 0, "extra_channels": 0}
+    return LiveConditions.of({"dit": dit, "world": {"actions": ACTIONS, "camera": asdict(CAMERA)}}, 4, "cpu")
 
 
 def test_a_stream_integrates_the_keys_it_is_given_chunk_by_chunk():
     a, b = inputs(), inputs()
     for one in (a, b):
-        one.set({"forward": 1.0, "turn_left": 0.5}, None, None)
+        one.set({"action": {"forward": 1.0, "turn_left": 0.5}})
     whole = a.condition(a.control, 0, 7)
     parts = [b.condition(b.control, lo, hi) for lo, hi in ((0, 1), (1, 4), (4, 7))]
     for site in ("hidden", "qk"):
@@ -324,9 +326,9 @@ def test_a_stream_integrates_the_keys_it_is_given_chunk_by_chunk():
 
 def test_a_speed_gain_takes_a_stream_twice_as_far():
     a, b = inputs(), inputs()
-    b.gain = 2.0
+    b.speed_up(2.0)
     for one in (a, b):
-        one.set({"forward": 1.0}, None, None)
+        one.set({"action": {"forward": 1.0}})
     near, far = (one.condition(one.control, 0, 4).per_frame["qk"][0, :, 0] for one in (a, b))
     assert torch.allclose(far, 2 * near) and near[-1] > 0
 

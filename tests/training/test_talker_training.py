@@ -114,19 +114,19 @@ def test_a_stream_tells_the_network_the_picture_it_began_with(folder, tiny_image
     for image in (tiny_image, 255 - tiny_image):
         with StreamSession(bundle, load_codec(bundle), INLINE, image=image) as session:
             take(session, 1)
-            inputs.append(session._engine.inputs.condition(session._engine.inputs.control, 1, 4).channels)
+            inputs.append(session.inputs.condition(session.inputs.control, 1, 4).channels)
     assert inputs[0].shape == (1, 3, SHAPE.channels + 1, SHAPE.height, SHAPE.width)
     assert (inputs[0][:, :, -1] == 1).all() and not torch.equal(inputs[0], inputs[1])
 
 
 def test_sound_of_the_wrong_kind_is_refused(session, tiny_student_path, tiny_image):
-    assert session.audio_rate == 16_000 and session.audio_lookahead_ms == 62.5
+    assert session.takes["audio"] == {"kind": "sound", "rate": 16_000, "lookahead_ms": 62.5}
     with pytest.raises(ValueError, match="finite floats"):
         session.set(audio=np.zeros(100, np.int16))
     deaf = load_student(tiny_student_path)
     with (
         StreamSession(deaf, load_codec(deaf), INLINE, image=tiny_image) as other,
-        pytest.raises(ValueError, match="hears nothing"),
+        pytest.raises(ValueError, match="takes no audio"),
     ):
         other.set(audio=speech(1))
 

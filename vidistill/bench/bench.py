@@ -105,8 +105,8 @@ class StreamTimer:
         self.timings, self.device = Timings(), bundle.net.net.device
         with self.open() as session:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
-            self.frames_per_chunk, self.actions = session.frames_per_chunk, session.actions
-            self.lookahead_ms = session.audio_lookahead_ms if session.audio_rate else None
+            self.frames_per_chunk, self.inputs = session.frames_per_chunk, session.inputs
+            self.lookahead_ms = session.takes["audio"]["lookahead_ms"] if "audio" in session.takes else None
             self.memory_config = session.memory_config
             self.fill = self.memory_config.chunks_to_fill(bundle.net.cfg.chunk)
 
@@ -138,13 +138,7 @@ class StreamTimer:
 
     def send(self, session: StreamSession, number: int) -> int:
         """Set some input that the student has."""
-        if self.actions:
-            return session.set(action=[float((number + i) % 2) for i in range(len(self.actions))])
-        return session.set(tokens=torch.full((1, self.bundle.record["dit"]["text_dim"]), float(number % 2)))
-
-    @property
-    def takes_prompts(self) -> bool:
-        return bool(self.actions or self.bundle.record["dit"]["text_dim"])
+        return session.set(**self.inputs.example(number))
 
     def warm_up(self) -> float:
         """Milliseconds of two chunks; of a cold process if called first, what they have compiled included."""
@@ -159,7 +153,7 @@ class StreamTimer:
         with self.open() as session:
             frames = session.frames()
             began = time.perf_counter()
-            if self.takes_prompts:
+            if self.inputs.example(number):
                 self.send(session, number)
             first = next(f for f in frames if f.chunk == self.bundle.schedule.given_chunks)
             t.first_frame_ms.append(1000 * (first.made_at - began))
@@ -172,7 +166,7 @@ class StreamTimer:
             t.latents_per_s.append(self.cfg.chunks * chunk / seconds)
             t.chunk_ms += [1000 * (b.made_at - a.made_at) for a, b in pairwise(heads)]
             t.parts += [head.stats for head in heads[1:]]
-            if self.takes_prompts:
+            if self.inputs.example(number):
                 t.input_ms += self.time_inputs(session, frames, statistics.median(t.chunk_ms), number)
 
     def time_inputs(
@@ -193,9 +187,9 @@ class StreamTimer:
         late, pause = [], 1 / self.fps
         cfg = StreamConfig(self.cfg.seed, self.cfg.pipelined, queue_frames=1 if self.cfg.pipelined else 0)
         with StreamSession(self.bundle, self.codec, cfg, image=self.image) as session:
-            if not session.audio_rate:
+            if "audio" not in session.takes:
                 return []
-            spoken = np.random.default_rng(0).uniform(-0.3, 0.3, round(session.audio_rate * pause))
+            spoken = np.random.default_rng(0).uniform(-0.3, 0.3, round(session.takes["audio"]["rate"] * pause))
             frames = session.frames()
             next(frames)
             due = time.perf_counter()

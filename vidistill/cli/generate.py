@@ -61,7 +61,7 @@ def run_generate(args: argparse.Namespace) -> None:
     image = bundle.start_image(codec, args.image)
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:
         total = max(1, round(args.seconds * session.fps))
-        if session.audio_rate:
+        if "audio" in session.takes:
             print(f"{args.name} hears nothing here and keeps still; demos/avatar.py makes it speak", file=sys.stderr)
         with tqdm(desc="frames", total=total, disable=None) as bar:
             frames = session.record(total, script, cues, bar.update)

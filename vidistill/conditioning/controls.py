@@ -1,16 +1,16 @@
-"""What a user asks of a running stream, and the conditions that a network is given for it."""
+"""What a user asks of a running stream: one class a kind of input, and the conditions that a network gets for them."""
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vidistill.conditioning.audio import AudioConfig, Track
+from vidistill.conditioning.audio import AudioConfig, Track, from_pcm16
 from vidistill.conditioning.camera import CameraConfig, Pose, latent_rate, wanted
 from vidistill.conditioning.condition import (
     ACTION_SITE,
@@ -28,55 +28,293 @@ from vidistill.config import build
 
 KEPT_POSES = 64  # latent frames whose pose a stream can go on from
 
+Values = Mapping[str, Any]
+
+
+class Modality(Protocol):
+    """One kind of input of a stream: what `set` takes of it, and what the network gets.
+
+    A new one is a subclass and a line in MODALITIES: sessions, the server and its page go by what it says here. The
+    defaults are those of a kind that nobody sets, such as the picture a stream begins with.
+    """
+
+    keys: tuple[str, ...] = ()  # what `set` calls it; values are held, and pages ask for it, under the first name
+    queued: bool = False  # values play one after the other instead of replacing each other
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        """How a page asks for it: `kind` of its control (hold, numbers, text or sound), and that control's bounds."""
+        return {}
+
+    def initial(self) -> Any:
+        """What is held before anything is set."""
+        return None
+
+    def read(self, value: Any) -> Any:
+        """A value as it is held or queued; ValueError for one that cannot be used."""
+        return None
+
+    def push(self, value: Any) -> None:
+        """Queue a value that was read."""
+        return None
+
+    def begin(self, given: Tensor | None) -> None:
+        """A stream begins, with latents `given` [1, F, C, H, W]; ValueError if it cannot begin so."""
+        return None
+
+    def skip(self, frames: int) -> None:
+        """Let latent frames pass unseen."""
+        return None
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        """What the network gets for latent frames start..stop-1 while `values` are held, of every kind by its name."""
+        raise NotImplementedError
+
+    def example(self, number: int) -> Any:
+        """Some value to set, another one for the next number; None where there is nothing to try."""
+        return None
+
+
+M = TypeVar("M", bound=Modality)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a network takes, by the `record` of its checkpoint: widths of its sites and tokens, px frames a latent."""
+
+    record: Mapping[str, Any]
+    factor: int
+    device: torch.device | str
+    encode: Encode | None = None
+
+    @property
+    def sites(self) -> dict[str, int]:
+        return {name: site["dim"] for name, site in self.record["dit"]["sites"].items()}
+
+    @property
+    def text_dim(self) -> int:
+        return self.record["dit"]["text_dim"]
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        return tuple(self.record["world"].get("actions", ())) if ACTION_SITE in self.sites else ()
+
+    def px_frames(self, start: int, stop: int) -> tuple[int, int]:
+        """First px frame of latents start..stop-1, and the one after their last."""
+        return max(0, self.factor * (start - 1) + 1), self.factor * (stop - 1) + 1
+
+
+class Actions(Modality):
+    """Named actions, each held at 0 to 1."""
+
+    keys = ("action",)
+
+    def __init__(self, net: Network) -> None:
+        self.net, self.names = net, net.actions
+        needed = net.factor * len(self.names) + 1
+        if net.sites[ACTION_SITE] != needed:
+            raise ValueError(
+                f"the network takes {net.sites[ACTION_SITE]} numbers a latent at site {ACTION_SITE!r}; "
+                f"{len(self.names)} actions of {net.factor} px frames and a flag are {needed}: student and codec do "
+                "not belong together"
+            )
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        return {"kind": "hold", "names": list(self.names)}
+
+    def initial(self) -> tuple[float, ...]:
+        return (0.0,) * len(self.names)
+
+    def read(self, value: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
+        """One value in [0, 1] per action; those a mapping leaves out are 0."""
+        if isinstance(value, Mapping):
+            if unknown := [name for name in value if name not in self.names]:
+                raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join((*self.names, 'still'))}")
+            values = [value.get(name, 0.0) for name in self.names]
+        elif isinstance(value, Iterable):
+            values = list(value)
+        else:
+            raise ValueError(f"action must be an object of names and numbers, got {value!r}")
+        if len(values) != len(self.names):
+            raise ValueError(f"action has {len(values)} values, one is needed for each of {list(self.names)}")
+        for name, number in zip(self.names, values, strict=True):
+            if not isinstance(number, int | float | np.number) or not 0 <= number <= 1:  # NaN is neither
+                raise ValueError(f"action {name!r} must be a number from 0 to 1, got {number!r}")
+        return tuple(float(v) for v in values)
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        action = torch.tensor(values["action"], device=self.net.device)
+        return Condition(per_frame={ACTION_SITE: hold_action(action, start, stop, self.net.factor)})
+
+    def example(self, number: int) -> list[float]:
+        return [float((number + i) % 2) for i in range(len(self.names))]
+
+
+class Prompt(Modality):
+    """Tokens that the network cross-attends, or the text they are read from."""
+
+    keys = ("prompt", "tokens")
+
+    def __init__(self, net: Network) -> None:
+        self.net = net
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        return {"kind": "text"} if self.net.encode else {}
+
+    def initial(self) -> Tensor:
+        return torch.zeros(1, 1, self.net.text_dim, device=self.net.device)
+
+    def read(self, value: str | Tensor) -> Tensor:
+        """Tokens [1, L, D] on the network's device, from text or from tokens [L, D]."""
+        if isinstance(value, str):
+            if self.net.encode is None:
+                raise ValueError("this student takes no prompt: it has no text encoder")
+            value = self.net.encode([value])[0]
+        width = self.net.text_dim
+        if not isinstance(value, Tensor):
+            raise ValueError(f"prompt must be text, or tokens [L >= 1, {width}], got {value!r}")
+        if value.ndim != 2 or value.shape[1] != width or not len(value):
+            raise ValueError(f"tokens must be [L >= 1, {width}], got {tuple(value.shape)}")
+        return value[None].to(self.net.device, torch.float32)
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        return Condition(values["prompt"])
+
+    def example(self, number: int) -> Tensor:
+        return torch.full((1, self.net.text_dim), float(number % 2))
+
+
+class Camera(Modality):
+    """Where the held actions lead: motion `gain` times as far as they ask for, integrated from the stream's start."""
+
+    def __init__(self, net: Network) -> None:
+        self.net, self.gain = net, 1.0
+        self.cfg = build(CameraConfig, net.record["world"]["camera"])
+        self._path: dict[int, Pose] = {}  # latent frame -> pose [1, 1] after it, of the newest frames
+
+    @property
+    def pose(self) -> Pose | None:
+        """Where the camera is after the newest latent; None before the first."""
+        return self._path[max(self._path)] if self._path else None
+
+    def skip(self, frames: int) -> None:
+        """The camera stays where it is."""
+        self._path = {f + frames: pose for f, pose in self._path.items()}
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        """Moves the camera through these frames; asked again, it starts from the same place again."""
+        factor = self.net.factor
+        if start and start - 1 not in self._path:
+            raise ValueError(f"the camera has not been where latent frame {start} starts; ask for chunks in order")
+        held = torch.tensor(values.get("action", ()), dtype=torch.float64)
+        action = held.expand(1, factor * (stop - start), -1).clone()
+        if start == 0:
+            action[:, :factor] = 0.0  # the first latent is the picture before anything was done
+        asked = wanted(action, self.net.actions, self.cfg, self.gain)
+        moved, pose = latent_rate(asked, factor, self._path[start - 1] if start else None)
+        for i in range(stop - start):
+            self._path[start + i] = Pose(pose.position[:, i : i + 1], pose.rotation[:, i : i + 1])
+        self._path = {f: p for f, p in self._path.items() if start - KEPT_POSES <= f < stop}
+        return Condition(per_frame=pack_camera(moved, pose, self.cfg, factor))
+
+
+class Audio(Modality):
+    """Sound, which plays in the order it came; silence where there is none."""
+
+    keys, queued = ("audio",), True
+
+    def __init__(self, net: Network) -> None:
+        self.net, self.track = net, Track(build(AudioConfig, net.record["audio"]))
+
+    @property
+    def described(self) -> Mapping[str, Any]:
+        cfg = self.track.cfg
+        return {"kind": "sound", "rate": cfg.rate, "lookahead_ms": cfg.lookahead_ms}
+
+    def read(self, value: np.ndarray | bytes) -> np.ndarray:
+        """Float samples [S] in [-1, 1] at the track's rate, or the bytes of 16-bit ones."""
+        if isinstance(value, bytes):
+            if len(value) % 2:
+                raise ValueError(f"audio must be whole 16-bit samples, got {len(value):,} bytes")
+            return from_pcm16(np.frombuffer(value, "<i2"))
+        pcm, rate = np.asarray(value), self.track.cfg.rate
+        if pcm.ndim != 1 or not np.issubdtype(pcm.dtype, np.floating) or not np.isfinite(pcm).all():
+            raise ValueError(f"audio must be finite floats [S] at {rate} Hz, got {pcm.dtype} {pcm.shape}")
+        return pcm
+
+    def push(self, value: np.ndarray) -> None:
+        self.track.push(value, time.perf_counter())
+
+    def begin(self, given: Tensor | None) -> None:
+        self.track.reset()
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        width = self.net.sites.get(AUDIO_SITE)
+        if width is None:
+            return Condition()
+        found = torch.from_numpy(self.track.take(*self.net.px_frames(start, stop)))[None]
+        packed = pack_audio(found, self.net.factor) if start == 0 else found.reshape(1, stop - start, -1)
+        if packed.shape[-1] != width:
+            raise ValueError(
+                f"the network takes {width} numbers a latent at site {AUDIO_SITE!r}, its audio gives "
+                f"{packed.shape[-1]}: record, codec and network do not belong together"
+            )
+        return Condition(per_frame={AUDIO_SITE: packed})
+
+
+class Reference(Modality):
+    """The picture a stream began with, at every frame."""
+
+    def __init__(self, net: Network) -> None:
+        self._image: Tensor | None = None  # latent [1, 1, C, H, W]
+        extra, needed = net.record["dit"]["extra_channels"], net.record["dit"]["channels"] + 1
+        if extra != needed:
+            raise ValueError(
+                f"this network needs {extra} condition channels; inputs give a reference picture and a mask, {needed}"
+            )
+
+    def begin(self, given: Tensor | None) -> None:
+        if given is None:
+            raise ValueError("this network is told the picture a stream begins with: start from an `image`")
+        self._image = given[:, :1]
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        return Condition(channels=None if self._image is None else reference_channels(self._image, start, stop))
+
+
+# Each kind, and whether a network takes it. What later ones give a site replaces what earlier ones give it.
+MODALITIES: dict[Callable[[Network], Modality], Callable[[Network], bool]] = {
+    Actions: lambda net: bool(net.actions),
+    Prompt: lambda net: bool(net.text_dim),
+    Camera: lambda net: bool(net.record["world"].get("camera")),
+    Audio: lambda net: bool(net.record.get("audio")),
+    Reference: lambda net: bool(net.record["dit"]["extra_channels"]),
+}
+
 
 @dataclass(frozen=True)
 class ControlInput:
-    """What the user asked for in `set` number `id`."""
+    """What is held since `set` number `id`, by the first name of its kind."""
 
     id: int
-    action: tuple[float, ...]
-    tokens: Tensor | None  # [1, L, D]
-    switch: str = "keep"  # what a stream does to its memory when it meets these tokens
+    values: Values
+    switch: str = "keep"  # what a stream does to its memory when it meets this prompt
 
 
 class LiveConditions:
     """The conditions a network takes, from what the user asks for: `control` is the latest, replaced as a whole.
 
-    `sites` {site: D} and `text_dim` are the network's; `factor` px frames make a latent; `encode` reads prompts.
     Nothing asked for yet: actions are zero (standing still), everything else is null.
-    With a `camera` the network is also told where it goes: what the held actions ask for, `gain` times as far, is
-    integrated from the start of the stream. With `audio` it hears the sound of `track`, and with `pictured` it is told
-    the picture the stream began with.
     """
 
-    def __init__(
-        self,
-        sites: Mapping[str, int],
-        text_dim: int,
-        actions: Sequence[str],
-        factor: int,
-        device: torch.device | str,
-        encode: Encode | None = None,
-        camera: CameraConfig | None = None,
-        audio: AudioConfig | None = None,
-        pictured: bool = False,
-    ) -> None:
-        self.track = None if audio is None else Track(audio)
-        self.pictured = pictured
-        self._image: Tensor | None = None  # latent [1, 1, C, H, W] of the picture the stream began with
-        self.encode = encode if text_dim else None
-        self.camera, self.gain = camera, 1.0
-        self._path: dict[int, Pose] = {}  # latent frame -> pose [1, 1] after it, of the newest frames
-        self.sites, self.text_dim, self.factor, self.device = sites, text_dim, factor, device
-        self.actions = tuple(actions) if ACTION_SITE in sites else ()
-        needed = factor * len(self.actions) + 1
-        if self.actions and sites[ACTION_SITE] != needed:
-            raise ValueError(
-                f"the network takes {sites[ACTION_SITE]} numbers a latent at site {ACTION_SITE!r}; {len(self.actions)} "
-                f"actions of {factor} px frames and a flag are {needed}: student and codec do not belong together"
-            )
-        tokens = torch.zeros(1, 1, text_dim, device=device) if text_dim else None
-        self.control = ControlInput(0, (0.0,) * len(self.actions), tokens)
+    def __init__(self, net: Network) -> None:
+        self.net = net
+        self.parts = [kind(net) for kind, taken_by in MODALITIES.items() if taken_by(net)]
+        self._by_key = {key: part for part in self.parts for key in part.keys}
+        held = {part.keys[0]: part.initial() for part in self.parts if part.keys and not part.queued}
+        self.control = ControlInput(0, held)
         self._lock = threading.Lock()
 
     @classmethod
@@ -84,154 +322,78 @@ class LiveConditions:
         cls, record: Mapping[str, Any], factor: int, device: torch.device | str, encode: Encode | None = None
     ) -> "LiveConditions":
         """Inputs of the network a checkpoint's `record` describes; ValueError if it needs what cannot be held."""
-        dit = record["dit"]
-        if dit["extra_channels"] and dit["extra_channels"] != dit["channels"] + 1:
-            raise ValueError(
-                f"this network needs {dit['extra_channels']} condition channels; inputs give a reference picture and a "
-                f"mask, {dit['channels'] + 1}"
-            )
-        sites = {name: site["dim"] for name, site in dit["sites"].items()}
-        world = record["world"]
-        camera = build(CameraConfig, world["camera"]) if world.get("camera") else None
-        audio = build(AudioConfig, record["audio"]) if record.get("audio") else None
-        pictured = dit["extra_channels"] > 0
-        return cls(sites, dit["text_dim"], world.get("actions", ()), factor, device, encode, camera, audio, pictured)
+        return cls(Network(record, factor, device, encode))
+
+    def find(self, kind: type[M]) -> M | None:
+        """The part of a kind, if the network takes it."""
+        return next((part for part in self.parts if isinstance(part, kind)), None)
+
+    @property
+    def takes(self) -> dict[str, Mapping[str, Any]]:
+        """What a page may set: name -> how it asks for it."""
+        return {part.keys[0]: part.described for part in self.parts if part.keys and part.described}
 
     def speed_up(self, gain: float) -> None:
         """From now on an action goes `gain` times as far; ValueError for a network that is not told where it goes."""
-        if gain != 1 and (self.camera is None or not {MOVE_SITE, POSE_SITE} & set(self.camera.sites)):
+        camera = self.find(Camera)
+        if gain != 1 and (camera is None or not {MOVE_SITE, POSE_SITE} & set(camera.cfg.sites)):
             raise ValueError("this student is not told how far its camera goes, so gain has no effect: leave it 1")
-        self.gain = gain
+        if camera is not None:
+            camera.gain = gain
 
     def begin(self, given: Tensor | None) -> None:
         """A stream begins with latents `given` [1, F, C, H, W]; ValueError if the network is to be told a picture."""
-        if self.pictured and given is None:
-            raise ValueError("this network is told the picture a stream begins with: start from an `image`")
-        self._image = given[:, :1] if given is not None else None
-        if self.track is not None:
-            self.track.reset()
+        for part in self.parts:
+            part.begin(given)
 
-    def push_audio(self, pcm: np.ndarray) -> None:
-        """Sound float [S] in [-1, 1] at the track's rate, to follow what was heard before; ValueError for other."""
-        if self.track is None:
-            raise ValueError("this student hears nothing: it takes no audio")
-        if pcm.ndim != 1 or not np.issubdtype(pcm.dtype, np.floating) or not np.isfinite(pcm).all():
-            raise ValueError(
-                f"audio must be finite floats [S] at {self.track.cfg.rate} Hz, got {pcm.dtype} {pcm.shape}"
-            )
-        self.track.push(pcm, time.perf_counter())
+    def read(self, inputs: Values) -> dict[str, Any]:
+        """Inputs as they are held, by the first name of their kind, None left out; ValueError for what is not taken."""
+        read: dict[str, Any] = {}
+        for key, value in inputs.items():
+            if value is None:
+                continue
+            if (part := self._by_key.get(key)) is None:
+                raise ValueError(f"this student takes no {key}; it takes {', '.join(self._by_key) or 'nothing'}")
+            if part.keys[0] in read:
+                raise ValueError(f"{' and '.join(part.keys)} are one input: set one of them")
+            read[part.keys[0]] = part.read(value)
+        if not read:
+            raise ValueError(f"there is nothing to set; give one of {', '.join(self._by_key) or 'nothing'}")
+        return read
 
-    def set(
-        self,
-        action: Mapping[str, float] | Sequence[float] | None,
-        prompt: str | None,
-        tokens: Tensor | None,
-        switch: str = "keep",
-    ) -> int:
-        """Replace what is given, keep the rest; returns the number of this wish. `switch` goes with a prompt."""
-        if action is None and prompt is None and tokens is None:
-            raise ValueError("set() needs an action, a prompt or tokens")
-        if prompt is not None and tokens is not None:
-            raise ValueError("set() takes a prompt or the tokens it is read as, not both")
-        changed: dict[str, Any] = {}
-        if prompt is not None:
-            tokens = self.read_prompts([prompt])[0]
-        if action is not None:
-            changed["action"] = self.read_action(action)
-        if tokens is not None:
-            changed |= {"tokens": self.read_tokens(tokens), "switch": switch}
+    def set(self, inputs: Values, switch: str = "keep") -> int:
+        """Replace what is given, keep the rest; returns the number of what is held now. `switch` goes with a prompt."""
+        read = self.read(inputs)
+        held = {name: value for name, value in read.items() if not self._by_key[name].queued}
+        for name in read.keys() - held.keys():
+            self._by_key[name].push(read[name])
         with self._lock:
-            self.control = replace(self.control, id=self.control.id + 1, **changed)
+            if held:
+                switch = switch if "prompt" in held else self.control.switch
+                self.control = ControlInput(self.control.id + 1, {**self.control.values, **held}, switch)
             return self.control.id
 
-    def read_action(self, action: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
-        """One value in [0, 1] per action; those a mapping leaves out are 0. ValueError for anything else."""
-        if not self.actions:
-            raise ValueError("this student takes no actions")
-        if isinstance(action, Mapping):
-            if unknown := [name for name in action if name not in self.actions]:
-                raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join((*self.actions, 'still'))}")
-            values = [action.get(name, 0.0) for name in self.actions]
-        else:
-            values = list(action)
-            if len(values) != len(self.actions):
-                raise ValueError(f"action has {len(values)} values, one is needed for each of {list(self.actions)}")
-        for name, value in zip(self.actions, values, strict=True):
-            if not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
-                raise ValueError(f"action {name!r} must be a number from 0 to 1, got {value!r}")
-        return tuple(float(v) for v in values)
-
-    def read_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Tokens [B, L, D] of prompts; ValueError if nothing reads them here."""
-        if not prompts:
-            return torch.zeros(0, 1, self.text_dim)
-        if self.encode is None:
-            raise ValueError("this student takes no prompt: it has no text encoder")
-        return self.encode(prompts)
-
-    def read_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens [L, D] as [1, L, D] on the network's device."""
-        if not self.text_dim:
-            raise ValueError("this student takes no tokens")
-        if tokens.ndim != 2 or tokens.shape[1] != self.text_dim or not len(tokens):
-            raise ValueError(f"tokens must be [L >= 1, {self.text_dim}], got {tuple(tokens.shape)}")
-        return tokens[None].to(self.device, torch.float32)
+    def example(self, number: int) -> dict[str, Any]:
+        """Something to set, another thing for the next number; empty for a network that takes nothing."""
+        every = ((part.keys[0], part.example(number)) for part in self.parts if part.keys)
+        return next(({name: value} for name, value in every if value is not None), {})
 
     def condition(self, control: ControlInput, start: int, stop: int) -> Condition:
         """`control` held through latent frames start..stop-1; sites without an input are null."""
-        per_frame = {
-            site: torch.zeros(1, stop - start, dim, device=self.device)
-            for site, dim in self.sites.items()
-            if site != ACTION_SITE or not self.actions
+        gave = [part.condition(control.values, start, stop) for part in self.parts]
+        given = {site: x for one in gave for site, x in one.per_frame.items() if site in self.net.sites}
+        null = {
+            site: torch.zeros(1, stop - start, dim, device=self.net.device)
+            for site, dim in self.net.sites.items()
+            if site not in given
         }
-        if self.actions:
-            action = torch.tensor(control.action, device=self.device)
-            per_frame[ACTION_SITE] = hold_action(action, start, stop, self.factor)
-        if self.camera is not None:
-            per_frame |= {
-                k: v.to(self.device) for k, v in self.advance_pose(control, start, stop).items() if k in self.sites
-            }
-        if self.track is not None and AUDIO_SITE in self.sites:
-            per_frame[AUDIO_SITE] = self.audio_features(start, stop)
-        channels = None if self._image is None or not self.pictured else reference_channels(self._image, start, stop)
-        return Condition(control.tokens, per_frame, channels)
+        return Condition(
+            next((one.tokens for one in gave if one.tokens is not None), None),
+            null | {site: x.to(self.net.device) for site, x in given.items()},
+            next((one.channels for one in gave if one.channels is not None), None),
+        )
 
-    def px_frames(self, start: int, stop: int) -> tuple[int, int]:
-        """First px frame of latents start..stop-1, and the one after their last."""
-        return max(0, self.factor * (start - 1) + 1), self.factor * (stop - 1) + 1
-
-    def audio_features(self, start: int, stop: int) -> Tensor:
-        """Packed audio [1, stop - start, factor * D] of latents start..stop-1."""
-        assert self.track is not None
-        found = torch.from_numpy(self.track.take(*self.px_frames(start, stop)))[None]
-        packed = pack_audio(found, self.factor) if start == 0 else found.reshape(1, stop - start, -1)
-        if packed.shape[-1] != self.sites[AUDIO_SITE]:
-            raise ValueError(
-                f"the network takes {self.sites[AUDIO_SITE]} numbers a latent at site {AUDIO_SITE!r}, its audio gives "
-                f"{packed.shape[-1]}: record, codec and network do not belong together"
-            )
-        return packed.to(self.device)
-
-    @property
-    def pose(self) -> Pose | None:
-        """Where the camera is after the newest latent; None before the first."""
-        return self._path[max(self._path)] if self._path else None
-
-    def hold_pose(self, frames: int) -> None:
-        """Let so many latent frames pass with the camera where it is."""
-        self._path = {f + frames: pose for f, pose in self._path.items()}
-
-    def advance_pose(self, control: ControlInput, start: int, stop: int) -> dict[str, Tensor]:
-        """Move the camera as `control` says through latent frames start..stop-1; asked again, it starts there again."""
-        assert self.camera is not None
-        if start and start - 1 not in self._path:
-            raise ValueError(f"the camera has not been where latent frame {start} starts; ask for chunks in order")
-        action = torch.tensor(control.action, dtype=torch.float64).expand(1, self.factor * (stop - start), -1).clone()
-        if start == 0:
-            action[:, : self.factor] = 0.0
-        asked = wanted(action, self.actions, self.camera, self.gain)
-        moved, pose = latent_rate(asked, self.factor, self._path[start - 1] if start else None)
-        for i in range(stop - start):
-            self._path[start + i] = Pose(pose.position[:, i : i + 1], pose.rotation[:, i : i + 1])
-        self._path = {f: p for f, p in self._path.items() if start - KEPT_POSES <= f < stop}
-        return pack_camera(moved, pose, self.camera, self.factor)
+    def skip(self, frames: int) -> None:
+        """Let latent frames pass unseen."""
+        for part in self.parts:
+            part.skip(frames)

@@ -68,7 +68,7 @@ def streamed(
     with StreamSession(student, codec, cfg, image=image) as session:
         if sound is not None:
             session.set(audio=sound)
-        return to_float(session.record(frames, cues=cues if session.takes_prompts else ()))
+        return to_float(session.record(frames, cues=cues if "prompt" in session.takes else ()))
 
 
 class StreamTally:

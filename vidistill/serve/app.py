@@ -1,4 +1,4 @@
-"""The web application: the page, its start images and films, and one WebSocket a viewer."""
+"""The web application: the page, its start images and recordings, and one WebSocket a viewer."""
 
 import asyncio
 import io
@@ -10,18 +10,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
+from vidistill.checkpoint import start_pictures
 from vidistill.io import read_image
 from vidistill.serve import protocol
-from vidistill.serve.viewer import Bye, Recordings, Viewer, ViewerConfig, World
-
-if TYPE_CHECKING:
-    from vidistill.streaming.runtime import SpeedConfig
+from vidistill.serve.recorder import Recordings
+from vidistill.serve.viewer import Bye, Viewer, ViewerConfig, World
+from vidistill.streaming.runtime import SpeedConfig, load_fast
+from vidistill.streaming.session import StreamConfig, StreamSession, check_gain
 
 log = logging.getLogger(__name__)
 
@@ -131,19 +132,19 @@ def create_app(world: World, cfg: ServeConfig | None = None, ready: Callable[[],
     except ImportError as error:
         raise needs_extra(error) from error
     cfg = cfg or ServeConfig()
-    films, seats = Recordings(), Seats(cfg.max_viewers)
+    recordings, seats = Recordings(), Seats(cfg.max_viewers)
 
     @asynccontextmanager
     async def lifespan(app: Any):
         if ready is not None:
             ready()
         yield
-        films.close()
+        recordings.close()
 
     app = FastAPI(title="vidistill", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     _guard(app, cfg)
-    _add_files(app, world, films)
-    _add_stream(app, world, cfg, films, seats)
+    _add_files(app, world, recordings)
+    _add_stream(app, world, cfg, recordings, seats)
     return app
 
 
@@ -163,7 +164,7 @@ def _guard(app: Any, cfg: ServeConfig) -> None:
         return answer
 
 
-def _add_files(app: Any, world: World, films: Recordings) -> None:
+def _add_files(app: Any, world: World, recordings: Recordings) -> None:
     from fastapi import HTTPException
     from fastapi.responses import FileResponse, Response
 
@@ -185,7 +186,7 @@ def _add_files(app: Any, world: World, films: Recordings) -> None:
 
     @app.get("/recordings/{name}")
     def recording(name: str) -> Any:
-        path = films.path(name)
+        path = recordings.path(name)
         if path is None:
             raise HTTPException(404, "no such recording; only the latest are kept")
         return FileResponse(path, media_type="video/mp4", filename=f"vidistill-{world.name}.mp4")
@@ -197,7 +198,7 @@ def _png(px: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _add_stream(app: Any, world: World, cfg: ServeConfig, films: Recordings, seats: Seats) -> None:
+def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings, seats: Seats) -> None:
     from fastapi import WebSocket
 
     leaving: set[asyncio.Task] = set()
@@ -220,10 +221,10 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, films: Recordings, sea
         await socket.accept()
         if not await seats.take(cfg.patience_s):
             people = "1 viewer" if seats.limit == 1 else f"{seats.limit} viewers"
-            await Viewer.part(socket, Bye("full", f"This dream has room for {people}, and it is full.", 1013))
+            await Viewer.part(socket, Bye("full", f"This server has room for {people}, and it is full.", 1013))
             return
         try:
-            viewer = Viewer(socket, world, cfg.viewer, films)
+            viewer = Viewer(socket, world, cfg.viewer, recordings)
         except BaseException:
             await seats.give_back()
             raise
@@ -246,7 +247,7 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
 
 
 def load_world(
-    name: str, starts: str | Path | None = None, speed: "SpeedConfig | None" = None, gain: float = 1.0
+    name: str, starts: str | Path | None = None, speed: SpeedConfig | None = None, gain: float = 1.0
 ) -> World:
     """The world of a student by bundled name or path, computed as `speed` says.
 
@@ -254,20 +255,16 @@ def load_world(
     walker goes by the same action. ValueError for pictures to a student that begins from noise, and for a gain to one
     that is not told where it goes.
     """
-    from vidistill.checkpoint import start_pictures, text_encoder
-    from vidistill.streaming.runtime import SpeedConfig, load_fast
-    from vidistill.streaming.session import StreamConfig, StreamSession, check_gain, refused_switches
-
     bundle, codec = load_fast(name, speed or SpeedConfig())
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
-    given = bundle.given_frames  # latent frames a dream begins with
+    given = bundle.given_frames  # latent frames a run begins with
     if starts is not None and not given:
         raise ValueError(f"--starts {starts}: {name} starts from noise and takes no picture; leave --starts out")
 
     check_gain(bundle, codec, gain)  # here rather than when somebody opens the page
 
     def open_session(seed: int, image: np.ndarray | None) -> Any:
-        # one queued frame: a chunk begins as late as possible and hears the latest keys
+        # one queued frame: a chunk begins as late as possible and takes the latest keys
         return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1, gain=gain), image=image)
 
     images = None
@@ -275,14 +272,9 @@ def load_world(
         images = read_starts(starts, size)
     elif given:
         images = {path.stem: read_image(path, size) for path in start_pictures(name)}
-    actions = tuple(bundle.record["world"].get("actions", ()))
-    listens = bundle.record["dit"]["text_dim"] and text_encoder(bundle.record) is not None
-    refused = refused_switches(bundle)
-    switches = tuple(s for s in protocol.SWITCHES if s not in refused) if listens else ()
     px_given = codec.px_frames(given) if given else 1
     audio = bundle.record.get("audio")
-    rate, speak = (audio["rate"], voice(audio["rate"])) if audio else (0, None)
-    return World(Path(name).stem, actions, size, open_session, images, px_given, switches, rate, speak)
+    return World(Path(name).stem, size, open_session, images, px_given, voice(audio["rate"]) if audio else None)
 
 
 def voice(rate: int) -> Callable[[str], np.ndarray] | None:
@@ -302,7 +294,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
-    speed: "SpeedConfig | None" = None,
+    speed: SpeedConfig | None = None,
     starts: str | Path | None = None,
     max_viewers: int = 4,
     origins: Sequence[str] = (),

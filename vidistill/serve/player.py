@@ -5,71 +5,21 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
+from vidistill.streaming.session import Frame, StreamSession
+
 log = logging.getLogger(__name__)
-
-HISTORY = 256  # inputs whose browser id is remembered
-
-
-class Frame(Protocol):
-    """What of a `stream.Frame` is served."""
-
-    @property
-    def px(self) -> np.ndarray: ...  # uint8 [H, W, 3]
-    @property
-    def index(self) -> int: ...
-    @property
-    def chunk(self) -> int: ...
-    @property
-    def input_id(self) -> int: ...
-    @property
-    def made_at(self) -> float: ...  # time.perf_counter()
-    @property
-    def stats(self) -> Mapping[str, float]: ...
-    @property
-    def sound(self) -> np.ndarray | None: ...  # float32 [n], of a session that speaks
-
-
-class Session(Protocol):
-    """What of a `stream.StreamSession` is served."""
-
-    @property
-    def fps(self) -> float: ...
-    @property
-    def nfe_per_chunk(self) -> float: ...
-    @property
-    def memory_bytes(self) -> int: ...
-    @property
-    def frames_per_chunk(self) -> int: ...
-    @property
-    def queued_audio_s(self) -> float: ...  # seconds of sound that wait for their turn
-    @property
-    def navigator(self) -> Any: ...  # placed, map, go_home, ...; None for a session that knows no places
-    def set(
-        self,
-        *,
-        action: Mapping[str, float] | None = None,
-        prompt: str | None = None,
-        switch: str | None = None,
-        audio: np.ndarray | None = None,
-    ) -> int: ...
-    def clear_audio(self) -> None: ...
-    def reset(self, *, seed: int, image: np.ndarray | None) -> Any: ...
-    def frames(self) -> Iterator[Any]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A frame to show: the browser's id of the input behind it, and whether it is the first after a start."""
+    """A frame to show, and whether it is the first after a start."""
 
     frame: Frame
-    input_id: int
     first: bool
 
 
@@ -77,64 +27,35 @@ class Player:
     """Pulls frames from a session no sooner than needed, so that keys pressed late still count.
 
     `changed` is called, from the player's thread, whenever there is something new to look at: a frame, `session` after
-    opening, `error`, `finished`. Every other method may be called from any thread; all but `say` return at once.
+    opening, `error`, `finished`. Every other method may be called from any thread, and returns at once.
     """
 
-    def __init__(self, open_session: Callable[[], Session], changed: Callable[[], None]) -> None:
-        self.session: Session | None = None
+    def __init__(self, open_session: Callable[[], StreamSession], changed: Callable[[], None]) -> None:
+        self.session: StreamSession | None = None
         self.error: Exception | None = None
         self.finished = False
+        self.paused = False
         self._open, self._changed = open_session, changed
         self._lock = threading.Condition()
         self._frames: deque[Shown] = deque()
-        self._jobs: deque[Callable[[Session], object]] = deque()
-        self._ids: dict[int, int] = {}  # id of the session -> id of the browser
-        self._paused = self._closing = False
+        self._start: tuple[int, np.ndarray | None] | None = None  # seed and image of the newest reset not yet begun
+        self._closing = False
         self._first = True
         self._block_s = 0.0  # longest recent wait for a frame: how far ahead to ask for the next chunk
         self._frame_s = 0.0  # what a frame costs
         self._thread = threading.Thread(target=self._run, name="vidistill-player", daemon=True)
         self._thread.start()
 
-    def act(self, browser_id: int, action: Mapping[str, float]) -> None:
-        """Hold these keys from the next chunk on."""
-        assert self.session is not None
-        with self._lock:
-            self._know(self.session.set(action=action), browser_id)
-
-    def say(self, browser_id: int, prompt: str, switch: str) -> None:
-        """Follow these words from the next chunk on, once they are read; ValueError if the student does not listen."""
-        assert self.session is not None
-        input_id = self.session.set(prompt=prompt, switch=switch)
-        with self._lock:
-            self._know(input_id, browser_id)
-
-    def _know(self, input_id: int, browser_id: int) -> None:
-        self._ids[input_id] = browser_id
-        while len(self._ids) > HISTORY:
-            del self._ids[next(iter(self._ids))]
-
     def reset(self, seed: int, image: np.ndarray | None) -> None:
-        """Begin again, with the keys still held; frames that wait to be shown are dropped."""
-
-        def job(session: Session) -> None:
-            session.reset(seed=seed, image=image)
-            with self._lock:
-                self._frames.clear()
-                self._first = True
-
+        """Start again, with the inputs still held; frames that wait to be shown are dropped. The newest reset wins."""
         with self._lock:
             self._frames.clear()
-            self._jobs.append(job)
+            self._start = (seed, image)
             self._lock.notify()
-
-    @property
-    def paused(self) -> bool:
-        return self._paused
 
     def pause(self, on: bool) -> None:
         with self._lock:
-            self._paused = on
+            self.paused = on
             self._lock.notify()
 
     def close(self) -> None:
@@ -146,7 +67,7 @@ class Player:
     def take(self) -> Shown | None:
         """The next frame to show, if there is one."""
         with self._lock:
-            shown = self._frames.popleft() if self._frames and not self._paused else None
+            shown = self._frames.popleft() if self._frames and not self.paused else None
             self._lock.notify()
             return shown
 
@@ -174,14 +95,10 @@ class Player:
             self.finished = True
             self._changed()
 
-    def _play(self, session: Session) -> None:
+    def _play(self, session: StreamSession) -> None:
         frames, chunk, spent, count = session.frames(), None, 0.0, 0
         while self._wait(session):
-            with self._lock:
-                jobs = list(self._jobs)
-                self._jobs.clear()
-            for job in jobs:
-                job(session)
+            if self._begin(session):
                 chunk = None
             began = time.perf_counter()
             frame = next(frames, None)
@@ -198,18 +115,30 @@ class Player:
             spent, count = spent + took, count + 1
             self._keep(frame)
 
-    def _wait(self, session: Session) -> bool:
+    def _wait(self, session: StreamSession) -> bool:
         """Blocks until another frame is needed; False when it is time to close."""
         with self._lock:
             ahead = min(1 + math.ceil(self._block_s / self.frame_s), session.frames_per_chunk)
-            while not self._closing and not self._jobs and (self._paused or len(self._frames) >= ahead):
+            while not self._closing and self._start is None and (self.paused or len(self._frames) >= ahead):
                 self._lock.wait()
             return not self._closing
 
+    def _begin(self, session: StreamSession) -> bool:
+        """Start again if that was asked for."""
+        with self._lock:
+            start, self._start = self._start, None
+        if start is None:
+            return False
+        session.reset(seed=start[0], image=start[1])
+        with self._lock:
+            self._frames.clear()
+            self._first = True
+        return True
+
     def _keep(self, frame: Frame) -> None:
         with self._lock:
-            if self._jobs:  # a reset waits: this frame is of the past
+            if self._start is not None:  # this frame is of the past
                 return
-            self._frames.append(Shown(frame, self._ids.get(frame.input_id, 0), self._first))
+            self._frames.append(Shown(frame, self._first))
             self._first = False
         self._changed()

@@ -1,40 +1,38 @@
 """What browser and server say to each other: every message is checked here, before anything acts on it.
 
-To the server: JSON text with a "type", one of FIELDS ("keys", "prompt", "seen", ...), and its fields; or bytes whose
-first one is a kind (PICTURE: the rest is a PNG to start from; SPEECH: the rest is sound, 16-bit samples at the world's
-rate). To the browser: JSON text with a "type", or bytes, HEADER and a payload (FRAME: a picture; SOUND: what sounds
-while the picture of this index is shown). There is room for more kinds: the server refuses unknown ones, the page skips
-them.
+To the server: JSON text with a "type", one of MESSAGES, and its fields; or bytes whose first one is a kind (PICTURE:
+the rest is a PNG to start from; INPUT: the second byte is the place of an input among `takes` of the hello, the rest
+its value). To the browser: JSON text with a "type", or bytes, HEADER and a payload (FRAME: a picture; SOUND: what plays
+while the picture of this index is shown). The server refuses unknown kinds, the page skips them.
 """
 
 import io
 import json
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vidistill.conditioning.audio import from_pcm16
 from vidistill.io import read_image
 
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("<4B4I")  # version, kind, encoding, flags | sequence, index, chunk, input id
 FRAME, SOUND = 1, 2  # kinds of bytes to the browser
-PICTURE, SPEECH = 1, 2  # kinds of bytes to the server
+PICTURE, INPUT = 1, 2  # kinds of bytes to the server
 RAW, JPEG = 0, 1  # encodings: RGB rows, or a JPEG file
 FIRST, GAP, RECORDING = 1, 2, 4  # flags: first after a start, frames were dropped before it, it is being recorded
 RAW_BYTES = 48 * 1024  # a larger picture is sent as JPEG
 JPEG_QUALITY = 88
 
-MAX_TEXT = 4096  # characters in a text message
+MAX_MESSAGE = 4096  # characters in a text message
+MAX_TEXT = 400  # characters in a prompt, and in words to speak
 MIN_PIXELS = 2**20  # of a picture that are read in the smallest world
 MAX_PICTURE = 4 * 1024 * 1024  # bytes in a picture message
-MAX_SPEECH = 1024 * 1024  # bytes in a sound message
-MAX_PROMPT = 400  # characters in a prompt
-SWITCHES = ("keep", "recache", "cut")  # what a prompt may do to what is remembered
+MAX_INPUT = 1024 * 1024  # bytes in an input message
 MAX_SEED = 2**31 - 1
 MAX_ID = 2**32 - 1
 
@@ -44,20 +42,11 @@ class MessageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Keys:
-    """The keys held from now on: name -> 0..1. `id` counts up, and comes back in the first frame that used it."""
+class Set:
+    """Inputs from now on, as `StreamSession.set` takes them. `id` comes back in the first frame that used them."""
 
-    id: int
-    action: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Words to follow from now on, and what they do to what is remembered. `id` counts up with those of the keys."""
-
-    id: int
-    text: str
-    switch: str
+    id: int  # counts up; 0: nobody waits for it
+    inputs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reset:
-    """Begin again. `start` names a start image, "upload" the picture sent last, "" noise."""
+    """Start again. `start` names a start image, "upload" the picture sent last, "" noise."""
 
     seed: int
     start: str
@@ -86,44 +75,50 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Home:
-    """Go back to where the dream began, by undoing what was done."""
+class ReturnToStart:
+    """Go back to where the run began, by undoing what was done."""
 
 
 @dataclass(frozen=True)
-class History:
+class ShowHistory:
     """Look at the compressed history, or at the newest frames alone."""
 
     on: bool
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture to start from, uint8 [H, W, 3], at the size of the world."""
-
-    px: np.ndarray
-
-
-@dataclass(frozen=True)
 class Say:
-    """Words to speak aloud, after what is still to be spoken."""
+    """Words to speak aloud, after what still waits to be spoken."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ClearAudio:
-    """Stop speaking and listen: an interruption."""
+    """Drop the audio that waits: an interruption."""
 
 
 @dataclass(frozen=True)
-class Speech:
-    """Sound to move the lips to, float32 [S] in [-1, 1] at the world's rate; it follows what is still to be spoken."""
+class Picture:
+    """A PNG to start from, not decoded yet."""
 
-    pcm: np.ndarray
+    png: bytes
 
 
-Message = Say | ClearAudio | Speech | Keys | Prompt | Seen | Reset | Pause | Record | Home | History | Picture
+Message = Set | Seen | Reset | Pause | Record | ReturnToStart | ShowHistory | Say | ClearAudio | Picture
+
+MESSAGES: dict[str, Callable[..., Message]] = {
+    "set": Set,
+    "seen": Seen,
+    "reset": Reset,
+    "pause": Pause,
+    "record": Record,
+    "return_to_start": ReturnToStart,
+    "show_history": ShowHistory,
+    "say": Say,
+    "clear_audio": ClearAudio,
+}
+FIELDS = {kind: tuple(f.name for f in fields(message)) for kind, message in MESSAGES.items()}  # type: ignore[arg-type]
 
 
 def pack_frame(
@@ -137,7 +132,7 @@ def pack_frame(
 
 
 def pack_sound(samples: np.ndarray, *, index: int) -> bytes:
-    """The int16 samples that sound while picture `index` is shown, as bytes for the browser."""
+    """The int16 samples that play while picture `index` is shown, as bytes for the browser."""
     return HEADER.pack(VERSION, SOUND, 0, 0, 0, index & MAX_ID, 0, 0) + samples.astype("<i2").tobytes()
 
 
@@ -147,57 +142,24 @@ def _jpeg(px: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def parse_text(text: str, actions: Sequence[str], starts: Sequence[str]) -> Message:
+def parse_text(text: str) -> Message:
     """The message in a text from the browser; MessageError says what is wrong with it."""
-    if len(text) > MAX_TEXT:
-        raise MessageError(f"the message has {len(text)} characters; at most {MAX_TEXT} are read")
+    if len(text) > MAX_MESSAGE:
+        raise MessageError(f"the message has {len(text)} characters; at most {MAX_MESSAGE} are read")
     try:
         said = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise MessageError(f"the message is not JSON: {error}") from None
     if not isinstance(said, dict):
         raise MessageError("the message is not a JSON object")
-    kind = said.get("type")
-    if not isinstance(kind, str) or kind not in FIELDS:
-        raise MessageError(f"unknown message type {_short(kind)}; known are {', '.join(FIELDS)}")
-    if unknown := sorted(said.keys() - {"type", *FIELDS[kind]}):
+    kind = said.pop("type", None)
+    if not isinstance(kind, str) or kind not in MESSAGES:
+        raise MessageError(f"unknown message type {_short(kind)}; known are {', '.join(MESSAGES)}")
+    if unknown := sorted(said.keys() - set(FIELDS[kind])):
         raise MessageError(f"{kind} has no field {_short(unknown[0])}; its fields are {', '.join(FIELDS[kind])}")
     if missing := [name for name in FIELDS[kind] if name not in said]:
         raise MessageError(f"{kind} needs the field {missing[0]}")
-    if kind == "keys":
-        return Keys(_whole(said["id"], "keys.id", 1, MAX_ID), _action(said["action"], actions))
-    if kind == "prompt":
-        return Prompt(_whole(said["id"], "prompt.id", 1, MAX_ID), _words(said["text"]), _switch(said["switch"]))
-    if kind == "seen":
-        return Seen(_whole(said["sequence"], "seen.sequence", 0, MAX_ID))
-    if kind == "reset":
-        return Reset(_whole(said["seed"], "reset.seed", 0, MAX_SEED), _start(said["start"], starts))
-    if kind == "say":
-        return Say(_words(said["text"], "say.text"))
-    if kind in ("home", "hush"):
-        return Home() if kind == "home" else ClearAudio()
-    if not isinstance(said["on"], bool):
-        raise MessageError(f"{kind}.on is {_short(said['on'])}; allowed are true and false")
-    switches: dict[str, type[Pause] | type[Record] | type[History]] = {
-        "pause": Pause,
-        "record": Record,
-        "history": History,
-    }
-    return switches[kind](said["on"])
-
-
-FIELDS = {
-    "keys": ("id", "action"),
-    "prompt": ("id", "text", "switch"),
-    "seen": ("sequence",),
-    "reset": ("seed", "start"),
-    "pause": ("on",),
-    "record": ("on",),
-    "say": ("text",),
-    "hush": (),
-    "home": (),
-    "history": ("on",),
-}
+    return MESSAGES[kind](**{name: CHECKS[name](value, f"{kind}.{name}") for name, value in said.items()})
 
 
 def _short(value: Any) -> str:
@@ -211,50 +173,64 @@ def _whole(value: Any, name: str, low: int, high: int) -> int:
     return value
 
 
-def _action(given: Any, actions: Sequence[str]) -> dict[str, float]:
-    if not isinstance(given, dict):
-        raise MessageError(f"keys.action is {_short(given)}; needed is an object of names and numbers")
-    if unknown := sorted(given.keys() - set(actions)):
-        raise MessageError(f"keys.action has no {_short(unknown[0])}; this world knows {', '.join(actions)}")
-    for name, value in given.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1:  # NaN is neither
-            raise MessageError(f"keys.action.{name} is {_short(value)}; allowed are numbers 0 to 1")
-    return {name: float(given.get(name, 0.0)) for name in actions}
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise MessageError(f"{name} is {_short(value)}; allowed are true and false")
+    return value
 
 
-def _words(text: Any, name: str = "prompt.text") -> str:
-    if not isinstance(text, str) or not text.strip() or len(text) > MAX_PROMPT:
-        raise MessageError(f"{name} is {_short(text)}; needed is a text of 1 to {MAX_PROMPT} characters")
-    return " ".join(text.split())
+def _name(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise MessageError(f"{name} is {_short(value)}; needed is a name")
+    return value
 
 
-def _switch(name: Any) -> str:
-    if name not in SWITCHES:
-        raise MessageError(f"prompt.switch is {_short(name)}; choose one of {', '.join(SWITCHES)}")
-    return str(name)
+def _words(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_TEXT:
+        raise MessageError(f"{name} is {_short(value)}; needed is a text of 1 to {MAX_TEXT} characters")
+    return " ".join(value.split())
 
 
-def _start(name: Any, starts: Sequence[str]) -> str:
-    if not isinstance(name, str) or name not in starts:
-        raise MessageError(f"there is no start image {_short(name)}; choose one that the page shows")
-    return name
+def _inputs(value: Any, name: str) -> dict[str, Any]:
+    """Names of inputs and their values, texts bounded; what else a value may be, its input says."""
+    if not isinstance(value, dict) or not value:
+        raise MessageError(f"{name} is {_short(value)}; needed is an object of inputs and their values")
+    if not isinstance(value.get("switch", ""), str):
+        raise MessageError(f"{name}.switch is {_short(value['switch'])}; needed is a name")
+    return {key: _words(x, f"{name}.{_short(key)[1:-1]}") if isinstance(x, str) else x for key, x in value.items()}
 
 
-def parse_bytes(data: bytes, size: tuple[int, int]) -> Picture | Speech:
-    """The message in bytes from the browser; a picture comes back at `size` (height, width)."""
-    if data and data[0] == SPEECH:
-        if len(data) > MAX_SPEECH or len(data) % 2 == 0:
-            raise MessageError(
-                f"sound is 16-bit samples after one byte, at most {MAX_SPEECH:,} bytes; got {len(data):,}"
-            )
-        return Speech(from_pcm16(np.frombuffer(data[1:], "<i2")))
-    if not data or data[0] != PICTURE:
-        raise MessageError("bytes must start with their kind; known are 1, a PNG picture, and 2, sound")
-    if len(data) > MAX_PICTURE:
-        raise MessageError(f"the picture has {len(data):,} bytes; at most {MAX_PICTURE:,} are read")
+CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "id": partial(_whole, low=1, high=MAX_ID),
+    "inputs": _inputs,
+    "sequence": partial(_whole, low=0, high=MAX_ID),
+    "seed": partial(_whole, low=0, high=MAX_SEED),
+    "start": _name,
+    "on": _flag,
+    "text": _words,
+}
+
+
+def parse_bytes(data: bytes, inputs: Sequence[str]) -> Picture | Set:
+    """The message in bytes from the browser; `inputs` are the names of those it can set."""
+    if not data or data[0] not in (PICTURE, INPUT):
+        raise MessageError("bytes must start with their kind; known are 1, a PNG picture, and 2, an input")
+    what, most = ("the picture", MAX_PICTURE) if data[0] == PICTURE else ("the input", MAX_INPUT)
+    if len(data) > most:
+        raise MessageError(f"{what} has {len(data):,} bytes; at most {most:,} are read")
+    if data[0] == PICTURE:
+        return Picture(data[1:])
+    if len(data) < 2 or data[1] >= len(inputs):
+        raise MessageError(f"the second byte of an input is its place among {', '.join(inputs) or 'none'}")
+    return Set(0, {inputs[data[1]]: data[2:]})
+
+
+def read_picture(png: bytes, size: tuple[int, int]) -> np.ndarray:
+    """A picture from the browser as uint8 [H, W, 3] of `size` (height, width); MessageError if it cannot be read."""
+    most = max(MIN_PIXELS, 16 * size[0] * size[1])  # what the page sends; more would keep other viewers waiting
     try:
-        most = max(MIN_PIXELS, 16 * size[0] * size[1])  # what the page sends; more would keep other viewers waiting
-        return Picture(read_image(data[1:], size, formats=("PNG",), pixels=most))
+        return read_image(png, size, formats=("PNG",), pixels=most)
     except ValueError as error:
         raise MessageError(str(error)) from None
+    except Exception as error:  # a decoder raises what it likes
+        raise MessageError(f"the picture cannot be read: {type(error).__name__}") from error

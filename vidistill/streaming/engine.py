@@ -1,4 +1,4 @@
-"""Denoiser and decoder of a stream, without threads of their own: chunks of a dream, and the pictures of a chunk."""
+"""Denoiser and decoder of a stream, without threads of their own: chunks of a run, and the pictures of a chunk."""
 
 import time
 from collections import deque
@@ -14,7 +14,7 @@ from vidistill import checkpoint
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning.condition import Condition, concat
-from vidistill.conditioning.controls import ControlInput, LiveConditions
+from vidistill.conditioning.controls import Audio, ControlInput, LiveConditions
 from vidistill.conditioning.script import Cue, Script, scripted
 from vidistill.diffusion import derived_seed
 from vidistill.io import to_float, to_uint8
@@ -35,10 +35,10 @@ class Frame:
     """A picture of a stream.
 
     px: uint8 [H, W, 3]. index: pictures before it since the last reset. input_id: number of the last `set` that had a
-    say in it, 0: none. dream: resets before it. made_at: `time.perf_counter()` when it was on the host. stats: what its
+    say in it, 0: none. run: resets before it. made_at: `time.perf_counter()` when it was on the host. stats: what its
     chunk cost, in ms: denoise_ms and context_ms (passes since the chunk before), chunk_ms (both), decode_ms and host_ms
-    (so far); where speech is heard also audio_to_lip_ms, since its sound came. sound: float32 [n], what sounds while
-    the picture is shown; None for a student that hears nothing.
+    (so far); where sound was sent also audio_to_lip_ms, since it came. sound: float32 [n], what plays while the picture
+    is shown; None for a student that takes no audio.
     """
 
     px: np.ndarray
@@ -134,9 +134,8 @@ class Engine:
         self.cues: deque[tuple[int, Cue]] = deque()  # (px frame, what is set there), in order
         self.closed = False
         self.run = Run(0, seed, None)
-        self._taken: dict[
-            int, tuple[ControlInput, Condition]
-        ] = {}  # first latent frame of a chunk -> what it is made with
+        # first latent frame of a chunk -> what it is made with
+        self._taken: dict[int, tuple[ControlInput, Condition]] = {}
         self._newest: Tensor | None = None  # finished latents [1, F, C, H, W] that memory may hold
         self._scenes = [0]  # chunks that a scene began with
         self.ahead = 0  # chunks to leave out before the next
@@ -145,7 +144,7 @@ class Engine:
         self._codec_state, self._next_index = None, 0
 
     def begin(self, run: Run) -> None:
-        """Go on with another dream; the present one ends before its next pass."""
+        """Go on with another run; the present one ends before its next pass."""
         self.run.over = True
         self.run = run
 
@@ -205,22 +204,22 @@ class Engine:
             yield Chunk(latents, index, fresh, px_frames, control.id, run.number, stats, self._sounds(index))
 
     def randomness(self, run: Run) -> tuple[Noise, Randomness]:
-        """What the chunks of a dream begin as, and what renoising draws from."""
+        """What the chunks of a run begin as, and what renoising draws from."""
         noise = chunk_noise(self.student, 1, run.seed, run.given)
         rng = torch.Generator().manual_seed(run.seed)
         return (noise, rng) if self.drawn is None else self.drawn.sources(self.student, noise, rng)
 
     def _sounds(self, chunk: int) -> tuple[tuple[np.ndarray, float | None], ...]:
         """What sounds with the pictures of a chunk, and when it came."""
-        track = self.inputs.track
-        if track is None:
+        audio = self.inputs.find(Audio)
+        if audio is None:
             return ()
-        frames = range(*self.inputs.px_frames(self.student.first_frame(chunk), self.student.first_frame(chunk + 1)))
-        return tuple((track.sound(f), track.came_at(f)) for f in frames)
+        first, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
+        return tuple((audio.track.sound(f), audio.track.came_at(f)) for f in range(*audio.net.px_frames(first, stop)))
 
     def _remember(self, latents: Tensor, fresh: bool) -> None:
         """Keep the newest finished latents, as many as memory holds, for a switch that writes them again."""
-        if self.inputs.text_dim:
+        if self.inputs.net.text_dim:
             whole = latents if fresh or self._newest is None else torch.cat((self._newest, latents), dim=1)
             self._newest = whole[:, -self.memory_config.frames :]
 
@@ -230,15 +229,19 @@ class Engine:
         while True:
             p = next(passes)
             if p.chunk != current:
+                # Only here, at a chunk's first pass, is there a wait or a jump: a chunk once begun is finished, and its
+                # inputs are as late as they can be without changing between its passes.
                 if self.ahead and p.chunk > self.schedule.given_chunks:
                     passes = self._advance(p.chunk)
                     p = next(passes)
                 current = p.chunk
                 if not admit(self.px_frames(current)):
                     return
-            if run.over:
+            if run.over:  # asked again, as `admit` may have waited for long
                 return
             if self._take_inputs(p):
+                # Memory changes before the chunk's first pass, never between two: all passes of a chunk see one past.
+                # The schedule goes on as one that knows of the switch: `rewarm` may give its chunk more steps.
                 self._switch(p.chunk, run)
                 passes = endless(self.schedule, p.chunk, (p.chunk,))
                 p = next(passes)
@@ -252,24 +255,25 @@ class Engine:
         chunks, self.ahead = self.ahead, 0
         frames = chunks * self.student.cfg.chunk
         self.memory.advance(frames)
-        self.inputs.hold_pose(frames)
+        self.inputs.skip(frames)
         return endless(self.schedule, chunk + chunks)
 
     def _take_inputs(self, p: Pass) -> bool:
         """Take the inputs of the chunks of a pass that have none yet; whether a chunk meets a switch of its prompt."""
         first = self.student.first_frame(p.chunk)
         before = max((start for start in self._taken if start < first), default=None)
-        tokens_before = None if before is None else self._taken[before][0].tokens
+        prompt_before = None if before is None else self._taken[before][0].values.get("prompt")
         fresh = first not in self._taken
         taken = {start: v for start, v in self._taken.items() if start >= first}
         for chunk in range(p.chunk, p.chunk + len(p.sigma)):
             start, stop = self.student.first_frame(chunk), self.student.first_frame(chunk + 1)
-            if start not in taken:
+            if start not in taken:  # a rolling schedule meets a chunk in several passes, always with the same inputs
                 self._follow_script(start)
                 control = self.navigator.control(start, stop)
                 taken[start] = (control, self.inputs.condition(control, start, stop))
         self._taken = taken
-        switched = fresh and tokens_before is not None and self._taken[first][0].tokens is not tokens_before
+        # The same object, not equal numbers: a prompt that is set again is a switch that somebody asked for.
+        switched = fresh and prompt_before is not None and self._taken[first][0].values["prompt"] is not prompt_before
         return switched and p.chunk > self.schedule.given_chunks and self.schedule.name == "chunkwise"
 
     def _follow_script(self, start: int) -> None:
@@ -277,17 +281,18 @@ class Engine:
         lost = (self.factor - 1) * (len(self._scenes) - 1)  # px frames that scenes began without
         frame = max(0, self.factor * (start - 1) + 1 - lost)
         if script := self.script:
-            self.inputs.set(scripted(script, frame), None, None)
+            self.inputs.set({"action": scripted(script, frame)})
         cues = self.cues  # replaced by another thread when a recording ends
         while cues and cues[0][0] <= frame:
             _, cue = cues.popleft()
-            self.inputs.set(None, cue.prompt, None, cue.switch or "keep")
+            self.inputs.set({"prompt": cue.prompt}, cue.switch or "keep")
 
     def _switch(self, chunk: int, run: Run) -> None:
-        """Do to memory what the prompt of `chunk` was set with."""
+        """Do to memory what the switch of the prompt of `chunk` says."""
         assert self._newest is not None
         start, count = self.student.first_frame(chunk), self._newest.shape[1]
         control = self._taken[start][0]
+        # A seed of the chunk's own: recached memory does not depend on how many passes the stream has run before.
         past = Past(self.student, self.schedule, self.memory, self._newest, start, derived_seed(run.seed, chunk))
         self._watch.start("context_ms")
         if SWITCHES[control.switch](past, self.inputs.condition(control, start - count, start)):
@@ -303,7 +308,7 @@ class Engine:
     def decode(self, chunk: Chunk) -> Iterator[list[Frame]]:
         """The pictures of a chunk, those of its first latent before the others, so that they need not wait.
 
-        The chunks of a dream must come in order.
+        The chunks of a run must come in order: the codec carries its state from one to the next.
         """
         assert self.codec is not None
         if chunk.fresh:

@@ -12,7 +12,7 @@ from vidistill.streaming.engine import Chunk, Engine, Frame, Run
 
 
 def inline(engine: Engine) -> Iterator[Frame]:
-    """Frames made in the thread that asks for them, from dream to dream, until the engine is closed."""
+    """Frames made in the thread that asks for them, from run to run, until the engine is closed."""
     while not engine.closed:
         run = engine.run
         for chunk in engine.chunks(run):
@@ -35,7 +35,7 @@ class Pipeline:
         self._turn = threading.Condition()
         self._todo: deque[Chunk] = deque()
         self._ready: deque[Frame] = deque()
-        self._pending = 0  # frames of this dream that are denoised and not yet taken
+        self._pending = 0  # frames of this run that are denoised and not yet taken
         jobs = {"denoise": (self._denoise, threads)}
         if not crowded:
             jobs["decode"] = (self._decode, decode_threads)
@@ -46,7 +46,7 @@ class Pipeline:
         self._started = False
 
     def frames(self) -> Iterator[Frame]:
-        """Frames of the current dream, each waited for, until the engine is closed; raises what a worker raised."""
+        """Frames of the current run, each waited for, until the engine is closed; raises what a worker raised."""
         while frame := self._next():
             yield frame
 
@@ -67,6 +67,7 @@ class Pipeline:
 
     def begin(self, run: Run) -> None:
         with self._turn:
+            # All in one turn: a worker that finishes a chunk of the old run finds itself over and keeps nothing of it.
             self.engine.begin(run)
             self._todo.clear()
             self._ready.clear()
@@ -80,7 +81,7 @@ class Pipeline:
             self._turn.notify_all()
             started = self._started
         for worker in self._workers if started else ():
-            if worker is not threading.current_thread():
+            if worker is not threading.current_thread():  # a finalizer may run in a worker
                 worker.join()
 
     @property
@@ -116,6 +117,7 @@ class Pipeline:
     def _admit(self, run: Run, px_frames: int) -> bool:
         """Wait until a chunk fits, or nothing waits, or `run` is over; True if the chunk may start."""
         with self._turn:
+            # "Nothing waits" comes first: a chunk longer than the queue would otherwise never start.
             self._turn.wait_for(lambda: run.over or not self._pending or self._pending + px_frames <= self.capacity)
             return not run.over
 
@@ -126,12 +128,12 @@ class Pipeline:
             self._decode_next()
 
     def _decode_next(self) -> None:
-        """Decode the oldest chunk that waits, if there is one, as long as its dream goes on."""
+        """Decode the oldest chunk that waits, if there is one, as long as its run goes on."""
         with self._turn:
             if not self._todo or self._stopped:
                 return
             chunk = self._todo.popleft()
-        for frames in self.engine.decode(chunk):
+        for frames in self.engine.decode(chunk):  # outside the lock: the consumer takes frames while others are decoded
             with self._turn:
                 if chunk.run != self.engine.run.number:
                     return

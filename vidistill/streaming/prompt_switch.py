@@ -36,6 +36,7 @@ def recache(past: Past, cond: Condition) -> bool:
     The sinks stay as they are, unless the stream is so young that they are rewritten with the rest.
     Source: LongLive 2509.22622, KV-recache.
     """
+    # At the noise level at which the schedule leaves finished chunks: later chunks were trained to look back at that.
     sigma, timestep = context_level(past.schedule)
     rng = torch.Generator().manual_seed(past.seed)
     start = past.start - past.latents.shape[1]
@@ -44,8 +45,8 @@ def recache(past: Past, cond: Condition) -> bool:
 
 
 def cut(past: Past, cond: Condition) -> bool:
-    """Everything is forgotten: a new scene begins, decoded without a trace of the old one."""
-    past.memory.reset(past.start)
+    """Memory is emptied: a new scene begins, decoded without a trace of the old one."""
+    past.memory.reset(past.start)  # positions go on, so that the schedule and the inputs keep their frame numbers
     return True
 
 

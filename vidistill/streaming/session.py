@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,13 @@ from torch import Tensor
 
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning.controls import LiveConditions
+from vidistill.conditioning.controls import Audio, LiveConditions
 from vidistill.conditioning.script import Cue, Script
 from vidistill.memory.policies import MemoryConfig
 from vidistill.rollout import rollout
 from vidistill.schedules import endless, finite
 from vidistill.streaming.drawn import Drawn
 from vidistill.streaming.engine import Chunk, Engine, Frame, Run
-from vidistill.streaming.navigation import Navigator
 from vidistill.streaming.pipeline import Pipeline, inline
 from vidistill.streaming.prompt_switch import SWITCHES
 from vidistill.streaming.runtime import SpeedConfig, for_inference, load_fast
@@ -103,7 +103,7 @@ def refused_switches(bundle: Bundle) -> dict[str, str]:
             set(SWITCHES) - {"keep"}, f"a {name} schedule has chunks in flight: its only switch is keep"
         )
     if bundle.record.get("audio"):
-        return {"cut": "this student hears sound, which goes on: it cannot cut to a new scene; reset() instead"}
+        return {"cut": "this student takes audio, which goes on: it cannot cut to a new scene; reset() instead"}
     if bundle.given_frames:
         return {"cut": "this student starts from a picture and cannot cut to a new scene; reset() with one"}
     return {}
@@ -113,6 +113,12 @@ class StreamSession:
     """A student that runs for ever: pictures from `frames`, inputs through `set`, a new start through `reset`.
 
     One consumer; `set`, `reset` and `close` may be called from any thread. Memory is constant for any length.
+
+    takes: what `set` takes and a page may ask for, name -> its control and bounds as JSON; a prompt's has `switches`.
+    actions: names of those among them. navigator: map, way back, and the switch of what the memory holds beside its
+    window. frames_per_chunk: px frames of every chunk but the first. nfe_per_chunk: network evaluations of a chunk once
+    the schedule repeats itself, context passes included. memory_config: the memory in use, the student's made endless,
+    of `memory_bytes`.
     """
 
     def __init__(
@@ -127,7 +133,7 @@ class StreamSession:
         """A session of a loaded student; ValueError if codec, image or memory do not fit it.
 
         image: uint8 [H, W, 3], the picture to start from; a clip [T, H, W, 3] where the student is given more. Without
-        a codec there are latents but no frames. drawn: random numbers from elsewhere, for every dream.
+        a codec there are latents but no frames. drawn: random numbers from elsewhere, for every run.
         """
         world = bundle.record.get("world", {})
         if "fps" not in world:
@@ -136,7 +142,13 @@ class StreamSession:
         self.cfg = cfg = cfg or StreamConfig()
         self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
         self._refused = refused_switches(bundle)
-        engine.inputs.speed_up(cfg.gain)
+        self.inputs, self.navigator = engine.inputs, engine.navigator
+        self.takes, self.actions = self._described(), engine.inputs.net.actions
+        self.inputs.speed_up(cfg.gain)
+        self.memory_config, self.memory_bytes = engine.memory_config, engine.memory.memory_bytes
+        self.frames_per_chunk = engine.px_frames(1)
+        last = engine.schedule.given_chunks + len(engine.schedule.lists)  # from here on the schedule repeats itself
+        self.nfe_per_chunk = sum(len(p.sigma) for p in finite(endless(engine.schedule), last + 1) if p.chunk == last)
         self._resets = itertools.count(1)
         engine.begin(Run(0, cfg.seed, engine.encode(image)))
         self._pipeline: Pipeline | None = None
@@ -150,91 +162,38 @@ class StreamSession:
         self._use = ""  # "frames" or "latents", once one was asked for
         weakref.finalize(self, (self._pipeline or engine).close)
 
-    @property
-    def navigator(self) -> Navigator:
-        """Map of the way, the way home, and the switch of what the memory holds beside its window."""
-        return self._engine.navigator
-
-    @property
-    def actions(self) -> tuple[str, ...]:
-        """Names of the actions that `set` takes; empty for a student without."""
-        return self._engine.inputs.actions
-
-    @property
-    def takes_prompts(self) -> bool:
-        """Whether `set` takes a prompt: the student cross-attends, and its text encoder is known."""
-        return self._engine.inputs.encode is not None
-
-    @property
-    def audio_rate(self) -> int:
-        """Samples a second of the audio that `set` takes; 0 for a student that hears nothing."""
-        return 0 if self._engine.inputs.track is None else self._engine.inputs.track.cfg.rate
-
-    @property
-    def audio_lookahead_ms(self) -> float:
-        """How much sound after a frame must be there before it is drawn, at most."""
-        return 0.0 if self._engine.inputs.track is None else self._engine.inputs.track.cfg.lookahead_ms
+    def _described(self) -> dict[str, Mapping[str, Any]]:
+        takes = self.inputs.takes
+        if "prompt" in takes:
+            takes["prompt"] = {**takes["prompt"], "switches": [name for name in SWITCHES if name not in self._refused]}
+        return takes
 
     @property
     def queued_audio_s(self) -> float:
         """Seconds of audio that wait for their turn."""
-        track = self._engine.inputs.track
-        return 0.0 if track is None else track.waiting / track.cfg.rate
+        audio = self.inputs.find(Audio)
+        return 0.0 if audio is None else audio.track.waiting / audio.track.cfg.rate
 
     def clear_audio(self) -> None:
-        """Interrupt: audio that waits for its turn is dropped, and the student listens; nothing else is forgotten."""
-        if self._engine.inputs.track is not None:
-            self._engine.inputs.track.clear_audio()
+        """Interrupt: audio that waits for its turn is dropped; nothing else is forgotten."""
+        if audio := self.inputs.find(Audio):
+            audio.track.clear_audio()
 
     @property
     def given(self) -> Tensor | None:
-        """The latents [1, F, C, H, W] that the dream starts from; None for one from noise."""
+        """The latents [1, F, C, H, W] that the run starts from; None for one from noise."""
         return self._engine.run.given
 
-    @property
-    def frames_per_chunk(self) -> int:
-        """Px frames of every chunk but the first."""
-        return self._engine.px_frames(1)
-
-    @property
-    def nfe_per_chunk(self) -> int:
-        """Network evaluations of a chunk once the schedule repeats itself, context passes included."""
-        schedule = self._engine.schedule
-        last = schedule.given_chunks + len(schedule.lists)
-        return sum(len(p.sigma) for p in finite(endless(schedule), last + 1) if p.chunk == last)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of all buffers of the KV memory."""
-        return self._engine.memory.memory_bytes
-
-    @property
-    def memory_config(self) -> MemoryConfig:
-        """The memory in use: the student's, made endless."""
-        return self._engine.memory_config
-
-    def set(
-        self,
-        *,
-        action: Mapping[str, float] | Sequence[float] | None = None,
-        prompt: str | None = None,
-        tokens: Tensor | None = None,
-        switch: str | None = None,
-        audio: np.ndarray | None = None,
-    ) -> int:
+    def set(self, *, switch: str | None = None, **inputs: Any) -> int:
         """Use these inputs from the next chunk on, until replaced; returns the number frames made with them carry.
 
-        action: values in [0, 1] by name (those left out are 0) or one per action. prompt: text for a student that
-        listens to it; tokens: [L, D], what it is read as, for any that cross-attends. switch: what a prompt that comes
-        in the middle of a dream does to memory, one of SWITCHES (default: the config's). audio: speech, float [S] at
-        `audio_rate`, that follows what is still to be spoken; where there is none the student hears silence. ValueError
-        for what the student does not know; then nothing changes.
+        The student says in `takes` which it has. action: values in [0, 1] by name (those left out are 0) or one per
+        action. prompt: text; tokens: [L, D], what it is read as, for any student that cross-attends. switch: what a
+        prompt that comes in the middle of a run does to memory, one of SWITCHES (default: the config's). audio: speech,
+        float [S] at its rate, that follows what still waits; where there is none the student gets silence. None is as
+        if left out. ValueError for what the student does not take; then nothing changes.
         """
-        if audio is not None:
-            self._engine.inputs.push_audio(audio)
-            if action is None and prompt is None and tokens is None:
-                return self._engine.inputs.control.id
-        return self._engine.inputs.set(action, prompt, tokens, self._policy(switch))
+        return self.inputs.set(inputs, self._policy(switch))
 
     def _policy(self, switch: str | None) -> str:
         switch = switch or self.cfg.switch
@@ -245,9 +204,9 @@ class StreamSession:
         return switch
 
     def reset(self, *, seed: int | None = None, image: np.ndarray | None = None) -> None:
-        """Start a new dream before the next pass, by default from the same seed and picture.
+        """Start a new run before the next pass, by default from the same seed and picture.
 
-        Frames not yet taken are dropped. Inputs stay: call `set` first if the new dream is to begin with others.
+        Frames not yet taken are dropped. Inputs stay: call `set` first if the new run is to begin with others.
         """
         old = self._engine.run
         given = old.given if image is None else self._engine.encode(image)
@@ -269,16 +228,17 @@ class StreamSession:
     def record(
         self, count: int, script: Script = (), cues: Sequence[Cue] = (), made: Callable[[], object] = lambda: None
     ) -> np.ndarray:
-        """The next `count` frames, uint8 [T, H, W, 3], of a dream that has not begun yet.
+        """The next `count` frames, uint8 [T, H, W, 3], of a run that has not begun yet.
 
         Each chunk takes the actions of `script` at its first frame, and the cues that are due there. `made` is called
         after every frame.
         """
-        for action, _ in script:
-            self._engine.inputs.read_action(action)
         engine = self._engine
+        for action, _ in script:
+            self.inputs.read({"action": action})
         timed = [(round(c.seconds * self.fps), replace(c, switch=self._policy(c.switch))) for c in cues]
-        engine.inputs.read_prompts([cue.prompt for cue in cues])
+        for cue in cues:  # now: an encoder may have to be loaded, and nothing is to be refused in the middle
+            self.inputs.read({"prompt": cue.prompt})
         engine.script, engine.cues = script, deque(sorted(timed, key=lambda item: item[0]))
         try:
             frames = []
@@ -290,7 +250,7 @@ class StreamSession:
             engine.script, engine.cues = (), deque()
 
     def chunks(self) -> Iterator[Chunk]:
-        """Finished chunks from the start of a new dream, for ever, not decoded, in the thread that asks for them."""
+        """Finished chunks from the start of a new run, for ever, not decoded, in the thread that asks for them."""
         self._claim("latents")
         self.reset()
         yield from self._engine.chunks(self._engine.run)
@@ -303,13 +263,13 @@ class StreamSession:
     def reference(self, chunks: int) -> Tensor:
         """Latents [1, F, C, H, W] of a plain finite rollout under the present inputs: what the stream must equal."""
         engine = self._engine
-        engine.inputs.begin(engine.run.given)
+        self.inputs.begin(engine.run.given)
         noise, rng = engine.randomness(engine.run)
         finished = rollout(
             engine.student,
             finite(endless(engine.schedule), chunks),
             noise=noise,
-            cond=partial(engine.inputs.condition, engine.inputs.control),
+            cond=partial(self.inputs.condition, self.inputs.control),
             memory=engine.student.new_memory(1, cfg=engine.memory_config),
             rng=rng,
             clamped=engine.run.given,

@@ -1,6 +1,6 @@
-// The page: keys go out, frames come in and are drawn. What is said on the wire is written down in serve/protocol.py.
+// The page: inputs go out, frames come in and are drawn. The messages are described in serve/protocol.py.
 
-const HEADER_BYTES = 20, VERSION = 1, FRAME = 1, SOUND = 2, PICTURE = 1, SPEECH = 2, RAW = 0;
+const HEADER_BYTES = 20, VERSION = 2, FRAME = 1, SOUND = 2, PICTURE = 1, INPUT = 2, RAW = 0;
 const FIRST = 1, RECORDING = 4;
 const WINDOW_MS = 2000; // frames a second are counted over this time
 const KEYS = { // action -> its keys, where its button stands, what the button says
@@ -18,7 +18,7 @@ const canvas = $("canvas"), paper = canvas.getContext("2d", { willReadFrequently
 let socket = null, world = null, retries = 0, ended = false;
 let start = "", picture = null; // chosen start image; preview of one's own
 let userPaused = false, pausedAtServer = false, begun = false;
-let inputId = 0, filming = false, filmFrames = 0;
+let inputId = 0, recording = false, recordedFrames = 0;
 const held = new Map(); // what holds a key down (a key code, a finger) -> action
 const actions = new Map(); // key code -> action
 const pending = new Map(); // input id -> when it was sent
@@ -33,7 +33,7 @@ function connect() {
   ended = false;
   socket = new WebSocket(url);
   socket.binaryType = "arraybuffer";
-  socket.onmessage = ({ data }) => (typeof data === "string" ? HEARD[JSON.parse(data).type]?.(JSON.parse(data)) : receive(data));
+  socket.onmessage = ({ data }) => (typeof data === "string" ? NOTES[JSON.parse(data).type]?.(JSON.parse(data)) : receive(data));
   socket.onclose = ({ code }) => {
     release();
     showRecord("off");
@@ -52,13 +52,20 @@ function say(message) {
   if (socket?.readyState === WebSocket.OPEN && world) socket.send(JSON.stringify(message));
 }
 
+// Sends inputs by name, as the model's session takes them, and measures how long they take to show.
+function setInputs(inputs) {
+  if (!world || pausedAtServer) return;
+  pending.set(++inputId, performance.now());
+  say({ type: "set", id: inputId, inputs });
+}
+
 const TAGLINES = {
-  walks: "Walk through a dream: a video model paints every picture from the keys you hold. There is no game behind it.",
-  hears: "Talk to somebody who does not exist: a video model paints every picture from the sound it hears.",
-  reads: "Say what happens: a video model paints every picture from the words you typed last.",
+  hold: "A video model generates every frame from the keys you hold. There is no game engine behind it.",
+  sound: "A video model generates every frame from the audio it gets: speak, and it speaks.",
+  text: "A video model generates every frame from the last prompt you set.",
 };
 
-const HEARD = {
+const NOTES = {
   hello(said) {
     world = said;
     document.body.classList.remove("off");
@@ -69,22 +76,21 @@ const HEARD = {
     latencies.length = 0;
     $("name").textContent = said.name;
     document.title = `${said.name} · vidistill`;
-    $("tagline").textContent = TAGLINES[said.rate ? "hears" : said.actions.length ? "walks" : "reads"];
+    const kinds = Object.values(said.takes).map((input) => input.kind);
+    $("tagline").textContent = TAGLINES[["sound", "hold", "text"].find((kind) => kinds.includes(kind))] ?? "";
     canvas.width = said.width;
     canvas.height = said.height;
     canvas.style.aspectRatio = `${said.width} / ${said.height}`;
     $("seed").max = said.max_seed;
     $("fpsof").textContent = `of ${said.fps.toFixed(1)}`;
-    $("nfeof").textContent = `for ${said.frames_per_chunk} pictures`;
+    $("nfeof").textContent = `for ${said.frames_per_chunk} frames`;
     showStats(said);
     start = said.starts?.[0] ?? "";
     $("seed").value = 0;
     picture = null;
-    $("places").hidden = !said.places;
-    $("history").hidden = !said.remembers;
-    buildPad();
-    buildPrompt();
-    buildTalk();
+    $("mapbox").hidden = !said.has_map;
+    $("history").hidden = !said.has_history;
+    buildInputs();
     buildStarts();
     updatePause();
   },
@@ -93,8 +99,8 @@ const HEARD = {
   error: ({ message }) => toast(message),
   bye({ reason, message }) {
     ended = true;
-    const title = { full: "All places are taken", idle: "Still there?", failed: "The dream broke off" }[reason] ?? "Goodbye";
-    cover(title, message, { button: reason === "idle" ? "Dream on" : "Try again", act: connect });
+    const title = { full: "All seats are taken", idle: "Still there?", failed: "The stream failed" }[reason] ?? "Disconnected";
+    cover(title, message, { button: reason === "idle" ? "Continue" : "Try again", act: connect });
   },
   picture() {
     start = "upload";
@@ -109,8 +115,8 @@ const HEARD = {
     link.textContent = `Download ${seconds} s as mp4`;
     const item = document.createElement("li");
     item.append(link);
-    $("films").prepend(item);
-    toast("The recording is ready: see the link beside the picture.", true);
+    $("videos").prepend(item);
+    toast("The recording is ready: see the link beside the video.", true);
   },
 };
 
@@ -128,7 +134,7 @@ function receive(data) {
   if (encoding === RAW) return waitToDraw({ ...frame, image: unpack(body) });
   createImageBitmap(new Blob([body], { type: "image/jpeg" })).then(
     (image) => { if (sequence > decoding) { decoding = sequence; waitToDraw({ ...frame, image }); } },
-    () => toast("A picture arrived damaged."),
+    () => toast("A frame arrived damaged."),
   );
 }
 
@@ -160,7 +166,7 @@ function draw() {
   if (pending.has(frame.input)) latencies.push(now - pending.get(frame.input));
   for (const id of pending.keys()) if (id <= frame.input) pending.delete(id);
   latencies.splice(0, latencies.length - 9);
-  if (frame.recording && world) $("recordtime").textContent = `${(++filmFrames / world.fps).toFixed(1)} s`;
+  if (frame.recording && world) $("recordtime").textContent = `${(++recordedFrames / world.fps).toFixed(1)} s`;
   canvas.dispatchEvent(new CustomEvent("frame", { detail: frame }));
 }
 
@@ -171,7 +177,7 @@ setInterval(() => {
   $("fps").textContent = span ? (((drawn.length - 1) * 1000) / span).toFixed(1) : "–";
   const median = [...latencies].sort((a, b) => a - b)[latencies.length >> 1];
   $("latency").textContent = median ? Math.round(median) : "–";
-  $("latencyunit").textContent = median ? "ms" : world?.actions.length ? "press a key" : "say something";
+  $("latencyunit").textContent = median ? "ms" : "";
 }, 400);
 
 function showStats({ memory_bytes: bytes, nfe_per_chunk: nfe, lips_ms: lips }) {
@@ -200,20 +206,45 @@ function release() {
 function sendKeys() {
   const down = new Set(held.values());
   for (const button of document.querySelectorAll("[data-action]")) button.classList.toggle("held", down.has(button.dataset.action));
-  if (!world || pausedAtServer) return;
-  pending.set(++inputId, performance.now());
-  say({ type: "keys", id: inputId, action: Object.fromEntries([...down].map((name) => [name, 1])) });
+  const named = ([name, { kind }]) => kind === "hold" && [name, {}];
+  const inputs = Object.fromEntries(Object.entries(world?.takes ?? {}).map(named).filter(Boolean));
+  for (const action of down) inputs[holders.get(action)][action] = 1;
+  setInputs(inputs);
 }
 
-function buildPad() {
-  $("walking").hidden = !world.actions.length;
-  $("pad").replaceChildren();
-  $("more").replaceChildren();
+// --- one card for each input that the model takes ---
+
+const LABELS = { // input -> its title and a hint; others are titled by their names
+  action: ["Move", "arrow keys or WASD"],
+  prompt: ["Prompt", "what comes next"],
+  audio: ["Talk", "your voice, a file, or words"],
+};
+const CONTROLS = { hold: buildButtons, numbers: buildSliders, text: buildText, sound: buildSound };
+const holders = new Map(); // action -> the input it belongs to
+
+function buildInputs() {
   actions.clear();
-  world.actions.forEach((name, i) => {
+  holders.clear();
+  $("lipsbox").hidden = true;
+  $("inputs").replaceChildren();
+  Object.entries(world.takes).forEach(([name, input], place) => {
+    if (!CONTROLS[input.kind]) return; // of a newer server
+    const card = $(input.kind).content.cloneNode(true).firstElementChild;
+    const [label, hint] = LABELS[name] ?? [name.replaceAll("_", " "), ""];
+    card.querySelector(".label").textContent = label;
+    card.querySelector(".hint").textContent = hint;
+    card.dataset.input = name;
+    CONTROLS[input.kind](card, name, input, place);
+    $("inputs").append(card);
+  });
+}
+
+function buildButtons(card, input, { names }) {
+  names.forEach((name, i) => {
     const digit = String((i + 1) % 10);
     const key = KEYS[name] ?? { codes: [`Digit${digit}`], sign: digit, text: name.replaceAll("_", " ") };
     for (const code of key.codes) actions.set(code, name);
+    holders.set(name, input);
     const button = document.createElement("button");
     const label = document.createElement("small");
     label.textContent = key.text;
@@ -230,27 +261,37 @@ function buildPad() {
       button.addEventListener(kind, (event) => hold(`finger ${event.pointerId}`, name, false));
     }
     button.addEventListener("contextmenu", (event) => event.preventDefault());
-    $(key.area ? "pad" : "more").append(button);
+    card.querySelector(key.area ? ".pad" : ".more").append(button);
   });
 }
 
-// --- words ---
-
-function buildPrompt() {
-  $("saying").hidden = !world.switches.length;
-  $("prompt").maxLength = world.max_prompt;
-  $("switch").replaceChildren(...world.switches.map((name) => new Option(name)));
+function buildSliders(card, input, { names, low = 0, high = 1, value = low }) {
+  const values = Object.fromEntries(names.map((name) => [name, value]));
+  for (const name of names) {
+    const label = document.createElement("label");
+    const slider = Object.assign(document.createElement("input"), { type: "range", min: low, max: high, step: "any", value });
+    slider.addEventListener("input", () => {
+      values[name] = Number(slider.value);
+      setInputs({ [input]: values });
+    });
+    label.append(name.replaceAll("_", " "), slider);
+    card.querySelector(".sliders").append(label);
+  }
 }
 
-$("sayform").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const text = $("prompt").value.trim();
-  if (!text || !world || pausedAtServer) return;
-  pending.set(++inputId, performance.now());
-  say({ type: "prompt", id: inputId, text, switch: $("switch").value });
-});
+function buildText(card, input, { switches = [] }) {
+  const text = card.querySelector(".text"), choice = card.querySelector(".switch");
+  text.maxLength = world.max_text;
+  text.setAttribute("aria-label", input);
+  choice.replaceChildren(...switches.map((name) => new Option(name)));
+  choice.hidden = !switches.length;
+  card.querySelector("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (text.value.trim()) setInputs({ [input]: text.value.trim(), ...(switches.length && { switch: choice.value }) });
+  });
+}
 
-const COMMANDS = { KeyR: restart, KeyN: newDream, KeyV: toggleRecord, KeyP: togglePause, KeyH: goHome, KeyM: toggleHistory };
+const COMMANDS = { KeyR: restart, KeyN: newSeed, KeyV: toggleRecord, KeyP: togglePause, KeyH: returnToStart, KeyM: toggleHistory };
 
 window.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
@@ -264,7 +305,7 @@ window.addEventListener("keydown", (event) => {
 window.addEventListener("keyup", (event) => { if (held.has(event.code)) hold(event.code, held.get(event.code), false); });
 window.addEventListener("blur", release);
 
-// --- beginning again ---
+// --- starting again ---
 
 function restart() {
   const seed = Number($("seed").value);
@@ -273,7 +314,7 @@ function restart() {
   say({ type: "reset", seed, start });
 }
 
-function newDream() {
+function newSeed() {
   $("seed").value = Math.floor(Math.random() * 10000);
   restart();
 }
@@ -285,7 +326,7 @@ function buildStarts() {
   if (picture) tiles.push(tile("upload", picture));
   const add = document.createElement("button");
   add.className = "add";
-  add.title = "Begin from a picture of your own (or drop it on the page)";
+  add.title = "Start from a picture of your own (or drop it on the page)";
   add.innerHTML = "<span><b>+</b>your own</span>";
   add.addEventListener("click", () => $("file").click());
   $("starts").replaceChildren(...tiles, add);
@@ -335,9 +376,9 @@ window.addEventListener("drop", (event) => {
   if (event.dataTransfer.files[0] && world?.starts) upload(event.dataTransfer.files[0]);
 });
 
-// --- where the dream is, and what it remembers ---
+// --- where the stream is, and what it remembers ---
 
-let recalling = true;
+let showingHistory = true;
 
 function drawMap({ here, path, stored, history, home }) {
   const sheet = $("map"), pen = sheet.getContext("2d");
@@ -370,18 +411,18 @@ function drawMap({ here, path, stored, history, home }) {
   pen.fillStyle = pen.strokeStyle = "#e8eaee";
   mark(here, 8, 1);
   pen.globalAlpha = 1;
-  recalling = history;
+  showingHistory = history;
   $("history").setAttribute("aria-pressed", history);
-  $("historylabel").textContent = history ? "Remembers all" : "Remembers the newest";
+  $("historylabel").textContent = history ? "Full history" : "Newest only";
   $("home").setAttribute("aria-pressed", home);
 }
 
-function goHome() {
-  if (world?.places) say({ type: "home" });
+function returnToStart() {
+  if (world?.has_map) say({ type: "return_to_start" });
 }
 
 function toggleHistory() {
-  if (world?.remembers) say({ type: "history", on: !recalling });
+  if (world?.has_history) say({ type: "show_history", on: !showingHistory });
 }
 
 // --- pausing, recording, telling ---
@@ -394,9 +435,9 @@ function updatePause() {
     pausedAtServer = pause;
     drawn.length = 0;
   }
-  $("pauselabel").textContent = userPaused ? "Go on" : "Pause";
+  $("pauselabel").textContent = userPaused ? "Resume" : "Pause";
   $("pause").setAttribute("aria-pressed", userPaused);
-  if (userPaused) cover("Paused", "The dream waits for you.", { button: "Go on", act: togglePause });
+  if (userPaused) cover("Paused", "The stream waits for you.", { button: "Resume", act: togglePause });
   else if (world && begun) $("overlay").hidden = true;
 }
 
@@ -407,15 +448,15 @@ function togglePause() {
 }
 
 function toggleRecord() {
-  say({ type: "record", on: !filming });
+  say({ type: "record", on: !recording });
 }
 
 function showRecord(state) {
-  filming = state === "on";
-  filmFrames = 0;
-  $("recording").hidden = !filming;
+  recording = state === "on";
+  recordedFrames = 0;
+  $("recording").hidden = !recording;
   $("recordtime").textContent = "0.0 s";
-  $("record").setAttribute("aria-pressed", filming);
+  $("record").setAttribute("aria-pressed", recording);
   $("record").disabled = state === "saving";
   $("recordlabel").textContent = { on: "Stop", saving: "Saving" }[state] ?? "Record";
 }
@@ -427,7 +468,7 @@ function cover(title, text, { button = "", act = null, spin = false } = {}) {
   $("overbutton").hidden = !button;
   $("overbutton").textContent = button;
   $("overbutton").onclick = () => {
-    if (act === connect) cover("Falling asleep", "The model is being woken up.", { spin: true });
+    if (act === connect) cover("Starting", "Waiting for the first frame.", { spin: true });
     act();
   };
   $("overlay").hidden = false;
@@ -444,56 +485,69 @@ function toast(message, good = false) {
 
 document.addEventListener("visibilitychange", updatePause);
 $("restart").addEventListener("click", restart);
-$("dice").addEventListener("click", newDream);
+$("dice").addEventListener("click", newSeed);
 $("record").addEventListener("click", toggleRecord);
 $("pause").addEventListener("click", togglePause);
-$("home").addEventListener("click", goHome);
+$("home").addEventListener("click", returnToStart);
 $("history").addEventListener("click", toggleHistory);
 $("seed").addEventListener("keydown", (event) => {
   if (event.key === "Enter") { event.target.blur(); restart(); }
 });
-document.addEventListener("click", (event) => event.target.closest?.("button")?.blur()); // keys belong to the dream
-connect();
+document.addEventListener("click", (event) => event.target.closest?.("button")?.blur()); // keys belong to the stream
 
-// --- voice: sound goes to the server as 16-bit samples, and comes back with the pictures it belongs to ---
+// --- sound: it goes to the server as 16-bit samples, and comes back with the frames it belongs to ---
 
-let speaker = null, playhead = 0, microphone = null, heard = 0;
+let speaker = null, playhead = 0, microphone = null, heard = 0, rate = 16000;
 
-function buildTalk() {
-  $("talking").hidden = $("lipsbox").hidden = !world.rate;
-  $("speakform").hidden = !world.speaks;
-  $("words").maxLength = world.max_prompt;
+function buildSound(card, input, described, place) {
+  const one = (name) => card.querySelector(`.${name}`);
+  rate = described.rate;
+  $("lipsbox").hidden = false;
+  one("speak").hidden = !world.speaks;
+  one("text").maxLength = world.max_text;
+  one("mic").onclick = () =>
+    toggleMicrophone(one("mic"), place).catch((error) => toast(`The microphone cannot be used: ${error.message}`));
+  one("file").onchange = ({ target }) =>
+    sendFile(target.files[0], place).catch(() => toast("This file contains no audio that can be read."));
+  one("interrupt").onclick = () => { playhead = 0; say({ type: "clear_audio" }); };
+  one("speak").onsubmit = (event) => {
+    event.preventDefault();
+    wake();
+    if (one("text").value.trim()) say({ type: "say", text: one("text").value.trim() });
+    one("text").value = "";
+  };
 }
 
 function play(samples) {
   heard += samples.length;
   document.body.dataset.heard = heard;
   if (!speaker || speaker.state !== "running") return; // browsers play nothing before a first touch of the page
-  const buffer = speaker.createBuffer(1, samples.length, world.rate);
+  const buffer = speaker.createBuffer(1, samples.length, rate);
   buffer.getChannelData(0).set(Float32Array.from(samples, (v) => v / 32768));
   const source = speaker.createBufferSource();
   source.buffer = buffer;
   source.connect(speaker.destination);
   const now = speaker.currentTime;
-  if (playhead < now || playhead > now + 0.4) playhead = now + 0.03; // late or far ahead: begin again with the picture
+  if (playhead < now || playhead > now + 0.4) playhead = now + 0.03; // late or far ahead: start again with the video
   source.start(playhead);
   playhead += buffer.duration;
 }
 
 function wake() {
-  speaker ??= new AudioContext({ sampleRate: world.rate });
+  speaker ??= new AudioContext({ sampleRate: rate });
   return speaker.resume();
 }
 
-function sendSpeech(floats) {
-  if (pausedAtServer) return; // nobody listens, and what was said would come late
-  const message = new Uint8Array(1 + 2 * floats.length), view = new DataView(message.buffer);
-  message[0] = SPEECH;
-  floats.forEach((v, i) => view.setInt16(1 + 2 * i, Math.max(-1, Math.min(1, v)) * 32767, true));
+function sendSound(floats, place) {
+  if (pausedAtServer) return; // nobody listens, and it would come late
+  const message = new Uint8Array(2 + 2 * floats.length), view = new DataView(message.buffer);
+  message[0] = INPUT;
+  message[1] = place;
+  floats.forEach((v, i) => view.setInt16(2 + 2 * i, Math.max(-1, Math.min(1, v)) * 32767, true));
   if (socket?.readyState === WebSocket.OPEN) socket.send(message);
 }
 
-async function toggleMicrophone() {
+async function toggleMicrophone(button, place) {
   await wake();
   if (microphone) {
     microphone.stream.getTracks().forEach((track) => track.stop());
@@ -502,26 +556,18 @@ async function toggleMicrophone() {
   } else {
     const stream = await navigator.mediaDevices.getUserMedia({ audio: { echoCancellation: true, noiseSuppression: true } });
     const node = speaker.createScriptProcessor(1024, 1, 1);
-    node.onaudioprocess = (event) => sendSpeech(event.inputBuffer.getChannelData(0));
+    node.onaudioprocess = (event) => sendSound(event.inputBuffer.getChannelData(0), place);
     speaker.createMediaStreamSource(stream).connect(node);
     node.connect(speaker.destination); // it runs only when connected; it puts out silence
     microphone = { stream, node };
   }
-  $("mic").setAttribute("aria-pressed", String(Boolean(microphone)));
+  button.setAttribute("aria-pressed", String(Boolean(microphone)));
 }
 
-async function sendFile(file) {
+async function sendFile(file, place) {
   await wake();
   const sound = (await speaker.decodeAudioData(await file.arrayBuffer())).getChannelData(0);
-  for (let at = 0; at < sound.length; at += 16000) sendSpeech(sound.subarray(at, at + 16000));
+  for (let at = 0; at < sound.length; at += 16000) sendSound(sound.subarray(at, at + 16000), place);
 }
 
-$("mic").onclick = () => toggleMicrophone().catch((error) => toast(`The microphone cannot be used: ${error.message}`));
-$("wav").onchange = ({ target }) => sendFile(target.files[0]).catch(() => toast("This file holds no sound that can be read."));
-$("hush").onclick = () => { playhead = 0; say({ type: "hush" }); };
-$("speakform").onsubmit = (event) => {
-  event.preventDefault();
-  wake();
-  if ($("words").value.trim()) say({ type: "say", text: $("words").value.trim() });
-  $("words").value = "";
-};
+connect();
