@@ -1,6 +1,7 @@
 """Checkpoints that can rebuild what they hold: safetensors for numbers, JSON for the rest, written atomically."""
 
 import difflib
+import hashlib
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ def sweep(path: Path) -> None:
         owner = leftover.name.split(".")[-2]
         try:
             os.kill(int(owner), 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             leftover.unlink(missing_ok=True)
         except (ValueError, PermissionError):  # not ours
             continue
@@ -71,18 +72,41 @@ def sweep(path: Path) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """One safetensors file whose header carries `info` as JSON."""
     flat = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    write_atomic(path, lambda p: save_file(flat, p, metadata={"vidistill": json.dumps(info)}))
+    header = {"vidistill": json.dumps(info)}
+    header["checksum"] = checksum(flat, header["vidistill"])
+
+    def write(temporary: Path) -> None:
+        save_file(flat, temporary, metadata=header)
+        read_tensors(temporary)  # what is there stays until this one is known to be whole
+
+    write_atomic(path, write)
+
+
+def checksum(tensors: Mapping[str, Tensor], info: str) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, and of the text beside them."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        t = tensors[name]
+        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and info of a file written by `save_tensors`; CheckpointError if it is missing, cut short or foreign."""
+    """Tensors and info of a file written by `save_tensors`; CheckpointError if it is missing, damaged or foreign.
+
+    Files of earlier versions carry no checksum.
+    """
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {}).get("vidistill", "null"))
+            header = file.metadata() or {}
+            info = json.loads(header.get("vidistill", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+        if "checksum" in header and header["checksum"] != checksum(tensors, header.get("vidistill", "")):
+            raise ValueError("its checksum is another")
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); restore it or train again") from error
     if info is None:
         raise CheckpointError(f"{path} holds no vidistill checkpoint; foreign files are read by `vidistill convert`")

@@ -55,7 +55,7 @@ Draws = Callable[[Tensor], Tensor]
 
 def derived_seed(seed: int, index: int) -> int:
     """A seed of its own for the `index`-th thing (a batch, a chunk, a step) drawn under `seed`."""
-    return seed * 1_000_003 + index
+    return (seed * 1_000_003 + index) % 2**63  # what a generator takes
 
 
 def randn_like(x: Tensor, rng: torch.Generator | Draws) -> Tensor:

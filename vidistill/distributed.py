@@ -1,15 +1,16 @@
 """Several processes as one run: torchrun's group, rows of a batch, means over ranks, sharded networks and states."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from vidistill.ops.device import accelerator
 
 log = logging.getLogger("vidistill")
+T = TypeVar("T")
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PARALLEL = ("replicate", "shard")
@@ -125,6 +127,28 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return dict(zip(rows[0], (total / world_size()).tolist(), strict=True))
 
 
+def largest(value: int) -> int:
+    """The largest of a number that every rank has, for decisions that must agree."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def first_does(act: Callable[[], T]) -> T | None:
+    """Let rank 0 act and return what it made, None elsewhere; where it fails, every rank ends with an error."""
+    made, error = None, None
+    if rank() == 0:
+        try:
+            made = act()
+        except (OSError, ValueError, RuntimeError) as caught:
+            error = caught
+    if largest(int(error is not None)):
+        raise error or RuntimeError("the first process of the run could not go on; it says why")
+    return made
+
+
 @torch.no_grad()
 def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
     """Turn gradients summed over micro-batches into means over these and over ranks (sharded ones are that already)."""
@@ -203,7 +227,8 @@ def placed(tensors: Mapping[str, Tensor], templates: Mapping[str, Tensor]) -> di
 def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write a state of `info["step"]` under `folder`, every rank its shards, and then drop older ones.
 
-    Safetensors through `torch.distributed.checkpoint`; a state is complete once its info.json is there.
+    Safetensors through `torch.distributed.checkpoint`; a state is complete once its info.json is there, which holds the
+    checksums of all files. Until then the state before it stays.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -214,13 +239,55 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
         dist.barrier()
     flat = {f"{n}{SCALAR}" if t.ndim == 0 else n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
     dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+    if world_size() > 1:
+        dist.barrier()
+    files = checksums(path)
     if rank() == 0:
+        record = {**info, "files": files}
         partial = path / f"{INFO}.tmp"
-        partial.write_text(json.dumps(info))
+        partial.write_text(json.dumps({**record, "checksum": text_checksum(record)}), encoding="utf-8")
         os.replace(partial, path / INFO)
         drop_shards(folder, keep=path)
     if world_size() > 1:
         dist.barrier()
+
+
+def checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of every weight file in `path`; the ranks share the reading, and all must ask."""
+    names = sorted(p.name for p in path.glob("*.safetensors"))
+    sums = torch.zeros(len(names), 32, dtype=torch.uint8)
+    for i in range(rank(), len(names), world_size()):
+        with open(path / names[i], "rb") as file:
+            sums[i] = torch.tensor(list(hashlib.file_digest(file, "sha256").digest()), dtype=torch.uint8)
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    return {name: bytes(row.tolist()).hex() for name, row in zip(names, sums, strict=True)}
+
+
+def text_checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The info of the shards in `path`; ValueError if a file of them is not what was written. All ranks must ask.
+
+    Shards of earlier versions carry no checksums.
+    """
+    damaged = f"{path / INFO} is damaged; restore the state, or remove it"
+    try:
+        info = json.loads((path / INFO).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{damaged} ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(damaged)
+    told = info.pop("checksum", None)
+    if told is not None and told != text_checksum(info):
+        raise ValueError(damaged)
+    files, found = info.pop("files", None), checksums(path) if told is not None else None
+    for name in sorted(set(files or {}) | set(found or {})):
+        if (files or {}).get(name) != (found or {}).get(name):
+            raise ValueError(f"{path / name} is damaged, missing or of another state; restore it, or remove {path}")
+    return info
 
 
 def drop_shards(folder: Path, keep: Path | None = None) -> None:
@@ -230,12 +297,9 @@ def drop_shards(folder: Path, keep: Path | None = None) -> None:
             shutil.rmtree(old)
 
 
-def newest(folder: Path, file: Path) -> Path:
-    """The complete sharded state under `folder` with most steps; `file` if there is none, or it was written later."""
-    shards = max((path.parent for path in folder.glob(f"state-*/{INFO}")), default=None)
-    if shards is None or (file.is_file() and file.stat().st_mtime > (shards / INFO).stat().st_mtime):
-        return file
-    return shards
+def complete_shards(folder: Path) -> list[Path]:
+    """The sharded states under `folder` that were written to their end."""
+    return sorted(p.parent for p in folder.glob(f"state-*/{INFO}") if p.parent.name.partition("-")[2].isdecimal())
 
 
 def read_shards(path: Path, templates: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -245,6 +309,7 @@ def read_shards(path: Path, templates: Mapping[str, Tensor]) -> tuple[dict[str, 
     """
     import torch.distributed.checkpoint as dcp
 
+    info = read_info(path)
     reader = dcp.HuggingFaceStorageReader(str(path))
     empty: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
@@ -260,4 +325,4 @@ def read_shards(path: Path, templates: Mapping[str, Tensor]) -> tuple[dict[str, 
         warnings.filterwarnings("ignore", message=".*intent is to load in a single process")  # it is
         dcp.load(empty, storage_reader=reader)
     tensors = {n.removesuffix(SCALAR): t.reshape(()) if n.endswith(SCALAR) else t for n, t in empty.items()}
-    return tensors, json.loads((path / INFO).read_text())
+    return tensors, info

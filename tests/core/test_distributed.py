@@ -23,7 +23,8 @@ from vidistill.data.shards import write_shards
 from vidistill.distributed import Part, parts
 from vidistill.teachers.ltx import LTX
 from vidistill.teachers.wan import Experts
-from vidistill.training.trainer import METRICS, STATE, Trainer, train
+from vidistill.training.run_folder import STATE, newest_state
+from vidistill.training.trainer import METRICS, Trainer, train
 
 ADAMW = replace(OPTIM, muon="")
 STAGES = {
@@ -238,19 +239,19 @@ def test_a_sharded_run_writes_its_log_and_its_export_once(root):
         torch.testing.assert_close(p, q, rtol=2e-3, atol=1e-4, msg=name)
 
 
-def test_the_state_that_was_written_last_is_read(tmp_path):
-    assert distributed.newest(tmp_path, tmp_path / STATE) == tmp_path / STATE
+def test_the_complete_state_of_most_steps_is_read(tmp_path):
+    assert newest_state(tmp_path) is None
     for step in (3, 12, 40):
         (folder := tmp_path / f"state-{step:08d}").mkdir()
         if step < 40:  # the last one was being written when the run was killed
             (folder / "info.json").write_text("{}")
-    assert distributed.newest(tmp_path, tmp_path / STATE).name == "state-00000012"
-    (tmp_path / STATE).touch()
-    os.utime(tmp_path / STATE, (0, 0))
-    assert distributed.newest(tmp_path, tmp_path / STATE).name == "state-00000012"
-    os.utime(tmp_path / STATE)
-    os.utime(tmp_path / "state-00000012" / "info.json", (0, 0))
-    assert distributed.newest(tmp_path, tmp_path / STATE).name == STATE
+    (odd := tmp_path / "state-x").mkdir()
+    (odd / "info.json").write_text("{}")
+    assert newest_state(tmp_path).name == "state-00000012"
+    for step, name in ((11, "state-00000012"), (13, STATE)):  # killed before the other one was removed
+        save_tensors(tmp_path / STATE, {}, {"step": step})
+        os.utime(tmp_path / STATE, (0, 0))  # clocks do not count
+        assert newest_state(tmp_path).name == name
 
 
 def test_gradients_of_plain_and_scaled_parameters_become_means():

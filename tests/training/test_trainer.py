@@ -32,10 +32,12 @@ from vidistill.models.student import StudentConfig
 from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
 from vidistill.training import optim as train_states
+from vidistill.training.interruption import Interruption
 from vidistill.training.losses import Loss, LossConfig
 from vidistill.training.on_policy import DataSampler
 from vidistill.training.optim import OptimConfig, TrainState
-from vidistill.training.trainer import METRICS, STATE, Trainer, TrainingError, train
+from vidistill.training.run_folder import STATE
+from vidistill.training.trainer import METRICS, Trainer, TrainingError, train
 
 STAGES = {
     "flow": flow_stage,
@@ -162,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(ro
     trainer.step()
     before = {k: v.clone() for k, v in trainer.student_state.state("x").items()}
     with pytest.raises(TrainingError, match=r"not finite at step 3 .*nothing was updated.*state.safetensors"):
-        trainer.loop(FakeBar())
+        trainer.loop(FakeBar(), Interruption())
     after = trainer.student_state.state("x")
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert read_tensors(trainer.folder / STATE)[1]["step"] == 2

@@ -56,11 +56,11 @@ def add_diagnose(commands: Any) -> argparse.ArgumentParser:
 
 def run_diagnose(args: argparse.Namespace) -> None:
     from vidistill.evaluation import report
+    from vidistill.training.trackers import read_rows
     from vidistill.training.trainer import METRICS
 
     path = args.folder / METRICS
-    lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [row for row in map(json.loads, lines) if "diagnosis" in row]
+    rows = [row for row in read_rows(path) if "diagnosis" in row]
     if not rows:
         raise ValueError(
             f"{path} holds no diagnosis; train with validation.data=LATENTS validation.diagnose_every=STEPS"

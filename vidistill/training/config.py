@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vidistill.ops.precision import DTYPES, PRECISIONS
 from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import OBJECTIVES, LossConfig
 from vidistill.training.optim import OptimConfig
-from vidistill.training.validation import ValidationConfig
+from vidistill.training.validation import MAX_SEED, ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.name.strip("./") or not 0 <= self.ema < 1:
             raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts or "\0" in self.name:
+            raise ValueError(f"name {self.name!r} leads out of the folder `out`: set out= for another place")
+        if self.seed >= MAX_SEED:
+            raise ValueError(f"seed must be below 2**53, got {self.seed}")
         if self.parallel not in distributed.PARALLEL:
             raise ValueError(f"parallel {self.parallel!r} is unknown; choose one of {distributed.PARALLEL}")
         if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):

@@ -189,6 +189,8 @@ class TrainState:
         for i, a in enumerate(self.average):
             a.copy_(tensors[f"{prefix}.ema.{i}"])
         for i, (optim, p) in enumerate(self.optimizer_params()):
-            keys = [k for k in tensors if k.startswith(f"{prefix}.optim.{i}.")]
-            if keys:
-                optim.state[p] = {k.rsplit(".", 1)[1]: tensors[k].clone() for k in keys}
+            found = {k.rsplit(".", 1)[1]: t for k, t in tensors.items() if k.startswith(f"{prefix}.optim.{i}.")}
+            if any(t.ndim and t.shape != p.shape for t in found.values()):
+                raise RuntimeError(f"{prefix}.optim.{i} is not of a parameter of {list(p.shape)}")
+            if found:
+                optim.state[p] = {k: t.clone() for k, t in found.items()}

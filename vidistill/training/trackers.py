@@ -30,12 +30,20 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def trim(self, step: int) -> None:
-        """Drop rows after `step`, at which a run resumes, and a row cut short."""
-        kept = []
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                continue
-        write_atomic(self.path, lambda p: p.write_text("".join(kept)))
+        """Drop rows after `step`, at which a run resumes, and what is no row."""
+        if self.path.is_file():
+            kept = "".join(json.dumps(row) + "\n" for row in read_rows(self.path) if row["step"] <= step)
+            write_atomic(self.path, lambda p: p.write_text(kept))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows in the file at `path`; lines that are cut short or no row of a step are left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(step := row.get("step"), int) and not isinstance(step, bool):
+            rows.append(row)
+    return rows

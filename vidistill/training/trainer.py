@@ -2,8 +2,10 @@
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from vidistill.data.types import Batch
 from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
-from vidistill.training import networks, validation
+from vidistill.training import known, networks, validation
 from vidistill.training.config import TrainConfig, Turn
+from vidistill.training.interruption import Interruption
 from vidistill.training.losses import OBJECTIVES
 from vidistill.training.on_policy import (
     DataSampler,
@@ -34,13 +37,14 @@ from vidistill.training.on_policy import (
     whole_chunks,
 )
 from vidistill.training.optim import TrainingError, TrainState
+from vidistill.training.run_folder import RunLock, RunState, load_state, newest_state, save_state
 from vidistill.training.trackers import MetricsLog
 
 log = logging.getLogger("vidistill")
 
-STATE = "state.safetensors"
 BEST = "best"
 METRICS = "metrics.jsonl"
+STARTS = ("init", "critic_init")  # settings that a run which is resumed cannot change
 
 
 class Trainer:
@@ -52,8 +56,9 @@ class Trainer:
         self.parts = distributed.parts(cfg.batch, cfg.accumulate)
         self.folder = Path(cfg.out) / cfg.name
         self.metrics_log = MetricsLog(self.folder / METRICS)
+        self.lock: RunLock | None = None  # of rank 0 while it runs
         self.step_count = 0
-        self.started, self.spent = time.time(), 0.0  # seconds of the processes before this one
+        self.started, self.spent = time.monotonic(), 0.0  # seconds of the processes before this one
         self.data = open_data(cfg.data, cfg.episodes, cfg.rolls, cfg.camera, cfg.reference, cfg.curate)
         if isinstance(self.data, Prompts) and (cfg.loss.forcing or cfg.loss.invalid_weight < 1):
             raise ValueError(
@@ -64,6 +69,7 @@ class Trainer:
             card = checkpoint.read_record(checkpoint.locate(cfg.init))["card"]
             validation.check_plateau(cfg.init, card, cfg.init_plateau)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
+        known.check(cfg, self.data.meta)
         torch.manual_seed(cfg.seed)
         self.roles, self.shape, self.teacher_noise = networks.make_roles(cfg, self.data)
         networks.prepare(cfg, self.roles, self.device)
@@ -186,19 +192,31 @@ class Trainer:
         return {f"{turn.role}/{k}": v for k, v in {"loss": logs["loss"], "grad_norm": norms[0], **logs}.items()}
 
     def run(self) -> Path:
-        """Train to the end, saving and logging on the way; returns the path of the exported weights."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.resume()
-        first = distributed.rank() == 0
-        if first:
-            config = json.dumps(asdict(self.cfg), indent=1)
-            checkpoint.write_atomic(self.folder / "config.json", lambda p: p.write_text(config))
-        self.started = time.time()
-        quiet = None if first else True
-        bar = tqdm(total=self.cfg.steps, initial=self.step_count, desc=self.cfg.name, unit="step", disable=quiet)
-        with bar, logging_redirect_tqdm():
-            self.loop(bar)
-        return self.finish()
+        """Train to the end, saving and logging on the way; returns the path of the exported weights.
+
+        SIGTERM, SIGHUP and SIGINT end it after the present step with SystemExit 143, 129 or 130, the state saved.
+        """
+        self.lock = distributed.first_does(RunLock(self.folder).acquire)
+        with ExitStack() as stack:
+            if self.lock is not None:
+                stack.callback(self.lock.release)
+            interruption = stack.enter_context(Interruption())
+            self.resume()
+            first = distributed.rank() == 0
+            if first:
+                config = json.dumps(asdict(self.cfg), indent=1)
+                checkpoint.write_atomic(self.folder / "config.json", lambda p: p.write_text(config))
+            self.started = time.monotonic()
+            bar = tqdm(
+                total=self.cfg.steps,
+                initial=self.step_count,
+                desc=self.cfg.name,
+                unit="step",
+                disable=None if first else True,
+            )
+            with bar, logging_redirect_tqdm():
+                self.loop(bar, interruption)
+            return self.finish()
 
     def validate(self) -> None:
         """Judge and diagnose where this step is due; keep the best weights."""
@@ -226,28 +244,33 @@ class Trainer:
             )
         log.info("%s: %s %.4f, best %.4f at step %d", cfg.name, watched.score, score, self.peak.score, self.peak.step)
 
-    def loop(self, bar: Any) -> None:
+    def loop(self, bar: Any, interruption: Interruption) -> None:
         first = self.step_count
         while self.step_count < self.cfg.steps and not self.peak.done(self.cfg.validation.patience):
             try:
                 self.metrics_log.add(self.step())
             except FloatingPointError as error:
-                kept = self.folder / STATE
                 raise TrainingError(
                     f"{self.cfg.name}: not finite at step {self.step_count} ({error}); nothing was updated. The last "
-                    f"checkpoint is {kept if kept.is_file() else 'none yet'}; lower optim.lr or optim.clip and run the "
-                    "same command again"
+                    f"checkpoint is {newest_state(self.folder) or 'none yet'}; lower optim.lr or optim.clip and run "
+                    "the same command again"
                 ) from error
             bar.update()
             if self.step_count % self.cfg.log_every == 0 or self.step_count == self.cfg.steps:
-                speed = (time.time() - self.started) / (self.step_count - first)
+                speed = (time.monotonic() - self.started) / (self.step_count - first)
                 row = {"step": self.step_count, "s_per_step": speed, **self.metrics_log.flush()}
                 self.losses += [row["student/loss"]] if "student/loss" in row else []
                 self.write_log(row)
             self.validate()
             ended = self.step_count == self.cfg.steps or self.peak.done(self.cfg.validation.patience)
-            if self.step_count % self.cfg.save_every == 0 or ended:
+            told = 0 if ended else interruption.agreed()
+            if self.step_count % self.cfg.save_every == 0 or ended or told:
                 self.save()
+            if told:
+                if distributed.rank() == 0:
+                    name = signal.Signals(told).name
+                    log.warning("%s: %s: saved at step %d, where it resumes", self.cfg.name, name, self.step_count)
+                raise SystemExit(128 + told)
 
     def write_log(self, row: dict[str, float]) -> None:
         if distributed.rank():
@@ -258,44 +281,41 @@ class Trainer:
         log.info("%s %d/%d  %s  (%.0f min left)", self.cfg.name, self.step_count, self.cfg.steps, shown, left)
 
     def save(self) -> None:
-        tensors = {n: t for name, state in self.train_states.items() for n, t in state.state(name).items()}
-        info: dict[str, Any] = {"step": self.step_count, "config": asdict(self.cfg)}
-        info |= {"losses": self.losses, "peak": asdict(self.peak)}
-        info["seconds"] = self.spent + time.time() - self.started
-        info.update({name: state.updates for name, state in self.train_states.items()})
-        if any(distributed.is_sharded(t) for t in tensors.values()):
-            distributed.save_shards(self.folder, tensors, info)
-            (self.folder / STATE).unlink(missing_ok=True)
-        elif distributed.rank() == 0:
-            checkpoint.save_tensors(self.folder / STATE, tensors, info)
-            distributed.drop_shards(self.folder)
+        """Write the state of this step; what the folder held before stays until it is known to be whole."""
+        distributed.first_does(self.check_lock)
+        state = RunState(
+            self.step_count,
+            asdict(self.cfg),
+            losses=tuple(self.losses),
+            peak=self.peak,
+            seconds=self.spent + time.monotonic() - self.started,
+            **{name: state.updates for name, state in self.train_states.items()},
+        )
+        save_state(self.folder, self.train_states, state)
+
+    def check_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
 
     def resume(self) -> None:
         """Go on from the last saved step of this run, if there is one."""
-        path = distributed.newest(self.folder, self.folder / STATE)
-        if not path.exists():
-            return
-        templates = {n: t for name, state in self.train_states.items() for n, t in state.state_template(name).items()}
-        try:
-            if path.is_dir():
-                tensors, info = distributed.read_shards(path, templates)
-            else:
-                tensors, info = checkpoint.read_tensors(path)
-                tensors = distributed.placed(tensors, templates)
-            for name, state in self.train_states.items():
-                state.restore(name, tensors, info[name])
-        except (KeyError, RuntimeError) as error:
-            raise TrainingError(
-                f"{path} is a run of other networks than this config ({error}); choose another name=, or remove it"
-            ) from error
-        self.step_count, self.spent = info["step"], info.get("seconds", 0.0)
-        self.losses, self.peak = info.get("losses", []), validation.EarlyStopping(**info.get("peak", {}))
-        if distributed.rank() == 0:
+        path = newest_state(self.folder)
+        if path is not None:
+            state = load_state(path, self.train_states)
+            now = json.loads(json.dumps(asdict(self.cfg)))
+            changed = [k for k, v in state.config.items() if k in now and now[k] != v]
+            if fixed := [k for k in changed if k in STARTS]:
+                name, before = fixed[0], state.config[fixed[0]]
+                raise ValueError(
+                    f"{name} {now[name]!r} would change nothing: {path} started from {before!r}. Leave {name} as it "
+                    "was, or choose another name="
+                )
+            self.step_count, self.spent = state.step, state.seconds
+            self.losses, self.peak = list(state.losses), state.peak
+            note = f"; changed since: {', '.join(changed)}" if changed else ""
+            log.info("%s resumes at step %d%s", self.cfg.name, self.step_count, note)
+        if distributed.rank() == 0:  # also where nothing was saved: the first rows come again
             self.metrics_log.trim(self.step_count)
-        now = json.loads(json.dumps(asdict(self.cfg)))
-        changed = [k for k, v in info["config"].items() if k in now and now[k] != v]
-        note = f"; changed since: {', '.join(changed)}" if changed else ""
-        log.info("%s resumes at step %d%s", self.cfg.name, self.step_count, note)
 
     def finish(self) -> Path:
         """Export the averaged weights as a checkpoint that can be loaded by path, which is returned."""
@@ -330,7 +350,7 @@ class Trainer:
             "seed": cfg.seed,
             "parents": [p for p in (cfg.init, cfg.teacher) if p],
             "data": {k: v for k, v in self.data.meta.items() if k not in ("described", PROMPTS, NAMES)},
-            "hours": round((self.spent + time.time() - self.started) / 3600, 3),
+            "hours": round((self.spent + time.monotonic() - self.started) / 3600, 3),
             "commit": checkpoint.git_commit(),
             "train": asdict(cfg),
         }

@@ -18,6 +18,7 @@ from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import LossConfig, Roles, score_difference
 
 log = logging.getLogger("vidistill")
+MAX_SEED = 2**53  # JSON keeps whole numbers below it exactly
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class ValidationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.every, self.patience, self.diagnose_every) < 0 or self.clips < 1:
-            raise ValueError(f"validation needs clips >= 1, and every, patience, diagnose_every >= 0; got {self}")
+        if min(self.every, self.patience, self.diagnose_every, self.seed) < 0 or self.clips < 1:
+            raise ValueError(f"validation needs clips >= 1, and every, patience, diagnose_every, seed >= 0; got {self}")
+        if self.seed >= MAX_SEED:
+            raise ValueError(f"validation.seed must be below 2**53, got {self.seed}")
         if (self.every or self.diagnose_every) and not self.data:
             raise ValueError("validation.data names the held-out latents that a training is watched on; set it")
         score_of(self.score)
