@@ -5,10 +5,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidistill.cli.options import fraction, height_x_width, non_negative_int, numbers, positive_int
+from vidistill.cli.options import (
+    fraction,
+    height_x_width,
+    non_negative_int,
+    numbers,
+    positive_float,
+    positive_int,
+)
+from vidistill.data.importers import IMPORTERS
 
 if TYPE_CHECKING:
     from vidistill.conditioning.condition import Encode
@@ -16,9 +25,39 @@ if TYPE_CHECKING:
 SPLIT = "whose clips: their seeds are disjoint (default: train)"
 
 
+OPTION_TYPES = {  # by the names that importers know them by
+    "count": positive_int,
+    "number": non_negative_int,
+    "numbers": numbers,
+    "rate": positive_float,
+    "fraction": fraction,
+    "size": height_x_width,
+}
+
+
+class KindParser(argparse.ArgumentParser):
+    """The options of a kind of data; those of an importer are its own, and read when the kind is asked for."""
+
+    def __init__(self, *args: Any, importer: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.importer = importer
+        for name, read in OPTION_TYPES.items():
+            self.register("type", name, read)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.importer:
+            module = import_module(f"vidistill.data.importers.{self.importer}")
+            self.importer = ""
+            module.add_options(self)
+            self.set_defaults(run=lambda parsed: print(module.run(parsed)))
+        return super().parse_known_args(args, namespace)
+
+
 def add_data(commands: Any) -> argparse.ArgumentParser:
     p = commands.add_parser("data", help="record and encode clips", description="Record clips, and encode them.")
-    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
+    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=KindParser)
+    for name, brings in IMPORTERS.items():
+        kinds.add_parser(name, help=brings, importer=name)
     doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
     doom.add_argument("out", type=Path, help="folder to write")
     doom.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)

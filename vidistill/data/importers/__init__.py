@@ -1,0 +1,9 @@
+"""Importers: where clips come from that nobody here drew. A new one is a module and a line of `IMPORTERS`."""
+
+from collections.abc import Mapping
+
+# name -> what it brings in. The module of that name has `add_options(parser)` and `run(args)`, which returns what it
+# did in a line; it is loaded only when it is asked for.
+IMPORTERS: Mapping[str, str] = {
+    "videos": "folders and lists of video files, with captions, actions, poses and sound",
+}

@@ -1,0 +1,142 @@
+"""Clips of several lengths into data folders: a shard at a time, by one process or many, resumed where they stopped."""
+
+import fcntl
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vidistill.conditioning.condition import Encode
+from vidistill.data.shards import (
+    META,
+    SETTINGS,
+    DataError,
+    Shard,
+    finish_shards,
+    latent_shard,
+    partial_of,
+    read_meta,
+    write_shard,
+)
+from vidistill.data.types import pack_rows
+
+PER_SHARD = 32
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An imported clip: frames uint8 [T, H, W, 3], where it is `about`, and what it shows in words.
+
+    Per frame, where there are any: float32 actions [T, A] that led to it (the first are zero), poses [T, 12], audio
+    features [T, D].
+    """
+
+    frames: np.ndarray
+    about: Mapping[str, Any] = field(default_factory=dict)
+    caption: str | None = None
+    actions: np.ndarray | None = None
+    poses: np.ndarray | None = None
+    audio: np.ndarray | None = None
+
+
+def shard_of(clips: Sequence[Clip], encode: Encode | None = None) -> Shard:
+    """A shard of clips; `encode` reads their captions, one that is missing as the empty one."""
+    tensors = pack_rows("frames", [torch.from_numpy(c.frames) for c in clips])
+    for name in ("actions", "poses", "audio"):
+        rows = [getattr(c, name) for c in clips]
+        if all(x is not None for x in rows):
+            packed = pack_rows(name, [torch.from_numpy(x) for x in rows])
+            tensors |= {key: x.half() if key == "audio" else x for key, x in packed.items()}
+    if encode is not None:
+        tensors["tokens"] = encode([c.caption or "" for c in clips]).half()
+    captions = [{} if c.caption is None else {"caption": c.caption} for c in clips]
+    return tensors, [{**c.about, **said} for c, said in zip(clips, captions, strict=True)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which share of the work this process does: number `index` of `count`, from 0."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def of(cls, text: str) -> "Part":
+        """The part that "2/4" spells, counted from 1; ValueError for another form."""
+        index, _, count = text.partition("/")
+        if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+            raise ValueError(f"--part {text!r} is not NUMBER/COUNT, as in 1/4, 2/4, 3/4 and 4/4")
+        return cls(int(index) - 1, int(count))
+
+    def share(self, total: int) -> range:
+        """The numbers below `total` that this process sees to."""
+        return range(self.index, total, self.count)
+
+
+def write_split(
+    folder: Path,
+    shards: int,
+    make: Callable[[int], Shard],
+    meta: Mapping[str, Any],
+    codec: Any = None,
+    part: Part = Part(),
+    done: Callable[[int], object] = lambda clips: None,
+) -> bool:
+    """Write this part of `shards` shards, those that are not there yet, and finish the folder once all are.
+
+    `make(i)` gives shard i; `codec` turns its frames into latents; `done` is told how many clips a shard has. Returns
+    whether the folder is complete. DataError where one of other settings was begun.
+    """
+    if (folder / META).is_file():
+        check_same(folder, read_meta(folder), meta)
+        return True
+    partial = begun(folder, {**meta, "shards": shards})
+    for i in part.share(shards):
+        path = partial / f"shard-{i:05d}.safetensors"
+        if not path.is_file():
+            tensors, described = make(i)
+            if codec is not None:
+                tensors, described = latent_shard((tensors, described), codec)
+            path.with_suffix(".json").write_text(json.dumps(described))
+            write_shard(path, tensors)
+        done(i)
+    with (folder.parent / LOCK).open("a") as lock:  # another process may finish at the same moment
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / META).is_file():
+            return True
+        paths = [partial / f"shard-{i:05d}.safetensors" for i in range(shards)]
+        if not all(path.is_file() for path in paths):
+            return False
+        notes = [path.with_suffix(".json") for path in paths]
+        described = [clip for note in notes for clip in json.loads(note.read_text())]
+        finish_shards(folder, shards, described, meta)
+        for note in (*(path.name for path in notes), SETTINGS):
+            (folder / note).unlink(missing_ok=True)
+    return True
+
+
+def begun(folder: Path, settings: Mapping[str, Any]) -> Path:
+    """The partial folder of `folder`, new or begun with the same settings."""
+    partial, asked = partial_of(folder), json.loads(json.dumps(settings))
+    partial.mkdir(parents=True, exist_ok=True)
+    note = partial / SETTINGS
+    found = json.loads(note.read_text()) if note.is_file() else asked
+    check_same(partial, found, asked)
+    note.write_text(json.dumps(asked, sort_keys=True))
+    return partial
+
+
+def check_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """DataError where a folder is there, whole or in part, that was asked for in other words."""
+    other = [key for key, value in json.loads(json.dumps(asked)).items() if found.get(key) != value]
+    if other:
+        key = other[0]
+        raise DataError(
+            f"{folder} is there with {key} {found.get(key)!r} where {asked[key]!r} is asked for; ask for the same to "
+            "go on, remove it, or name another folder"
+        )
