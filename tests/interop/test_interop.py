@@ -16,8 +16,9 @@ from vidistill.bench.cost import NETWORKS, against_papers, named_cost, parameter
 from vidistill.cli.convert import convert, revert, student_of
 from vidistill.conditioning.condition import Condition, pack_audio
 from vidistill.interop.families import FAMILIES, NON_COMMERCIAL, family
-from vidistill.interop.formats import merge_lora, read_student, write_student
+from vidistill.interop.formats import read_student, write_student
 from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
+from vidistill.interop.lora import Adapter, merge_lora
 from vidistill.interop.tables import TableSchedule, diagonal_steps
 from vidistill.memory.policies import POLICIES
 from vidistill.models.dit import VideoDiT
@@ -36,8 +37,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_what_is_no_published_network_is_told(tmp_path):
-    with pytest.raises(ValueError, match="has 2 axes"):
-        infer_config({**weights(), "patch_embedding.weight": torch.zeros(48, 64)}, heads=4)
+    with pytest.raises(ValueError, match=r"patch_embedding\.weight has 1 axes"):
+        infer_config({**weights(), "patch_embedding.weight": torch.zeros(48)}, heads=4)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="no weight_map"):
         read_student(tmp_path, "self-forcing")
@@ -132,7 +133,7 @@ def test_a_published_file_is_read_and_written_back_bit_for_bit(tmp_path, name, s
     state = {key: x.bfloat16() for key, x in weights().items()}
     path = publish(tmp_path / f"in{suffix}", state)
     student = read_student(path, name, allow_pickle=True, heads=4)
-    write_student(tmp_path / f"out{suffix}", student.state, student)
+    write_student(tmp_path / f"out{suffix}", student)
     if suffix == ".pt":
         back = torch.load(tmp_path / "out.pt", weights_only=True)["generator_ema"]
     else:
@@ -232,11 +233,10 @@ def test_a_lora_is_merged_into_its_base(tmp_path):
     assert torch.allclose(student.state[f"{layer}.weight"], want, atol=1e-5)
     assert torch.equal(student.state["head.head.bias"], weights()["head.head.bias"])
     half = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-    assert torch.allclose(
-        merge_lora(weights(), half, alpha=6.0)[f"{layer}.weight"], weights()[f"{layer}.weight"] + 2 * b @ a, atol=1e-5
-    )
+    twice = merge_lora(to_ours(weights()), Adapter(half, alpha=6.0))
+    assert torch.allclose(twice[f"{layer}.weight"], weights()[f"{layer}.weight"] + 2 * b @ a, atol=1e-5)
     with pytest.raises(ValueError, match="which the base checkpoint does not have"):
-        merge_lora(weights(), {k.replace("blocks.1", "blocks.9"): x for k, x in half.items()})
+        merge_lora(to_ours(weights()), Adapter({k.replace("blocks.1", "blocks.9"): x for k, x in half.items()}))
     with pytest.raises(ValueError, match="it looks like a LoRA"):
         publish(tmp_path / "only.safetensors", adapter, prefix="")
         read_student(tmp_path / "only.safetensors", "longlive", heads=4)
@@ -279,8 +279,8 @@ def test_unknown_families_and_files_are_refused(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 9)
     with pytest.raises(ValueError, match="damaged or cut short"):
         read_student(tmp_path / "cut.safetensors", "causvid")
-    (tmp_path / "weights.h5").write_bytes(b"")
-    with pytest.raises(ValueError, match="unknown suffix"):
+    (tmp_path / "weights.h5").write_bytes(b"\x89HDF\r\n")
+    with pytest.raises(ValueError, match="HDF5"):
         read_student(tmp_path / "weights.h5", "causvid")
 
 

@@ -1,22 +1,26 @@
 """`vidistill convert`: published students become checkpoints of ours, and the reverse."""
 
 import argparse
+import itertools
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidistill.checkpoint import CheckpointError, export, locate, read_record, read_tensors, rebuild, with_extension
-from vidistill.cli.options import height_x_width, positive_int
+from vidistill.cli.options import height_x_width, non_negative_int, positive_float, positive_int
 from vidistill.conditioning.audio import AudioConfig
 from vidistill.conditioning.condition import AUDIO_SITE
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.interop.families import TRAINED_FRAMES, family
+from vidistill.interop.families import FAMILIES, LAYOUT, Family, family
 from vidistill.interop.formats import Published, read_student, write_student
 from vidistill.models.student import CausalStudent, StudentConfig
-from vidistill.teachers.wan import VAE_FACTORS, WORLD
+from vidistill.teachers.wan import FPS, VAE_FACTORS, WORLD
+
+MOST_PIXELS = 8192  # a side
 
 
 def add_convert(commands: Any) -> argparse.ArgumentParser:
@@ -42,24 +46,36 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--audio", help="of one that listens: its wav2vec 2.0 encoder, a transformers folder or hub id")
     p.add_argument("--entry", help="which weights of the file, e.g. generator_ema (default: the family's)")
     p.add_argument("--lora", type=Path, help="adapter file, merged into the weights for good")
-    p.add_argument("--heads", type=int, default=0, help="attention heads (default: from the width)")
-    p.add_argument("--given", type=int, default=0, help="chunks given at the start (image or video to continue)")
+    p.add_argument("--lora-alpha", type=positive_float, help="its alpha, where nothing beside it says one")
+    p.add_argument("--heads", type=non_negative_int, default=0, help="attention heads (default: from the width)")
+    p.add_argument(
+        "--given", type=non_negative_int, default=0, help="chunks given at the start (image or video to continue)"
+    )
+    own = p.add_argument_group("what no family knows", "in place of the family's, or of a family (then --chunk too)")
+    own.add_argument("--chunk", type=positive_int, help="latent frames of a chunk")
+    own.add_argument("--window", type=positive_int, help="latent frames a chunk looks at, sinks and itself included")
+    own.add_argument("--sinks", type=non_negative_int, help="first latent frames that never leave the window")
+    own.add_argument("--steps", type=step_list, help="its steps as published, before the shift: 1000,750,500,250")
+    own.add_argument("--shift", type=positive_float, help="shift of its noise levels")
     p.add_argument("--allow-pickle", action="store_true", help="read .pt files (weights only)")
     p.set_defaults(run=run_convert)
     return p
 
 
-def run_convert(args: argparse.Namespace) -> None:
-    pass
-    from vidistill.interop.families import FAMILIES
+def step_list(text: str) -> tuple[int, ...]:
+    """Timesteps with commas between them."""
+    steps = tuple(positive_int(part) for part in text.split(","))
+    if steps[0] != 1000 or any(b >= a for a, b in itertools.pairwise(steps)):
+        raise argparse.ArgumentTypeError(f"{text!r} does not fall from 1000 on")
+    return steps
 
+
+def run_convert(args: argparse.Namespace) -> None:
     if args.back:
         revert(args.source, args.out)
         print(args.out)
         return
-    if args.family not in FAMILIES:
-        wrong = "is needed: whose format is it?" if args.family is None else f"{args.family!r} is unknown;"
-        raise ValueError(f"--family {wrong} Known: {', '.join(FAMILIES)}")
+    own = {name: getattr(args, name) for name in OWN if getattr(args, name) is not None}
     card = convert(
         args.source,
         args.family,
@@ -73,18 +89,38 @@ def run_convert(args: argparse.Namespace) -> None:
         heads=args.heads,
         entry=args.entry,
         lora=args.lora,
+        lora_alpha=args.lora_alpha,
         given_chunks=args.given,
+        settings=own,
     )
     print(json.dumps(card, indent=1))
+
+
+OWN = ("chunk", "window", "sinks", "steps", "shift")  # settings of a family that can be given
+
+
+def family_of(name: str | None, settings: Mapping[str, Any], source: Path) -> Family:
+    """The family called `name` with some settings of its own, or one of these settings alone."""
+    if name is None and "chunk" in settings:
+        kind = Family("custom", source.name, "not stated: see where it is from", channels=0, ancestry=("not stated",))
+    elif name is None:
+        raise ValueError(f"--family is needed: whose format is it? Known: {', '.join(FAMILIES)}; or say --chunk")
+    else:
+        kind = family(name)
+    if not settings:
+        return kind
+    given = "as given: " + ", ".join(f"{key} {value}" for key, value in settings.items())
+    return replace(kind, checked=LAYOUT, notes="; ".join(filter(None, (kind.notes, given))), **settings)
 
 
 # Px frames that speech is encoded in: a latent, two seconds before it and a quarter of one after it.
 HEARD = {"block": 4, "context": 32, "lookahead": 4}
 
 
-def student_of(published: Published, height: int, width: int, frames: int = TRAINED_FRAMES) -> CausalStudent:
-    """The published network with its chunks and memory; `height`, `width` and `frames` are in latents."""
+def student_of(published: Published, height: int, width: int, frames: int = 0) -> CausalStudent:
+    """The published network with its chunks and memory; sizes in latents, `frames` 0: as many as in its clips."""
     kind, config = published.family, published.config
+    frames = frames or kind.frames
     return CausalStudent(
         published.net(),
         StudentConfig(chunk=kind.chunk, first_chunk=kind.first_chunk, memory=kind.memory(frames)),
@@ -94,11 +130,11 @@ def student_of(published: Published, height: int, width: int, frames: int = TRAI
 
 def convert(
     path: str | Path,
-    name: str,
+    name: str | None,
     out: str | Path,
     *,
     size: tuple[int, int] = (480, 832),
-    frames: int = TRAINED_FRAMES,
+    frames: int = 0,
     codec: str = "wan",
     text: str | None = None,
     text_tokens: int = 512,
@@ -107,36 +143,88 @@ def convert(
     heads: int = 0,
     entry: str | None = None,
     lora: str | Path | None = None,
+    lora_alpha: float | None = None,
     given_chunks: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the published student at `path` as our checkpoint OUT.safetensors and OUT.json; returns its card.
 
-    `name` is its family, `size` the pixels (height, width) it will stream; `codec`, `text` and `audio` are where the
-    codec, the text encoder (padded to `text_tokens`) and, for one that listens, the wav2vec 2.0 encoder of its world
-    are found, all kept as full paths or hub ids. Every weight keeps its precision. Raises ValueError, as `read_student`
-    does, before anything is written.
+    `name` is its family, whose fields `settings` replace; `size` the pixels (height, width) it will stream; `codec`,
+    `text` and `audio` are where the codec, the text encoder (padded to `text_tokens`) and, for one that listens, the
+    wav2vec 2.0 encoder of its world are found, all kept as full paths or hub ids. Every weight keeps its precision.
+    Raises ValueError, as `read_student` does, before anything is written.
     """
-    published = read_student(path, name, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora)
-    pixels, _ = VAE_FACTORS[published.config.channels]
-    if any(side % pixels for side in size):
-        raise ValueError(f"size {size[0]}x{size[1]} must be whole latents of {pixels} pixels")
+    kind = family_of(name, settings or {}, Path(path))
+    frames = frames or kind.frames
+    out = free(out, [path, lora])
+    published = read_student(
+        path, kind, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora, lora_alpha=lora_alpha
+    )
+    check_geometry(published, size, given_chunks, frames)
     if audio and AUDIO_SITE not in published.config.sites:
-        raise ValueError(f"a student of family {name} hears nothing: leave out the audio encoder {audio}")
+        raise ValueError(f"a student of family {kind.name} hears nothing: leave out the audio encoder {audio}")
+    pixels, _ = VAE_FACTORS[published.config.channels]
     student = student_of(published, size[0] // pixels, size[1] // pixels, frames)
-    card = published.card()
+    card, world = published.card(), {**WORLD, "fps": FPS[published.config.channels]}
     record = {
-        "schedule": asdict(published.family.schedule(given_chunks)),
-        "given_frames": student.first_frame(given_chunks) or int(published.family.pinned_first_frame),
-        "noise": asdict(NoiseSchedule(shift=published.family.shift)),
+        "schedule": asdict(kind.schedule(given_chunks)),
+        "given_frames": student.first_frame(given_chunks) or int(kind.pinned_first_frame),
+        "noise": asdict(NoiseSchedule(shift=kind.shift)),
         "codec": kept(codec, out),
         "text": {"kind": "umt5", "source": kept(text, out), "length": text_tokens} if text else None,
-        "audio": asdict(AudioConfig("wav2vec2", fps=WORLD["fps"], source=kept(audio, out), **HEARD)) if audio else None,
-        "world": WORLD,
+        "audio": asdict(AudioConfig("wav2vec2", fps=world["fps"], source=kept(audio, out), **HEARD)) if audio else None,
+        "world": world,
         "card": card,
-        "published": {"family": name, "entry": published.entry, "names": published.names},
+        "published": origin(published),
     }
     export(out, student, record, dtype=None)
     return card
+
+
+def origin(published: Published) -> dict[str, Any]:
+    """What a record keeps of the file it was read from, so that the file can be written again."""
+    row = {"family": published.family.name, "entry": published.entry, "names": published.names}
+    return {**row, "flat_patch": True} if published.flat_patch else row
+
+
+def check_geometry(published: Published, size: tuple[int, int], given_chunks: int, frames: int) -> None:
+    """Raise ValueError unless the student has a codec, can stream this size and is left something to make."""
+    channels, kind = published.config.channels, published.family
+    if channels not in VAE_FACTORS or kind.channels not in (0, channels):
+        raise ValueError(
+            f"{published.source} has {channels} latent channels: family {kind.name!r} has {kind.channels or 'any'}, "
+            f"Wan's codecs have {' or '.join(map(str, VAE_FACTORS))}"
+        )
+    pixels, _ = VAE_FACTORS[channels]
+    for side, patch in zip(size, published.config.patch[1:], strict=True):
+        if not 0 < side <= MOST_PIXELS or side % (pixels * patch):
+            raise ValueError(
+                f"--size {size[0]}x{size[1]}: sides must be multiples of {pixels * patch} pixels (whole patches of "
+                f"{patch} latents), from {pixels * patch} to {MOST_PIXELS}"
+            )
+    most = (frames - kind.first_chunk) // kind.chunk + bool(kind.first_chunk) - 1
+    if not 0 <= given_chunks <= most:
+        raise ValueError(
+            f"--given {given_chunks}: a clip of {frames} latent frames has {most + 1} chunks, of which at most {most} "
+            "can be given"
+        )
+
+
+def free(out: str | Path, inputs: Sequence[str | Path | None]) -> Path:
+    """Where to write a checkpoint, without a suffix; ValueError if it would replace an input or another's file."""
+    path = Path(out)
+    path = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
+    weights, record = with_extension(path, ".safetensors"), with_extension(path, ".json")
+    for source in inputs:
+        if source is not None and Path(source).exists() and weights.resolve() in files_of(Path(source)):
+            raise ValueError(f"{weights} is what is read: name another place to write to")
+    if weights.exists() and not record.exists():
+        raise ValueError(f"{weights} is there already and is no checkpoint of ours: name another place to write to")
+    return path
+
+
+def files_of(source: Path) -> set[Path]:
+    return {path.resolve() for path in (source.rglob("*") if source.is_dir() else [source])}
 
 
 def kept(source: str, out: str | Path) -> str:
@@ -158,6 +246,7 @@ def revert(name: str | Path, out: str | Path, dtype: torch.dtype | None = None) 
         config = rebuild(record, str(name)).dit_config
     tensors, _ = read_tensors(with_extension(path, ".safetensors"))
     state = {key.removeprefix("net."): x.to(dtype or x.dtype) for key, x in tensors.items()}
-    origin = record["published"]
-    published = Published(family(origin["family"]), config, state, origin["names"], origin["entry"], str(name))
-    write_student(out, state, published)
+    there = record["published"]
+    kind = FAMILIES.get(there["family"]) or Family(there["family"], "", "")
+    published = Published(kind, config, state, there["names"], there["entry"], str(name), bool(there.get("flat_patch")))
+    write_student(out, published)

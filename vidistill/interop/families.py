@@ -11,6 +11,8 @@ TRAINED_FRAMES = 21  # latent frames of an 81-frame clip, what most of them were
 NON_COMMERCIAL = "CC BY-NC-SA 4.0 (non-commercial, share alike)"
 WAN = "Wan-AI/Wan2.1-T2V-1.3B: Apache-2.0"
 SELF_FORCING = "guandeh17/Self-Forcing: Apache-2.0"
+LAYOUT = "layout only"  # of a card: names and shapes are known to fit, numbers were compared with no recording
+RECORDED = "recorded outputs of the original"
 EMA_FIRST = ("generator_ema", "generator", "model", "state_dict")
 LIVE_FIRST = ("generator", "generator_ema", "model", "state_dict")  # where the published command reads those
 
@@ -39,6 +41,10 @@ class Family:
     entry: tuple[str, ...] = EMA_FIRST
     ancestry: tuple[str, ...] = (WAN,)
     pinned_first_frame: bool = False  # the reference image replaces latent frame 0 in every pass
+    channels: int = 16  # latent channels; 0: any
+    frames: int = TRAINED_FRAMES  # latent frames of its clips
+    lora_alpha_is_rank: bool = False  # its adapters are published without their alpha
+    checked: str = LAYOUT
     notes: str = ""
 
     @property
@@ -64,10 +70,10 @@ class Family:
             given_chunks=given_chunks,
         )
 
-    def memory(self, frames: int = TRAINED_FRAMES) -> MemoryConfig:
-        """Memory of the family; `frames` is the length of a clip where it looks at everything."""
+    def memory(self, frames: int = 0) -> MemoryConfig:
+        """Memory of the family; `frames` is the length of a clip where it looks at everything (0: the family's)."""
         if self.window < 0:
-            return MemoryConfig(policy="full", frames=frames, phase=self.phase)
+            return MemoryConfig(policy="full", frames=frames or self.frames, phase=self.phase)
         return MemoryConfig(policy="window", frames=self.window, sinks=self.sinks, phase=self.phase)
 
 
@@ -79,7 +85,7 @@ def close(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> bool:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("self-forcing", "guandeh17/Self-Forcing", "Apache-2.0"),
+        Family("self-forcing", "guandeh17/Self-Forcing", "Apache-2.0", checked=RECORDED),
         Family("causvid", "tianweiy/CausVid", NON_COMMERCIAL, shift=8.0, steps=(1000, 757, 522), warped=False),
         Family(
             "longlive",
@@ -88,6 +94,8 @@ FAMILIES: dict[str, Family] = {
             window=12,
             sinks=3,
             ancestry=(SELF_FORCING, WAN),
+            lora_alpha_is_rank=True,
+            checked=RECORDED,
             notes="publishes a base (`generator`) and a LoRA (`generator_lora`), which is merged into it",
         ),
         Family(
@@ -98,6 +106,38 @@ FAMILIES: dict[str, Family] = {
             sinks=3,
             phase="relative",
             ancestry=(SELF_FORCING, WAN),
+            lora_alpha_is_rank=True,
+            checked=RECORDED,
+        ),
+        Family(
+            "longlive2",
+            "NVlabs/LongLive (2.0, 5B)",
+            "see the model card",
+            chunk=8,
+            frames=32,
+            window=32,
+            sinks=8,
+            channels=48,
+            ancestry=("Wan-AI/Wan2.2-TI2V-5B: Apache-2.0",),
+            lora_alpha_is_rank=True,
+            notes="704x1280 at 24 fps; its sinks of several shots are not kept apart, FP4 weights are not read",
+        ),
+        Family(
+            "krea",
+            "krea/krea-realtime-video (14B)",
+            "see the model card",
+            window=6,
+            ancestry=("Wan-AI/Wan2.1-T2V-14B: Apache-2.0",),
+            notes="its published sampler encodes its window again for each chunk; here frames stay as written",
+        ),
+        Family(
+            "rcm",
+            "NVlabs/rcm and thu-ml/TurboDiffusion (TurboWan2.1)",
+            "see the model card",
+            steps=(1000, 934, 853, 609),
+            warped=False,
+            chunk=TRAINED_FRAMES,
+            notes="not causal: one chunk is the whole clip; its first step is told 0.988 there, 1 here",
         ),
         Family(
             "diagonal",
@@ -107,6 +147,7 @@ FAMILIES: dict[str, Family] = {
             window=12,
             sinks=3,
             diagonal=True,
+            checked=RECORDED,
             ancestry=("NVlabs/LongLive (1.0): see the model card", SELF_FORCING, WAN),
         ),
         Family(
@@ -116,6 +157,7 @@ FAMILIES: dict[str, Family] = {
             window=15,
             sinks=9,
             pinned_first_frame=True,
+            checked=RECORDED,
             ancestry=("OmniAvatar-1.3B: see the model card", WAN),
             notes="33 input channels (latents, reference image, mask); audio enters before blocks 2 .. layers / 2",
         ),
@@ -142,8 +184,19 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Families whose weights would load and then run on another memory than theirs.
+REFUSED = {
+    "reward-forcing": "its sinks are an average of what has left the window (EMA sink), which is no memory policy here",
+    "memflow": "it retrieves what it remembers by the prompt, which is no memory policy here",
+    "longlive-rag": "it retrieves what it remembers, which is no memory policy here",
+    "matrix-game": "its action modules are not read",
+}
+
+
 def family(name: str) -> Family:
     """A family by name; raises ValueError with the known names."""
+    if name in REFUSED:
+        raise ValueError(f"students of family {name!r} are not read: {REFUSED[name]}")
     if name not in FAMILIES:
         raise ValueError(f"no student family is called {name!r}; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]

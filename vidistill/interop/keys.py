@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,8 +14,20 @@ State = Mapping[str, Tensor]
 
 # What wrappers of training frameworks put before, or between, the names of a network.
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-PREFIXES = ("model.", "module.", "generator.", "base_model.model.", "diffusion_model.", "dit.", "pipe.dit.")
+PREFIXES = (
+    "model.",
+    "module.",
+    "generator.",
+    "base_model.model.",
+    "diffusion_model.",
+    "transformer.",
+    "net.",
+    "dit.",
+    "pipe.dit.",
+)
 HEAD_DIM = 128  # of every Wan network
+MOST_LAYERS = 200
+PATCH = (1, 2, 2)  # of every Wan network
 LAYERS = {1536: 30, 3072: 30, 5120: 40}  # width of a published network -> blocks; tells a partial file from a small one
 
 # Original name -> diffusers: outside the blocks, then inside a block, where `norm3` and `norm2` change places.
@@ -116,18 +128,52 @@ def original_key(key: str) -> str:
     return key
 
 
+def our_names(keys: Iterable[str], source: str = "state dict") -> dict[str, str]:
+    """Our name of each parameter -> the key it is published under; ValueError where two keys mean one parameter."""
+    names: dict[str, str] = {}
+    for key in keys:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{source} has the key {key!r}, which is no name of a parameter: it may be the state of an optimiser"
+            )
+        name = ours(key)
+        if name in names:
+            raise ValueError(f"{source}: {names[name]} and {key} mean the same parameter; save the one that counts")
+        names[name] = key
+    return names
+
+
 def to_ours(state: State) -> dict[str, Tensor]:
     """`state` under our names; the patch convolution becomes a linear layer (a view, nothing is copied)."""
-    out = {ours(key): x for key, x in state.items()}
-    weight = out["patch_embedding.weight"]
-    return {**out, "patch_embedding.weight": weight.reshape(weight.shape[0], -1)}
+    out = {name: state[key] for name, key in our_names(state).items()}
+    if (weight := out.get("patch_embedding.weight")) is not None:
+        out["patch_embedding.weight"] = weight.reshape(weight.shape[0], -1)
+    return out
 
 
 def to_original(state: State, cfg: DiTConfig, style: str = "wan") -> dict[str, Tensor]:
-    """Our `state` under original names (`style` "wan") or diffusers' ("diffusers"); the inverse of `to_ours`."""
-    names = {"wan": original_key, "diffusers": lambda key: to_diffusers_key(original_key(key))}[style]
+    """Our `state` as it is published, the inverse of `to_ours`.
+
+    `style` of the names: "wan" (the original ones), "diffusers", or "ours".
+    """
+    styles: dict[str, Callable[[str], str]] = {
+        "wan": original_key,
+        "diffusers": lambda key: to_diffusers_key(original_key(key)),
+        "ours": str,
+    }
+    names = styles[style]
     shape = (cfg.width, cfg.channels + cfg.extra_channels, *cfg.patch)
     return {names(key): x.reshape(shape) if key == "patch_embedding.weight" else x for key, x in state.items()}
+
+
+# A part of a name that only some networks have -> the parameter whose shape says how large that part is.
+PARTS = {
+    ".cross_attn.": "text_embedding.0.weight",
+    "text_embedding.": "text_embedding.0.weight",
+    "img_emb.": "img_emb.proj.0.weight",
+    ".k_img.": "img_emb.proj.0.weight",
+    "sites.hidden.": "sites.hidden.embed.0.weight",
+}
 
 
 def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
@@ -135,20 +181,28 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
 
     `heads` 0: width / 128, as in every published Wan network. Raises ValueError if the names are not Wan's.
     """
-    named = {ours(key): tuple(x.shape) for key, x in state.items()}
-    needed = ("patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight", "time_embedding.0.weight")
+    named = {name: tuple(state[key].shape) for name, key in our_names(state).items()}
+    needed = ["patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight", "time_embedding.0.weight"]
+    needed += [name for sign, name in PARTS.items() if any(sign in key for key in named)]
     if absent := [name for name in needed if name not in named]:
         raise ValueError(f"these are not the parameters of a Wan network: {absent} missing; {looks_like(state)}")
-    width, inputs, *patch = named["patch_embedding.weight"]
+    for name in needed[1:]:
+        axes = 1 if name == "img_emb.proj.0.weight" else 2  # a norm's weight, else a linear layer's
+        if len(named[name]) != axes:
+            raise ValueError(f"{name} has {len(named[name])} axes, expected {axes}")
+    width, inputs, *patch = named["patch_embedding.weight"] if len(named[needed[0]]) > 1 else (0, 0)
+    if not patch and width:  # rCM keeps a linear layer, whose patch is always Wan's
+        patch, inputs = [*PATCH], inputs // math.prod(PATCH)
     if len(patch) != 3:
-        raise ValueError(
-            f"patch_embedding.weight has {2 + len(patch)} axes, in a published Wan network it has 5: one of our own "
-            "checkpoints is used as it is"
-        )
+        raise ValueError(f"patch_embedding.weight has {len(named[needed[0]])} axes; a Wan network has 5, or 2")
     if not heads and width % HEAD_DIM:
         raise ValueError(f"width {width} is not made of heads of {HEAD_DIM}: say how many heads there are (--heads)")
+    if heads < 0 or (heads and width % heads):
+        raise ValueError(f"--heads {heads} does not divide width {width}")
     channels = named["head.head.weight"][0] // math.prod(patch)
-    layers = 1 + max(int(m.group(1)) for m in (re.match(r"blocks\.(\d+)\.", key) for key in named) if m)
+    layers = 1 + max(int(m.group(1)) for m in (re.match(r"blocks\.(\d{1,4})\.", key) for key in named) if m)
+    if layers > MOST_LAYERS:
+        raise ValueError(f"blocks.{layers - 1} is one of {layers} blocks; at most {MOST_LAYERS} are read")
     sites = {}
     if "sites.hidden.embed.0.weight" in named:
         hidden, dim = named["sites.hidden.embed.0.weight"]
@@ -165,9 +219,27 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
         freq_dim=named["time_embedding.0.weight"][1],
         text_dim=named["text_embedding.0.weight"][1] if "text_embedding.0.weight" in named else 0,
         image_dim=named["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in named else 0,
-        cross_attn_norm="blocks.0.norm3.weight" in named,
+        cross_attn_norm=any(".norm3." in key for key in named),
         sites=sites,
     )
+
+
+# A part of a name -> the kind of network that has it, where it is none that is read here.
+KINDS = {
+    "lora_": "a LoRA (LongLive publishes one): give the base checkpoint too",
+    ".proj_l.": "a TurboWan network with sparse-linear attention (SLA): take one with full attention",
+    "to_gate_compress": "a FastWan network with sparse attention (VSA): take one with full attention",
+    ".action_model.": "Matrix-Game, whose action modules are not read",
+    "vace_": "a VACE network, whose control blocks are not read",
+    "control_adapter.": "a Wan Fun network with camera control, which is not read",
+    "motion_encoder.": "Wan-Animate, which is not read",
+    "casual_audio_encoder.": "Wan2.2-S2V, which is not read",
+    "ref_conv.": "a Wan Fun network with a reference picture, which is not read",
+    "double_blocks.": "a HunyuanVideo network, not Wan's",
+    "transformer_blocks.": "a network of another family than Wan (LTX-Video, CogVideoX, ...)",
+    "self_attn.q_proj.": "a language model",
+    "encoder.block.": "a text encoder (T5)",
+}
 
 
 def looks_like(keys: Iterable[str]) -> str:
@@ -175,8 +247,9 @@ def looks_like(keys: Iterable[str]) -> str:
     names = [bare(key) for key in keys]
     if not names:
         return "the file holds no tensors"
-    if any("lora_" in name for name in names):
-        return "it looks like a LoRA (LongLive publishes one): give the base checkpoint too"
+    for sign, kind in KINDS.items():
+        if any(sign in name for name in names):
+            return f"it looks like {kind}"
     if any(name.startswith(("audio_proj.", "audio_cond_projs.")) for name in names):
         return "it looks like an OmniAvatar / LiveTalk network"
     if any(".attn1." in name for name in names):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.interop.formats import read_shards
+from vidistill.interop.files import read_folder
 from vidistill.interop.keys import build, infer_config, to_ours
+from vidistill.interop.quantized import read_up
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 from vidistill.teachers import Teacher
@@ -25,6 +26,7 @@ log = logging.getLogger("vidistill")
 PAIRS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 BOUNDARY = {False: 0.875, True: 0.9}  # Wan2.2: the level where experts change, by whether an image is given
 WORLD = {"fps": 16.0, "temporal": 4}  # pixel frames a second, and of one latent
+FPS = {16: 16.0, 48: 24.0}  # latent channels -> pixel frames a second
 VAE_FACTORS = {16: (8, "wan"), 48: (16, "wan2_2")}  # latent channels -> pixels a side of a latent, codec
 SHIFT = 5.0  # Wan's default; a scheduler config in the folder overrides it
 GUIDANCE = 5.0  # Wan's default
@@ -123,10 +125,15 @@ def local_parts(folder: Path) -> list[Part]:
     for first, second in PAIRS:
         if (folder / first).is_dir():
             names = [first] + ([second] if (folder / second).is_dir() else [])
-            return [Part(read_shards(folder / name), read_json(folder / name / "config.json")) for name in names]
+            return [part_in(folder / name) for name in names]
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} holds neither safetensors files nor a folder named transformer")
-    return [Part(read_shards(folder), read_json(folder / "config.json"))]
+    return [part_in(folder)]
+
+
+def part_in(folder: Path) -> Part:
+    """The network whose weights and config lie in `folder`."""
+    return Part(read_up(read_folder(folder), str(folder)), read_json(folder / "config.json"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
