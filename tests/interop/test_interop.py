@@ -13,8 +13,9 @@ from torch import Tensor
 from wan_tables import on_table, warp_timestep
 
 from vidistill.bench.cost import NETWORKS, against_papers, named_cost, parameters, policies
-from vidistill.cli.convert import convert, revert, student_of
+from vidistill.cli.convert import convert, student_of
 from vidistill.conditioning.condition import Condition, pack_audio
+from vidistill.interop.export import export_as
 from vidistill.interop.families import FAMILIES, NON_COMMERCIAL, family
 from vidistill.interop.formats import read_student, write_student
 from vidistill.interop.keys import bare, build, infer_config, ours, to_diffusers_key, to_original, to_ours
@@ -37,7 +38,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_what_is_no_published_network_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"patch_embedding\.weight has 1 axes"):
+    with pytest.raises(ValueError, match=r"patch_embedding\.weight is \[48\]"):
         infer_config({**weights(), "patch_embedding.weight": torch.zeros(48)}, heads=4)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="no weight_map"):
@@ -152,7 +153,7 @@ def test_conversion_there_and_back_keeps_every_name_and_precision(tmp_path, pref
     }
     source = publish(tmp_path / "in.pt", wrapped, "generator", prefix)
     convert(source, name, tmp_path / "ours", size=(64, 64), allow_pickle=True, heads=4)
-    revert(tmp_path / "ours", tmp_path / "out.pt")
+    export_as(tmp_path / "ours", "self-forcing", tmp_path / "out.pt")
     old, new = (torch.load(p, weights_only=True)["generator"] for p in (source, tmp_path / "out.pt"))
     assert same(old, new)
 
@@ -165,7 +166,7 @@ def test_a_merged_lora_is_written_back_as_the_whole_network_it_became(tmp_path):
     torch.save({"generator_lora": lora}, tmp_path / "lora.pt")
     kw = {"size": (64, 64), "allow_pickle": True, "heads": 4}
     convert(base, "longlive", tmp_path / "ours", lora=tmp_path / "lora.pt", **kw)
-    revert(tmp_path / "ours", tmp_path / "merged.pt")
+    export_as(tmp_path / "ours", "self-forcing", tmp_path / "merged.pt")
     back = torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]
     moved = [key for key, x in back.items() if not torch.equal(x, weights()[key.removeprefix("model.")])]
     assert moved == [f"model.{layer}.weight"]
@@ -267,7 +268,7 @@ def test_a_converted_student_finds_its_codec_and_text_from_any_folder(tmp_path, 
 
 
 def test_a_width_that_does_not_say_its_heads_asks_for_them(tmp_path):
-    with pytest.raises(ValueError, match=r"width 64 is not made of heads of 128.*--heads"):
+    with pytest.raises(ValueError, match=r"width 64 .*--heads"):
         read_student(publish(tmp_path / "x.safetensors", weights()), "self-forcing")
 
 
@@ -377,7 +378,7 @@ def test_a_converted_student_streams_the_recorded_latents(tmp_path, case, varian
         clamped=clamped,
     )
     assert (torch.cat(list(parts), dim=1) - want).abs().max() < 1e-4
-    revert(tmp_path / "ours", tmp_path / "again.pt")
+    export_as(tmp_path / "ours", "self-forcing", tmp_path / "again.pt")
     old, new = (torch.load(p, weights_only=True)["generator_ema"] for p in (source, tmp_path / "again.pt"))
     assert same(old, new)
 
@@ -462,12 +463,6 @@ def talking(io: dict[str, Tensor], variant: str, frames: int) -> tuple[Condition
     packed = pack_audio(io[f"in.{variant}.audio_features"], 4)
     channels = torch.cat((image.expand(-1, frames, -1, -1, -1), mask), dim=2)
     return Condition(tokens=io["in.prompt_embeds"], per_frame={"hidden": packed}, channels=channels), image
-
-
-def test_a_student_that_was_not_converted_cannot_be_turned_back(tmp_path, checkpoints):
-    student = next(p for p in checkpoints.glob("*.json") if json.loads(p.read_text())["kind"] == "student")
-    with pytest.raises(ValueError, match="was not converted"):
-        revert(student, tmp_path / "x.pt")
 
 
 def test_a_published_network_gets_its_familys_chunks_and_memory(tmp_path):

@@ -175,6 +175,10 @@ PARTS = {
     "sites.hidden.": "sites.hidden.embed.0.weight",
 }
 
+# Axes of the parameters that tell an architecture, where they are not the 2 of a linear layer: rCM keeps the patch
+# convolution as one, whose patch is always Wan's.
+AXES = {"patch_embedding.weight": (2, 5), "img_emb.proj.0.weight": (1,)}
+
 
 def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
     """Architecture behind a Wan state dict of any naming; only the number of heads is not in the shapes.
@@ -186,19 +190,20 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
     needed += [name for sign, name in PARTS.items() if any(sign in key for key in named)]
     if absent := [name for name in needed if name not in named]:
         raise ValueError(f"these are not the parameters of a Wan network: {absent} missing; {looks_like(state)}")
-    for name in needed[1:]:
-        axes = 1 if name == "img_emb.proj.0.weight" else 2  # a norm's weight, else a linear layer's
-        if len(named[name]) != axes:
-            raise ValueError(f"{name} has {len(named[name])} axes, expected {axes}")
-    width, inputs, *patch = named["patch_embedding.weight"] if len(named[needed[0]]) > 1 else (0, 0)
-    if not patch and width:  # rCM keeps a linear layer, whose patch is always Wan's
+    for name in needed:
+        if len(named[name]) not in AXES.get(name, (2,)) or 0 in named[name]:
+            axes = " or ".join(map(str, AXES.get(name, (2,))))
+            raise ValueError(f"{name} is {list(named[name])}; in a Wan network it has {axes} axes, none of them empty")
+    width, inputs, *patch = named["patch_embedding.weight"]
+    if not patch:
         patch, inputs = [*PATCH], inputs // math.prod(PATCH)
-    if len(patch) != 3:
-        raise ValueError(f"patch_embedding.weight has {len(named[needed[0]])} axes; a Wan network has 5, or 2")
     if not heads and width % HEAD_DIM:
-        raise ValueError(f"width {width} is not made of heads of {HEAD_DIM}: say how many heads there are (--heads)")
+        raise ValueError(
+            f"width {width} (of patch_embedding.weight) is not made of heads of {HEAD_DIM}: say how many heads there "
+            "are (--heads)"
+        )
     if heads < 0 or (heads and width % heads):
-        raise ValueError(f"--heads {heads} does not divide width {width}")
+        raise ValueError(f"--heads {heads} does not divide width {width} (of patch_embedding.weight)")
     channels = named["head.head.weight"][0] // math.prod(patch)
     layers = 1 + max(int(m.group(1)) for m in (re.match(r"blocks\.(\d{1,4})\.", key) for key in named) if m)
     if layers > MOST_LAYERS:
@@ -208,20 +213,24 @@ def infer_config(state: State, *, heads: int = 0) -> DiTConfig:
         hidden, dim = named["sites.hidden.embed.0.weight"]
         taken = sum(re.fullmatch(r"sites\.hidden\.project\.\d+\.weight", key) is not None for key in named)
         sites["hidden"] = SiteConfig(dim=dim, hidden=hidden, layers=tuple(range(2, 2 + taken)), activation="norm")
-    return DiTConfig(
-        channels=channels,
-        extra_channels=inputs - channels,
-        patch=(patch[0], patch[1], patch[2]),
-        width=width,
-        layers=max(layers, LAYERS.get(width, 0)),
-        heads=heads or width // HEAD_DIM,
-        ffn=named["blocks.0.ffn.0.weight"][0],
-        freq_dim=named["time_embedding.0.weight"][1],
-        text_dim=named["text_embedding.0.weight"][1] if "text_embedding.0.weight" in named else 0,
-        image_dim=named["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in named else 0,
-        cross_attn_norm=any(".norm3." in key for key in named),
-        sites=sites,
-    )
+    try:
+        return DiTConfig(
+            channels=channels,
+            extra_channels=inputs - channels,
+            patch=(patch[0], patch[1], patch[2]),
+            width=width,
+            layers=max(layers, LAYERS.get(width, 0)),
+            heads=heads or width // HEAD_DIM,
+            ffn=named["blocks.0.ffn.0.weight"][0],
+            freq_dim=named["time_embedding.0.weight"][1],
+            text_dim=named["text_embedding.0.weight"][1] if "text_embedding.0.weight" in named else 0,
+            image_dim=named["img_emb.proj.0.weight"][0] if "img_emb.proj.0.weight" in named else 0,
+            cross_attn_norm=any(".norm3." in key for key in named),
+            sites=sites,
+        )
+    except ValueError as error:
+        shapes = ", ".join(f"{name} {list(named[name])}" for name in needed)
+        raise ValueError(f"{error}; told from the shapes of {shapes}") from error
 
 
 # A part of a name -> the kind of network that has it, where it is none that is read here.
