@@ -10,8 +10,9 @@ from published import HEADS, publish, same, weights
 from safetensors.torch import load_file, save_file
 
 from vidistill import checkpoint, cli
-from vidistill.cli.convert import convert, revert
+from vidistill.cli.convert import convert
 from vidistill.diffusion import LatentShape
+from vidistill.interop.export import export_as
 from vidistill.interop.families import FAMILIES, LAYOUT, RECORDED, REFUSED, family
 from vidistill.interop.formats import read_student
 from vidistill.interop.keys import bare, to_original, to_ours
@@ -48,7 +49,7 @@ def test_rcm_keeps_a_flat_patch_under_net_there_and_back(tmp_path):
     assert card["checked"] == LAYOUT and bundle.net.cfg.chunk == bundle.shape.frames == 21
     assert torch.equal(bundle.net.net.state_dict()["patch_embedding.weight"], flat["patch_embedding.weight"])
     assert len(bundle.schedule.lists[0]) == 4
-    revert(tmp_path / "o", tmp_path / "back.pth")
+    export_as(tmp_path / "o", "self-forcing", tmp_path / "back.pth")
     assert same(torch.load(tmp_path / "back.pth", weights_only=True), torch.load(source, weights_only=True))
 
 

@@ -3,22 +3,24 @@
 import argparse
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vidistill.checkpoint import CheckpointError, export, locate, read_record, read_tensors, rebuild, with_extension
+from vidistill.checkpoint import export, with_extension
 from vidistill.cli.options import height_x_width, non_negative_int, positive_float, positive_int
 from vidistill.conditioning.audio import AudioConfig
 from vidistill.conditioning.condition import AUDIO_SITE
 from vidistill.diffusion import LatentShape, NoiseSchedule
+from vidistill.interop.export import RECORD, export_as, restore
 from vidistill.interop.families import FAMILIES, LAYOUT, Family, family
-from vidistill.interop.formats import Published, read_student, write_student
+from vidistill.interop.formats import Published, read_student
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.teachers.wan import FPS, VAE_FACTORS, WORLD
+
+log = logging.getLogger("vidistill")
 
 MOST_PIXELS = 8192  # a side
 
@@ -26,15 +28,15 @@ MOST_PIXELS = 8192  # a side
 def add_convert(commands: Any) -> argparse.ArgumentParser:
     p = commands.add_parser(
         "convert",
-        help="read or write a published student",
-        description="Turn a published student into a checkpoint that streams, or one of those back (--back).",
+        help="read a published student",
+        description="Turn a published student into a checkpoint that streams. The way back is `vidistill export`.",
         epilog="example: vidistill convert self_forcing_dmd.pt sf --family self-forcing --allow-pickle --codec "
         "hf://Wan-AI/Wan2.1-T2V-1.3B-Diffusers --text Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     )
     p.add_argument("source", type=Path, help="published file (or folder of shards); with --back: our checkpoint")
     p.add_argument("out", type=Path, help="where to write")
     p.add_argument("--family", help="whose format it is: self-forcing, causvid, longlive, diagonal, livetalk, ...")
-    p.add_argument("--back", action="store_true", help="write the published format again, weights unchanged")
+    p.add_argument("--back", action="store_true", help="another name of `vidistill export --to self-forcing`")
     p.add_argument(
         "--size", type=height_x_width, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)"
     )
@@ -72,8 +74,8 @@ def step_list(text: str) -> tuple[int, ...]:
 
 def run_convert(args: argparse.Namespace) -> None:
     if args.back:
-        revert(args.source, args.out)
-        print(args.out)
+        log.warning("convert --back is now: vidistill export %s --to self-forcing -o %s", args.source, args.out)
+        print(export_as(args.source, "self-forcing", args.out))
         return
     own = {name: getattr(args, name) for name in OWN if getattr(args, name) is not None}
     card = convert(
@@ -149,14 +151,17 @@ def convert(
 ) -> dict[str, Any]:
     """Write the published student at `path` as our checkpoint OUT.safetensors and OUT.json; returns its card.
 
-    `name` is its family, whose fields `settings` replace; `size` the pixels (height, width) it will stream; `codec`,
-    `text` and `audio` are where the codec, the text encoder (padded to `text_tokens`) and, for one that listens, the
-    wav2vec 2.0 encoder of its world are found, all kept as full paths or hub ids. Every weight keeps its precision.
+    A folder that `vidistill export --to diffusers` wrote needs no family. `name` is its family, whose fields `settings`
+    replace; `size` the pixels (height, width) it will stream; `codec`, `text` and `audio` are where the codec, the text
+    encoder (padded to `text_tokens`) and, for one that listens, the wav2vec 2.0 encoder of its world are found, all
+    kept as full paths or hub ids. Every weight keeps its precision.
     Raises ValueError, as `read_student` does, before anything is written.
     """
+    out = free(out, [path, lora])
+    if name is None and not settings and (Path(path) / RECORD).is_file():
+        return restore(path, out)
     kind = family_of(name, settings or {}, Path(path))
     frames = frames or kind.frames
-    out = free(out, [path, lora])
     published = read_student(
         path, kind, allow_pickle=allow_pickle, heads=heads, entry=entry, lora=lora, lora_alpha=lora_alpha
     )
@@ -234,19 +239,3 @@ def kept(source: str, out: str | Path) -> str:
     if ours and path.resolve().parent == Path(out).resolve().parent:
         return path.name
     return str(path.resolve()) if ours or path.exists() else source
-
-
-def revert(name: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write one of our checkpoints in the format of the family it was converted from; `dtype` None: as stored."""
-    path = locate(name)
-    record = read_record(path)
-    if "published" not in record:
-        raise CheckpointError(f"{name} was not converted from a published student: there is no format to go back to")
-    with torch.device("meta"):
-        config = rebuild(record, str(name)).dit_config
-    tensors, _ = read_tensors(with_extension(path, ".safetensors"))
-    state = {key.removeprefix("net."): x.to(dtype or x.dtype) for key, x in tensors.items()}
-    there = record["published"]
-    kind = FAMILIES.get(there["family"]) or Family(there["family"], "", "")
-    published = Published(kind, config, state, there["names"], there["entry"], str(name), bool(there.get("flat_patch")))
-    write_student(out, published)

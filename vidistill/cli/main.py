@@ -10,6 +10,7 @@ from vidistill.cli.bench import add_bench
 from vidistill.cli.convert import add_convert
 from vidistill.cli.data import add_data
 from vidistill.cli.evaluate import add_eval
+from vidistill.cli.export import add_export, add_publish
 from vidistill.cli.generate import add_generate
 from vidistill.cli.info import add_info
 from vidistill.cli.serve import add_serve
@@ -49,7 +50,10 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=__version__)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    every = (add_train, add_generate, add_serve, add_bench, add_eval, add_diagnose, add_convert, add_data, add_info)
+    every = (
+        *(add_train, add_generate, add_serve, add_bench, add_eval, add_diagnose),
+        *(add_convert, add_export, add_publish, add_data, add_info),
+    )
     for add in every:
         command = add(commands)
         command.add_argument("-v", "--verbose", action="store_true", help="more log lines, tracebacks on errors")
