@@ -170,6 +170,7 @@ class Track:
     def __init__(self, cfg: AudioConfig) -> None:
         self.cfg = cfg
         self._queue: deque[tuple[np.ndarray, float]] = deque()  # (samples, when they came) not placed yet
+        self._waiting = 0  # samples in it
         self._lock = threading.Lock()  # sound comes from one thread and is taken by another
         self.reset()
 
@@ -182,19 +183,27 @@ class Track:
     @property
     def waiting(self) -> int:
         """Samples that were pushed and have no place yet."""
-        with self._lock:
-            return sum(len(pcm) for pcm, _ in self._queue)
+        return self._waiting
 
     def push(self, pcm: np.ndarray, when: float) -> None:
-        """Add sound, float32 [S] in [-1, 1]; it follows what was pushed before."""
-        if len(pcm):
-            with self._lock:
-                self._queue.append((pcm.astype(np.float32), when))
+        """Add sound, float32 [S] in [-1, 1]; it follows what was pushed before.
+
+        Pieces shorter than a px frame are joined, so that the number of pieces is bounded by that of samples.
+        """
+        if not len(pcm):
+            return
+        with self._lock:
+            self._waiting += len(pcm)
+            if self._queue and len(self._queue[-1][0]) < self.cfg.samples:
+                last, when = self._queue.pop()
+                pcm = np.concatenate((last, pcm))
+            self._queue.append((pcm.astype(np.float32), when))
 
     def clear_audio(self) -> None:
         """Drop what has no place yet: whoever speaks is interrupted."""
         with self._lock:
             self._queue.clear()
+            self._waiting = 0
 
     def _place(self, stop: int) -> None:
         """Place sound up to sample `stop`."""
@@ -206,6 +215,7 @@ class Track:
                     break
                 pcm, when = self._queue.popleft()
                 used = pcm[: stop - end]
+                self._waiting -= len(used)
                 if len(pcm) > len(used):
                     self._queue.appendleft((pcm[len(used) :], when))
             self._came.append((end, end + len(used), when))
