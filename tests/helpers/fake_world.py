@@ -154,20 +154,21 @@ class Browser:
 
 
 @contextlib.contextmanager
-def served(fake, **options):
+def served(fake, address="127.0.0.1", **options):
     client = pytest.importorskip("starlette.testclient", reason="needs pip install 'vidistill[test]'").TestClient
-    with client(create_app(fake.world, ServeConfig(**options)), base_url="http://localhost:8000") as app:
+    app = create_app(fake.world, ServeConfig(**options))
+    with client(app, base_url="http://localhost:8000", client=(address, 50_000)) as app:
         yield app
 
 
 @contextlib.contextmanager
-def running(world, **options):
+def running(world, limits=None, **options):
     """The address of a world on a real server at a free port."""
     uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'vidistill[demo]'")
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         door.listen()
-        server = uvicorn.Server(server_config(create_app(world, ServeConfig(patience_s=0.5, **options))))
+        server = uvicorn.Server(server_config(create_app(world, ServeConfig(patience_s=0.5, **options)), limits))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
         thread.start()
         try:

@@ -1,6 +1,7 @@
 """The web application: the page, its start images and recordings, and one WebSocket a viewer."""
 
 import asyncio
+import hmac
 import io
 import ipaddress
 import logging
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from PIL import Image
 from vidistill.checkpoint import start_pictures
 from vidistill.io import read_image
 from vidistill.serve import protocol
+from vidistill.serve.gate import Gates, Limits, address_of
 from vidistill.serve.recorder import Recordings
 from vidistill.serve.viewer import Bye, Viewer, ViewerConfig, World
 from vidistill.streaming.runtime import SpeedConfig, load_fast
@@ -38,12 +40,13 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+COOKIE = "vidistill_token"
 OURSELVES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Where and for whom the app runs.
+    """Where and for whom the app runs. `token`: what the address of the page must carry; empty: nothing.
 
     `origins`: further web addresses the page may be opened under, such as "https://demo.example.org" behind a proxy.
     `patience_s`: how long a new viewer waits for a place before it is refused.
@@ -54,6 +57,7 @@ class ServeConfig:
     max_viewers: int = 4
     origins: tuple[str, ...] = ()
     patience_s: float = 2.0
+    token: str = ""
     viewer: ViewerConfig = field(default_factory=ViewerConfig)
 
     def __post_init__(self) -> None:
@@ -98,31 +102,46 @@ def origin_allowed(origin: str | None, host: str, cfg: ServeConfig) -> bool:
         return False
 
 
+def knows_token(connection: Any, cfg: ServeConfig) -> bool:
+    """Whether a request, or the opening of a WebSocket, carries the token in its address or in the page's cookie."""
+    given = (connection.query_params.get("token", ""), connection.cookies.get(COOKIE, ""))
+    return not cfg.token or any(hmac.compare_digest(one.encode(), cfg.token.encode()) for one in given)
+
+
 def bare(origin: str) -> str:
     """A web address as browsers name it: without what follows the host, in small letters."""
     return "{0.scheme}://{0.netloc}".format(urlsplit(origin)).lower()
 
 
 class Seats:
-    """Counts viewers: at most `limit`, each until its session is closed."""
+    """Counts viewers: at most `limit`, and `per_address` from elsewhere, each until its session is closed."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.taken = limit, 0
+    def __init__(self, limit: int, per_address: int) -> None:
+        self.limit, self.per_address = limit, per_address
+        self._taken: list[str | None] = []  # whom each counts towards
         self._free = asyncio.Condition()
 
-    async def take(self, patience_s: float) -> bool:
+    @property
+    def taken(self) -> int:
+        return len(self._taken)
+
+    def free(self, address: str | None) -> bool:
+        own = address is not None and self._taken.count(address) >= self.per_address
+        return self.taken < self.limit and not own
+
+    async def take(self, address: str | None, patience_s: float) -> bool:
         try:
             async with asyncio.timeout(patience_s), self._free:
-                await self._free.wait_for(lambda: self.taken < self.limit)
-                self.taken += 1
+                await self._free.wait_for(lambda: self.free(address))
+                self._taken.append(address)
                 return True
         except TimeoutError:
             return False
 
-    async def give_back(self) -> None:
+    async def give_back(self, address: str | None) -> None:
         async with self._free:
-            self.taken -= 1
-            self._free.notify()
+            self._taken.remove(address)
+            self._free.notify_all()
 
 
 def create_app(world: World, cfg: ServeConfig | None = None, ready: Callable[[], None] | None = None) -> Any:
@@ -132,7 +151,7 @@ def create_app(world: World, cfg: ServeConfig | None = None, ready: Callable[[],
     except ImportError as error:
         raise needs_extra(error) from error
     cfg = cfg or ServeConfig()
-    recordings, seats = Recordings(), Seats(cfg.max_viewers)
+    recordings, seats = Recordings(), Seats(cfg.max_viewers, max(1, cfg.max_viewers // 2))
 
     @asynccontextmanager
     async def lifespan(app: Any):
@@ -156,10 +175,14 @@ def _guard(app: Any, cfg: ServeConfig) -> None:
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Any:
         host = request.headers.get("host", "")
-        if host_allowed(host, cfg):
-            answer = await call_next(request)
-        else:
+        if not host_allowed(host, cfg):
             answer = PlainTextResponse(f"This server does not answer to {host!r}; name it with --origin.\n", 403)
+        elif not knows_token(request, cfg):
+            answer = PlainTextResponse("Open the address that `vidistill serve` printed, with its token.\n", 403)
+        else:
+            answer = await call_next(request)
+            if cfg.token and request.url.path == "/":  # with it the page loads its files and opens its stream
+                answer.set_cookie(COOKIE, cfg.token, httponly=True, samesite="strict")
         answer.headers.update(HEADERS)
         return answer
 
@@ -202,10 +225,11 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
     from fastapi import WebSocket
 
     leaving: set[asyncio.Task] = set()
+    decoding = asyncio.Lock()
 
-    async def clear(viewer: Viewer) -> None:
+    async def clear(viewer: Viewer, address: str | None) -> None:
         await viewer.finished()
-        await seats.give_back()
+        await seats.give_back(address)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -218,20 +242,24 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
             log.warning("refused a connection to %r from the page of %r; allow it with --origin", host, origin)
             await socket.close(1008)
             return
+        if not knows_token(socket, cfg):
+            await socket.close(1008)
+            return
         await socket.accept()
-        if not await seats.take(cfg.patience_s):
+        address = address_of(socket.client.host if socket.client else "")
+        if not await seats.take(address, cfg.patience_s):
             people = "1 viewer" if seats.limit == 1 else f"{seats.limit} viewers"
             await Viewer.part(socket, Bye("full", f"This server has room for {people}, and it is full.", 1013))
             return
         try:
-            viewer = Viewer(socket, world, cfg.viewer, recordings)
+            viewer = Viewer(socket, world, cfg.viewer, recordings, decoding)
         except BaseException:
-            await seats.give_back()
+            await seats.give_back(address)
             raise
         try:
             await viewer.run()
         finally:
-            task = asyncio.create_task(clear(viewer))
+            task = asyncio.create_task(clear(viewer, address))
             leaving.add(task)
             task.add_done_callback(leaving.discard)
 
@@ -299,10 +327,11 @@ def serve(
     max_viewers: int = 4,
     origins: Sequence[str] = (),
     gain: float = 1.0,
+    token: str = "",
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves the student `name` until interrupted. `ready` is called with the page's address once it answers."""
-    cfg = ServeConfig(host=host, port=port, max_viewers=max_viewers, origins=tuple(origins))
+    cfg = ServeConfig(host=host, port=port, max_viewers=max_viewers, origins=tuple(origins), token=token)
     run(load_world(name, starts, speed, gain), cfg, ready)
 
 
@@ -315,17 +344,30 @@ def run(world: World, cfg: ServeConfig, ready: Callable[[str], None] | None = No
         raise needs_extra(error) from error
     door = _bind(cfg.host, cfg.port)
     address = f"http://{_shown_host(cfg.host)}:{door.getsockname()[1]}/"
+    if cfg.token:
+        address += f"?token={quote(cfg.token)}"
+    elif cfg.host != "localhost" and address_of(cfg.host) is not None:
+        log.warning(
+            "anyone who reaches %s may take a seat and the machine's time: give --token WORD, or bind to 127.0.0.1",
+            address,
+        )
     app = create_app(world, cfg, lambda: ready(address) if ready is not None else log.info("serving %s", address))
     uvicorn.Server(server_config(app)).run(sockets=[door])
 
 
-def server_config(app: Any) -> Any:
-    """How uvicorn runs the app: bounded messages, dead connections noticed, no compression of noise."""
+def server_config(app: Any, limits: Limits | None = None) -> Any:
+    """How uvicorn runs the app: bounded requests and messages, dead connections noticed, no compression of noise."""
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol  # httptools has no limit on the length of a request
 
+    limits = limits or Limits()
+    gates: Any = Gates(limits, H11Protocol)
     return uvicorn.Config(
         app,
-        log_level="warning",
+        http=gates,
+        h11_max_incomplete_event_size=limits.head_bytes,
+        timeout_keep_alive=5,
+        log_level="error",  # warnings are of single requests: whoever sends bad ones would fill the log
         ws_max_size=4 * protocol.MAX_PICTURE,  # below it a message too large is answered; above it the connection ends
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=3,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vidistill.serve import protocol
+from vidistill.serve.gate import Budget
 from vidistill.serve.outbox import Outbox
 from vidistill.serve.player import Player
 from vidistill.serve.protocol import MessageError
@@ -17,7 +18,10 @@ from vidistill.streaming.session import StreamSession
 
 log = logging.getLogger(__name__)
 
-MAX_SLOW = 8  # prompts and texts that wait to be read
+MAX_SLOW = 8  # prompts, texts and pictures that wait to be read
+MESSAGES_S = 250  # messages a second on average; whoever sends more is read more slowly
+MESSAGES_AT_ONCE = 500
+MESSAGE_BYTES = 16 * 1024  # a longer message counts as several
 MAX_ERROR = 400  # characters of what is said of a message, which may quote it
 MAX_QUEUED_AUDIO_S = 60  # seconds of audio that wait to be played
 
@@ -77,7 +81,9 @@ class Bye:
 class Viewer:
     """One connection and the session it owns, from `run` until `run` returns."""
 
-    def __init__(self, socket: Any, world: World, cfg: ViewerConfig, recordings: Recordings) -> None:
+    def __init__(
+        self, socket: Any, world: World, cfg: ViewerConfig, recordings: Recordings, decoding: asyncio.Lock
+    ) -> None:
         self.world, self.cfg = world, cfg
         self._socket, self._out = socket, Outbox(socket, cfg.in_flight)
         self._recorder = Recorder(recordings, cfg.record_s, self._out.tell)
@@ -85,8 +91,11 @@ class Viewer:
         self._news = asyncio.Event()
         self._mapped = -1  # chunk of the map sent last
         self._active_at = self._loop.time()
+        self._budget = Budget(MESSAGES_S, MESSAGES_AT_ONCE, self._loop.time)
         self._picture: np.ndarray | None = None
-        self._slow: set[asyncio.Task] = set()  # prompts, texts to speak, and starts that wait for them
+        self._png: bytes | None = None  # the newest picture that is not decoded yet
+        self._decoding = decoding  # one picture at a time on the whole server
+        self._slow: set[asyncio.Task] = set()  # what is read beside everything else, and starts that wait for it
         self._reading = asyncio.Lock()
         self._interruptions = 0
         self._actions: dict[type, Callable[[StreamSession, Any], None]] = {
@@ -169,6 +178,8 @@ class Viewer:
             except Exception as error:  # an input may meet values that its author did not think of
                 log.debug("a message could not be used", exc_info=True)
                 self._out.tell("error", message=f"This could not be used: {type(error).__name__}")
+            length = len(event.get("text") or event.get("bytes") or "")
+            await asyncio.sleep(self._budget.take(1 + length / MESSAGE_BYTES))
             while self._out.crowded:
                 await asyncio.sleep(0.05)
 
@@ -255,8 +266,17 @@ class Viewer:
     def _upload(self, session: StreamSession, message: protocol.Picture) -> None:
         if self.world.starts is None:
             raise MessageError("this world begins from noise and takes no picture")
-        self._picture = protocol.read_picture(message.png, self.world.size)
-        self._out.tell("picture", width=self._picture.shape[1], height=self._picture.shape[0])
+        png, self._png = self._png, message.png
+        if png is None:  # else a picture waits already, and this newer one takes its place
+            self._read(self._decode())
+
+    async def _decode(self) -> None:
+        async with self._decoding:
+            png, self._png = self._png, None
+            assert png is not None
+            px = await asyncio.to_thread(protocol.read_picture, png, self.world.size)
+        self._picture = px
+        self._out.tell("picture", width=px.shape[1], height=px.shape[0])
 
     def _reset(self, session: StreamSession, message: protocol.Reset) -> None:
         """Start again, under the prompts that came before."""

@@ -1,0 +1,430 @@
+"""What a hostile sender cannot do: counts of what waits, of what is done, and where it is done. Loopback only."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_world import FakeSession, FakeWorld, png, running, served, wait_until, watching
+from hostile import bloated_png, broken_pictures
+
+from vidistill.conditioning.audio import AudioConfig, Track
+from vidistill.serve import protocol
+from vidistill.serve.app import Seats, ServeConfig, run
+from vidistill.serve.gate import PIECE, Budget, Gate, Gates, Limits, address_of
+from vidistill.serve.outbox import MAX_NOTES
+from vidistill.serve.player import Player
+from vidistill.serve.recorder import Recordings
+from vidistill.serve.viewer import MESSAGES_AT_ONCE, MESSAGES_S, Viewer, ViewerConfig
+
+pytestmark = pytest.mark.timeout(60)
+
+
+# --- sound --------------------------------------------------------------------------------------------------------
+
+
+def test_sound_in_the_smallest_pieces_is_kept_in_few_of_them():
+    cfg, one = AudioConfig(), np.full(1, 0.25, np.float32)
+    track = Track(cfg)
+    for i in range(20_000):
+        track.push(one * (i % 3), float(i))
+        assert track.waiting == i + 1
+    assert len(track._queue) <= 1 + 20_000 // cfg.samples
+    track.take(0, 4)
+    assert np.array_equal(track.sound(1), 0.25 * (np.arange(cfg.samples, 2 * cfg.samples) % 3).astype(np.float32))
+    placed = 20_000 - track.waiting
+    assert placed == (4 + cfg.lookahead) * cfg.samples and track.came_at(0) == 0.0
+    track.clear_audio()
+    assert track.waiting == 0
+
+
+# --- resets -----------------------------------------------------------------------------------------------------------
+
+
+class Slow(FakeSession):
+    """Starts again only when it may, and counts how often."""
+
+    def __init__(self, *args, **kw):
+        self.starts, self.may = [], threading.Event()
+        self.may.set()
+        super().__init__(*args, **kw)
+
+    def reset(self, *, seed, image):
+        assert self.may.wait(20)
+        self.starts.append(seed)
+        super().reset(seed=seed, image=image)
+
+
+def test_of_many_resets_the_newest_is_done_and_no_other():
+    session = Slow()
+    player = Player(lambda: session, lambda: None)
+    wait_until(lambda: session.made > 0)
+    session.may.clear()
+    player.reset(1, None)
+    wait_until(lambda: player._start is None)  # the first one is being done
+    for seed in range(2, 3000):
+        player.reset(seed, None)
+    session.may.set()
+    wait_until(lambda: session.starts[-1] == 2999)
+    assert session.starts == [0, 1, 2999]
+    player.close()
+    wait_until(lambda: player.finished)
+
+
+def test_a_player_that_closes_does_not_begin_what_was_asked_for_before():
+    session = Slow()
+    player = Player(lambda: session, lambda: None)
+    wait_until(lambda: session.made > 0)
+    session.may.clear()
+    player.reset(1, None)
+    wait_until(lambda: player._start is None)
+    player.reset(2, None)
+    player.close()
+    session.may.set()
+    wait_until(lambda: player.finished)
+    assert session.starts == [0, 1] and session.closed
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_decoded_one_at_a_time_beside_the_event_loop_and_the_newest_wins(monkeypatch):
+    fake, go, seen, at_once = FakeWorld(), threading.Event(), [], []
+    decode = protocol.read_picture
+
+    def watched(data, size):
+        seen.append(threading.current_thread().name)
+        at_once.append(sum(1 for _ in seen) - done[0])
+        assert go.wait(20)
+        done[0] += 1
+        return decode(data, size)
+
+    done = [0]
+    monkeypatch.setattr(protocol, "read_picture", watched)
+    with served(fake, max_viewers=2) as app, watching(app) as one, watching(app) as two:
+        for browser in (one, two):
+            browser.note("hello")
+            for _ in range(50):
+                browser.socket.send_bytes(bytes([protocol.PICTURE]) + png())
+        one.frame(lambda header: header["index"] > 20)  # frames go on
+        go.set()
+        for browser in (one, two):
+            browser.note("picture")
+        wait_until(lambda: done[0] == len(seen))
+    assert len(seen) <= 4 and set(at_once) == {1}, "one that is decoded and the newest after it, of each viewer"
+    assert all(name.startswith("asyncio_") for name in seen), seen
+
+
+def test_a_picture_of_endless_chunks_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(protocol, "read_image", lambda *args, **kw: pytest.fail("it was decoded"))
+    with pytest.raises(protocol.MessageError, match="chunks"):
+        protocol.read_picture(bloated_png(), (64, 64))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_is_answered(monkeypatch, error):
+    monkeypatch.setattr("PIL.Image.open", lambda *args, **kw: (_ for _ in ()).throw(error("inside")))
+    with served(FakeWorld()) as app, watching(app) as browser:
+        browser.note("hello")
+        browser.socket.send_bytes(bytes([protocol.PICTURE]) + png())
+        assert "read" in browser.note("error")["message"]
+        browser.frame(lambda header: header["index"] > 8)
+
+
+@pytest.mark.parametrize("picture", broken_pictures(), ids=lambda data: f"{len(data)} bytes")
+def test_broken_pictures_are_message_errors(picture):
+    with contextlib.suppress(protocol.MessageError):
+        protocol.read_picture(picture, (64, 64))
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_lets_a_burst_through_and_spreads_the_rest():
+    now = [0.0]
+    budget = Budget(10.0, 5.0, lambda: now[0])
+    assert [budget.take() for _ in range(5)] == [0.0] * 5
+    assert [round(budget.take(), 6) for _ in range(3)] == [0.1, 0.2, 0.3]
+    now[0] = 100.0
+    assert budget.take(5.0) == 0.0 and budget.take(20.0) == 2.0
+
+
+class Deaf:
+    """A connection that sends without end and takes nothing; counts what was read of it."""
+
+    def __init__(self, **event):
+        self.event, self.read = {"type": "websocket.receive", **event}, 0
+
+    async def receive(self):
+        self.read += 1
+        return self.event
+
+    async def send_json(self, note):
+        await asyncio.Event().wait()
+
+    send_bytes = send_json
+
+
+def flooded(fake, socket, seconds=0.5):
+    """The viewer of a connection, after so long."""
+
+    async def serve():
+        viewer = Viewer(socket, fake.world, ViewerConfig(), Recordings(), asyncio.Lock())
+        task = asyncio.create_task(viewer.run())
+        await asyncio.sleep(seconds)
+        viewer.player.close()
+        task.cancel()
+        await asyncio.wait([task])
+        return viewer
+
+    return asyncio.run(serve())
+
+
+def test_notes_that_nobody_reads_stay_few_and_so_does_what_is_read_for_them():
+    socket = Deaf(text="nonsense")
+    viewer = flooded(FakeWorld(), socket)
+    assert len(viewer._out._notes) <= MAX_NOTES + 2 and socket.read <= MAX_NOTES + 2
+
+
+def test_messages_are_read_at_a_bounded_rate_and_long_ones_count_for_more():
+    for event, most in (({"text": '{"type": "seen", "sequence": 0}'}, 1), ({"bytes": bytes(2**19)}, 32)):
+        socket = Deaf(**event)
+        flooded(FakeWorld(), socket)
+        assert 0 < socket.read <= (MESSAGES_AT_ONCE + 2 * MESSAGES_S) / most + 2
+
+
+def test_recordings_of_one_viewer_are_saved_one_at_a_time(monkeypatch):
+    go, saving = threading.Event(), []
+    monkeypatch.setattr(Recordings, "write", lambda self, clip, fps: saving.append(len(clip)) or go.wait(20) or "x.mp4")
+    with served(FakeWorld()) as app, watching(app) as browser:
+        browser.note("hello")
+        browser.say(type="record", on=True)
+        browser.frame(lambda header: header["flags"] & protocol.RECORDING)
+        browser.say(type="record", on=False)
+        browser.say(type="record", on=True)
+        assert "still being saved" in browser.note("error")["message"] and len(saving) == 1
+        go.set()
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+class Transport:
+    """Of a connection from `host`; remembers what was done to it."""
+
+    def __init__(self, host="127.0.0.1"):
+        self.host, self.reading, self.gone = host, True, False
+
+    def get_extra_info(self, name):
+        return {"peername": (self.host, 1), "socket": SimpleNamespace(fileno=lambda: -1)}.get(name)
+
+    def pause_reading(self):
+        self.reading = False
+
+    def resume_reading(self):
+        self.reading = True
+
+    def is_closing(self):
+        return self.gone
+
+    def abort(self):
+        self.gone = True
+
+
+class Inner:
+    """A protocol that takes `cost` seconds of a fake clock for each piece."""
+
+    def __init__(self, clock, cost):
+        self.clock, self.cost, self.pieces = clock, cost, []
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.clock[0] += self.cost
+        self.pieces.append(len(data))
+
+    def connection_lost(self, error):
+        pass
+
+
+def gated(limits, hosts, cost=0.0):
+    clock = [0.0]
+    gates = Gates(limits, lambda **kw: Inner(clock, cost), lambda: clock[0])
+    gates_open = [(Gate(gates, Inner(clock, cost)), Transport(host)) for host in hosts]
+    for gate, transport in gates_open:
+        gate.connection_made(transport)
+    return gates_open
+
+
+def test_a_flood_is_parsed_a_little_at_a_time_and_nothing_is_read_meanwhile():
+    async def flood():
+        (gate, transport), (other, _) = gated(Limits(share=0.1), ["127.0.0.1"] * 2, cost=0.01)
+        gate.data_received(bytes(10 * PIECE))
+        other.data_received(bytes(10))
+        assert not transport.reading and gate._inner.pieces == [PIECE]
+        await asyncio.sleep(0.12)  # a tenth of the time: the next piece comes 90 ms after the first
+        early = len(gate._inner.pieces)
+        assert 1 < early < 4, early
+        await asyncio.sleep(1.2)
+        assert transport.reading and gate._inner.pieces == [PIECE] * 10 and other._inner.pieces == [10]
+
+    asyncio.run(flood())
+
+
+def test_a_protocol_that_takes_no_more_is_given_no_more():
+    async def hold():
+        [(gate, transport)] = gated(Limits(), ["127.0.0.1"])
+        gate._inner.transport.pause_reading()
+        gate.data_received(bytes(3 * PIECE))
+        await asyncio.sleep(0.05)
+        assert not gate._inner.pieces and not transport.reading
+        gate._inner.transport.resume_reading()
+        await asyncio.sleep(0.05)
+        assert len(gate._inner.pieces) == 3 and transport.reading
+
+    asyncio.run(hold())
+
+
+def test_one_address_has_few_connections_and_this_machine_as_many_as_there_are():
+    async def crowd():
+        limits = Limits(connections=20, per_address=4)
+        far = gated(limits, ["10.0.0.1"] * 6 + ["10.0.0.2"])
+        assert [transport.gone for _, transport in far] == [False] * 4 + [True] * 2 + [False]
+        network = gated(limits, [f"2001:db8::{i}" for i in range(6)])  # one IPv6 network
+        assert sum(transport.gone for _, transport in network) == 2
+        near = gated(limits, ["127.0.0.1", "::1", "::ffff:127.0.0.1"] * 8)
+        assert [transport.gone for _, transport in near] == [True] * 4 + [False] * 20  # the oldest made room
+
+    asyncio.run(crowd())
+
+
+def test_streams_do_not_make_room_for_new_connections():
+    async def crowd():
+        limits = Limits(connections=2)
+        gates = Gates(limits, lambda **kw: None)
+        seated = [(Gate(gates, Inner([0.0], 0)), Transport()) for _ in range(2)]
+        for gate, transport in seated:
+            gate.connection_made(transport)
+            gate.upgrade(gate._inner)
+        late, transport = Gate(gates, Inner([0.0], 0)), Transport()
+        late.connection_made(transport)
+        assert transport.gone and not any(transport.gone for _, transport in seated)
+
+    asyncio.run(crowd())
+
+
+@contextlib.contextmanager
+def raw(address, upgrade=False):
+    """A plain connection, upgraded to a WebSocket if asked for."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port))) as stream:
+        if upgrade:
+            stream.sendall(
+                f"GET /stream HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            )
+            assert stream.recv(4096).startswith(b"HTTP/1.1 101")
+        yield stream
+
+
+def frame(payload, text=False):
+    """A masked WebSocket frame of less than 126 bytes; the mask is zero."""
+    return bytes([0x81 if text else 0x82, 0x80 | len(payload)]) + bytes(4) + payload
+
+
+def ends(stream, seconds=10.0):
+    """Whether the server ends a connection."""
+    stream.settimeout(seconds)
+    try:
+        while stream.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET /"], ids=["header", "address"])
+def test_an_endless_request_ends_its_connection(head):
+    with running(FakeWorld().world) as address, raw(address) as stream:
+        with contextlib.suppress(ConnectionError):
+            stream.sendall(head)
+            for _ in range(64):
+                stream.sendall(b"a" * 16 * 1024)
+        assert ends(stream)
+
+
+def test_a_request_that_does_not_get_done_is_ended():
+    with running(FakeWorld().world, Limits(request_s=0.5)) as address, raw(address) as stream, raw(address) as body:
+        body.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(3):
+            stream.sendall(b"G")
+            time.sleep(0.1)
+        assert ends(stream) and ends(body)
+
+
+def test_the_seat_of_a_flooder_who_left_is_free_soon():
+    """Also where what was sent is still waiting to be read: the end of the connection does not wait behind it."""
+    fake = FakeWorld()
+    fake.session = Slow
+    with running(fake.world, max_viewers=1) as address:
+        with raw(address, upgrade=True) as stream:
+            wait_until(lambda: fake.sessions)
+            time.sleep(0.2)
+            stream.settimeout(1)
+            reset = json.dumps({"type": "reset", "seed": 1, "start": "red"}).encode()
+            with contextlib.suppress(OSError):
+                for _ in range(30_000):
+                    stream.sendall(frame(reset, text=True))
+        wait_until(lambda: fake.sessions[0].closed, 10)
+    assert len(fake.sessions[0].starts) < 2000
+
+
+# --- strangers --------------------------------------------------------------------------------------------------------
+
+
+def test_one_address_does_not_take_every_seat():
+    async def take():
+        seats = Seats(limit=3, per_address=2)
+        assert [await seats.take("10.0.0.1", 0.01) for _ in range(3)] == [True, True, False]
+        assert await seats.take("10.0.0.2", 0.01)
+        await seats.give_back("10.0.0.1")
+        assert await seats.take("10.0.0.1", 0.01)
+        assert not await seats.take("10.0.0.3", 0.01) and seats.taken == 3
+
+    asyncio.run(take())
+
+
+def test_this_machine_counts_towards_no_address():
+    assert [address_of(host) for host in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == [None] * 3
+    assert address_of("2001:db8::1") == address_of("2001:db8::2") != address_of("2001:db8:0:1::1")
+
+
+def test_a_token_opens_the_page_its_files_and_the_stream():
+    starlette = pytest.importorskip("starlette.websockets", reason="needs pip install 'vidistill[test]'")
+    with served(FakeWorld(), token="open, sesame") as app:
+        for path in ("/", "/page.js", "/health", "/?token=wrong", "/starts/red.png"):
+            assert app.get(path).status_code == 403
+        with pytest.raises(starlette.WebSocketDisconnect), watching(app):
+            pass
+        assert app.get("/", params={"token": "open, sesame"}).status_code == 200  # and a cookie for the rest
+        assert app.get("/page.js").status_code == 200
+        with watching(app) as browser:
+            browser.frame()
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", "word", False), ("127.0.0.1", "", False)]
+)
+def test_a_server_that_others_reach_without_a_token_is_warned_of(monkeypatch, caplog, host, token, warned):
+    uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'vidistill[demo]'")
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: sockets[0].close())
+    run(FakeWorld().world, ServeConfig(host=host, port=0, token=token))
+    assert ("--token" in caplog.text) == warned
