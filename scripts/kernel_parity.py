@@ -270,7 +270,7 @@ def _compiled_equals_eager(function: Callable[..., Tensor], args: list[Tensor]) 
 
 
 def traced(device: str) -> Iterator[tuple[str, float]]:
-    """Every operator under torch.compile(fullgraph=True), with its backward pass where it has one."""
+    """Operator, error: each under torch.compile(fullgraph=True), with its backward pass where it has one."""
     from vidistill.ops.kernels import attention, memory
     from vidistill.ops.kernels import fused as fused_kernels
     from vidistill.ops.kernels import quant as quant_kernels
@@ -313,4 +313,4 @@ def traced(device: str) -> Iterator[tuple[str, float]]:
     with torch.no_grad():
         yield "memory_attention", _compiled_equals_eager(attend, [q])
         store = quant.empty((2, 30, 3, 16), device=device)
-        yield "append", _compiled_equals_eager(append, [store.data, store.data, store.scale, store.scale])
+        yield "append_quantised", _compiled_equals_eager(append, [store.data, store.data, store.scale, store.scale])

@@ -33,6 +33,7 @@ def parity(device: str) -> dict[str, bool]:
             print(f"FAILED {case.kernel}: {case.name}, {case.dtype}: error {error:.1e}, allowed {case.tolerance:.0e}")
     for name, error in traced(device):
         worst.setdefault("traced", []).append(error / 1e-5)
+        print(f"traced without a graph break: {name}")
         if error > 1e-5:
             print(f"FAILED traced: {name}: error {error:.1e}")
     for kernel, ratios in worst.items():

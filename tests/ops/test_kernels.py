@@ -1,6 +1,7 @@
 """The Triton kernels: against their references in Triton's interpreter, on a GPU where there is one, built for two."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidistill.ops import tuning
+from vidistill.ops import fused, quant, tuning
+from vidistill.ops.attention import BACKENDS, chosen, use_backend
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(1800)  # half a minute on an idle core, much more beside a training run
@@ -27,6 +29,26 @@ def parity() -> subprocess.CompletedProcess[str]:
 def test_a_kernel_equals_its_reference_in_the_interpreter(parity, kernel):
     lines = [line for line in parity.stdout.splitlines() if line.startswith(f"parity {kernel} ")]
     assert len(lines) == 1 and " ok " in lines[0], parity.stdout + parity.stderr[-2000:]
+
+
+def test_every_operator_has_a_fake_and_traces_without_a_graph_break(parity):
+    source = "".join(path.read_text() for path in (ROOT / "vidistill" / "ops" / "kernels").glob("*.py"))
+    operators = re.findall(r'custom_op\("vidistill::(\w+)"', source)
+    assert source.count("register_fake") == len(operators) and source.count("@triton.jit") > len(operators)
+    traced = {line.rsplit(": ", 1)[1] for line in parity.stdout.splitlines() if line.startswith("traced without")}
+    assert traced == {name.removesuffix("_backward") for name in operators}, parity.stdout + parity.stderr[-2000:]
+
+
+def test_auto_takes_the_kernels_that_torch_lacks_and_no_others():
+    with use_backend("auto"):
+        assert quant.kernels("cuda") and not quant.kernels("cpu")
+        assert not fused.kernels("cuda") and chosen("cuda") == "sdpa"
+
+
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"triton"}))
+def test_a_backend_other_than_triton_runs_no_kernel(backend):
+    with use_backend(backend):
+        assert not fused.kernels("cuda") and not quant.kernels("cuda")
 
 
 def test_the_script_says_that_times_need_a_gpu(parity):

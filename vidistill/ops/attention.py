@@ -213,7 +213,7 @@ def _resolve(name: str, device: str) -> str:
     elif name == "auto":
         name, reason = "sdpa", "torch's own kernels, nothing to install"
     else:
-        reason = "asked for"
+        reason = "asked for; experimental, not timed on a GPU yet" if name == "triton" else "asked for"
         if name in NEEDS:
             NEEDS[name](device)
     logger.info("attention backend on %s: %s (%s)", device, name, reason)

@@ -1,12 +1,10 @@
 """What stands between the matrix products of a block, each as one operator: norm + rotation, modulation, gated sum.
 
-The functions here are the specification and run everywhere (torch.compile fuses them); with attention backend `triton`
-they run as one kernel each, forward and backward, and so they do with backend `auto` on a GPU that has Triton.
+The functions here are the specification and run everywhere (torch.compile fuses them). With backend `triton` each is
+one kernel, forward and backward: experimental until they are timed against torch.compile on a GPU.
 """
 
-import logging
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,34 +13,13 @@ from torch import Tensor
 from vidistill.ops.attention import choice, resolve
 from vidistill.ops.rope import rotate
 
-logger = logging.getLogger("vidistill")
 SLOPE = math.sqrt(2 / math.pi)
 PIECE = 2**16  # numbers that stay in a core's cache from one operator to the next
 
 
-@cache
-def _kernels(name: str, device: str) -> bool:
-    if name == "triton":
-        return resolve(name, device) == "triton"
-    if name != "auto" or device != "cuda":
-        return False
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        logger.info("norms, rotation and modulation on cuda: torch's own operators (Triton is not installed)")
-        return False
-    logger.info("norms, rotation and modulation on cuda: Triton kernels (choose another backend than auto for none)")
-    return True
-
-
-@torch.compiler.assume_constant_result
-def _decide(name: str, device: str) -> bool:
-    return _kernels(name, device)
-
-
 def kernels(device: str) -> bool:
-    """Whether these operators run as Triton kernels on `device` ("cpu", "cuda"); decided once, logged."""
-    return _decide(choice(), device)
+    """Whether these operators run as Triton kernels on `device` ("cpu", "cuda"): only where that is asked for."""
+    return choice() == "triton" and resolve("triton", device) == "triton"
 
 
 def wide(x: Tensor) -> Tensor:

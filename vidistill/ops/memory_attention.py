@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vidistill.ops.attention import Mask, attention
-from vidistill.ops.fused import kernels
-from vidistill.ops.quant import Quantised
+from vidistill.ops.quant import Quantised, kernels
 from vidistill.ops.rope import rotate
 
 

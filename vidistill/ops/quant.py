@@ -1,14 +1,44 @@
 """8-bit memory entries: symmetric, one scale a token and head. int8 anywhere, fp8 (e4m3) where the GPU has it."""
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from vidistill.ops.fused import kernels
+from vidistill.ops.attention import choice, resolve
 from vidistill.ops.precision import LARGEST
 
+logger = logging.getLogger("vidistill")
+
 SCALE_BYTES = 4
+
+
+@cache
+def _kernels(name: str, device: str) -> bool:
+    if name != "auto" or device != "cuda":
+        return name == "triton" and resolve(name, device) == name
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        logger.info("stored entries on cuda: torch's own operators (Triton is not installed)")
+        return False
+    logger.info("stored entries on cuda: Triton kernels (choose another backend than auto for none)")
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _decide(name: str, device: str) -> bool:
+    return _kernels(name, device)
+
+
+def kernels(device: str) -> bool:
+    """Whether stored entries are read and written by Triton kernels on `device` ("cpu", "cuda"); decided once, logged.
+
+    torch has no operator that turns keys and widens 8-bit entries as it reads them, so `auto` takes them on a GPU.
+    """
+    return _decide(choice(), device)
 
 
 @dataclass(frozen=True)

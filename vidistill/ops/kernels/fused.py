@@ -204,7 +204,7 @@ def launch_norm_rope_backward(
 
 
 @torch.library.custom_op("vidistill::norm_rope", mutates_args=())
-def _norm_rope_op(
+def norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     shape = (*q.shape[:2], heads, q.shape[2] // heads)
@@ -214,7 +214,7 @@ def _norm_rope_op(
     return out_q, out_k
 
 
-@_norm_rope_op.register_fake
+@norm_rope.register_fake
 def _(q, k, q_weight, k_weight, table, heads, eps):
     shape = (*q.shape[:2], heads, q.shape[2] // heads)
     return q.new_empty(shape), k.new_empty(shape)
@@ -250,14 +250,7 @@ def _norm_rope_grad(ctx, grad_q: Tensor, grad_k: Tensor):
     return dq, dk, dw[0], dw[1], None, None, None
 
 
-_norm_rope_op.register_autograd(_norm_rope_grad, setup_context=_norm_rope_save)
-
-
-def norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """As `vidistill.ops.fused.norm_rope`."""
-    return _norm_rope_op(q, k, q_weight, k_weight, table, heads, eps)
+norm_rope.register_autograd(_norm_rope_grad, setup_context=_norm_rope_save)
 
 
 # --- modulated norm ---------------------------------------------------------------------------------------------------
@@ -276,14 +269,14 @@ def launch_modulated_norm_backward(x, scale, grad, dx, dshift, dscale, eps: floa
 
 
 @torch.library.custom_op("vidistill::modulated_norm", mutates_args=())
-def _modulated_norm_op(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     launch_modulated_norm(x, _per_frame(shift, x), _per_frame(scale, x), y, eps, launch_config(MODULATION, x))
     return y
 
 
-@_modulated_norm_op.register_fake
+@modulated_norm.register_fake
 def _(x, shift, scale, eps):
     return x.new_empty(x.shape)
 
@@ -315,12 +308,7 @@ def _modulated_norm_grad(ctx, grad: Tensor):
     return *_modulated_norm_gradient(grad, *ctx.saved_tensors, ctx.eps), None
 
 
-_modulated_norm_op.register_autograd(_modulated_norm_grad, setup_context=_modulated_norm_save)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """As `vidistill.ops.fused.modulated_norm`."""
-    return _modulated_norm_op(x, shift, scale, eps)
+modulated_norm.register_autograd(_modulated_norm_grad, setup_context=_modulated_norm_save)
 
 
 # --- gated sum --------------------------------------------------------------------------------------------------------
@@ -339,14 +327,14 @@ def launch_gated_sum_backward(y, gate, grad, dy, dgate, config: Config) -> None:
 
 
 @torch.library.custom_op("vidistill::gated_sum", mutates_args=())
-def _gated_sum_op(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     launch_gated_sum(x, y.contiguous(), _per_frame(gate, x), out, launch_config(MODULATION, x))
     return out
 
 
-@_gated_sum_op.register_fake
+@gated_sum.register_fake
 def _(x, y, gate):
     return x.new_empty(x.shape)
 
@@ -375,9 +363,4 @@ def _gated_sum_grad(ctx, grad: Tensor):
     return grad, *_gated_sum_gradient(grad, *ctx.saved_tensors)
 
 
-_gated_sum_op.register_autograd(_gated_sum_grad, setup_context=_gated_sum_save)
-
-
-def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """As `vidistill.ops.fused.gated_sum`."""
-    return _gated_sum_op(x, y, gate)
+gated_sum.register_autograd(_gated_sum_grad, setup_context=_gated_sum_save)
