@@ -1,12 +1,16 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_nets import clip, condition, tiny_student
+from tiny_nets import DIT, SHAPE, clip, condition, tiny_student
 
 from vidistill.memory.cache import KVMemory
 from vidistill.memory.policies import MemoryConfig
-from vidistill.memory.pooling import frame_positions
+from vidistill.memory.pooling import Pooling, frame_positions
+from vidistill.memory.spec import CacheSpec
+from vidistill.ops.memory_attention import joined
 
 
 def turn(keys, positions, inverse):
@@ -16,7 +20,14 @@ def turn(keys, positions, inverse):
 
 
 def memory_of(cfg, tokens=1):
-    return KVMemory(cfg, layers=2, batch=1, heads=1, head_dim=2, grid=(1, tokens), rotate=turn)
+    grid = (1, tokens)
+    pooling = Pooling(cfg.pool, grid, stretch=cfg.stretch)
+    return KVMemory(cfg, CacheSpec(layers=2, batch=1, heads=1, head_dim=2, grid=grid, rotate=turn, pooling=pooling))
+
+
+def staged(memory, layer, raw, keys, values):
+    """All keys and values that a chunk's queries attend to."""
+    return joined(memory.segments(layer, raw, keys, values), values.dtype)
 
 
 def write(memory, start, frames, *, commit=True, value=None):
@@ -27,7 +38,7 @@ def write(memory, start, frames, *, commit=True, value=None):
     raw = torch.zeros_like(numbers) if value is None else torch.full_like(numbers, value)
     keys = turn(raw, frame_positions(times, (1, n)), False)
     for layer in range(2):
-        _, seen = memory.stage(layer, raw, keys, numbers)
+        _, seen = staged(memory, layer, raw, keys, numbers)
     if commit:
         memory.commit()
     return sorted(seen[0, ::n, 0, 0].tolist())
@@ -115,7 +126,7 @@ def test_while_autograd_records_only_the_own_part_carries_gradient():
     write(memory, 0, 2)
     memory.begin(2, 2)
     own = torch.ones(1, 2, 1, 2, requires_grad=True)
-    keys, _ = memory.stage(0, own, own * 2, own)
+    keys, _ = staged(memory, 0, own, own * 2, own)
     assert keys.data_ptr() != memory._keys.data_ptr()
     keys.sum().backward()
     assert torch.equal(own.grad, torch.full_like(own, 2.0))
@@ -126,7 +137,7 @@ def test_without_autograd_a_read_is_a_view():
     memory = memory_of(MemoryConfig("full", frames=4))
     memory.begin(0, 2)
     own = torch.ones(1, 2, 1, 2)
-    keys, _ = memory.stage(0, own, own, own)
+    keys, _ = staged(memory, 0, own, own, own)
     assert keys.data_ptr() == memory._keys.data_ptr()
 
 
@@ -138,6 +149,24 @@ def test_a_fork_is_independent():
     assert memory.frames == [0, 1] and twin.frames == [0, 1, 2, 3]
     write(memory, 2, 2)
     assert torch.equal(memory.entries(0)[1], twin.entries(0)[1])
+
+
+@pytest.mark.parametrize("entries", ["dense", "int8"])
+@torch.no_grad()
+def test_a_fork_with_a_history_goes_on_as_the_original_does(entries):
+    student = tiny_student(MemoryConfig("endless", frames=6, history=4, pattern=(1, 2), entries=entries))
+
+    def go_on(memory, starts):
+        for start in starts:
+            v = student.velocity(clip(3, seed=start), torch.zeros(1, 3), condition(3), start=start, memory=memory)
+            memory.commit()
+        return v
+
+    memory = student.new_memory(1)
+    go_on(memory, range(0, 12, 3))
+    twin = memory.fork()
+    wanted = go_on(memory, range(12, 24, 3))  # frames leave the history of one, not of the other
+    assert torch.equal(go_on(twin, range(12, 24, 3)), wanted)
 
 
 def test_a_rewind_forgets_the_newest_frames():
@@ -214,3 +243,49 @@ def test_a_dense_history_lies_behind_the_window_and_is_read_without_a_copy():
     turned = old_keys.shape[1] - len(memory.frames) * 4
     torch.testing.assert_close(segment.keys[:, 24:], old_keys[:, :turned])
     torch.testing.assert_close(segment.values[:, 24:], old_values[:, :turned])
+
+
+def held_bytes() -> int:
+    """Bytes of all storages that Python objects hold."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def recomputed_clip(cfg, before_backward=None):
+    """Gradients of a clip whose chunks recompute their blocks, and the bytes of the past that their graphs hold."""
+    student, cond, sigma = tiny_student(cfg, checkpoint=True), condition(3), torch.zeros(1, 3)
+    memory, total, held = student.new_memory(1), 0.0, held_bytes()
+    for start in range(0, 12, 3):
+        total = total + student.velocity(clip(3, seed=start), sigma, cond, start=start, memory=memory).square().sum()
+        memory.commit()
+    held = held_bytes() - held
+    if before_backward is not None:
+        before_backward(student, memory)
+    total.backward()
+    return [p.grad for p in student.net.parameters()], held
+
+
+def test_a_recomputed_clip_holds_no_copy_of_a_past_whose_slots_are_used_once():
+    whole, held = recomputed_clip(MemoryConfig("full", frames=12))
+    copied, more = recomputed_clip(MemoryConfig("window", frames=12))
+    past = (3 + 6 + 9) * SHAPE.tokens_per_frame * DIT.width * 4
+    assert more - held == 2 * DIT.layers * past  # keys and values of what each chunk found
+    assert all(torch.equal(a, b) for a, b in zip(whole, copied, strict=True))
+
+
+@pytest.mark.parametrize("way", ["reset", "rewind", "fork"])
+@torch.no_grad()
+def test_slots_that_are_filled_anew_leave_a_waiting_backward_pass_alone(way):
+    def fill_anew(student, memory):
+        with torch.no_grad():
+            memory = memory.fork() if way == "fork" else memory
+            memory.rewind(0) if way == "rewind" else memory.reset()
+            for start in range(0, 12, 3):
+                student.velocity(clip(3, seed=90), torch.ones(1, 3), condition(3), start=start, memory=memory)
+                memory.commit()
+
+    with torch.enable_grad():
+        wanted, _ = recomputed_clip(MemoryConfig("full", frames=12))
+        got, _ = recomputed_clip(MemoryConfig("full", frames=12), fill_anew)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))

@@ -6,11 +6,10 @@ from random import Random
 
 import pytest
 import torch
-from test_cache import memory_of, turn, write
+from test_cache import memory_of, staged, turn, write
 from tiny_nets import DIT, SHAPE, SITES, cached, chunk_levels, clip, condition, tiny_dit, tiny_student
 
-from vidistill.memory.history import RELIC_PATTERN
-from vidistill.memory.policies import MemoryConfig, stream_memory
+from vidistill.memory.policies import RELIC_PATTERN, MemoryConfig, stream_memory
 from vidistill.memory.pooling import Pooling, average, frame_positions, num_cells
 from vidistill.ops.rope import rope_table, rotate
 from vidistill.rollout import chunk_noise, replay, rollout
@@ -297,7 +296,7 @@ def test_of_frames_seen_from_nearly_one_pose_the_newer_goes():
         memory.begin(start, 1, poses_of(place))
         raw = torch.full((1, 2, 1, 2), float(start))
         for layer in range(2):
-            memory.stage(layer, raw, turn(raw, frame_positions(torch.tensor([start]), (1, 2)), False), raw)
+            memory.segments(layer, raw, turn(raw, frame_positions(torch.tensor([start]), (1, 2)), False), raw)
         memory.commit()
     assert [s.frame for s in memory.stored] == [0, 1, 3, 5]
     memory.begin(6, 1, poses_of((7, 7)))
@@ -329,7 +328,7 @@ def test_a_needle_seen_from_the_same_pose_is_found_long_after():
             memory.begin(f, 1)
             raw = turned[f, :2].expand(1, 4, 1, 2)
             value = torch.full((1, 4, 1, 2), float(f == 0))
-            keys, values = memory.stage(0, raw, raw, value)
+            keys, values = staged(memory, 0, raw, raw, value)
             memory.commit()
         share = (keys[0, :, 0] @ raw[0, 0, 0]).softmax(0)
         return float(share @ values[0, :, 0, 0])

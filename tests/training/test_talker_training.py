@@ -344,6 +344,8 @@ def test_a_bench_says_how_late_lips_are_and_batches_three_guidance_branches(fold
 def test_anchors_never_leave_and_are_turned_to_stay_near_for_any_length():
     from vidistill.memory.cache import KVMemory
     from vidistill.memory.policies import MemoryConfig
+    from vidistill.memory.pooling import Pooling
+    from vidistill.memory.spec import CacheSpec
 
     rng = np.random.default_rng(0)
     for sinks, frames, phase in ((9, 15, "relative"), (9, 15, "absolute"), (4, 13, "relative")):
@@ -353,7 +355,10 @@ def test_anchors_never_leave_and_are_turned_to_stay_near_for_any_length():
             return keys + positions[0, 0]
 
         cfg = MemoryConfig("window", frames, sinks, phase)
-        memory = KVMemory(cfg, layers=1, batch=1, heads=1, head_dim=2, grid=(1, 1), rotate=rotate)
+        spec = CacheSpec(
+            1, batch=1, heads=1, head_dim=2, grid=(1, 1), rotate=rotate, pooling=Pooling("average", (1, 1))
+        )
+        memory = KVMemory(cfg, spec)
         kept: list[int] = []
         at = 0
         while at < 300:
@@ -363,14 +368,14 @@ def test_anchors_never_leave_and_are_turned_to_stay_near_for_any_length():
             kept = [f for f in kept if f < sinks] + rolling[excess:]
             memory.begin(at, size)
             raw = torch.zeros(1, size, 1, 2)
-            memory.stage(0, raw, raw + torch.arange(at, at + size).view(1, -1, 1, 1), raw)
+            memory.segments(0, raw, raw + torch.arange(at, at + size).view(1, -1, 1, 1), raw)
             memory.commit()
             kept += range(at, at + size)
             at += size
             assert memory.frames == kept and len(kept) <= frames
             anchors = min(sinks, at - size)
             if phase == "relative" and at > 2 * frames and rolling[excess:]:
-                turned = {f: memory._positions[f] for f in range(anchors)}
+                turned = {f: memory._time(f) for f in range(anchors)}
                 assert max(turned.values()) == min(f for f in kept if f >= sinks) - 1
             elif phase == "absolute":
-                assert all(memory._positions[f] == f for f in kept)
+                assert all(memory._time(f) == f for f in kept)

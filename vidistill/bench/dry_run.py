@@ -351,8 +351,10 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
         row["passes_per_rollout"] = len(passes)
         row["passes_with_gradient_at_once"] = 1 if cfg.replay else sum(p.grad for p in passes)
         pasts = [min(student.first_frame(p.chunk), memory.frames - frames) for p in passes if p.grad]
-        copied = max(pasts, default=0) if cfg.replay else sum(pasts)
-        row["history_bytes"] = 2 * copied * dit.layers * dit.width * n * item  # autograd reads memory as a copy
+        # Autograd reads memory as a copy; slots that are used once are joined by recomputed blocks, layer by layer.
+        lent = cfg.dit.checkpoint and memory.policy == "full"
+        copied = max(pasts, default=0) if cfg.replay or lent else sum(pasts)
+        row["history_bytes"] = 2 * copied * (1 if lent else dit.layers) * dit.width * n * item
     if causal:
         row["memory_bytes"] = memory.account(
             shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads, itemsize=item

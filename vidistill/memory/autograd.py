@@ -9,7 +9,7 @@ from vidistill.ops.memory_attention import Segment
 
 
 class Memory(Protocol):
-    """What a pass needs of a memory: its past, copied, and a place for its own entries."""
+    """What a pass needs of a memory: its past, and a place for its own entries."""
 
     @property
     def wants_raw(self) -> bool: ...
@@ -27,13 +27,10 @@ class AutogradView:
         self.wants_raw = memory.wants_raw  # of this pass, also once the memory has gone on
 
     def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
-        return [Segment(*self.stage(layer, raw, keys, values))]
-
-    def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As `KVMemory.stage`; only the chunk's own part carries gradient."""
+        """As `KVMemory.segments`; only the chunk's own part carries gradient."""
         if layer not in self._past:
             self._past[layer] = self._memory.past(layer)
             self._memory.write(layer, raw, keys, values)
         past_keys, past_values = self._past[layer]
         own = slice(keys.shape[1] - self._own, None)
-        return torch.cat((past_keys, keys[:, own]), dim=1), torch.cat((past_values, values[:, own]), dim=1)
+        return [Segment(torch.cat((past_keys, keys[:, own]), dim=1), torch.cat((past_values, values[:, own]), dim=1))]

@@ -2,28 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vidistill.memory.policies import ENTRIES, MemoryConfig
 from vidistill.memory.pooling import Pooling, frame_positions, num_cells
+from vidistill.memory.spec import CacheSpec, Rotate
 from vidistill.ops import quant
 from vidistill.ops.memory_attention import Segment
 
-
-class Rotate(Protocol):
-    """Turns keys [B, S, h, d] to `positions` [S, 3], or back; `table` is what a kernel turns them by."""
-
-    def __call__(self, keys: Tensor, positions: Tensor, inverse: bool) -> Tensor: ...
-
-    def table(self, positions: Tensor, device: torch.device) -> Tensor: ...
-
-
 Frames = dict[int, tuple[Tensor, Tensor]]  # layer -> un-rotated keys and values [B, m, h, d]
-
-RELIC_PATTERN = (1, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4)
-ENTRIES = {"dense": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -33,11 +23,6 @@ class Stored:
     frame: int
     factor: int
     tokens: int
-
-
-def head_major(shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """Zeros [..., S, h, d] that lie head by head, as attention reads them."""
-    return torch.zeros(*shape[:-3], shape[-2], shape[-3], shape[-1], device=device, dtype=dtype).transpose(-3, -2)
 
 
 @dataclass(frozen=True)
@@ -62,11 +47,6 @@ class Store:
             bits = x.view(torch.int8) if x.dtype == torch.float8_e4m3fn else x  # index_select knows no fp8
             bits[:, : len(index)] = bits.index_select(1, index)
 
-    def clone(self) -> "Store":
-        if isinstance(self.data, quant.Quantised):
-            return Store(quant.Quantised(self.data.data.clone(), self.data.scale.clone()))
-        return Store(self.data.clone())
-
 
 def put(keys: Store, values: Store, at: int, k: Tensor, v: Tensor) -> None:
     """Write the entries `k`, `v` [B, m, h, d] from token `at` on."""
@@ -87,42 +67,20 @@ class History:
     ones whenever they are read. `poses` travel with the entries.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        pattern: Sequence[int],
-        entries: str,
-        *,
-        relative: bool,
-        layers: int,
-        batch: int,
-        heads: int,
-        head_dim: int,
-        grid: tuple[int, int],
-        rotate: Rotate,
-        pooling: Pooling,
-        shown: tuple[Tensor, Tensor],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """`shown`: turned keys and values [layers, B, S, h, d], room for `tokens` if entries are dense."""
-        self.capacity, self.pattern, self.relative = tokens, tuple(pattern), relative
-        self.clear()
-        self._grid, self._rotate, self._pooling, self._device = grid, rotate, pooling, device
-        shape, self._kind = (batch, tokens, heads, head_dim), ENTRIES[entries]
+    def __init__(self, cfg: MemoryConfig, spec: CacheSpec, shown: tuple[Tensor, Tensor]) -> None:
+        """`shown`: turned keys and values [layers, B, S, h, d], with room for all tokens if entries are dense."""
+        self.capacity, self.relative = cfg.history_tokens(spec.grid), cfg.phase == "relative"
+        self._cfg, self._spec, self._kind = cfg, spec, ENTRIES[cfg.entries]
         self._positions = torch.zeros(0, 3, dtype=torch.float64)
+        self.clear()
+        shape = (spec.batch, self.capacity, spec.heads, spec.head_dim)
+        self._turned = shown[0] if self._kind is None else ()
         if self._kind is None:
-            self._keys = [Store(head_major(shape, device, dtype)) for _ in range(layers)]
+            self._keys, self._values = ([Store(x) for x in y] for y in (spec.buffer(self.capacity), shown[1]))
         else:
             self._keys, self._values = (
-                [Store(quant.empty(shape, self._kind, device)) for _ in range(layers)] for _ in range(2)
+                [Store(quant.empty(shape, self._kind, spec.device)) for _ in range(spec.layers)] for _ in range(2)
             )
-        self._show(shown)
-
-    def _show(self, shown: tuple[Tensor, Tensor]) -> None:
-        self._turned: list[Tensor] = []
-        if self._kind is None:
-            self._turned, self._values = list(shown[0]), [Store(values) for values in shown[1]]
 
     @property
     def bytes(self) -> int:
@@ -136,7 +94,7 @@ class History:
 
     def factor(self, frame: int) -> int:
         """The factor a side of a frame once it is here."""
-        return self.pattern[(frame - self._origin) % len(self.pattern)]
+        return self._cfg.factor(frame - self._origin)
 
     def clear(self, origin: int = 0) -> None:
         """Forget everything; frame numbers count from `origin`."""
@@ -155,7 +113,7 @@ class History:
         Of the two frames whose poses are nearest to each other the newer goes: the older one is closer to what was
         there first. Poses of a batch count by their mean distance, frames without by their time.
         """
-        incoming = [Stored(f, s, num_cells(self._grid, s)) for f in frames for s in (self.factor(f),)]
+        incoming = [Stored(f, s, num_cells(self._spec.grid, s)) for f in frames for s in (self.factor(f),)]
         left, known = [*self.stored, *incoming], {**poses, **self.poses}
         used = sum(s.tokens for s in left)
         while used > self.capacity:
@@ -189,19 +147,19 @@ class History:
             at += s.tokens
         self.stored = kept
         if index:
-            where = torch.cat(index).to(self._device)
+            where = torch.cat(index).to(self._spec.device)
             for store in (*self._keys, *self._values):
                 store.keep(where)
 
     def add(self, frame: int, entries: Frames, pose: Tensor | None, *, pooled: bool) -> None:
         """Keep a frame's un-rotated entries of every layer, compressed here unless they are `pooled` already."""
         at, factor = self.used, self.factor(frame)
-        tokens = num_cells(self._grid, factor)
+        tokens = num_cells(self._spec.grid, factor)
         for layer, (keys, values) in entries.items():
             if pooled:
-                keys = self._pooling.stretched(keys)
+                keys = self._spec.pooling.stretched(keys)
             else:
-                keys, values = self._pooling(layer, keys, values, factor)
+                keys, values = self._spec.pooling(layer, keys, values, factor)
             put(self._keys[layer], self._values[layer], at, keys.detach(), values.detach())
         self.stored.append(Stored(frame, factor, tokens))
         if pose is not None:
@@ -215,12 +173,12 @@ class History:
         if placed == self._placed:
             return
         self._placed = placed
-        parts = [frame_positions(torch.tensor([float(t)]), self._grid, s.factor) for t, s in placed]
-        self._positions = torch.cat(parts).to(self._device) if parts else torch.zeros(0, 3, dtype=torch.float64)
+        parts = [frame_positions(torch.tensor([float(t)]), self._spec.grid, s.factor) for t, s in placed]
+        self._positions = torch.cat(parts).to(self._spec.device) if parts else torch.zeros(0, 3, dtype=torch.float64)
         for keys, turned in zip(self._keys, self._turned, strict=self._kind is None):
             raw = keys.first(self.used)
             assert isinstance(raw, Tensor)
-            turned[:, : self.used] = self._rotate(raw, self._positions, False)
+            turned[:, : self.used] = self._spec.rotate(raw, self._positions, False)
 
     def segment(self, layer: int) -> Segment:
         """The entries as attention reads them; 8-bit keys with the table that turns them."""
@@ -228,17 +186,10 @@ class History:
         if self._kind is None:
             return Segment(self._turned[layer][:, : self.used], values)
         return Segment(
-            self._keys[layer].first(self.used), values, self._rotate.table(self._positions, torch.device(self._device))
+            self._keys[layer].first(self.used),
+            values,
+            self._spec.rotate.table(self._positions, torch.device(self._spec.device)),
         )
-
-    def fork(self, shown: tuple[Tensor, Tensor]) -> "History":
-        """An independent copy whose entries are shown in a copy of what this one's are shown in."""
-        twin = object.__new__(History)
-        twin.__dict__.update(self.__dict__)
-        twin.stored, twin.poses = list(self.stored), dict(self.poses)
-        twin._keys, twin._values = ([s.clone() for s in stores] for stores in (self._keys, self._values))
-        twin._show(shown)
-        return twin
 
 
 class EntryRecorder:
@@ -259,12 +210,9 @@ class EntryRecorder:
         return read()
 
     def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
-        return [Segment(*self.stage(layer, raw, keys, values))]
-
-    def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         assert raw is not None
         self.entries[layer] = raw, values
-        return keys, values
+        return [Segment(keys, values)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,9 +243,6 @@ class ClipHistory(EntryRecorder):
     def begin(self, start: int, frames: int, poses: Tensor | None = None) -> Tensor:
         return self._times
 
-    def recall(self) -> "ClipHistory":
-        return self
-
     @property
     def columns(self) -> Tensor:
         """Token mask [F, S] of the keys behind those of the clip."""
@@ -305,7 +250,7 @@ class ClipHistory(EntryRecorder):
             [part.seen.repeat_interleave(num_cells(self._pooling.grid, part.factor), 1) for part in self._again], dim=1
         )
 
-    def stage(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
         """The clip's own keys and values [B, S, h, d] and those that are seen again behind them."""
         assert raw is not None
         frames, shown = (x.unflatten(1, (-1, self._tokens)) for x in (raw, values))
@@ -315,4 +260,4 @@ class ClipHistory(EntryRecorder):
             k, v = (x.unflatten(0, (raw.shape[0], -1)).flatten(1, 2) for x in (k, v))
             keys = torch.cat((keys, self._rotate(k, positions, False)), dim=1)
             values = torch.cat((values, v), dim=1)
-        return keys, values
+        return [Segment(keys, values)]

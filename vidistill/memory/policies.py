@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from vidistill.memory.history import ENTRIES, RELIC_PATTERN
+import torch
+
 from vidistill.memory.pooling import POOLS, num_cells
 from vidistill.ops.quant import entry_bytes
 
 log = logging.getLogger("vidistill")
+RELIC_PATTERN = (1, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4, 4, 4, 2, 4, 4, 2, 4)
+ENTRIES = {"dense": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def keep_all(kept: Sequence[int], incoming: int, cfg: "MemoryConfig") -> list[int]:

@@ -13,6 +13,7 @@ from vidistill.memory.cache import KVMemory
 from vidistill.memory.history import Again, ClipHistory, EntryRecorder
 from vidistill.memory.policies import POLICIES, MemoryConfig, sink_times
 from vidistill.memory.pooling import Pooling
+from vidistill.memory.spec import CacheSpec
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 from vidistill.ops.masks import FrameMask
@@ -85,18 +86,9 @@ class CausalStudent(nn.Module):
     def new_memory(self, batch: int, *, dtype: torch.dtype | None = None, cfg: MemoryConfig | None = None) -> KVMemory:
         """An empty memory for `batch` streams; its entries are of `dtype`, None: that of the weights."""
         dit, cfg = self.net.cfg, cfg or self.cfg.memory
-        return KVMemory(
-            cfg,
-            layers=dit.layers,
-            batch=batch,
-            heads=dit.heads,
-            head_dim=dit.head_dim,
-            grid=self.shape.grid,
-            rotate=self.net.new_rotation(),
-            pooling=self.pooling(cfg),
-            device=self.net.device,
-            dtype=dtype or self.net.dtype,
-        )
+        size = (dit.layers, batch, dit.heads, dit.head_dim, self.shape.grid)
+        made = self.net.new_rotation(), self.pooling(cfg), self.net.device, dtype or self.net.dtype
+        return KVMemory(cfg, CacheSpec(*size, *made))
 
     def pooling(self, cfg: MemoryConfig) -> Pooling:
         """What compresses frames for a memory of this student."""
