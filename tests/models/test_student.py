@@ -1,9 +1,10 @@
 import pytest
 import torch
-from tiny_nets import chunk_levels, clip, condition, tiny_student
+from tiny_nets import DIT, SHAPE, chunk_levels, clip, condition, tiny_student
 
 from vidistill.memory.policies import POLICIES, MemoryConfig
 from vidistill.models.student import StudentConfig
+from vidistill.ops.memory_attention import attend
 
 
 def test_only_the_first_chunk_may_be_shorter():
@@ -86,6 +87,20 @@ def test_teacher_forcing_equals_a_noisy_chunk_after_clean_memory(name, monkeypat
         assert (student.block_causal(clean, zero, cond) - torch.cat(causal, dim=1)).abs().max() < 1e-5
         late = student.teacher_forced(x, sigma, cond, clean, zero, first=9)
     assert (late[:, 9:] - masked[:, 9:]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_a_masked_clip_is_told_by_frames_whatever_the_memory_does(name, monkeypatch):
+    monkeypatch.setitem(POLICIES, "strided", keep_every_other)
+    cfg, found = MEMORIES[name], []
+    student = tiny_student(cfg if isinstance(cfg, MemoryConfig) else MemoryConfig(cfg[0], **cfg[1]))
+    monkeypatch.setattr(
+        "vidistill.models.layers.attend", lambda q, s, mask: (found.append(mask), attend(q, s, mask))[1]
+    )
+    with torch.no_grad():
+        student.block_causal(clip(15), torch.rand(1, 15), condition(15))
+    assert len(found) == DIT.layers
+    assert all(mask.seen.shape[0] == 15 and mask.tokens == SHAPE.tokens_per_frame for mask in found)
 
 
 @pytest.mark.parametrize("kw", [{"chunk": 0}, {"first_chunk": -1}, {"chunk": 5, "memory": MemoryConfig("full", 4)}])

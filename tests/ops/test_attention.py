@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_parity import masks
+from torch.nn.attention.flex_attention import create_block_mask
 
 from vidistill.ops import attention as ops
 from vidistill.ops import fused, quant
@@ -41,8 +42,11 @@ def test_every_cpu_backend_equals_the_reference(backend, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [None, "block-causal", "window and sink", "teacher forcing"])
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "xformers", "triton"])
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [(b, None) for b in ("sdpa", "flex", "xformers", "triton")]
+    + [(b, m) for b in ("auto", "triton") for m in ("block-causal", "window and sink", "teacher forcing")],
+)
 def test_every_gpu_backend_equals_the_reference(backend, name):
     if backend == "xformers":
         pytest.importorskip("xformers", reason="xformers is not installed: pip install 'vidistill[cuda]'")
@@ -133,6 +137,73 @@ def test_a_bool_tensor_is_a_mask_too():
     torch.testing.assert_close(ops.attention(q, k, k, dense), ops.reference(q, k, k, dense), rtol=1e-5, atol=1e-6)
 
 
+WIDE = (7, 7, 7, 2, 2, 1)  # tokens of key frames, some of them seen in compressed form
+
+
+def compressed_mask() -> FrameMask:
+    seen = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    return FrameMask(seen | (torch.arange(6) == 0), 7, WIDE)
+
+
+@pytest.mark.parametrize("backend", sorted(set(ops.BACKENDS) - {"xformers", "triton"}))
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_key_frames_of_several_widths_are_seen_as_the_mask_of_tokens_says(backend, fast_library):
+    mask = compressed_mask()
+    q, k, v = (random(2, s, 3, 20, seed=i) for i, s in enumerate((21, 26, 26)))
+    columns = [f for f, width in enumerate(WIDE) for _ in range(width)]
+    dense = torch.stack([mask.seen[row // 7][columns] for row in range(21)])
+    assert mask.shape == (21, 26) and torch.equal(mask.dense, dense)
+    torch.testing.assert_close(
+        ops.BACKENDS[backend](q, k, v, mask), ops.reference(q, k, v, dense), rtol=1e-5, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(FrameMask(seen, n) for seen in masks(9, 3).values() for n in (7, 64, 200)),
+        FrameMask(masks(9, 3)["teacher forcing"], 40, tuple(range(30, 48))),
+        FrameMask(torch.ones(2, 3, dtype=torch.bool), 128),
+    ],
+    ids=lambda mask: f"{mask.shape[0]}x{mask.shape[1]}",
+)
+def test_blocks_made_from_frames_are_those_made_from_tokens(mask):
+    wanted = create_block_mask(lambda b, h, q, k: mask.dense[q, k], None, None, *mask.shape, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask.block, name), getattr(wanted, name)), name
+    assert torch.equal(mask.block.to_dense(), wanted.to_dense()) and mask.block.seq_lengths == mask.shape
+    rows, columns = (torch.arange(s) for s in mask.shape)
+    assert torch.equal(mask.block.mask_mod(0, 0, rows[:, None], columns[None]), mask.dense)
+
+
+AUTO = {(8, 0): "flex", (8, 6): "flex", (8, 9): "flex", (9, 0): "flex", (10, 0): "flex", (12, 0): "flex"}
+
+
+@pytest.mark.parametrize(("capability", "masked"), AUTO.items())
+def test_auto_skips_hidden_blocks_on_every_gpu_that_trains(capability, masked):
+    assert ops.choose("auto", "cuda", "frames", capability)[0] == masked
+    assert ops.choose("auto", "cuda", "none", capability)[0] == "sdpa"
+    assert ops.choose("triton", "cuda", "frames", capability)[0] == "triton"
+    assert {ops.choose("auto", "cpu", mask, capability)[0] for mask in ("none", "frames", "dense")} == {"products"}
+
+
+@pytest.mark.parametrize("capability", [*AUTO, (7, 5)])
+@pytest.mark.parametrize("backend", ["auto", *ops.BACKENDS])
+def test_no_gpu_stores_a_mask_token_by_token(backend, capability):
+    with pytest.raises(ValueError, match="FrameMask"):
+        ops.choose(backend, "cuda", "dense", capability)
+    if backend in ops.DENSE or (backend == "auto" and capability < (8, 0)):
+        with pytest.raises(ValueError, match=r"backend=flex|\(8, 0\) or newer"):
+            ops.choose(backend, "cuda", "frames", capability)
+
+
+def test_a_mask_of_tokens_on_a_gpu_is_refused_by_attention_itself(monkeypatch):
+    q, mask = random(1, 4, 1, 8).to("meta"), torch.ones(4, 4, dtype=torch.bool)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="FrameMask"):
+        ops.attention(q, q, q, mask)
+
+
 def test_a_frame_mask_spreads_over_tokens_in_every_form():
     mask = FrameMask(masks(5, 2)["block-causal"], 3)
     q = random(2, 15, 4, 8)
@@ -145,6 +216,8 @@ def test_a_frame_mask_spreads_over_tokens_in_every_form():
     assert mask.dense is mask.dense and mask.block is mask.block  # built once
     with pytest.raises(ValueError, match="bool tensor"):
         FrameMask(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"FrameMask.widths names 2 key frames, seen 3"):
+        FrameMask(torch.ones(3, 3, dtype=torch.bool), 7, (7, 7))
 
 
 def test_the_bias_for_xformers_masks_as_the_reference_does():

@@ -244,11 +244,9 @@ class ClipHistory(EntryRecorder):
         return self._times
 
     @property
-    def columns(self) -> Tensor:
-        """Token mask [F, S] of the keys behind those of the clip."""
-        return torch.cat(
-            [part.seen.repeat_interleave(num_cells(self._pooling.grid, part.factor), 1) for part in self._again], dim=1
-        )
+    def widths(self) -> list[int]:
+        """Tokens of each frame that is seen again, in the order of its keys."""
+        return [num_cells(self._pooling.grid, part.factor) for part in self._again for _ in part.frames]
 
     def segments(self, layer: int, raw: Tensor | None, keys: Tensor, values: Tensor) -> list[Segment]:
         """The clip's own keys and values [B, S, h, d] and those that are seen again behind them."""

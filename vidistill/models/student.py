@@ -184,9 +184,9 @@ class CausalStudent(nn.Module):
             return self.net(x, sigma, cond, start=times.to(x.device), causal=seen.to(x.device))
         pooling = self.pooling(memory) if memory.remembers else Pooling("average", self.shape.grid)
         clip = ClipHistory(times.to(x.device), again, pooling, self.net.new_rotation())
-        columns = torch.cat((seen.repeat_interleave(self.shape.tokens_per_frame, 1), clip.columns), dim=1)
-        mask = columns.repeat_interleave(self.shape.tokens_per_frame, 0).to(x.device)
-        return self.net(x, sigma, cond, memory=clip, causal=FrameMask(mask))
+        columns = torch.cat((seen, *(part.seen for part in again)), dim=1).to(x.device)
+        widths = [self.shape.tokens_per_frame] * len(times) + clip.widths
+        return self.net(x, sigma, cond, memory=clip, causal=FrameMask(columns, widths[0], tuple(widths)))
 
     def compressed(self, older: Tensor, times: Tensor) -> list[Again]:
         """The frames that anybody sees in compressed form, those of one factor together."""

@@ -141,6 +141,8 @@ def triton(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     if mask is None:
         return masked_attention(q, k, v, q.new_empty(0, 0, dtype=torch.bool), 1)
     mask = frame_mask(mask)
+    if mask.widths:  # the kernel knows frames of one width alone
+        mask = FrameMask(mask.dense)
     return masked_attention(q, k, v, mask.seen, mask.tokens)
 
 
@@ -152,6 +154,8 @@ BACKENDS: dict[str, Backend] = {
     "xformers": xformers,
     "triton": triton,
 }
+DENSE = ("sdpa", "products", "xformers")  # those that read a mask token by token
+FLEX_FROM = (8, 0)  # the first compute capability with bfloat16 products, in which clips are trained
 
 
 def need_xformers(device: str) -> None:
@@ -206,24 +210,47 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
+def choose(name: str, device: str, mask: str = "none", capability: tuple[int, int] = FLEX_FROM) -> tuple[str, str]:
+    """Backend, and the reason for it, where `name` was asked for on a `device` ("cpu", "cuda") of such a capability.
+
+    `mask`: `none`, `frames` (a FrameMask) or `dense` (a tensor). ValueError where a GPU would have to store a mask
+    token by token, which at the size of published models is more than all the rest, and computes what it hides.
+    """
+    if device == "cuda" and mask == "dense":
+        raise ValueError("attention on a GPU takes no mask [Sq, Sk] of tokens: pass a FrameMask, told by frames")
+    if device == "cuda" and mask == "frames" and name in DENSE:
+        raise ValueError(
+            f"attention backend {name!r} would store this mask token by token: choose backend=flex or auto"
+        )
+    if name != "auto":
+        return name, "asked for; experimental, not timed on a GPU yet" if name == "triton" else "asked for"
+    if device == "cpu":
+        return "products", "batched products where they beat torch's fused kernel, the kernel elsewhere"
+    if device != "cuda" or mask == "none":
+        return "sdpa", "torch's own kernels, nothing to install"
+    if capability < FLEX_FROM:
+        raise ValueError(
+            f"masked attention needs compute capability {FLEX_FROM} or newer, this GPU has {capability}: train "
+            "on a newer one, or on rollouts, which take no mask"
+        )
+    return "flex", "blocks of keys that a mask hides are skipped"
+
+
 @cache
-def _resolve(name: str, device: str) -> str:
-    if name == "auto" and device == "cpu":
-        name, reason = "products", "batched products where they beat torch's fused kernel, the kernel elsewhere"
-    elif name == "auto":
-        name, reason = "sdpa", "torch's own kernels, nothing to install"
-    else:
-        reason = "asked for; experimental, not timed on a GPU yet" if name == "triton" else "asked for"
-        if name in NEEDS:
-            NEEDS[name](device)
-    logger.info("attention backend on %s: %s (%s)", device, name, reason)
+def _resolve(name: str, device: str, mask: str) -> str:
+    capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else FLEX_FROM
+    name, reason = choose(name, device, mask, capability)
+    if name in NEEDS:
+        NEEDS[name](device)
+    masked = "" if mask == "none" else " under a mask"
+    logger.info("attention backend on %s%s: %s (%s)", device, masked, name, reason)
     return name
 
 
 @torch.compiler.assume_constant_result
-def resolve(name: str, device: str) -> str:
-    """The backend that `name` means on `device` ("cpu", "cuda"); logged once; raises ValueError where it cannot run."""
-    return _resolve(name, device)
+def resolve(name: str, device: str, mask: str = "none") -> str:
+    """What `choose` says for the GPU that is here; logged once; raises ValueError where it cannot run."""
+    return _resolve(name, device, mask)
 
 
 def choice() -> str:
@@ -239,6 +266,7 @@ def chosen(device: str) -> str:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask = None) -> Tensor:
     """Attention output [B, Sq, h, d] of `q` [B, Sq, h, d] over `k`, `v` [B, Sk, h, d].
 
-    `mask` is a FrameMask, or a bool tensor [Sq, Sk] that is True where a query may look.
+    `mask` is a FrameMask, or (on a CPU) a bool tensor [Sq, Sk] that is True where a query may look.
     """
-    return BACKENDS[resolve(_choice, q.device.type)](q, k, v, mask)
+    kind = "none" if mask is None else "frames" if isinstance(mask, FrameMask) else "dense"
+    return BACKENDS[resolve(_choice, q.device.type, kind)](q, k, v, mask)
