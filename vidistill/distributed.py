@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vidistill.ops.device import accelerator
+from vidistill.ops.sequence import SequenceGroup
 
 log = logging.getLogger("vidistill")
 T = TypeVar("T")
@@ -84,15 +85,38 @@ class Part:
         return nullcontext() if self.count == 1 else RowDraws(self, rows)
 
 
-def parts(batch: int, accumulate: int) -> list[Part]:
-    """The parts of a global batch that this rank works through, one a micro-batch; ValueError if it does not split."""
-    count = world_size() * accumulate
+def parts(batch: int, accumulate: int, sequence: int = 1) -> list[Part]:
+    """The parts of a global batch that this rank works through, one a micro-batch; ValueError if it does not split.
+
+    `sequence` neighbouring ranks work on the same rows (see `sequence_group`).
+    """
+    count = world_size() // sequence * accumulate
     if batch % count:
         raise ValueError(
-            f"batch {batch} cannot be split among {world_size()} processes x {accumulate} micro-batches; choose a "
-            f"multiple of {count}"
+            f"batch {batch} cannot be split among {world_size() // sequence} processes x {accumulate} micro-batches; "
+            f"choose a multiple of {count}"
         )
-    return [Part(rank() * accumulate + k, count) for k in range(accumulate)]
+    return [Part(rank() // sequence * accumulate + k, count) for k in range(accumulate)]
+
+
+def sequence_group(sequence: int) -> SequenceGroup | None:
+    """The `sequence` neighbouring ranks that share the tokens of every frame; None for 1.
+
+    Together with the rows of a batch they make a mesh of two axes, `data` x `sequence`; parameters are sharded over
+    both. ValueError unless the number of processes is a multiple of it.
+    """
+    if sequence == 1:
+        return None
+    if world_size() % sequence:
+        raise ValueError(
+            f"sequence {sequence} does not divide {world_size()} processes: start a multiple of it with torchrun, or "
+            "set sequence=1"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = (world_size() // sequence, sequence)
+    mesh = init_device_mesh(accelerator().type, size, mesh_dim_names=("data", "sequence"))
+    return SequenceGroup.of(mesh["sequence"].get_group())
 
 
 class RowDraws(TorchFunctionMode):

@@ -10,13 +10,26 @@ from torch.utils.checkpoint import checkpoint
 
 from vidistill.conditioning.condition import VIEW_SITE, Condition
 from vidistill.diffusion import v_from_blend
+from vidistill.memory.autograd import AutogradView
 from vidistill.memory.cache import KVMemory
 from vidistill.memory.history import EntryRecorder
 from vidistill.memory.pooling import average, frame_positions
-from vidistill.models.layers import NO_GRID, Block, DiTConfig, Entries, Head, ImageEmbedding, Shown, Site, SiteConfig
+from vidistill.models.layers import (
+    NO_GRID,
+    Around,
+    Block,
+    DiTConfig,
+    Entries,
+    Head,
+    ImageEmbedding,
+    Shown,
+    Site,
+    SiteConfig,
+)
 from vidistill.ops.linear import convert_linears
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.rope import composed, rope_table, rotate, view_table
+from vidistill.ops.sequence import SequenceGroup
 
 SHAPES = 64  # graphs of one region, one a shape of clip, before torch takes more for a mistake (its own limit is 8)
 
@@ -41,6 +54,7 @@ class VideoDiT(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.sequence: SequenceGroup | None = None  # processes that share the tokens of every frame
         width = cfg.width
         self.patch_embedding = nn.Linear(cfg.patch_dim // cfg.channels * (cfg.channels + cfg.extra_channels), width)
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, width), nn.SiLU(), nn.Linear(width, width))
@@ -141,19 +155,49 @@ class VideoDiT(nn.Module):
         mask = FrameMask(causal, grid[0] * grid[1]) if isinstance(causal, Tensor) else causal
         e, e6 = self.embed_time(sigma, cond, memory)
         h = self.embed_patches(x, cond, factor)
-        prompt, (hidden, keys, view) = self.read_prompt(cond, memory), self.read_sites(cond, memory, h.shape[2])
-        table = table if view is None else composed(table, view)
+        prompt, (hidden, keys, view) = self.read_prompt(cond, memory), self.read_sites(cond, memory, grid[0] * grid[1])
         recompute = self.cfg.checkpoint and torch.is_grad_enabled()
+        # A block that runs again in the backward pass must find the memory as it was, and write nothing twice.
         history = memory.recall() if memory is not None and recompute else memory
+        around = self.around(table if view is None else composed(table, view), view, mask, history, x.shape[1])
         for layer, block in enumerate(self.blocks):
             h, inside = self.inject(h, hidden[layer])
             needed = output or layer < self.cfg.layers - 1
-            args = (h, e6, table, prompt and prompt[layer], mask, history, layer, inside, keys[layer], view, needed)
+            args = (h, e6, around, layer, prompt and prompt[layer], inside, keys[layer], needed)
             h = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         if not output:
             return torch.zeros_like(x)
-        out = self.unpatchify(self.head(h, e).to(x.dtype), grid)
+        patches = self.head(h, e) if self.sequence is None else self.sequence.whole(self.head(h, e))
+        out = self.unpatchify(patches.to(x.dtype), grid)
         return v_from_blend(x, out, sigma, X0_ERROR) if self.cfg.predicts == "x0" else out
+
+    def around(
+        self,
+        table: Tensor,
+        view: Tensor | None,
+        mask: FrameMask | None,
+        memory: KVMemory | AutogradView | EntryRecorder | None,
+        frames: int,
+    ) -> Around:
+        """What all blocks see alike; of tables for whole frames, the part of this process's tokens."""
+        if self.sequence is not None:
+            table = self.sequence.own_table(table, frames)
+            view = None if view is None else self.sequence.own_table(view, frames)
+        return Around(table, view, mask, memory, self.sequence)
+
+    def split_sequence(self, group: SequenceGroup) -> None:
+        """From now on each process of `group` runs this network on its part of the tokens of every frame.
+
+        All of them must pass the same latents and conditions; all get the whole velocity. Gradients are those of the
+        part, times the processes: their mean over all processes of the run is that of the whole.
+        """
+        group.check(self.cfg.heads)
+        self.sequence = group
+
+    @property
+    def own_heads(self) -> int:
+        """Heads that this process attends with, and remembers."""
+        return self.cfg.heads if self.sequence is None else self.cfg.heads // self.sequence.size
 
     def times(
         self, start: int | Tensor, frames: int, cond: Condition, memory: KVMemory | EntryRecorder | None
@@ -190,10 +234,12 @@ class VideoDiT(nn.Module):
                 raise ValueError(f"this network needs Condition.channels with {self.cfg.extra_channels} channels")
             x = torch.cat((x, cond.channels.to(x.dtype)), dim=2)
         _, p, q = self.cfg.patch
-        h = self.patch_embedding(rearrange(x.to(self.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q))
+        patches = rearrange(x.to(self.dtype), "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=q)
+        own = self.sequence.own if self.sequence is not None else lambda whole: whole
+        h = self.patch_embedding(own(patches))
         if self.cfg.grid == NO_GRID:
             return h
-        return h + average(self.position[None, :, None], self.cfg.grid, factor)[0, :, 0]
+        return h + own(average(self.position[None, :, None], self.cfg.grid, factor).movedim(1, 2))[0]
 
     def embed_tokens(self, cond: Condition) -> Tensor | None:
         """Condition tokens at the network's width; image tokens come first, zero-padded to the text tokens' width."""
@@ -263,7 +309,8 @@ class VideoDiT(nn.Module):
         """Learned scores [h, factor, factor] of the tokens of a cell."""
         if str(factor) not in self.pool_weights:
             raise ValueError(f"memory.pool 'learned' needs factor {factor} in dit.pool_factors {self.cfg.pool_factors}")
-        return self.pool_weights[str(factor)][layer]
+        scores = self.pool_weights[str(factor)][layer]
+        return scores if self.sequence is None else self.sequence.own(scores, 0)
 
 
 class Rotation:

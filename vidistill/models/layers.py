@@ -19,6 +19,7 @@ from vidistill.ops.fused import wide
 from vidistill.ops.masks import FrameMask
 from vidistill.ops.memory_attention import Segment, attend
 from vidistill.ops.rope import FLAT, Panorama, Yarn, rotate
+from vidistill.ops.sequence import SequenceGroup
 
 PLACES = ("before", "after_attention")
 ACTIVATIONS = {"silu": lambda width: nn.SiLU(), "norm": nn.LayerNorm}
@@ -245,6 +246,21 @@ class Gelu(nn.GELU):
         return fused.gelu(x)
 
 
+@dataclass(frozen=True)
+class Around:
+    """What all blocks of one pass see alike.
+
+    `table` [2, (B,) F n, 1, d / 2] turns queries and keys; `view`, which it holds already, is the part of the cameras.
+    `sequence`: the processes that share the tokens of every frame; block inputs and `table` are this one's part.
+    """
+
+    table: Tensor
+    view: Tensor | None = None
+    mask: FrameMask | None = None
+    memory: KVMemory | AutogradView | EntryRecorder | None = None
+    sequence: SequenceGroup | None = None
+
+
 class Block(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
@@ -259,7 +275,10 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
     def compile_regions(self, mode: str) -> None:
-        """Run what lies before and after the attention as two graphs, the same two for all blocks."""
+        """Run what lies before and after the attention as two graphs, the same two for all blocks.
+
+        Attention stays out of them: its keys grow with the memory, and every length would be a graph of its own.
+        """
         self._before = torch.compile(Block.before, fullgraph=True, dynamic=False, mode=mode)
         self._after = torch.compile(Block.after, fullgraph=True, dynamic=False, mode=mode)
 
@@ -283,17 +302,15 @@ class Block(nn.Module):
         return fused.gated_sum(x, self.ffn(fused.modulated_norm(x, shift2, scale2, self.eps)), gate2)
 
     def read(
-        self,
-        x: Tensor,
-        e: Tensor,
-        table: Tensor,
-        memory: KVMemory | AutogradView | EntryRecorder | None,
-        layer: int,
-        key: Tensor | None,
-        view: Tensor | None,
+        self, x: Tensor, e: Tensor, around: Around, layer: int, key: Tensor | None
     ) -> tuple[Tensor, list[Segment]]:
         """Queries of `x` [B, F, n, D] and what they attend to; stages the entries of `x`."""
-        q, raw, keys, v = self._before(self, x, e, table, key, memory is not None and memory.wants_raw, view)
+        memory, sequence = around.memory, around.sequence
+        raw_too = memory is not None and memory.wants_raw
+        q, raw, keys, v = self._before(self, x, e, around.table, key, raw_too, around.view)
+        if sequence is not None:
+            q, keys, v = (sequence.to_heads(y, x.shape[1]) for y in (q, keys, v))
+            raw = sequence.to_heads(raw, x.shape[1]) if raw is not None and raw_too else None
         segments = [Segment(keys.to(v.dtype), v)] if memory is None else memory.segments(layer, raw, keys, v)
         held = segments[-1].values
         assert isinstance(held, Tensor)  # the window, or all there is
@@ -303,25 +320,24 @@ class Block(nn.Module):
         self,
         x: Tensor,
         e: Tensor,
-        table: Tensor,
-        prompt: Entries | None,
-        mask: FrameMask | None,
-        memory: KVMemory | AutogradView | EntryRecorder | None,
+        around: Around,
         layer: int,
-        inside: Tensor | None,
-        key: Tensor | None,
-        view: Tensor | None = None,
+        prompt: Entries | None = None,
+        inside: Tensor | None = None,
+        key: Tensor | None = None,
         output: bool = True,
     ) -> Tensor:
-        """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions, and so is
-        `view` [2, B, F n, 1, d / 2], which `table` holds already.
+        """`x` [B, F, n, D], `e` [B, F, 6, D]; `inside` and `key` [B, F, 1, D] are per-frame conditions.
 
         Without `output` the entries are staged and nothing else is computed.
         """
-        q, segments = self.read(x, e, table, memory, layer, key, view)
+        q, segments = self.read(x, e, around, layer, key)
         if not output:
             return x
-        return self._after(self, x, attend(q, segments, mask), e, prompt, inside)
+        out = attend(q, segments, around.mask)
+        if around.sequence is not None:
+            out = around.sequence.to_tokens(out, x.shape[1])
+        return self._after(self, x, out, e, prompt, inside)
 
 
 class Head(nn.Module):

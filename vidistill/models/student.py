@@ -86,7 +86,7 @@ class CausalStudent(nn.Module):
     def new_memory(self, batch: int, *, dtype: torch.dtype | None = None, cfg: MemoryConfig | None = None) -> KVMemory:
         """An empty memory for `batch` streams; its entries are of `dtype`, None: that of the weights."""
         dit, cfg = self.net.cfg, cfg or self.cfg.memory
-        size = (dit.layers, batch, dit.heads, dit.head_dim, self.shape.grid)
+        size = (dit.layers, batch, self.net.own_heads, dit.head_dim, self.shape.grid)
         made = self.net.new_rotation(), self.pooling(cfg), self.net.device, dtype or self.net.dtype
         return KVMemory(cfg, CacheSpec(*size, *made))
 
