@@ -54,12 +54,74 @@ def test_another_seed_is_another_clip_and_the_same_seed_the_same():
     assert torch.equal(a, b) and not torch.allclose(a, c)
 
 
-def test_rolling_finishes_chunks_in_order():
-    student = tiny_student(MemoryConfig("window", frames=12, sinks=1))
+class Known(torch.nn.Module):
+    """A network whose velocity is a known function of latents and level; it writes down what it is asked."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student, self.asked = student, []
+
+    def velocity(self, x, sigma, cond, *, start, memory, output=True):
+        self.asked.append((start, x.clone(), sigma[0].tolist(), output))
+        memory.begin(start, x.shape[1])
+        return 0.3 * x + sigma[:, :, None, None, None].to(x.dtype)
+
+    def commit(self, memory, x, cond, *, start):
+        self.asked.append((start, x.clone(), "kept", True))
+        memory.next_frame += 3
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "student" else getattr(self.student, name)
+
+
+def test_rolling_moves_every_chunk_of_its_window_one_level_down_in_each_pass():
+    student = Known(tiny_student(MemoryConfig("window", frames=12, sinks=1)))
     cfg = ScheduleConfig(name="rolling", levels=(1.0, 0.6, 0.3))
     with torch.no_grad():
         chunks = list(itertools.islice(run(student, endless(cfg), transition=euler), 3))
-    assert [c.shape[1] for c in chunks] == [3, 3, 3] and all(torch.isfinite(c).all() for c in chunks)
+    for i, chunk in enumerate(chunks):
+        x = chunk_noise(student, 1, 0)(i)
+        for now, after in ((1.0, 0.6), (0.6, 0.3), (0.3, 0.0)):  # by hand, each chunk for itself
+            told = [
+                level[3 * i - start :][:3]
+                for start, window, level, _ in student.asked
+                if start <= 3 * i < start + window.shape[1]
+                and torch.allclose(window[:, 3 * i - start :][:, :3], x, atol=1e-5)
+            ]
+            assert told[0] == [now] * 3
+            v = 0.3 * x + now
+            x = x - now * v if not after else x + (after - now) * v
+        torch.testing.assert_close(chunk, x)
+    kept = [asked for asked in student.asked if asked[2] == "kept"]
+    assert [start for start, *_ in kept] == [0, 3]
+    torch.testing.assert_close(kept[0][1], chunks[0])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_a_network_is_told_and_shown_follows_the_passes(name):
+    student, schedule = Known(tiny_student(WINDOW)), SCHEDULES[name]
+    passes = list(finite(endless(schedule), 2))
+    with torch.no_grad():
+        chunks = list(run(student, passes))
+    asked = [a for a in student.asked if a[2] != "kept"]
+    kept = [a for a in student.asked if a[2] == "kept"]
+    assert [a[2] for a in asked] == [[*(p.timesteps or p.sigma)] * 3 for p in passes]
+    assert [a[3] for a in asked] == [p.kind == "denoise" for p in passes]  # a context pass is asked for no output
+    for chunk, (start, x, _, _) in enumerate(kept):
+        clean = torch.equal(x, chunks[chunk])
+        assert start == 3 * chunk and clean == (schedule.context != "noised")
+        if not clean:  # shown at its level: mostly the chunk, a little noise
+            assert (x - 0.9 * chunks[chunk]).std() == pytest.approx(0.1, rel=0.2)
+
+
+def test_levels_told_apart_from_the_noise_reach_the_network_and_leave_the_noise_alone():
+    cfg = ScheduleConfig(steps=((1.0, 0.5),), timesteps=((0.99, 0.4),), context_sigma=0.05)
+    student = Known(tiny_student(WINDOW))
+    with torch.no_grad():
+        (chunk,) = run(student, finite(endless(cfg), 1))
+    (_, _, *_), (_, x, told, _), (_, shown, context, _), *_ = student.asked
+    assert told == [0.4] * 3 and context == [0.05] * 3 and torch.equal(shown, chunk)
+    torch.testing.assert_close(chunk, x - 0.5 * (0.3 * x + 0.4))
 
 
 def test_given_chunks_come_out_as_they_went_in():
