@@ -101,6 +101,9 @@ def test_a_batch_that_cannot_be_split_is_refused(root):
         ({"parallel": "magic"}, "'magic' is unknown"),
         ({"parallel": "shard", "optim": OPTIM}, "clear optim.muon"),
         ({"parallel": "shard", "objective": "codec"}, "for transformers"),
+        ({"sequence": 0}, "sequence must be at least 1"),
+        ({"sequence": 2, "objective": "codec"}, "set sequence=1"),
+        ({"offload": True}, "dit.checkpoint=true"),
     ],
 )
 def test_impossible_ways_of_sharing_are_refused(root, settings, message):
@@ -133,6 +136,33 @@ def test_two_processes_equal_one_on_the_same_global_batch(root, stage):
     for parallel in distributed.PARALLEL:
         two = result(make(root, name=parallel, parallel=parallel), 3, root / parallel, count=2)
         assert_same(two, one)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "sid"])
+@pytest.mark.parametrize(("count", "settings"), [(2, {}), (2, {"parallel": "shard"}), (4, {"parallel": "shard"})])
+def test_processes_that_share_tokens_train_as_one_does(root, stage, count, settings):
+    make = {**STAGES, **MORE}[stage]
+    one = result(make(root, name="one"), 3, root / "one")
+    more = result(make(root, name="more", sequence=2, **settings), 3, root / "more", count=count)
+    assert_same(more, one)
+
+
+def test_what_waits_on_the_host_for_its_backward_pass_changes_nothing(root, monkeypatch):
+    cfg = STAGES["dmd"](root, name="here")
+    cfg = replace(cfg, dit=replace(cfg.dit, checkpoint=True))
+    here, waited, wait = result(cfg, 3, root / "here"), [], torch.autograd.graph.save_on_cpu
+
+    class Counted(wait):
+        def __init__(self, **how):
+            super().__init__(**how)
+            pack = self.pack_hook
+            self.pack_hook = lambda x: (waited.append(tuple(x.shape)), pack(x))[1]
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Counted)
+    there = result(replace(cfg, name="there", offload=True), 3, root / "there")
+    assert there[1] == here[1] and all(torch.equal(there[0][name], x) for name, x in here[0].items())
+    inputs = [shape for shape in waited if len(shape) == 4 and shape[-1] == cfg.dit.width]
+    assert len(inputs) >= cfg.dit.layers  # [B, F, n, D] of every block
 
 
 def experts():

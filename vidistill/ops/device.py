@@ -1,5 +1,8 @@
 """Where networks run."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 
@@ -20,6 +23,11 @@ def named_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} is not on this machine ({error}); choose auto, cpu or cuda") from error
     return accelerator() if device == torch.device("cuda") else device
+
+
+def kept_on_host(on: bool, device: torch.device) -> AbstractContextManager[Any]:
+    """If `on`, what autograd saves inside waits in host memory (page-locked beside a GPU) for its backward pass."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda") if on else nullcontext()
 
 
 def wait_for(device: torch.device) -> None:

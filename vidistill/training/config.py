@@ -63,6 +63,8 @@ class TrainConfig:
     batch: int = 16  # clips of one update, of all processes and micro-batches together
     accumulate: int = 1  # micro-batches an update
     parallel: str = "replicate"  # under torchrun: every process has whole networks, or its `shard` of them (FSDP2)
+    sequence: int = 1  # under torchrun: so many processes share the tokens of every frame, and work on the same clips
+    offload: bool = False  # inputs of recomputed blocks (dit.checkpoint) wait in host memory for their backward pass
     frames: int = 22  # latent frames of a clip (pixel frames for a codec)
     curriculum: tuple[tuple[int, int], ...] = ()  # (step, frames): clips of so many latents from this step on
     seed: int = 0
@@ -115,6 +117,7 @@ class TrainConfig:
             "steps",
             "batch",
             "accumulate",
+            "sequence",
             "frames",
             "critic_steps",
             "critic_reuse",
@@ -136,6 +139,10 @@ class TrainConfig:
             raise ValueError(f"parallel {self.parallel!r} is unknown; choose one of {distributed.PARALLEL}")
         if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
             raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
+        if self.objective == "codec" and self.sequence > 1:
+            raise ValueError("a codec has no tokens to share; set sequence=1")
+        if self.offload and not self.dit.checkpoint:
+            raise ValueError("offload=true is for the inputs of recomputed blocks; set dit.checkpoint=true")
         if self.objective == "codec" and (self.lora.rank or self.compile):
             raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
         if self.init_plateau < 0 or (self.init_plateau and not self.init):

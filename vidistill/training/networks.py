@@ -67,12 +67,16 @@ def make_roles(cfg: TrainConfig, data: Any) -> tuple[Roles, LatentShape | None, 
 
 
 def prepare(cfg: TrainConfig, roles: Roles, device: torch.device) -> None:
-    """Add LoRA where it is asked for, move networks to `device`, shard them if the run does."""
+    """Add LoRA where it is asked for, move networks to `device`, split their work and weights among processes."""
+    group = distributed.sequence_group(cfg.sequence)
     for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
         if net is None:
             continue
         inner: VideoDiT = core(net.to(device))
         add_lora(inner, lora)
+        for part in inner.modules():  # a teacher may be several, or a foreign one: each process then runs all of it
+            if group is not None and isinstance(part, VideoDiT):
+                part.split_sequence(group)
         if cfg.parallel == "shard":
             distributed.shard(inner, inner.units)
         if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape

@@ -22,7 +22,7 @@ from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
 from vidistill.ops.attention import use_backend
-from vidistill.ops.device import accelerator
+from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.training import known, networks, validation
 from vidistill.training.config import TrainConfig, Turn
@@ -53,7 +53,7 @@ class Trainer:
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg, self.device = cfg, accelerator()
         self.objective = OBJECTIVES[cfg.objective]
-        self.parts = distributed.parts(cfg.batch, cfg.accumulate)
+        self.parts = distributed.parts(cfg.batch, cfg.accumulate, cfg.sequence)
         self.folder = Path(cfg.out) / cfg.name
         self.metrics_log = MetricsLog(self.folder / METRICS)
         self.lock: RunLock | None = None  # of rank 0 while it runs
@@ -162,7 +162,8 @@ class Trainer:
         whole, loss_of = self.batch(turn.drawn), self.objective.loss_of(turn.role)
         for sampler, part in zip(self.samplers, self.parts, strict=True):  # micro-batches
             batch, rng = self.micro_batch(whole, part), turn.rng()
-            with autocast(self.cfg.precision, self.device, self.caching), part.draws(len(batch.x)):
+            waiting = kept_on_host(self.cfg.offload, self.device)
+            with autocast(self.cfg.precision, self.device, self.caching), part.draws(len(batch.x)), waiting:
                 sample = sampler(batch, rng, turn)
                 loss = loss_of(self.roles, sample.x0, sample.batch, turn.loss, rng)
                 sampler.backward(loss.value, sample)
