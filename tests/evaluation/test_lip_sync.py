@@ -94,8 +94,8 @@ def test_a_stream_that_never_looked_like_its_picture_has_no_drift_that_could_cou
 
 def test_people_who_are_judged_are_none_of_those_a_checkpoint_was_chosen_on():
     chosen = range(64)  # data/talker-heldout, see configs/talker
-    clips = range(lip_sync.CLIP_SEEDS, lip_sync.CLIP_SEEDS + LipSyncConfig().clips)
-    long = range(lip_sync.LONG_SEEDS, lip_sync.LONG_SEEDS + LipSyncConfig().streams)
+    clips = range(lip_sync.CLIP_ROOMS, lip_sync.CLIP_ROOMS + LipSyncConfig().clips)
+    long = range(lip_sync.LONG_ROOMS, lip_sync.LONG_ROOMS + LipSyncConfig().streams)
     assert not set(chosen) & set(clips) and not set(clips) & set(long)
 
 

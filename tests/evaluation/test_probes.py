@@ -137,7 +137,7 @@ def test_making_a_probe_leaves_its_figures_and_seeds_on_the_card(folders, tmp_pa
     figures = probes.make_probe(*folders, tmp_path / "made", steps=3)
     card = json.loads((tmp_path / "made.json").read_text())["card"]
     assert card["held_out"] == figures and card["steps"] == 3
-    assert card["train_seeds"] == [0, 7] and card["held_out_seeds"] == [100, 102]
+    assert card["train_seeds"] == [0, 7] and card["held_out_seeds"] == [1_000_100, 1_000_102]
     assert probes.load_probe(tmp_path / "made").cfg == TINY
 
 

@@ -12,6 +12,7 @@ from vidistill.data.shards import captioned_shards, write_shards
 from vidistill.evaluation import SUITES, probes, prompt_adherence, report, suite
 from vidistill.evaluation.probes import Reading
 from vidistill.evaluation.prompt_adherence import METRICS, SUITE, AdherenceConfig, accuracy, right_of
+from vidistill.evaluation.rooms import Rooms
 from vidistill.streaming.prompt_switch import SWITCHES
 from vidistill.worlds import WORLDS, shapes
 from vidistill.worlds.shapes import ATTRIBUTES
@@ -24,8 +25,8 @@ def world(tmp_path_factory):
 
 def protocol(world, tmp_path):
     return AdherenceConfig(
-        clips=3, batch=2, before=1.0, after=1.5, window=0.7, streams=2, long_seconds=2.0, steps=2, stride=1,
-        probe=str(world / "probe"), out=str(tmp_path), cache=str(tmp_path / "cache"),
+        clips=3, batch=2, first_seed=3, before=1.0, after=1.5, window=0.7, streams=2, long_seconds=2.0,
+        steps=2, stride=1, probe=str(world / "probe"), out=str(tmp_path), cache=str(tmp_path / "cache"),
     )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def reading(asked, frames, wrong_until=0):
 
 def test_time_to_adherence_is_when_everything_asked_for_is_shown_and_stays():
     heads = list(ATTRIBUTES)
-    asked = prompt_adherence.asked_of(WORLDS["shapes"], prompt_adherence.scenes(WORLDS["shapes"], 3))
+    asked = prompt_adherence.asked_of(WORLDS["shapes"], prompt_adherence.scenes(Rooms("shapes", WORLDS["shapes"]), 3))
 
     def took(found, asked):
         right = right_of(found, asked, heads)

@@ -16,12 +16,14 @@ from vidistill.conditioning.condition import walked
 from vidistill.data.clips import Clips
 from vidistill.evaluation import probes, quality, report, suite
 from vidistill.evaluation.quality import METRICS, SUITE, EvalConfig, HeldOut
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, curve_drifts, student_chunks
 from vidistill.evaluation.suite import Data, Tally, figures
 from vidistill.worlds import WORLDS
 from vidistill.worlds.doom.labels import action_labels
 
 DOOM = WORLDS["doom"]
+SPLIT_FOLDERS = [("validation", "heldout", 1_000_005), ("test", "test", 1_700_005)]
 FRAMES = 7  # latents of a clip: 25 px frames, chunks of 1, 3 and 3
 KEYS = ("frechet", "action_following", "sharpness_ratio", "saturation_ratio", "motion_ratio", "flicker_ratio")
 DRIFTS = ("sharpness_drift", "saturation_drift", "motion_drift")
@@ -29,19 +31,20 @@ DRIFTS = ("sharpness_drift", "saturation_drift", "motion_drift")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with held-out walks, long walks, and a probe trained on others."""
+    """A folder with walks of validation and test, long walks, and a probe trained on others."""
     root = tmp_path_factory.mktemp("world")
-    write_walks(root / "data" / "frames", num=4, length=60)
-    write_walks(root / "data" / "long", num=2, length=45, first=50)
+    for split, folder in (("validation", "data-heldout"), ("test", "data-test")):
+        write_walks(root / folder / "frames", num=4, length=60, split=split)
+        write_walks(root / folder / "long", num=2, length=45, split=split, first=quality.LONG_EPISODES_FROM)
     train = write_walks(root / "train", num=6, length=80, split="train", first=100)
     cfg = probes.ProbeConfig(size=16, widths=(24, 32), features=16, textures=5)
-    probes.save_probe(root / "probe", probes.train_probes(train, steps=120, batch=48, lr=8e-3, cfg=cfg), {})
+    probes.save_probe(root / "probe", probes.train_probes(train, steps=200, batch=48, lr=8e-3, cfg=cfg), {})
     return root
 
 
 def held_out(world, cfg):
     """Clips of the held-out walks, as the suite sees them."""
-    clips, heads = Clips(world / "data" / "frames"), {"turn": 3, "walk": 3}
+    clips, heads = Clips(world / "data-test" / "frames"), {"turn": 3, "walk": 3}
     probe = probes.load_probe(world / "probe")
     return Data(HeldOut(clips, DOOM, cfg, 25), 17.5, probe, heads, cfg.stride, round(17.5 * cfg.seconds))
 
@@ -49,7 +52,7 @@ def held_out(world, cfg):
 def protocol(world, out):
     return EvalConfig(
         clips=6, batch=4, seconds=0.8, streams=2, long_seconds=2.4, frames=FRAMES, steps=2, episodes=4,
-        data=str(world / "data"), cache=str(out / "cache"), out=str(out / "out"),
+        data=str(world / "data-{split}"), cache=str(out / "cache"), out=str(out / "out"),
         probe=str(world / "probe"), precision="fp32",
     )  # fmt: skip
 
@@ -184,7 +187,7 @@ def test_a_teacher_of_another_world_is_refused(cfg, tiny_student_path, tiny_teac
     student, teacher = checkpoint.load(tiny_student_path), checkpoint.load(tiny_teacher_path)
     teacher.record["card"] = {"data": {"source": "shapes"}}
     with pytest.raises(ValueError, match="teacher did not learn"):
-        suite.judge(SUITE, {"student": student, "teacher": teacher}, cfg)
+        suite.judge(SUITE, {"student": student, "teacher": teacher}, cfg, "test")
 
 
 def test_run_judges_a_checkpoint_and_shows_people_a_table(cfg, tiny_codec_path, capsys):
@@ -249,26 +252,42 @@ def test_windows_spread_over_all_episodes_before_they_repeat_one():
         quality.windows(2, 100, 101, 2)
 
 
-def test_missing_held_out_episodes_are_recorded_with_held_out_seeds(tmp_path):
+@pytest.mark.parametrize(("split", "folder", "seed"), SPLIT_FOLDERS)
+def test_missing_episodes_are_recorded_with_seeds_of_their_split(tmp_path, split, folder, seed):
     asked = []
 
     def record(cfg, seeds):
         asked.extend(seeds)
         return (walk(s, cfg.num_frames) for s in seeds)
 
-    world = replace(DOOM, record=record)
-    clips = quality.episodes_at(world, tmp_path / "new", (3, 30), (2, 25), first=5)
-    assert asked == [1_000_005, 1_000_006, 1_000_007] and clips.tensors["frames"].shape[:2] == (3, 30)
-    quality.episodes_at(world, tmp_path / "new", (3, 30), (2, 25))
+    rooms, data = Rooms("doom", replace(DOOM, record=record), split), str(tmp_path / "new-{split}")
+    clips = rooms.episodes(data, "frames", (3, 30), (2, 25), offset=5)
+    assert asked == [seed, seed + 1, seed + 2] and clips.tensors["frames"].shape[:2] == (3, 30)
+    assert (tmp_path / f"new-{folder}" / "frames").is_dir()
+    rooms.episodes(data, "frames", (3, 30), (2, 25), offset=5)
     assert len(asked) == 3
     with pytest.raises(ValueError, match="needed are 4 of 25"):
-        quality.episodes_at(world, tmp_path / "new", (4, 30), (4, 25))
+        rooms.episodes(data, "frames", (4, 30), (4, 25), offset=5)
+    with pytest.raises(ValueError, match=f"begins with room {seed}"):
+        rooms.episodes(data, "frames", (3, 30), (2, 25))
+    replace(rooms, first=40).episodes(data, "frames", (2, 30), (2, 25))
+    assert asked[3:] == [seed + 35, seed + 36]
 
 
-def test_training_episodes_are_no_measure(tmp_path):
-    write_walks(tmp_path / "frames", num=2, length=30, split="train")
-    with pytest.raises(ValueError, match="held-out"):
-        quality.episodes_at(DOOM, tmp_path / "frames", (2, 30), (2, 30))
+def test_episodes_of_another_split_are_no_measure(tmp_path):
+    for split in ("train", "validation"):
+        write_walks(tmp_path / split / "frames", num=2, length=30, split=split)
+        with pytest.raises(ValueError, match=f"split '{split}'"):
+            Rooms("doom", DOOM, "test").episodes(str(tmp_path / split), "frames", (2, 30), (2, 30))
+    with pytest.raises(ValueError, match="train"):
+        Rooms("doom", DOOM, "train")
+
+
+def test_choosing_never_opens_a_room_of_the_test(cfg, tiny_student_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Rooms, "seeds", lambda self, offset, count: opened.append(self.split) or [1_000_000])
+    suite.glance(SUITE, str(tiny_student_path), cfg)
+    assert set(opened) == {"validation"}
 
 
 def test_a_stream_measured_in_pieces_equals_the_whole():
@@ -286,7 +305,7 @@ def test_a_stream_measured_in_pieces_equals_the_whole():
 
 def test_drift_shows_a_stream_that_loses_its_colour_and_not_one_that_keeps_it(world):
     data = replace(held_out(world, EvalConfig(stride=1)), batches=())
-    episode = Clips(world / "data" / "long")
+    episode = Clips(world / "data-test" / "long")
     px = episode.tensors["frames"].permute(0, 1, 4, 2, 3).float() / 255
     fading = torch.lerp(px, px.mean(2, keepdim=True).expand_as(px), torch.linspace(0, 1, 45)[:, None, None, None])
     asked = torch.stack(action_labels(episode.tensors["actions"]), -1)
@@ -321,7 +340,7 @@ def test_a_student_that_cannot_start_from_a_picture_is_refused(cfg, tiny_student
     student = checkpoint.load(tiny_student_path)
     student.record["schedule"]["given_chunks"] = 0
     with pytest.raises(ValueError, match="start image"):
-        quality.held_out(student, checkpoint.load(tiny_codec_path).net, DOOM, cfg)
+        quality.held_out(student, checkpoint.load(tiny_codec_path).net, Rooms("doom", DOOM), cfg)
 
 
 def test_the_teacher_is_found_through_the_card_or_asked_for(tiny_student_path, tiny_teacher_path):

@@ -128,12 +128,12 @@ def bench(tmp_path_factory):
     student(folder, "relic-window", MemoryConfig("window", frames=9), folder / "codec")
     walks = record_many(replace(DOOM, num_frames=80), seeds("held_out", 1))
     meta = {"source": "doom", "split": "held_out", "config": asdict(DOOM), "fps": 17.5}
-    write_shards(folder / "data" / "frames", frame_shards(walks), meta)
+    write_shards(folder / "data-heldout" / "frames", frame_shards(walks), meta)
     return folder
 
 
 def test_the_suite_end_to_end_on_tiny_random_students(bench):
-    cfg = replace(CFG, data=str(bench / "data"), out=str(bench / "out"))
+    cfg = replace(CFG, data=str(bench / "data-{split}"), out=str(bench / "out"))
     result = suite.evaluate(SUITE, str(bench / "relic"), cfg)
     assert result["full"] is None
     for row in ("student", "window", "repeat_last", "real"):
@@ -162,7 +162,7 @@ def test_a_baseline_that_is_damaged_is_told_and_not_left_out(bench, tmp_path):
 
 
 def test_the_command_line_reaches_the_suite(bench, monkeypatch, capsys):
-    own = replace(CFG, data=str(bench / "data"), out="")
+    own = replace(CFG, data=str(bench / "data-{split}"), out="")
     monkeypatch.setitem(SUITES, "memory", replace(SUITE, config=lambda paths: replace(own, paths=paths)))
     window = str(bench / "relic")
     assert main(["eval", str(bench / "relic"), "--suite", "memory", "--clips", "1", "--window", window, "--json"]) == 0
@@ -174,7 +174,7 @@ def test_the_command_line_reaches_the_suite(bench, monkeypatch, capsys):
 def test_motion_read_from_true_pictures_is_near_the_truth(bench):
     from vidistill.data.clips import Clips
 
-    clips = Clips(bench / "data" / "frames")
+    clips = Clips(bench / "data-heldout" / "frames")
     reader = PoseReader(load_probe(), clips)
     px = clips.tensors["frames"][:1].permute(0, 1, 4, 2, 3).float() / 255
     poses = clips.tensors["poses"][:1]

@@ -6,7 +6,7 @@ Four walls of their own colour with stripes; a turn moves the picture by 2 px, a
 import numpy as np
 
 from vidistill.data.shards import frame_shards, write_shards
-from vidistill.data.types import Episode
+from vidistill.data.types import Episode, split_seeds
 
 SIZE, ROUND = 16, 64  # px, columns of a full turn
 FAR = 2000  # map units from the middle to a wall: nobody gets near one
@@ -38,7 +38,7 @@ def picture(column, floor):
     return frame.astype(np.uint8)
 
 
-def write_walks(folder, *, num, length, split="held_out", first=0):
+def write_walks(folder, *, num, length, split="validation", first=0):
     meta = {"source": "doom", "split": split, "config": {"speed": SPEED}, "fps": 17.5}
-    write_shards(folder, frame_shards(walk(first + k, length) for k in range(num)), meta)
+    write_shards(folder, frame_shards(walk(s, length) for s in split_seeds(split, first + num)[first:]), meta)
     return folder

@@ -379,3 +379,13 @@ def test_anchors_never_leave_and_are_turned_to_stay_near_for_any_length():
                 assert max(turned.values()) == min(f for f in kept if f >= sinks) - 1
             elif phase == "absolute":
                 assert all(memory._time(f) == f for f in kept)
+
+
+def test_a_checkpoint_is_never_chosen_on_clips_of_the_test(tmp_path):
+    folder = write_talks(tmp_path / "talks")
+    clips = Clips(folder, reference=True)
+    held = validation.held_out(clips, ValidationConfig(data="x", clips=2), 7, torch.device("cpu"))
+    assert held.origin["data"] == "x" and held.origin["seeds"][0] >= 0
+    clips.meta["split"] = "test"
+    with pytest.raises(ValueError, match=r"validation\.data"):
+        validation.held_out(clips, ValidationConfig(clips=2), 7, torch.device("cpu"))

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vizdoom")
 
-from vidistill.data.types import HELD_OUT_SEED
+from vidistill.data.types import HELD_OUT_SEED, SPLITS, TEST_SEED
 from vidistill.worlds.doom.maps import (
     FRAME_TEXTURE,
     LAYOUTS,
@@ -157,10 +157,14 @@ def test_every_layout_is_closed_and_has_room_for_a_walker(layout):
 
 
 def test_splits_are_disjoint_and_worlds_differ_between_them():
-    train, held = seeds("train", 1000), seeds("held_out", 1000)
-    assert not set(train) & set(held) and min(held) == HELD_OUT_SEED > max(train)
+    train, validation, test = (seeds(split, 1000) for split in ("train", "validation", "test"))
+    assert max(train) < min(validation) == HELD_OUT_SEED and max(validation) < min(test) == TEST_SEED
+    assert seeds("held_out", 1000) == validation  # as older data calls it
+    assert max(SPLITS["validation"]) < TEST_SEED
     with pytest.raises(ValueError, match="held_out"):
-        seeds("test", 3)
+        seeds("games", 3)
+    with pytest.raises(ValueError, match="seeds"):
+        seeds("test", 1_000_000)
 
 
 @pytest.mark.parametrize(

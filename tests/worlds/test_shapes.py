@@ -64,4 +64,4 @@ def test_impossible_clips_are_refused():
     with pytest.raises(ValueError, match="speed"):
         ShapesConfig(speed=(2.0, 1.0))
     with pytest.raises(ValueError, match="split"):
-        shapes.seeds("test", 3)
+        shapes.seeds("games", 3)

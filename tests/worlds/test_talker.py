@@ -48,7 +48,7 @@ def test_people_and_sentences_of_the_splits_never_meet():
     said = [{recorder.sentence(rng, held).casefold() for _ in range(60)} for held in (False, True)]
     assert not said[0] & said[1] and min(map(len, said)) > 40
     with pytest.raises(ValueError, match="split"):
-        recorder.seeds("test", 1)
+        recorder.seeds("games", 1)
 
 
 def test_the_mouth_that_is_read_is_the_mouth_that_was_drawn(clips):

@@ -22,7 +22,8 @@ from vidistill.data.importers import IMPORTERS
 if TYPE_CHECKING:
     from vidistill.conditioning.condition import Encode
 
-SPLIT = "whose clips: their seeds are disjoint (default: train)"
+SPLITS = ("train", "validation", "test", "held_out")
+SPLIT = "whose clips: their seeds are disjoint (default: train; held_out is validation)"
 
 
 OPTION_TYPES = {  # by the names that importers know them by
@@ -60,7 +61,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
         kinds.add_parser(name, help=brings, importer=name)
     doom = kinds.add_parser("doom", help="random walks through rooms of the Doom engine")
     doom.add_argument("out", type=Path, help="folder to write")
-    doom.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)
+    doom.add_argument("--split", choices=SPLITS, default="train", help=SPLIT)
     doom.add_argument("--episodes", type=positive_int, default=256, help="clips to record (default: 256)")
     doom.add_argument(
         "--first", type=non_negative_int, default=0, help="first episode of the split to record (default: 0)"
@@ -82,7 +83,7 @@ def add_data(commands: Any) -> argparse.ArgumentParser:
 def add_shapes(kinds: Any) -> None:
     p = kinds.add_parser("shapes", help="captioned moving shapes, drawn here")
     p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--split", choices=("train", "held_out", "judge"), default="train", help=SPLIT)
+    p.add_argument("--split", choices=(*SPLITS, "judge"), default="train", help=SPLIT)
     p.add_argument("--episodes", type=positive_int, default=1024, help="clips to record (default: 1024)")
     p.add_argument("--frames", type=positive_int, default=129, help="pixel frames an episode (default: 129)")
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
@@ -138,7 +139,7 @@ def reader(text: dict[str, Any]) -> "Encode":
 def add_talker(kinds: Any) -> None:
     p = kinds.add_parser("talker", help="people who talk, drawn here; their speech is espeak-ng's")
     p.add_argument("out", type=Path, help="folder to write")
-    p.add_argument("--split", choices=("train", "held_out"), default="train", help=SPLIT)
+    p.add_argument("--split", choices=SPLITS, default="train", help=SPLIT)
     p.add_argument("--episodes", type=positive_int, default=1024, help="clips to record (default: 1024)")
     p.add_argument("--first", type=non_negative_int, default=0, help="first episode of the split (default: 0)")
     p.add_argument("--frames", type=positive_int, default=161, help="pixel frames an episode (default: 161)")

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import positive_int
+from vidistill.cli.options import non_negative_int, positive_int
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:
@@ -27,7 +27,14 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
     p.add_argument("--full", help="suite memory: the baseline that keeps everything (default: NAME-full)")
-    p.add_argument("--glance", action="store_true", help="the student's clips against real video only, no report")
+    p.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="whose rooms: test for what is published (default), validation to choose settings by",
+    )
+    p.add_argument("--first-seed", type=non_negative_int, help="the first room of the split (default: 0)")
+    p.add_argument("--glance", action="store_true", help="the student's validation clips alone, no report")
     p.add_argument("--out", type=Path, help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.set_defaults(run=run_eval)
@@ -49,6 +56,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
+    given |= {"--first-seed": args.first_seed, "--split": args.split != "test"}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
     report.check_plots()
@@ -70,10 +78,14 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
         option = "--teacher" if args.teacher else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
     own = SUITES["memory"] if memory else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
-    asked = {"paths" if memory else "clips": args.clips, "out": args.out and str(args.out)}
+    asked = {
+        "first_seed": args.first_seed,
+        "paths" if memory else "clips": args.clips,
+        "out": args.out and str(args.out),
+    }
     settings = {key: value for key, value in asked.items() if value}
     if not args.glance:
-        return suite.run(own, args.name, named, **settings)
+        return suite.run(own, args.name, named, args.split, **settings)
     cfg = own.config(**settings)
     result = suite.glance(own, args.name, cfg)
     print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))

@@ -64,16 +64,28 @@ def unpack_rows(part: Mapping[str, Tensor], name: str, k: int) -> Tensor:
 
 IGNORED = -100  # a label that no picture shows
 HELD_OUT_SEED = 1_000_000  # seeds from here on are never trained on
-SPLITS = {"train": 0, "held_out": HELD_OUT_SEED}  # split -> its first seed
+TEST_SEED = 1_700_000  # seeds from here on choose nothing
+SPLITS: Mapping[str, range] = {
+    "train": range(HELD_OUT_SEED),
+    "validation": range(HELD_OUT_SEED, TEST_SEED),
+    "test": range(TEST_SEED, 2_000_000),
+}
+OLD_SPLITS = {"held_out": "validation"}
 
 
-def split_seeds(split: str, num: int, splits: Mapping[str, int] = SPLITS) -> range:
+def split_name(split: str) -> str:
+    """The name of a split, which older data may call otherwise."""
+    return OLD_SPLITS.get(split, split)
+
+
+def split_seeds(split: str, num: int, splits: Mapping[str, range] = SPLITS) -> range:
     """The first seeds of a split; those of two splits never meet. ValueError for another split, or too many."""
-    if split not in splits:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(splits)}")
-    if not 0 <= num <= HELD_OUT_SEED:
-        raise ValueError(f"num is {num}; allowed are 0 to {HELD_OUT_SEED}")
-    return range(splits[split], splits[split] + num)
+    found = splits.get(split_name(split))
+    if found is None:
+        raise ValueError(f"split is {split!r}; allowed are {', '.join([*splits, *OLD_SPLITS])}")
+    if not 0 <= num <= len(found):
+        raise ValueError(f"num is {num}; {split} has {len(found)} seeds")
+    return found[:num]
 
 
 def in_order(pool: Executor, jobs: Iterable[Callable[[], Any]], ahead: int) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from vidistill.config import build
 from vidistill.data.types import Talk
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation.report import Metric, Sheet, Target
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import streamed
 from vidistill.evaluation.suite import (
     Batch,
@@ -35,12 +36,11 @@ from vidistill.evaluation.suite import (
 from vidistill.io import to_float
 from vidistill.memory.policies import MemoryConfig
 from vidistill.worlds import WORLDS
-from vidistill.worlds.spec import WorldSpec
 
 BLACK = 0.06  # brightness below which a frame is black
 FROZEN, FROZEN_RUN = 0.05, 4  # of the motion of real video, for at least so many frames in a row
-# Held-out people: the first are for choosing between checkpoints (data/talker-heldout), then clips, then long streams.
-CLIP_SEEDS, LONG_SEEDS = 100, 500
+# Rooms of a split: the first of validation watch trainings (data/talker-heldout), then clips, then long streams.
+CLIP_ROOMS, LONG_ROOMS = 100, 500
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class LipSyncConfig(SuiteConfig):
         return self.window
 
 
-def people(bundle: Bundle, world: WorldSpec, size: int, frames: int, count: int, first: int, cfg: Any) -> list[Talk]:
-    """Held-out people talking for `frames` px frames."""
+def people(bundle: Bundle, rooms: Rooms, size: int, frames: int, offset: int, count: int, cfg: Any) -> list[Talk]:
+    """People of rooms, talking for `frames` px frames."""
     audio = build(AudioConfig, bundle.record.get("audio") or {})
-    how, picked = world.config(size=size, num_frames=frames, audio=audio), list(world.seeds("held_out", first + count))
-    return list(tqdm(world.record(how, picked[first:], cfg.workers), "real clips", total=count, unit="clip"))
+    how = rooms.world.config(size=size, num_frames=frames, audio=audio)
+    clips = rooms.world.record(how, rooms.seeds(offset, count), cfg.workers)
+    return list(tqdm(clips, "real clips", total=count, unit="clip"))
 
 
 def talk_condition(clips: Sequence[Talk], bundle: Bundle, codec: Codec, given: Tensor | None) -> Condition:
@@ -79,17 +80,17 @@ def talk_condition(clips: Sequence[Talk], bundle: Bundle, codec: Codec, given: T
     return Condition(tokens, {"hidden": packed}, channels)
 
 
-def talks(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: LipSyncConfig) -> Data:
+def talks(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: LipSyncConfig) -> Data:
     """Held-out people who say held-out sentences, as long as the clips a checkpoint was trained on."""
-    frames, size = clip_size(bundle, codec, world)
-    clips = people(bundle, world, size, codec.px_frames(frames), cfg.clips, CLIP_SEEDS, cfg)
+    frames, size = clip_size(bundle, codec, rooms.world)
+    clips = people(bundle, rooms, size, codec.px_frames(frames), CLIP_ROOMS, cfg.clips, cfg)
     batches = []
     for i in range(0, len(clips), cfg.batch):
         few = clips[i : i + cfg.batch]
         px = torch.stack([to_float(c.frames) for c in few])
         facts = {"mouth": torch.stack([torch.from_numpy(c.mouth[:, 0]) for c in few])}
         batches.append(Batch(px, partial(talk_condition, few), derived_seed(cfg.seed, i), facts=facts))
-    return Data(batches, world.config().fps)
+    return Data(batches, rooms.world.config().fps)
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def long_identity(judged: Judgement) -> None:
     if student is None or not cfg.long_seconds:
         return
     length, own = round(cfg.long_seconds * fps), student.net.cfg.memory
-    size = clip_size(student, judged.codec, judged.world)[1]
-    clips = people(student, judged.world, size, length, cfg.streams, LONG_SEEDS, cfg)
+    size = clip_size(student, judged.codec, judged.rooms.world)[1]
+    clips = people(student, judged.rooms, size, length, LONG_ROOMS, cfg.streams, cfg)
     memories = {"student": None, "window": MemoryConfig("window", own.frames, 0, own.phase)}
     made: dict[str, list[Tensor]] = {"student": [], "window": [], "real": [to_float(c.frames) for c in clips]}
     for k, clip in enumerate(tqdm(clips, "long streams", unit="stream")):

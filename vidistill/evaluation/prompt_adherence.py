@@ -20,6 +20,7 @@ from vidistill.data.types import Captioned
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation.probes import Reading, load_probe, read
 from vidistill.evaluation.report import Metric, Sheet, Target
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, streamed
 from vidistill.evaluation.suite import (
     DRIFTS,
@@ -41,7 +42,7 @@ from vidistill.worlds.spec import WorldSpec
 
 ASKED = ("colour", "shape", "motion")  # what a shape must show to be the one that was asked for
 STEADY = 0.8  # share of the next second's readings that must be right
-SECOND_SEEDS = 500_000  # held-out scenes that streams are switched to
+SECOND_SEEDS = 100_000  # rooms of the split whose captions streams are switched to
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class AdherenceConfig(SuiteConfig):
         return self.window
 
 
-def scenes(world: WorldSpec, count: int, first: int = 0, **how: Any) -> list[Captioned]:
-    """Held-out clips of a world, drawn as `how` says."""
-    return list(world.record(world.config(**how), list(world.seeds("held_out", first + count))[first:]))
+def scenes(rooms: Rooms, count: int, first: int = 0, **how: Any) -> list[Captioned]:
+    """Clips of rooms, drawn as `how` says."""
+    return list(rooms.world.record(rooms.world.config(**how), rooms.seeds(first, count)))
 
 
 def asked_of(world: WorldSpec, clips: Sequence[Captioned], frames: int = 1) -> Tensor:
@@ -93,10 +94,10 @@ def batch_of(world: WorldSpec, clips: Sequence[Captioned], seed: int) -> Batch:
     )
 
 
-def captions(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: AdherenceConfig, first: int = 0) -> Data:
+def captions(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: AdherenceConfig, first: int = 0) -> Data:
     """Held-out scenes, as long as the clips a checkpoint was trained on."""
-    frames, size = clip_size(bundle, codec, world)
-    clips = scenes(world, cfg.clips, first, size=size, num_frames=codec.px_frames(frames))
+    world, (frames, size) = rooms.world, clip_size(bundle, codec, rooms.world)
+    clips = scenes(rooms, cfg.clips, first, size=size, num_frames=codec.px_frames(frames))
     seed = derived_seed(cfg.seed, first)
     batches = [batch_of(world, clips[i : i + cfg.batch], seed + i) for i in range(0, len(clips), cfg.batch)]
     heads = {name: len(words) for name, words in world.heads.items()}
@@ -163,24 +164,24 @@ def targets(result: Mapping[str, Any]) -> list[Target]:
 
 def switches(judged: Judgement) -> None:
     """The teacher under the second captions, every switch policy of the student, and its drift over long streams."""
-    cfg, data, world, codec = judged.cfg, judged.data, judged.world, judged.codec
+    cfg, data, rooms, codec = judged.cfg, judged.data, judged.rooms, judged.codec
     student, heads = judged.bundles.get("student"), list(data.heads)
     if student is None:
         return
-    first, second = scenes(world, cfg.clips), scenes(world, cfg.clips, SECOND_SEEDS)
+    first, second = scenes(rooms, cfg.clips), scenes(rooms, cfg.clips, SECOND_SEEDS)
     made, later = teacher_row(judged.bundles["teacher"], codec, cfg), Tally(data)
-    for batch in captions(student, codec, world, cfg, SECOND_SEEDS).batches:
+    for batch in captions(student, codec, rooms, cfg, SECOND_SEEDS).batches:
         later.add(read_parts(), made(batch), batch)
     judged.result["teacher"]["after"] = accuracy(later["read"] == later["asked"], heads)
     streams = {
         p: switched(student, codec, first, second, p, cfg) for p in SWITCHES if p not in refused_switches(student)
     }
-    asked = asked_of(world, first), asked_of(world, second)
+    asked = asked_of(rooms.world, first), asked_of(rooms.world, second)
     judged.result["switch"] = {p: judge_switch(px, *asked, data, cfg) for p, px in streams.items()}
     shown = {policy: to_uint8(px[:2]) for policy, px in streams.items()}
     judged.pictures.sheets.append(Sheet.beside("switches", shown, "Every switch policy.", "stream", data.fps / 2))
     if cfg.long_seconds:
-        judged.add_streams(long_streams(student, codec, world, data, cfg))
+        judged.add_streams(long_streams(student, codec, rooms, data, cfg))
 
 
 def switched(
@@ -206,10 +207,10 @@ def judge_switch(px: Tensor, first: Tensor, second: Tensor, data: Data, cfg: Adh
     }
 
 
-def long_streams(student: Bundle, codec: Codec, world: WorldSpec, data: Data, cfg: Any) -> dict[str, StreamTally]:
+def long_streams(student: Bundle, codec: Codec, rooms: Rooms, data: Data, cfg: Any) -> dict[str, StreamTally]:
     """Long streams under one caption each, and drawn ones."""
     frames, count = round(cfg.long_seconds * data.fps), min(cfg.streams, cfg.clips)
-    drawn = scenes(world, count, size=clip_size(student, codec, world)[1], num_frames=frames)
+    drawn = scenes(rooms, count, size=clip_size(student, codec, rooms.world)[1], num_frames=frames)
     told = [[Cue(0.0, clip.caption)] for clip in tqdm(drawn, "long streams", unit="stream")]
     made = [streamed(student, codec, frames, cfg.seed + k, cues) for k, cues in enumerate(told)]
     tallies = {name: StreamTally(frames, round(cfg.window * data.fps)) for name in ("real", "student")}

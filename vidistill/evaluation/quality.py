@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, Condition, pack_actions, walked
 from vidistill.config import build
 from vidistill.data.clips import Clips
-from vidistill.data.shards import frame_shards, write_shards
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation.probes import load_probe, read
 from vidistill.evaluation.report import Metric, Target
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, pieces
 from vidistill.evaluation.suite import (
     DRIFTS,
@@ -40,20 +39,20 @@ from vidistill.io import to_float
 from vidistill.worlds.spec import WorldSpec
 
 RECORDED_FRAMES = 321  # of an episode that clips are cut from
-LONG_EPISODES_FROM = 64  # held-out seeds of the long walks come after those of the clips
+LONG_EPISODES_FROM = 64  # rooms of the long walks come after those of the clips
 HORIZONS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds
 NONE = 1  # the class of an action that is not taken, of three
 
 
 @dataclass(frozen=True)
 class EvalConfig(SuiteConfig):
-    """Episodes in `data` are recorded when they are missing."""
+    """Episodes in `data`, where {split} stands for the split, are recorded when they are missing."""
 
     seconds: float = 4.0  # window of the ratios, and of both ends of a drift
     frames: int = 22  # latents of a clip, the start image included
     stride: int = 2  # the probe reads every `stride`-th frame
     episodes: int = 64
-    data: str = "data/doom-heldout"
+    data: str = "data/doom-{split}"
     threads: int = 0  # 0: as torch chooses
 
     @property
@@ -62,28 +61,6 @@ class EvalConfig(SuiteConfig):
 
 
 # --- held-out episodes ------------------------------------------------------------------------------------------------
-
-
-def episodes_at(world: WorldSpec, folder: Path, made: tuple[int, int], need: tuple[int, int], first: int = 0) -> Clips:
-    """Held-out episodes in `folder`, recorded now if it is missing.
-
-    made, need: (episodes, frames) to record, and that suffice; `first` is the first held-out seed.
-    """
-    if not folder.exists():
-        cfg, wanted = world.config(num_frames=made[1]), list(world.seeds("held_out", first + made[0]))[first:]
-        episodes = tqdm(world.record(cfg, wanted), f"recording {folder}", total=made[0], unit="episode")
-        meta = {"source": "doom", "split": "held_out", "config": asdict(cfg), "fps": cfg.fps}
-        write_shards(folder, frame_shards(episodes, 16), meta)
-    clips = Clips(folder)
-    have = tuple(clips.tensors["frames"].shape[:2])
-    if clips.meta["split"] != "held_out":
-        raise ValueError(f"{folder} holds episodes of split {clips.meta['split']!r}; a measure needs held-out ones")
-    if have[0] < need[0] or have[1] < need[1]:
-        raise ValueError(
-            f"{folder} holds {have[0]} episodes of {have[1]} frames, needed are {need[0]} of {need[1]}: "
-            "remove it to record them, or name another eval.data"
-        )
-    return clips
 
 
 class HeldOut:
@@ -135,7 +112,7 @@ def walk_condition(
     return Condition(per_frame=per_frame)
 
 
-def held_out(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: EvalConfig) -> Data:
+def held_out(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: EvalConfig) -> Data:
     """Clips of held-out walks; ValueError for a student that does not start from exactly one picture."""
     if bundle.kind == "student" and (start := bundle.net.first_frame(bundle.schedule.given_chunks)) != 1:
         raise ValueError(
@@ -146,7 +123,7 @@ def held_out(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: EvalConfig) ->
         torch.set_num_threads(cfg.threads)
     px_frames = codec.px_frames(cfg.frames)
     made, need = (cfg.episodes, max(px_frames, RECORDED_FRAMES)), (min(cfg.episodes, cfg.clips), px_frames)
-    clips = episodes_at(world, Path(cfg.data) / "frames", made, need)
+    clips, world = rooms.episodes(cfg.data, "frames", made, need), rooms.world
     assert world.asked is not None
     heads = {name: len(world.heads[name]) for name in world.asked(clips)}
     batches = HeldOut(clips, world, cfg, px_frames)
@@ -274,7 +251,7 @@ def long_walks(judged: Judgement) -> None:
         return
     length = math.ceil(cfg.long_seconds * data.fps) + 1
     size = (cfg.streams, length)
-    clips = episodes_at(judged.world, Path(cfg.data) / "long", size, size, LONG_EPISODES_FROM)
+    clips = judged.rooms.episodes(cfg.data, "long", size, size, LONG_EPISODES_FROM)
     frames, actions, poses = (clips.tensors[name][: cfg.streams] for name in ("frames", "actions", "poses"))
     tallies = {name: StreamTally(length, data.window or 1) for name in ("real", "student")}
     seed = derived_seed(cfg.seed, 999_983)
@@ -283,8 +260,8 @@ def long_walks(judged: Judgement) -> None:
     for px in walk_along(student, codec, to_float(frames[:, :1].numpy()), actions, poses, length, seed, cfg.precision):
         tallies["student"].add(px)
     judged.add_streams(tallies)
-    assert judged.world.asked is not None and data.probe is not None
-    asked = torch.stack(list(judged.world.asked(clips).values()), -1)[: cfg.streams]
+    assert judged.rooms.world.asked is not None and data.probe is not None
+    asked = torch.stack(list(judged.rooms.world.asked(clips).values()), -1)[: cfg.streams]
     for name, tally in tallies.items():
         judged.result[name]["late"]["action_following"] = late_following(tally, asked, data)
 

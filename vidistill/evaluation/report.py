@@ -94,7 +94,7 @@ def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     """The figures, one column a row of the evaluation, for a terminal."""
     columns = columns_of(result)
     protocol = result["protocol"]
-    out = Table(title=f"{protocol.get('clips', protocol.get('paths'))} held-out clips")
+    out = Table(title=f"{protocol.get('clips', protocol.get('paths'))} {protocol['split']} clips")
     out.add_column("measure")
     for name in columns:
         out.add_column(name, justify="right")

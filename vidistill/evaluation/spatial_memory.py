@@ -7,7 +7,6 @@ Students are told the same actions as the real engine, and start from the same p
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,15 +31,15 @@ from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation.probes import Probe, Reading, load_probe, read
-from vidistill.evaluation.quality import episodes_at, walk_along, walk_condition
+from vidistill.evaluation.quality import walk_along, walk_condition
 from vidistill.evaluation.report import Metric
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.suite import Batch, Data, Judgement, Row, Suite, Tally, View
 from vidistill.io import to_float
 from vidistill.memory.policies import stream_memory
 from vidistill.ops.precision import PRECISIONS
-from vidistill.worlds.doom.paths import KINDS, PathConfig, Revisit, paths_of
+from vidistill.worlds.doom.paths import FIRST_ROOM, KINDS, PathConfig, Revisit, paths_of
 from vidistill.worlds.doom.recorder import ACTIONS
-from vidistill.worlds.spec import WorldSpec
 
 BASELINES = ("window", "full")  # the same student with another memory: NAME-window, NAME-full
 
@@ -50,7 +49,8 @@ class SpatialMemoryConfig(PathConfig):
     """The paths, and how they are played."""
 
     batch: int = 8
-    data: str = "data/doom-heldout"
+    first_seed: int = 0  # the first room of the split
+    data: str = "data/doom-{split}"
     out: str = "out/eval"
     probe: str | None = None
     precision: str = "auto"
@@ -117,21 +117,21 @@ def pose_error(recorded: Clips, camera: CameraConfig, factor: int) -> dict[str, 
 # --- paths and rows ---------------------------------------------------------------------------------------------------
 
 
-def recorded(world: WorldSpec, cfg: SpatialMemoryConfig) -> Clips:
-    """Held-out walks that motion is read from."""
-    return episodes_at(world, Path(cfg.data) / "frames", (64, 321), (1, 8))
+def recorded(rooms: Rooms, cfg: SpatialMemoryConfig) -> Clips:
+    """Walks of validation that motion is read from."""
+    return Rooms(rooms.source, rooms.world).episodes(cfg.data, "frames", (64, 321), (1, 8))
 
 
-def revisits(bundle: Bundle, codec: Codec, world: WorldSpec, cfg: SpatialMemoryConfig) -> Data:
+def revisits(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: SpatialMemoryConfig) -> Data:
     """Batches of paths of one length. Their clips are what perfect memory of the start shows: the view from before the
     walk in place of the revisit; fact "true" is what the engine showed."""
-    engine, probe = world.config(), load_probe(cfg.probe, world.probe)
+    engine, probe = rooms.world.config(), load_probe(cfg.probe, rooms.world.probe)
     chunked, batches = codec.temporal_factor * bundle.net.cfg.chunk, []
     for seconds in cfg.seconds:
-        paths = paths_of(cfg, engine, seconds, chunked)
+        paths = paths_of(cfg, engine, seconds, chunked, rooms.seeds(FIRST_ROOM, cfg.paths * cfg.tries))
         parts = [paths[i : i + cfg.batch] for i in range(0, len(paths), cfg.batch)]
         batches += [batch_of(part, seconds, int(part is parts[0]), cfg.seed) for part in parts]
-    return Data(batches, engine.fps, probe, {}, reader=PoseReader(probe, recorded(world, cfg)))
+    return Data(batches, engine.fps, probe, {}, reader=PoseReader(probe, recorded(rooms, cfg)))
 
 
 def batch_of(paths: Sequence[Revisit], seconds: float, shown: int, seed: int) -> Batch:
@@ -250,7 +250,7 @@ def details(judged: Judgement) -> None:
     result |= {row: None for row in BASELINES if row not in result}
     result |= {key: result["student"][key] for key in ("rpe_trans", "rpe_rot")}
     camera, factor = student.record["world"].get("camera"), judged.codec.temporal_factor
-    walks = recorded(judged.world, cfg)
+    walks = recorded(judged.rooms, cfg)
     result["pose_error"] = pose_error(walks, build(CameraConfig, camera), factor) if camera else None
     counted: dict[str, dict[str, int]] = {f"{s:g}": dict.fromkeys(KINDS, 0) for s in cfg.seconds}
     for batch in judged.data.batches:

@@ -25,6 +25,7 @@ from vidistill.conditioning.condition import Condition, branches
 from vidistill.evaluation import report
 from vidistill.evaluation.probes import AFTER, Probe, Reading, read
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import CURVES, PICTURES, SHOWN, StreamTally, curve_drifts
 from vidistill.io import to_uint8
 from vidistill.ops.precision import PRECISIONS, autocast, working_dtype
@@ -34,7 +35,7 @@ from vidistill.worlds import WORLDS
 from vidistill.worlds.spec import WorldSpec
 
 CODEC_FRAMES = 22  # latents of a clip where only a codec is judged
-MAY_BE_ZERO = ("long_seconds", "seed", "threads")
+MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "threads")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class SuiteConfig:
     steps: int = 50
     guidance: float | None = None  # None: what the teacher's record says, else 1
     seed: int = 0
+    first_seed: int = 0  # the first room of the split
     cache: str = "data/teacher-samples"
     out: str = "out/eval"
     probe: str | None = None  # None: the bundled one
@@ -288,7 +290,7 @@ class Judgement:
 
     bundles: Mapping[str, Bundle]
     codec: Codec
-    world: WorldSpec
+    rooms: Rooms
     cfg: Any
     data: Data
     tallies: dict[str, Tally]
@@ -341,7 +343,7 @@ class Suite:
 
     name: str
     config: Callable[..., Any]
-    data: Callable[[Bundle, Codec, WorldSpec, Any], Data]
+    data: Callable[[Bundle, Codec, Rooms, Any], Data]
     metrics: Mapping[str, Metric]
     targets: Callable[[Mapping[str, Any]], list[Target]]
     more: Callable[[Judgement], None] = lambda judged: None
@@ -375,8 +377,8 @@ def clip_size(bundle: Bundle, codec: Codec, world: WorldSpec) -> tuple[int, int]
     return bundle.shape.frames, bundle.shape.width * codec.spatial_factor
 
 
-def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, glance: bool = False) -> Judgement:
-    """Figures of `real` and every row on the held-out clips."""
+def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, glance: bool = False) -> Judgement:
+    """Figures of `real` and every row on the clips of a split."""
     first = next(iter(bundles.values()))
     source, world = world_of(first.name, first.record)
     for bundle in bundles.values():
@@ -386,7 +388,8 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, glance: bool = 
                 f"{source_of(bundle.record)}; leave the choice of the suite to `vidistill eval {bundle.name}`"
             )
     codec: Codec = first.net if first.kind == "codec" else checkpoint.load_codec(first)
-    data = suite.data(first, codec, world, cfg)
+    rooms = Rooms(source, world, split, cfg.first_seed)
+    data = suite.data(first, codec, rooms, cfg)
     makers = {"student": suite.student, "teacher": teacher_row, "codec": lambda bundle, *_: codec_row(bundle.net)}
     rows: dict[str, Row] = {row: makers[bundle.kind](bundle, codec, cfg) for row, bundle in bundles.items()}
     if not glance and "codec" not in bundles:
@@ -401,7 +404,7 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, glance: bool = 
         if "motion" in tallies["real"].parts:
             quarter = report.quarter(data.fps)
             pictures.motion = {name: metrics.curve(t["motion"], quarter) for name, t in tallies.items()}
-    return Judgement(bundles, codec, world, cfg, data, tallies, result, pictures)
+    return Judgement(bundles, codec, rooms, cfg, data, tallies, result, pictures)
 
 
 @torch.inference_mode()
@@ -428,9 +431,10 @@ def figures(wanted: Mapping[str, Metric], row: Tally, real: Tally) -> dict[str, 
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(suite: Suite, name: str, cfg: Any = None, **named: str | None) -> dict[str, Any]:
+def evaluate(suite: Suite, name: str, cfg: Any = None, split: str = "test", **named: str | None) -> dict[str, Any]:
     """Figures of a checkpoint beside others and real video, plain numbers (None for what cannot be measured).
 
+    Only figures of split "test" are to be published; settings are chosen on "validation".
     A teacher or a codec is judged alone, a student beside its teacher or the baselines that are `named`. With `cfg.out`
     a report is written; ImportError if it could not be drawn.
     """
@@ -444,12 +448,12 @@ def evaluate(suite: Suite, name: str, cfg: Any = None, **named: str | None) -> d
     if len({b.record.get("codec") for b in bundles.values()}) > 1:
         told = " and ".join(f"{b.name} in those of {b.record['codec']}" for b in bundles.values())
         raise ValueError(f"{first.name} and its teacher live in different latents: {told}")
-    judged = judge(suite, bundles, cfg)
+    judged = judge(suite, bundles, cfg, split)
     suite.more(judged)
     for row, bundle in bundles.items():
         judged.result[row] = {"name": bundle.name, **judged.result[row]}
     taken = {"features": "probe features", "seconds_taken": round(time.time() - began, 1)}
-    judged.result["protocol"] = {**asdict(cfg), **judged.protocol, **taken}
+    judged.result["protocol"] = {**asdict(cfg), "split": split, **judged.protocol, **taken}
     plain: dict[str, Any] = report.plain(judged.result)
     if cfg.out:
         report.write(
@@ -459,17 +463,20 @@ def evaluate(suite: Suite, name: str, cfg: Any = None, **named: str | None) -> d
 
 
 def glance(suite: Suite, name: str | Bundle, cfg: Any = None) -> dict[str, Any]:
-    """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training."""
+    """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training and
+    to choose, and so of validation alone."""
     student = name if isinstance(name, Bundle) else checkpoint.load(name, "student")
-    found = judge(suite, {"student": student}, cfg or suite.config(), glance=True).result["student"]
+    found = judge(suite, {"student": student}, cfg or suite.config(), "validation", glance=True).result["student"]
     parts = {key: value for name in suite.spread for key, value in found.pop(name).items()}
     plain: dict[str, Any] = report.plain({**found, **parts})
     return plain
 
 
-def run(suite: Suite, name: str, named: Mapping[str, str | None], **settings: Any) -> dict[str, Any]:
+def run(
+    suite: Suite, name: str, named: Mapping[str, str | None], split: str = "test", **settings: Any
+) -> dict[str, Any]:
     """Judge a checkpoint by the protocol of a suite; table and targets go to stderr."""
     cfg = suite.config(**settings)
-    result = evaluate(suite, name, cfg=cfg, **named)
+    result = evaluate(suite, name, cfg, split, **named)
     report.show(suite.metrics, result, suite.targets(result), cfg.out and report.folder_of(result, suite.name, cfg.out))
     return result

@@ -355,6 +355,8 @@ class Trainer:
             "commit": checkpoint.git_commit(),
             "train": asdict(cfg),
         }
+        if self.held is not None and cfg.validation.every:
+            card["chosen_on"] = dict(self.held.origin)
         if cfg.objective == "codec":
             return {"card": card}
         assert self.shape is not None

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidistill.data.clips import Clips
-from vidistill.data.types import Batch
+from vidistill.data.types import Batch, split_name
 from vidistill.models.student import CausalStudent
 from vidistill.rollout import roll_out
 from vidistill.schedules import ScheduleConfig
@@ -74,16 +74,23 @@ class EarlyStopping:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Clips a training is watched on: latents with what is told of them, the mouth [B, T, 2] if there is one."""
+    """Clips a training is watched on: latents with what is told of them, the mouth [B, T, 2] if there is one, and where
+    they come from."""
 
     batch: Batch
     mouth: Tensor | None
     seed: int
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
 
 def held_out(clips: Clips, cfg: ValidationConfig, frames: int, device: torch.device) -> HeldOut:
-    """`cfg.clips` windows of `frames` latents on `device`, the same ones every time."""
+    """`cfg.clips` windows of `frames` latents on `device`, the same ones every time; ValueError for those of a test."""
     clips.need("latents")
+    split = split_name(clips.meta.get("split", ""))
+    if split == "test":
+        raise ValueError(
+            "validation.data holds clips of the split test, on which nothing is chosen; give validation ones"
+        )
     picked = clips.windows(cfg.clips, frames, cfg.seed, 0, "latents")
     mouth = None
     if clips.width_of("mouth"):
@@ -91,7 +98,9 @@ def held_out(clips: Clips, cfg: ValidationConfig, frames: int, device: torch.dev
         mouth = torch.stack(
             [clips.episode("mouth", e)[factor * s : factor * (s + frames - 1) + 1].float() for e, s in picked]
         )
-    return HeldOut(clips.gather(picked, frames).to(device), mouth, cfg.seed)
+    seeds = sorted({clips.meta["described"][e].get("seed") for e, _ in picked} - {None})
+    origin = {"data": cfg.data, "split": split or None, "seeds": [seeds[0], seeds[-1]] if seeds else None}
+    return HeldOut(clips.gather(picked, frames).to(device), mouth, cfg.seed, origin)
 
 
 @torch.no_grad()

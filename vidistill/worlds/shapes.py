@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vidistill.data import types
 from vidistill.data.clips import Clips
 from vidistill.data.types import HELD_OUT_SEED, Captioned, split_seeds
 from vidistill.worlds.spec import WorldSpec
@@ -39,7 +40,7 @@ JUDGE_SEED = 2_000_000  # seeds from here on are for the judge: all combinations
 HELD_OUT_EVERY = 8  # one combination of attributes in so many is never trained on
 
 
-SPLITS = {"train": 0, "held_out": HELD_OUT_SEED, "judge": JUDGE_SEED}
+SPLITS = {**types.SPLITS, "judge": range(JUDGE_SEED, 3_000_000)}
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class ShapesConfig:
 
 
 def seeds(split: str, num: int) -> range:
-    """The first seeds of a split: "train", "held_out" or "judge" (what a probe is trained on).
+    """The first seeds of a split: "train", "validation", "test" or "judge" (what a probe is trained on).
 
-    They never meet, nor do the captions of the first two.
+    They never meet, nor do the captions of training with those of validation and test.
     """
     return split_seeds(split, num, SPLITS)
 

@@ -4,6 +4,7 @@ They are played in the real engine, so the true pictures of the revisit exist. P
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,9 @@ from vidistill import metrics
 from vidistill.data.types import Episode
 from vidistill.io import to_float
 from vidistill.worlds.doom.maps import FRAME_TEXTURE, centre_texture
-from vidistill.worlds.doom.recorder import ACTIONS, DoomConfig, replay, seeds
+from vidistill.worlds.doom.recorder import ACTIONS, DoomConfig, replay
 
-FIRST_SEED = 96  # held-out seeds after those of clips and long walks
+FIRST_ROOM = 96  # of a split, after those of clips and long walks
 FARTHEST = 40  # px frames of walking out: about 6 map units / 64, more than most rooms have
 LEFT, RIGHT, FORWARD = (ACTIONS.index(name) for name in ("turn_left", "turn_right", "forward"))
 
@@ -148,10 +149,9 @@ def counted(cfg: PathConfig, kind: str, walk: Episode, judged: range, away: int)
     return Revisit(kind, walk, label, away, judged)
 
 
-def paths_of(cfg: PathConfig, doom: DoomConfig, seconds: float, chunked: int) -> list[Revisit]:
-    """`cfg.paths` paths that count, kinds in turn, each in a world of its own."""
+def paths_of(cfg: PathConfig, doom: DoomConfig, seconds: float, chunked: int, worlds: Sequence[int]) -> list[Revisit]:
+    """`cfg.paths` paths that count, kinds in turn, each in a world of its own, of the seeds `worlds`."""
     found: list[Revisit] = []
-    worlds = iter(seeds("held_out", FIRST_SEED + cfg.paths * cfg.tries)[FIRST_SEED:])
     kinds = [k for k in KINDS if KINDS[k](round(seconds * doom.fps), LEFT, doom, 1.0) is not None]
     with tqdm(total=cfg.paths, desc=f"paths of {seconds:g} s", unit="path") as bar:
         for seed in worlds:
@@ -162,5 +162,5 @@ def paths_of(cfg: PathConfig, doom: DoomConfig, seconds: float, chunked: int) ->
             if len(found) == cfg.paths:
                 return found
     if not found:
-        raise ValueError(f"no path of {seconds:g} s counts in {cfg.paths * cfg.tries} worlds; raise revisit.tries")
+        raise ValueError(f"no path of {seconds:g} s counts in {len(worlds)} worlds; raise revisit.tries")
     return found

@@ -41,7 +41,7 @@ CELL = 32  # map units, grid on which ways are planned
 
 
 def seeds(split: str, num: int) -> range:
-    """Returns the first seeds of a split, "train" or "held_out"; the two never meet."""
+    """Returns the first seeds of a split; two splits never meet."""
     return split_seeds(split, num)
 
 

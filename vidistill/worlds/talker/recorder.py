@@ -84,7 +84,7 @@ class TalkerConfig:
 
 
 def seeds(split: str, num: int) -> range:
-    """The first seeds of split "train" or "held_out"; neither people nor sentences of the two ever meet."""
+    """The first seeds of a split; neither people nor sentences of training ever meet those of the others."""
     return split_seeds(split, num)
 
 
