@@ -1,43 +1,15 @@
 """Makes an avatar speak: python demos/avatar.py "Good morning." [--name talker] [--wav VOICE.wav] [-o avatar.mp4]
 
-Words are spoken by espeak-ng (pip install 'vidistill[audio]'); --wav takes a 16-bit recording instead.
+Words are spoken by espeak-ng (pip install 'vidistill[audio]'); --wav takes a recording instead, of any format.
 """
 
 import argparse
-import subprocess
-import wave
 from pathlib import Path
 
-import imageio_ffmpeg
-import numpy as np
-
 from vidistill.checkpoint import load_codec, load_student, start_pictures, takes_audio
-from vidistill.conditioning.audio import from_pcm16, to_pcm16
-from vidistill.io import check_video, contact_sheet, read_image, save_png, write_video
+from vidistill.io import check_video, contact_sheet, read_image, read_sound, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.worlds.talker import speech
-
-
-def recorded(path: Path) -> np.ndarray:
-    """A recording as float32 [S] at speech.RATE, its channels averaged."""
-    with wave.open(str(path)) as file:
-        if file.getsampwidth() != 2:
-            raise ValueError(f"{path} holds {8 * file.getsampwidth()}-bit samples; 16-bit ones are needed")
-        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-        pcm = from_pcm16(samples).reshape(-1, file.getnchannels()).mean(1)
-        return speech.resample(pcm, file.getframerate(), speech.RATE)
-
-
-def with_sound(video: Path, pcm: np.ndarray, out: Path) -> None:
-    """Write `video` with sound [S] beside it as `out`."""
-    sound = video.with_suffix(".wav")
-    with wave.open(str(sound), "wb") as file:
-        file.setparams((1, 2, speech.RATE, 0, "NONE", ""))
-        file.writeframes(to_pcm16(pcm).tobytes())
-    files = ["-i", str(video), "-i", str(sound), "-c:v", "copy", "-c:a", "aac", "-shortest", str(out)]
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *files], check=True)
-    video.unlink()
-    sound.unlink()
 
 
 def main() -> None:
@@ -52,18 +24,18 @@ def main() -> None:
     args = parser.parse_args()
     try:
         speak(args)
-    except (ValueError, OSError, EOFError, wave.Error) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
 def speak(args: argparse.Namespace) -> None:
     """What was asked for, as a video with sound and a contact sheet."""
-    check_video(args.out)
+    check_video(args.out, reads=(args.wav, args.image))
     if not takes_audio(args.name):
         raise ValueError(f"{args.name} hears nothing; talker does")
     student = load_student(args.name)
     codec = load_codec(student)
-    pcm = recorded(args.wav) if args.wav else speech.say(args.text).pcm
+    pcm = read_sound(args.wav, speech.RATE) if args.wav else speech.say(args.text).pcm
     size = (student.shape.height * codec.spatial_factor, student.shape.width * codec.spatial_factor)
     picture = args.image or next(iter(start_pictures(args.name)), None)
     if picture is None:
@@ -73,9 +45,7 @@ def speak(args: argparse.Namespace) -> None:
             session.set(prompt=args.prompt)
         session.set(audio=pcm)
         frames = session.record(round((len(pcm) / speech.RATE + 1.0) * session.fps))
-        silent = args.out.with_name(f"{args.out.stem}-silent.mp4")
-        write_video(silent, frames, session.fps, scale=4)
-        with_sound(silent, np.pad(pcm, (0, speech.RATE)), args.out)
+        write_video(args.out, frames, session.fps, scale=4, sound=pcm, rate=speech.RATE)
         save_png(args.out.with_suffix(".png"), contact_sheet([frames], every=8, scale=2))
     print(f"{args.out}: {len(frames)} frames")
 

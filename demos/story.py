@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vidistill.checkpoint import load_codec, load_student, takes_prompts
 from vidistill.conditioning.script import parse_cues
-from vidistill.io import check_video, contact_sheet, save_png, write_video
+from vidistill.io import check_video, contact_sheet, read_text, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
 
 
@@ -30,8 +30,8 @@ def main() -> None:
 
 def tell(args: argparse.Namespace) -> None:
     """The story as a video and a contact sheet."""
-    check_video(args.out)
-    lines = [line.split("#")[0].strip() for line in args.story.read_text().splitlines()]
+    check_video(args.out, reads=[args.story])
+    lines = [line.split("#")[0].strip() for line in read_text(args.story).splitlines()]
     cues = parse_cues([line for line in lines if line])
     if not cues:
         raise ValueError(f"{args.story} holds no prompts")

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from vidistill.conditioning.condition import Encode
 from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import build
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.io import read_image
+from vidistill.io import read_image, read_json, write_atomic, write_json
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 from vidistill.models.student import CausalStudent, StudentConfig
@@ -38,35 +37,6 @@ HUB = "hf://"  # what a hub id is written with where a path is expected
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says which file and why."""
-
-
-def write_atomic(path: Path, write: Any) -> None:
-    """Call `write(temporary path)` and move the result to `path`; a failure leaves the old file untouched."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    sweep(path)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"could not write {path}: {error}; the previous file is untouched") from error
-        raise
-
-
-def sweep(path: Path) -> None:
-    """Remove what processes that were killed while they wrote `path` left behind."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        owner = leftover.name.split(".")[-2]
-        try:
-            os.kill(int(owner), 0)
-        except (ProcessLookupError, OverflowError):
-            leftover.unlink(missing_ok=True)
-        except (ValueError, PermissionError):  # not ours
-            continue
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
@@ -190,7 +160,7 @@ def export(
         raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype or 'the source'}")
     full = {"format": FORMAT, **describe(net), **record}
     save_tensors(with_extension(path, ".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
-    write_atomic(with_extension(path, ".json"), lambda p: p.write_text(json.dumps(full, indent=1) + "\n"))
+    write_json(with_extension(path, ".json"), full)
 
 
 def with_extension(path: Path, suffix: str) -> Path:
@@ -238,7 +208,7 @@ def zoo_names() -> dict[str, str]:
     names = {p.stem: p.stem for p in sorted(folder.glob("*.json")) if p.stem not in ("aliases", "clone_only")}
     aliases = folder / "aliases.json"
     if aliases.is_file():
-        names.update(json.loads(aliases.read_text()))
+        names.update(read_json(aliases))
     return names
 
 
@@ -336,9 +306,9 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
 def read_record(path: Path) -> dict[str, Any]:
     """The record of the checkpoint at `path` (without suffix); CheckpointError if it is damaged or not ours."""
     try:
-        record = json.loads(with_extension(path, ".json").read_text())
+        record = read_json(with_extension(path, ".json"))
     except ValueError as error:
-        raise CheckpointError(f"{path}.json is damaged: {error}") from error
+        raise CheckpointError(str(error)) from error
     found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{path}.json has format {found!r}; this version reads {FORMAT}")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vidistill.io import write_json
 from vidistill.ops.device import accelerator
 from vidistill.ops.sequence import SequenceGroup
 
@@ -268,9 +269,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     files = checksums(path)
     if rank() == 0:
         record = {**info, "files": files}
-        partial = path / f"{INFO}.tmp"
-        partial.write_text(json.dumps({**record, "checksum": text_checksum(record)}), encoding="utf-8")
-        os.replace(partial, path / INFO)
+        write_json(path / INFO, {**record, "checksum": text_checksum(record)})
         drop_shards(folder, keep=path)
     if world_size() > 1:
         dist.barrier()

@@ -1,18 +1,141 @@
-"""Videos and pictures in and out of files; the only place where uint8 and float meet."""
+"""Files in and out: the one atomic write, text and JSON, pictures, sound and video.
+
+Every failure is a ValueError or an OSError that names the file. The only place where uint8 and float pixels meet.
+"""
 
 import io
+import itertools
+import json
 import os
+import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
 
+MARK = "vidistill"  # what our pictures, videos and weights say of who wrote them
+STALE_S = 600  # seconds without a change after which a temporary file of an unknown writer counts as left behind
+MAX_JSON = 2**30  # bytes of a JSON file that is read
 MAX_SIDE = 4096  # pixels along a side of a picture that is read
+MAX_CHUNKS = 1000  # parts of a PNG; a picture of millions of empty ones takes seconds to walk through
+MAX_SOUND_S = 3600  # seconds of a recording that is read
+MAX_FPS = 1000
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi")  # of videos that are written
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+_writes = itertools.count()
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary path)` and move the result to `path`; OSError names `path`, which is then as it was.
+
+    The temporary file has the name of `path`, in a folder of its own beside it: whatever else a writer leaves there is
+    swept with it, also after a kill, by the next write into the same folder. The umask decides who may read.
+    """
+    path = Path(path)
+    room = path.with_name(f".{MARK}-{socket.gethostname()}-{os.getpid()}-{next(_writes)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        room.mkdir()
+        temporary = room / path.name
+        write(temporary)
+        temporary.chmod(room.stat().st_mode & 0o666)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save and safetensors have errors of their own
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise OSError(f"could not write {path}: {reason}; what was there is untouched") from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def sweep(folder: Path, stale_s: float = STALE_S) -> None:
+    """Remove what writers that were killed left in `folder`.
+
+    Ours are named after their process; those of earlier versions and of safetensors count as left behind once they
+    have not changed for `stale_s`.
+    """
+    for leftover in folder.glob(".*tmp*"):
+        own = re.fullmatch(rf"\.{MARK}-(.+)-(\d+)-\d+\.tmp", leftover.name)
+        if own and own[1] == socket.gethostname():
+            dead = not _is_running(int(own[2]))
+        elif own or re.fullmatch(r"\.tmp\w{6}|\..+\.\d+\.tmp", leftover.name):
+            dead = _idle_s(leftover) >= stale_s
+        else:
+            continue
+        if dead and leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        elif dead:
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True
+
+
+def _idle_s(path: Path) -> float:
+    """Seconds since `path`, or a file in it, was last written; 0 if it is gone."""
+    try:
+        return time.time() - max(p.stat().st_mtime for p in (path, *(path.iterdir() if path.is_dir() else ())))
+    except OSError:
+        return 0.0
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text in `path` (a byte-order mark is dropped); ValueError names the encoding it seems to have."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"no UTF-8 (byte {error.start})"
+        raise ValueError(f"{path} is {found}; save it as UTF-8 text") from error
+    if "\0" in text:
+        raise ValueError(f"{path} holds zero bytes, which no text has; save it as UTF-8 text")
+    return text
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | Path, most: int = MAX_JSON) -> Any:
+    """What the JSON file at `path` holds; ValueError for a damaged one, and for more than `most` bytes."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size > most:
+        raise ValueError(f"{path} holds {path.stat().st_size:,} bytes; at most {most:,} of JSON are read")
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def to_float(frames: np.ndarray) -> torch.Tensor:
@@ -41,74 +164,283 @@ def upscale(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, -3).repeat(factor, -2) if factor > 1 else frames
 
 
-def check_video(path: Path) -> None:
-    """ValueError, in the words of a command line, unless a video can be written at `path`: its folder is there."""
+def is_ours(path: Path) -> bool:
+    """Whether one of our commands wrote the picture, video, weights or record at `path`."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".png":
+            with Image.open(path) as picture:
+                return picture.info.get("Software") == MARK
+        if suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return MARK in (file.metadata() or {})
+        if suffix == ".json":
+            found = read_json(path)
+            return isinstance(found, dict) and {"format", "kind"} <= found.keys()
+        if suffix in SUFFIXES:
+            import av
+
+            with av.open(str(path)) as video:
+                return MARK in {value for key, value in video.metadata.items() if key.lower() == "comment"}
+    except Exception:  # whatever a decoder says of it: we have not written that
+        return False
+    return False
+
+
+def check_output(path: Path, reads: Iterable[str | Path | None] = (), what: str = "--out") -> None:
+    """ValueError, in the words of a command line, unless a command that reads the files `reads` may write `path`.
+
+    Its folder is there and can be written, and its name is free or that of a file we wrote. `what`: what to call it.
+    """
+    folder = path.parent
+    if not path.name or path.is_dir():
+        raise ValueError(f"{what} {path} is a folder; name a file")
+    if not folder.is_dir():
+        raise ValueError(f"{what} {path}: there is no folder {folder}; make it, or name another {what}")
+    if path.exists():
+        if any(source and Path(source).exists() and path.samefile(source) for source in reads):
+            raise ValueError(f"{what} {path} would overwrite a file that is read; name another --out")
+        if not is_ours(path):
+            raise ValueError(f"{what} {path} is there and not a file of ours; move it away, or name another --out")
+    check_folder(folder, what)
+
+
+def check_folder(folder: Path, what: str = "--out") -> None:
+    """ValueError unless files can be written into `folder`, or into the first folder above it that is there."""
+    there = next((f for f in (folder, *folder.absolute().parents) if f.exists()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what}: {there} cannot be written ({error.strerror}); name another folder") from error
+
+
+def check_video(path: Path, reads: Iterable[str | Path | None] = ()) -> None:
+    """ValueError unless a command that reads `reads` may write a video at `path` and its contact sheet beside it."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out {path} is no video file: let its name end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {path.parent}; make it, or name another --out")
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; name a file")
+    reads = tuple(reads)
+    check_output(path, reads)
+    check_output(path.with_suffix(".png"), reads, f"the contact sheet of --out {path.name},")
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, scale: int = 1) -> None:
+def write_video(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float,
+    scale: int = 1,
+    sound: np.ndarray | None = None,
+    rate: int = 16_000,
+) -> None:
     """Writes uint8 [T, H, W, 3] as H.264 (yuv420p); `scale` enlarges every pixel.
 
-    The file appears complete or not at all. Height and width times scale must be even.
+    Height and width times scale must be even. `sound`: float [S] in [-1, 1] at `rate`, cut or filled up with silence
+    to the length of the pictures. The file appears once all its frames were found in it, or not at all.
     """
-    import imageio.v3 as iio
-
+    path = Path(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames is {frames.dtype} {list(frames.shape)}; needed is uint8 [T, H, W, 3]")
+    if not 0 < fps <= MAX_FPS:
+        raise ValueError(f"fps is {fps}; {path} needs a number above 0, at most {MAX_FPS}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} has an unknown suffix; videos end in {', '.join(SUFFIXES)}")
     height, width = (side * max(scale, 1) for side in frames.shape[1:3])
     if height % 2 or width % 2:
         raise ValueError(f"frames times scale are {height}x{width}; yuv420p needs even sizes")
-    options: dict[str, Any] = dict(
-        fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=1, output_params=["-crf", "14"]
-    )
-    enlarged: Any = (upscale(px, scale) for px in frames)
-    _atomically(path, lambda temporary: iio.imwrite(temporary, enlarged, plugin="FFMPEG", is_batch=True, **options))
+
+    def encode(temporary: Path) -> None:
+        _encode_video(temporary, frames, Fraction(fps).limit_denominator(1001), scale, sound, rate)
+        if (found := _count_frames(temporary)) != len(frames):
+            raise OSError(f"{found} of {len(frames)} frames are in the file")
+
+    write_atomic(path, encode)
+
+
+def _encode_video(
+    path: Path, frames: np.ndarray, fps: Fraction, scale: int, sound: np.ndarray | None, rate: int
+) -> None:
+    import av
+
+    with av.open(str(path), "w") as out:
+        out.metadata["comment"] = MARK
+        video: Any = out.add_stream("libx264", rate=fps, options={"crf": "14"})
+        video.height, video.width = (side * max(scale, 1) for side in frames.shape[1:3])
+        video.pix_fmt = "yuv420p"
+        audio: Any = None if sound is None else out.add_stream("aac", rate=rate, layout="mono")
+        at = 0
+        for i, px in enumerate(frames, 1):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(upscale(px, scale), format="rgb24")))
+            if sound is not None:  # sound up to the end of this picture, so that both are interleaved
+                end = round(i * rate / fps)
+                piece = sound[at:end].astype(np.float32)
+                part = av.AudioFrame.from_ndarray(np.pad(piece, (0, end - at - len(piece)))[None], "fltp", "mono")
+                part.sample_rate, part.pts = rate, at
+                out.mux(audio.encode(part))
+                at = end
+        for stream in (video, audio):
+            if stream is not None:
+                out.mux(stream.encode())
+
+
+def _count_frames(path: Path) -> int:
+    """Pictures in a video file, counted without decoding them."""
+    import av
+
+    with av.open(str(path)) as file:
+        return sum(packet.size > 0 for packet in file.demux(video=0))
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:
-    """Returns (uint8 [T, H, W, 3], frames per second)."""
+    """Returns (uint8 [T, H, W, 3], frames per second); ValueError for a file that cannot be read."""
     import imageio.v3 as iio
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"no video at {path}")
-    fps = float(iio.immeta(path, plugin="FFMPEG")["fps"])
-    return np.asarray(iio.imread(path, plugin="FFMPEG")), fps
+    try:
+        plugin: Any = iio.imopen(path, "r", plugin="pyav")
+        with plugin as file:
+            return np.asarray(file.read(index=...)), float(file.metadata()["fps"])
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a video: {error}") from error
 
 
-def read_image(
-    source: str | Path | bytes,
+def read_sound(path: str | Path, rate: int) -> np.ndarray:
+    """A recording of any format that ffmpeg reads as float32 [S] at `rate`, its channels averaged.
+
+    ValueError for a file that holds no sound, that is cut short, or that is longer than an hour.
+    """
+    import av
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no recording {path}")
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.audio:
+                raise ValueError("it holds no sound")
+            stream = file.streams.audio[0]
+            said = _wav_seconds(path) or float((stream.duration or 0) * (stream.time_base or 0))
+            pcm = np.concatenate([np.zeros(0, np.float32), *_decode_sound(file, rate)])
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as sound: {error or type(error).__name__}") from error
+    seconds = len(pcm) / rate
+    if not len(pcm):
+        raise ValueError(f"{path} cannot be read as sound: it is empty")
+    if said - seconds > max(0.25, 0.02 * said):
+        raise ValueError(f"{path} is cut short: {seconds:.2f} of its {said:.2f} s are there; copy it again")
+    return pcm
+
+
+def _wav_seconds(path: str | Path) -> float:
+    """How long a WAV file says it is; 0 for another file, and where the recorder did not know.
+
+    ffmpeg takes what is there for the whole.
+    """
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return 0.0
+    rate, at = 0, 12
+    while at + 8 <= len(head):
+        kind, size = head[at : at + 4], int.from_bytes(head[at + 4 : at + 8], "little")
+        if kind == b"fmt ":
+            rate = int.from_bytes(head[at + 16 : at + 20], "little")  # bytes a second
+        if kind == b"data":
+            return size / rate if rate and size < 2**32 - 2**16 else 0.0
+        at += 8 + size + size % 2
+    return 0.0
+
+
+def _decode_sound(file: Any, rate: int) -> Iterator[np.ndarray]:
+    """Pieces of float32 sound at `rate` of an opened file."""
+    import av
+
+    resampler, total = av.AudioResampler("fltp", None, rate), 0
+    for frame in itertools.chain(file.decode(audio=0), [None]):  # None empties the resampler
+        for piece in resampler.resample(frame):
+            pcm = piece.to_ndarray().mean(0)
+            total += len(pcm)
+            if total > MAX_SOUND_S * rate:
+                raise ValueError(f"it is longer than {MAX_SOUND_S} s")
+            yield pcm
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """The files of `folder` that are pictures by their names, in order."""
+    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and p.is_file())
+
+
+def read_image(source: str | Path, size: tuple[int, int], formats: tuple[str, ...] | None = None) -> np.ndarray:
+    """The picture in a file as uint8 [H, W, 3] of `size` (height, width), cropped to its shape; see `read_image_bytes`.
+
+    FileNotFoundError that there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a picture")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}; name one that is there")
+    return read_image_bytes(path.read_bytes(), size, formats, where=str(path))
+
+
+def read_image_bytes(
+    data: bytes,
     size: tuple[int, int],
     formats: tuple[str, ...] | None = None,
     pixels: int = MAX_SIDE**2,
+    where: str = "the picture",
 ) -> np.ndarray:
-    """A picture (a file, or the bytes of one) as uint8 [H, W, 3] of `size` (height, width), cropped to its shape.
+    """The picture in `data` as uint8 [H, W, 3] of `size` (height, width), cropped to its shape, turned upright.
 
-    formats: the only ones tried, as Pillow names them; default all. pixels: the most that are read. ValueError says why
-    a picture cannot be read, FileNotFoundError that there is none.
+    What is transparent becomes white; a mode of more than 8 bits is scaled by its own range. formats: the only ones
+    tried, as Pillow names them; default all. pixels: the most that are read. ValueError, whatever the decoder says.
     """
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and _has_many_chunks(data):
+        raise ValueError(f"{where} has more than {MAX_CHUNKS} parts; save it again")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as picture:
-            if max(picture.size) > MAX_SIDE:
-                raise ValueError(f"the picture is {picture.width}x{picture.height}; at most {MAX_SIDE} a side are read")
-            if picture.width * picture.height > pixels:
-                raise ValueError(f"the picture is {picture.width}x{picture.height}; at most {pixels:,} pixels are read")
-            rgb = picture.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {source!s}; name one that is there") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        where = "" if isinstance(source, bytes) else f"{source}: "
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of sizes and tags: what matters is checked here
+            with Image.open(io.BytesIO(data), formats=formats) as picture:
+                if max(picture.size) > MAX_SIDE or picture.width * picture.height > pixels:
+                    said = f"at most {MAX_SIDE} a side and {pixels:,} pixels are read"
+                    raise Image.DecompressionBombError(f"it is {picture.width}x{picture.height}; {said}")
+                rgb = to_rgb(ImageOps.exif_transpose(picture))
+    except Exception as error:
         kinds = " or ".join(formats or ("picture",))
-        raise ValueError(f"{where}not a whole {kinds} file; save it again and try once more") from error
+        damaged = isinstance(error, UnidentifiedImageError) or not str(error)
+        reason = "it is none, or damaged" if damaged else error
+        raise ValueError(f"{where} cannot be read as a {kinds} file: {reason}") from error
     height, width = size
     scale = min(rgb.width / width, rgb.height / height)  # source pixels a target pixel
     left, top = (rgb.width - width * scale) / 2, (rgb.height - height * scale) / 2
     box = (left, top, left + width * scale, top + height * scale)
     return np.array(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _has_many_chunks(data: bytes) -> bool:
+    """Whether a PNG has more than MAX_CHUNKS chunks."""
+    at = 8
+    for _ in range(MAX_CHUNKS):
+        if at >= len(data):
+            return False
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return at < len(data)
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """`picture` in 8-bit RGB: over white where it is transparent, scaled by its range where it has more bits.
+
+    The range of whole numbers is 16 bits or, if they are larger, their largest; that of fractions is 1, 255 or theirs.
+    """
+    if picture.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(picture, np.float64), posinf=0.0, neginf=0.0).clip(0)
+        top = float(values.max())
+        ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
+        values *= 255 / next((r for r in ranges if top <= r), top)
+        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+    return picture.convert("RGB")
 
 
 def contact_sheet(
@@ -139,19 +471,6 @@ def contact_sheet(
 def save_png(path: str | Path, picture: np.ndarray | Image.Image) -> None:
     """Writes a PIL image or uint8 [H, W, 3] as PNG. The file appears complete or not at all."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    _atomically(path, lambda temporary: image.save(temporary, "PNG"))
-
-
-def _atomically(path: str | Path, write: Callable[[str], object]) -> None:
-    """Calls `write` with a temporary name beside `path` (same suffix), then moves the result there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    info = PngInfo()
+    info.add_text("Software", MARK)
+    write_atomic(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))

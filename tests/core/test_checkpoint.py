@@ -164,20 +164,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(
-        CheckpointError, match=r"x.safetensors: .*No space left on device; the previous file is untouched"
-    ):
+    with pytest.raises(OSError, match=r"x.safetensors: .*No space left on device.*untouched"):
         save_tensors(file, {"w": torch.ones(3)}, {"step": 2})
     assert read_tensors(file)[1] == {"step": 1} and os.listdir(tmp_path) == ["x.safetensors"]
-
-
-def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
-    dead, live = tmp_path / ".x.json.999999999.tmp", tmp_path / f".x.json.{os.getppid()}.tmp"
-    other = tmp_path / ".y.json.999999999.tmp"
-    for file in (dead, live, other):
-        file.write_text("")
-    checkpoint.write_atomic(tmp_path / "x.json", lambda p: p.write_text("{}"))
-    assert not dead.exists() and live.exists() and other.exists()
 
 
 def test_a_codec_lies_beside_its_student_or_has_a_full_path(path, tiny_codec_path):

@@ -285,8 +285,8 @@ BAD = [
     (b"\x02", "its place among action"),
     (b"\x02\x01sound", "its place among action"),
     (b"\x02\x00" + bytes(protocol.MAX_INPUT), "at most 1,048,576"),
-    (b"\x01not a picture", "not a whole PNG"),
-    (b"\x01" + png()[:60], "not a whole PNG"),
+    (b"\x01not a picture", "cannot be read as a PNG"),
+    (b"\x01" + png()[:60], "cannot be read as a PNG"),
     (b"\x01" + png(5000, 10), "5000x10; at most 4096"),
     (b"\x01" + bytes(protocol.MAX_PICTURE), "at most 4,194,304"),
 ]
@@ -504,7 +504,7 @@ def test_start_images_are_read_from_a_folder(tmp_path):
     starts = read_starts(tmp_path, (SIZE, SIZE))
     assert list(starts) == ["a", "b"] and starts["b"].shape == (SIZE, SIZE, 3)
     (tmp_path / "c.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"c\.png.*not a whole PNG"):
+    with pytest.raises(ValueError, match=r"c\.png.*cannot be read as a PNG"):
         read_starts(tmp_path, (SIZE, SIZE))
     with pytest.raises(ValueError, match="no folder"):
         read_starts(tmp_path / "none", (SIZE, SIZE))

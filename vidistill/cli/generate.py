@@ -49,7 +49,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from vidistill.streaming.runtime import load_fast
     from vidistill.streaming.session import StreamConfig, StreamSession
 
-    io.check_video(args.out)
+    io.check_video(args.out, reads=[args.image])
     script, cues = parse_script(args.action), parse_cues(args.prompt)
     if late := next((cue for cue in cues if cue.seconds >= args.seconds), None):
         raise ValueError(

@@ -19,6 +19,7 @@ from vidistill.data.prompts import Prompts, open_data
 from vidistill.data.shards import SETTINGS, DataError, finish_shards, partial_of, write_shard
 from vidistill.data.types import Batch
 from vidistill.diffusion import Denoiser, NoiseSchedule, derived_seed
+from vidistill.io import read_json, write_json
 from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.sampling import trajectory
@@ -163,7 +164,7 @@ def write_trajectories(
     """
     partial, total = partial_of(folder), meta["clips"]
     settings = json.loads(json.dumps({**meta, "per_shard": per_shard}))
-    begun = json.loads((partial / SETTINGS).read_text()) if (partial / SETTINGS).is_file() else None
+    begun = read_json(partial / SETTINGS) if (partial / SETTINGS).is_file() else None
     if begun is not None and begun != settings:
         other = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
         raise DataError(
@@ -173,7 +174,7 @@ def write_trajectories(
     if begun is None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / SETTINGS).write_text(json.dumps(settings, sort_keys=True))
+        write_json(partial / SETTINGS, settings)
     shards = -(-total // per_shard)
     for i in range(shards):
         size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"

@@ -1,7 +1,6 @@
 """Prompts with their embeddings on disk, for students that learn without recorded video."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from vidistill.conditioning.condition import Condition
 from vidistill.data.clips import Clips, Ranges
 from vidistill.data.shards import META, DataError, read_meta
 from vidistill.data.types import Batch
+from vidistill.io import read_text, write_text
 from vidistill.ops.device import accelerator
 from vidistill.teachers.text_encoder import TextCache
 from vidistill.teachers.wan import WORLD
@@ -64,9 +64,7 @@ def write_prompts(
     names = [cache.path(prompt).name for prompt in (negative, *prompts)]
     record = {**meta, PROMPTS: list(prompts), "negative": negative, NAMES: names[1:], "negative_name": names[0]}
     record |= {"text": {"kind": "umt5", "source": cache.source, "length": cache.length}, "episodes": len(prompts)}
-    partial = Path(folder) / f"{META}.tmp"
-    partial.write_text(json.dumps(record))
-    os.replace(partial, Path(folder) / META)
+    write_text(Path(folder) / META, json.dumps(record))
 
 
 class Prompts:
@@ -106,9 +104,7 @@ class Prompts:
 
 def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512) -> str:
     """Encode the prompts in `file`, one a line, into folder `out`; says what is there."""
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}; name a text file with a prompt a line")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     cache = TextCache(text, out / TOKENS, length=tokens, device=str(accelerator()))
     with tqdm(total=len(lines), desc="prompts", disable=None) as bar:
         write_prompts(out, lines, negative, cache, {"source": "prompts", **WORLD}, bar=bar)

@@ -17,6 +17,7 @@ from torch import Tensor
 from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning.condition import Encode, pack_actions, pack_audio
 from vidistill.data.types import Captioned, Episode, Talk, count_episodes, pack_rows, unpack_rows
+from vidistill.io import read_json, write_atomic, write_text
 
 META = "meta.json"
 SETTINGS = "settings.json"
@@ -52,12 +53,7 @@ def partial_of(folder: str | Path) -> Path:
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write one shard whole or not at all; OSError if the disk is full."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)
-    except SafetensorError as error:
-        raise OSError(f"could not write {path}: {error}") from error
-    os.replace(temporary, path)
+    write_atomic(path, lambda p: save_file({name: x.contiguous() for name, x in tensors.items()}, p))
 
 
 def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: Mapping) -> None:
@@ -66,7 +62,7 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
         raise DataError(f"{folder} would hold no episodes; record at least one")
     partial = partial_of(folder)
     record = {**meta, "shards": shards, "episodes": len(described), "described": described}
-    (partial / META).write_text(json.dumps(record))
+    write_text(partial / META, json.dumps(record))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -119,9 +115,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
             "scripts/reproduce_*.sh say how for each world"
         )
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); make the data again") from error
+        raise DataError(f"{error}; make the data again") from error
 
 
 def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:

@@ -1,7 +1,6 @@
 """A small network trained on real video of a world that reads back what a clip shows: actions and walls, or shapes."""
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.data.shards import read_meta
 from vidistill.data.types import IGNORED
+from vidistill.io import write_json
 from vidistill.metrics import balanced_accuracy
 from vidistill.ops.precision import autocast
 from vidistill.worlds import WORLDS
@@ -276,8 +276,7 @@ def save_probe(path: str | Path, probe: Probe, card: dict[str, Any]) -> None:
     tensors = {n: t.half() if t.is_floating_point() else t for n, t in probe.state_dict().items()}
     record = {"format": checkpoint.FORMAT, "kind": "probe", "config": asdict(probe.cfg), "card": card}
     checkpoint.save_tensors(path.with_suffix(".safetensors"), tensors, record)
-    text = json.dumps(record, indent=1) + "\n"
-    checkpoint.write_atomic(path.with_suffix(".json"), lambda p: p.write_text(text))
+    write_json(path.with_suffix(".json"), record)
 
 
 def make_probe(

@@ -1,7 +1,6 @@
 """Reading published student files, and writing them back bit for bit."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from vidistill.interop.keys import (
 )
 from vidistill.interop.lora import Adapter, adapter_config, adapter_file, merge_lora
 from vidistill.interop.quantized import read_up
+from vidistill.io import write_atomic
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 
@@ -156,10 +156,7 @@ def write_student(path: str | Path, published: Published) -> None:
     names = published.names
     shaped = dict(published.state) if published.flat_patch else to_original(published.state, published.config, "ours")
     flat = {names.get(key, original_key(key)): x.detach().contiguous().cpu() for key, x in shaped.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")  # a file that was there stays until this one is whole
     if path.suffix == ".safetensors":
-        save_file(flat, partial)
+        write_atomic(path, lambda p: save_file(flat, p))
     else:
-        torch.save({published.entry: flat} if published.entry else flat, partial)
-    os.replace(partial, path)
+        write_atomic(path, lambda p: torch.save({published.entry: flat} if published.entry else flat, p))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidistill.io import read_image
+from vidistill.io import read_image_bytes
 
 VERSION = 2
 HEADER = struct.Struct("<4B4I")  # version, kind, encoding, flags | sequence, index, chunk, input id
@@ -235,7 +235,7 @@ def read_picture(png: bytes, size: tuple[int, int]) -> np.ndarray:
         raise MessageError(f"the picture has more than {MAX_CHUNKS} chunks; save it again and try once more")
     most = max(MIN_PIXELS, 16 * size[0] * size[1])  # what the page sends; more would keep other viewers waiting
     try:
-        return read_image(png, size, formats=("PNG",), pixels=most)
+        return read_image_bytes(png, size, formats=("PNG",), pixels=most)
     except ValueError as error:
         raise MessageError(str(error)) from None
     except Exception as error:  # a decoder raises what it likes

@@ -5,7 +5,6 @@ import html
 import logging
 import os
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from vidistill.io import write_atomic
 
 log = logging.getLogger("vidistill")
 
@@ -98,11 +99,8 @@ class TextCache:
         with torch.no_grad():
             hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
         hidden = hidden[: int(batch.attention_mask[0].sum())]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        own = f".{os.getpid()}-{threading.get_ident()}.tmp"  # others may store the same prompt
-        partial = self.path(prompt).with_suffix(own)
-        save_file({"tokens": hidden.cpu().contiguous()}, partial)
-        partial.replace(self.path(prompt))
+        tokens = {"tokens": hidden.cpu().contiguous()}
+        write_atomic(self.path(prompt), lambda p: save_file(tokens, p))
 
     def _load(self) -> tuple[Any, Any]:
         try:

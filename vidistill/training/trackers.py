@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidistill.checkpoint import write_atomic
+from vidistill.io import write_text
 
 
 class MetricsLog:
@@ -26,14 +26,14 @@ class MetricsLog:
         return means
 
     def write(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def trim(self, step: int) -> None:
         """Drop rows after `step`, at which a run resumes, and what is no row."""
         if self.path.is_file():
             kept = "".join(json.dumps(row) + "\n" for row in read_rows(self.path) if row["step"] <= step)
-            write_atomic(self.path, lambda p: p.write_text(kept))
+            write_text(self.path, kept)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from vidistill.data.clips import Clips
 from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
+from vidistill.io import write_atomic, write_json
 from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
@@ -205,8 +208,7 @@ class Trainer:
             self.resume()
             first = distributed.rank() == 0
             if first:
-                config = json.dumps(asdict(self.cfg), indent=1)
-                checkpoint.write_atomic(self.folder / "config.json", lambda p: p.write_text(config))
+                write_json(self.folder / "config.json", asdict(self.cfg))
             self.started = time.monotonic()
             bar = tqdm(
                 total=self.cfg.steps,
@@ -325,7 +327,7 @@ class Trainer:
         if self.peak.step and distributed.rank() == 0:
             for suffix in (".safetensors", ".json"):
                 best, out = (checkpoint.with_extension(p, suffix) for p in (self.folder / BEST, path))
-                checkpoint.write_atomic(out, lambda p, best=best: p.write_bytes(best.read_bytes()))
+                write_atomic(out, partial(shutil.copyfile, best))
         if self.peak.step:
             return checkpoint.with_extension(path, ".safetensors")
         self.student_state.swap_ema()

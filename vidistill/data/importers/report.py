@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidistill.checkpoint import write_atomic
 from vidistill.data.importers.decode import MediaError, frames_of, nearest, rgb
 from vidistill.data.importers.inspect import Inspection
 from vidistill.data.importers.listing import Item
 from vidistill.data.importers.plan import SPLITS, Verdict
+from vidistill.io import write_text
 
 REPORT = "report.json"
 PAGE = "report.html"
@@ -68,7 +68,7 @@ def write_report(
     texts = {REPORT: json.dumps(report, indent=1, ensure_ascii=False)}
     texts[PAGE] = page(items, inspected, report, still_fps)
     for name, text in texts.items():
-        write_atomic(folder / name, lambda p, text=text: p.write_text(text, encoding="utf-8"))
+        write_text(folder / name, text)
 
 
 def page(items: Sequence[Item], inspected: Sequence[Inspection], report: Mapping[str, Any], still_fps: float) -> str:
