@@ -231,7 +231,7 @@ def test_the_bias_for_xformers_masks_as_the_reference_does():
 def test_the_choice_is_logged_once_with_its_reason(caplog):
     ops._resolve.cache_clear()
     q = random(1, 4, 1, 8)
-    with caplog.at_level(logging.INFO, logger="vidistill"), ops.use_backend("reference"):
+    with caplog.at_level(logging.DEBUG, logger="vidistill"), ops.use_backend("reference"):
         ops.attention(q, q, q)
         ops.attention(q, q, q)
     assert [r.getMessage() for r in caplog.records] == ["attention backend on cpu: reference (asked for)"]
@@ -396,7 +396,7 @@ def test_fast_float32_is_float32():
 
 
 def test_fast_float32_leaves_mkl_on_a_cpu_of_its_maker(monkeypatch, caplog):
-    caplog.set_level("INFO", "vidistill")
+    caplog.set_level("DEBUG", "vidistill")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)

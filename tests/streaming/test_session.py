@@ -422,7 +422,7 @@ def test_a_stream_of_200_chunks_costs_what_a_short_one_costs(session):
 
 def test_a_full_memory_becomes_a_window_and_the_stream_goes_on(session, caplog):
     say_that_full_ends.cache_clear()  # it is said once a process, and another test may have heard it
-    with caplog.at_level(logging.INFO, "vidistill"):
+    with caplog.at_level(logging.DEBUG, "vidistill"):
         stream = session(replace(INLINE, memory=MemoryConfig("full", frames=7)))
     assert "keeps a window of 7 frames" in caplog.text
     assert stream.memory_config == MemoryConfig("window", frames=7)

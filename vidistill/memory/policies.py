@@ -188,4 +188,4 @@ def stream_memory(cfg: MemoryConfig, chunk: int) -> MemoryConfig:
 
 @cache
 def say_that_full_ends(frames: int) -> None:
-    log.info("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", frames)
+    log.debug("memory.policy 'full' has an end, a stream has none: it keeps a window of %d frames", frames)

@@ -243,7 +243,7 @@ def _resolve(name: str, device: str, mask: str) -> str:
     if name in NEEDS:
         NEEDS[name](device)
     masked = "" if mask == "none" else " under a mask"
-    logger.info("attention backend on %s%s: %s (%s)", device, masked, name, reason)
+    logger.debug("attention backend on %s%s: %s (%s)", device, masked, name, reason)
     return name
 
 

@@ -79,7 +79,7 @@ def pack_linears(net: nn.Module, rows: int, dtype: torch.dtype = torch.float32) 
         parent.register_module(name, PackedLinear(child, rows, dtype, bool(gelu)))
         if gelu:
             parent.register_module(str(int(name) + 1), nn.Identity())
-    logger.info("packed %d linear layers in %s for passes of %d tokens (oneDNN)", len(found), dtype, rows)
+    logger.debug("packed %d linear layers in %s for passes of %d tokens (oneDNN)", len(found), dtype, rows)
     return len(found)
 
 

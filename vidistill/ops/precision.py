@@ -19,7 +19,7 @@ EXACT = 2e-6  # relative error of a float32 product of 256; bfloat16 would be at
 def _has_bfloat16(device: str) -> bool:
     """Whether products in bfloat16 are quicker than in float32: logged once, because results differ by it."""
     quick = torch.cuda.is_bf16_supported(False) if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    logger.info("precision=auto on %s: %s", device, "bf16" if quick else "fp32 (no bfloat16 products in hardware)")
+    logger.debug("precision=auto on %s: %s", device, "bf16" if quick else "fp32 (no bfloat16 products in hardware)")
     return quick
 
 
@@ -78,9 +78,9 @@ def fast_float32() -> bool:
         torch.set_float32_matmul_precision("medium")
         error = _error()
         if error <= EXACT:
-            logger.info("float32 products on cpu: oneDNN (AVX-512, no AMX; relative error %.1e)", error)
+            logger.debug("float32 products on cpu: oneDNN (AVX-512, no AMX; relative error %.1e)", error)
             return True
         torch.set_float32_matmul_precision(before)
         reason = f"oneDNN is not exact here (relative error {error:.1e})"
-    logger.info("float32 products on cpu: torch's default (%s)", reason)
+    logger.debug("float32 products on cpu: torch's default (%s)", reason)
     return False

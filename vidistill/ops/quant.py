@@ -22,9 +22,9 @@ def _kernels(name: str, device: str) -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
-        logger.info("stored entries on cuda: torch's own operators (Triton is not installed)")
+        logger.debug("stored entries on cuda: torch's own operators (Triton is not installed)")
         return False
-    logger.info("stored entries on cuda: Triton kernels (choose another backend than auto for none)")
+    logger.debug("stored entries on cuda: Triton kernels (choose another backend than auto for none)")
     return True
 
 
