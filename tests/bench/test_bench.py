@@ -14,24 +14,23 @@ from rich.console import Console
 from safetensors.torch import save_file
 from tiny_relic import CAMERA
 from tiny_talker import write_talker
-from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill.bench import bench as bench_module
-from vidistill.bench import machine, random_weights
-from vidistill.bench.bench import BenchConfig, ConsistencyError, StreamTimer, baseline_of, bench
+from vidistill.bench import cost, machine, random_weights, timers
+from vidistill.bench.bench import baseline_of, bench
+from vidistill.bench.config import BenchConfig
 from vidistill.bench.growth import growth_rows, walk
-from vidistill.bench.random_weights import RandomConfig, Timed, random_bench
+from vidistill.bench.random_weights import RandomConfig, random_bench
 from vidistill.bench.result import BenchResult
+from vidistill.bench.timers import ConsistencyError, StreamTimer
 from vidistill.checkpoint import load, load_codec, load_student
 from vidistill.cli.main import main
 from vidistill.conditioning.condition import Condition
-from vidistill.diffusion import add_noise, x0_from_v
+from vidistill.diffusion import LatentShape, add_noise, x0_from_v
 from vidistill.memory.policies import MemoryConfig
-from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import SiteConfig
 from vidistill.models.student import CausalStudent, StudentConfig
-from vidistill.ops.attention import use_backend
-from vidistill.streaming.runtime import SpeedConfig, for_inference
+from vidistill.streaming.runtime import SpeedConfig
 from vidistill.streaming.session import StreamSession
 
 SHORT = BenchConfig(rounds=2, chunks=2, inputs=1, warmup_chunks=0, gate_chunks=2, clip_frames=5, clip_steps=2)
@@ -237,8 +236,8 @@ def test_a_rival_that_is_nowhere_is_told_before_anything_runs(student, monkeypat
 
 def test_a_teacher_is_timed_in_the_same_run(tiny_student_path, tiny_teacher_path, monkeypatch):
     clips = []
-    sample = bench_module.sample
-    monkeypatch.setattr(bench_module, "sample", lambda *a, **kw: clips.append((a, kw)) or sample(*a, **kw))
+    sample = timers.sample
+    monkeypatch.setattr(timers, "sample", lambda *a, **kw: clips.append((a, kw)) or sample(*a, **kw))
     result = bench(tiny_student_path, SHORT, vs=tiny_teacher_path)
     vs = json.loads(result.to_json())["vs"]
     assert vs["name"] == "teacher"
@@ -311,7 +310,7 @@ def test_a_codec_is_no_opponent(student, tiny_codec_path, monkeypatch):
 def test_nothing_is_timed_when_the_stream_differs_from_its_rollout(student, monkeypatch):
     reference = StreamSession.reference
     monkeypatch.setattr(StreamSession, "reference", lambda self, chunks: reference(self, chunks) + 1e-6)
-    monkeypatch.setattr(bench_module.StreamTimer, "round", lambda self, number: pytest.fail("timed"))
+    monkeypatch.setattr(StreamTimer, "round", lambda self, number: pytest.fail("timed"))
     with pytest.raises(ConsistencyError, match="differ from its rollout; nothing was timed"):
         bench(student, SHORT)
 
@@ -320,7 +319,7 @@ def test_the_gate_sees_memory_forget(student, monkeypatch):
     seen = []
     reference = StreamSession.reference
     monkeypatch.setattr(StreamSession, "reference", lambda self, n: seen.append(n) or reference(self, n))
-    bench_module.StreamTimer(student, load_codec(student), replace(SHORT, gate_chunks=0), None).gate()
+    StreamTimer(student, load_codec(student), replace(SHORT, gate_chunks=0), None).gate()
     assert student.net.first_frame(seen[0]) > student.net.cfg.memory.frames
 
 
@@ -328,9 +327,9 @@ def test_the_gate_sees_memory_forget(student, monkeypatch):
     ("changed", "message"),
     [
         ({"rounds": 0}, "bench.rounds must be at least 1, got 0"),
-        ({"inputs": -1}, "bench.inputs must not be negative, got -1"),
+        ({"inputs": -1}, "bench.inputs must be at least 0, got -1"),
         ({"growth_minutes": (1.0, 0.0)}, "growth_minutes must be positive"),
-        ({"growth_run": math.nan}, "bench.growth_run must not be negative, got nan"),
+        ({"growth_run": math.nan}, "bench.growth_run must be at least 0, got nan"),
     ],
 )
 def test_impossible_settings_are_refused(changed, message):
@@ -341,52 +340,40 @@ def test_impossible_settings_are_refused(changed, message):
 # --- cost accounting --------------------------------------------------------------------------------------------------
 
 
+TEXT = replace(DIT, layers=3, sites={}, text_dim=10)
+SHAPE = LatentShape(3, DIT.channels, 4, 4)
+
+
 @pytest.mark.parametrize(
     "dit",
     [
-        DIT,
-        replace(DIT, sites={}, text_dim=10),
-        replace(DIT, sites={}, text_dim=10, image_dim=6, image_tokens=4),
+        TEXT,
+        replace(TEXT, image_dim=6, image_tokens=4),
         replace(DIT, extra_channels=2, sites={"hidden": SiteConfig(7, layers=(1,)), "qk": SiteConfig(5, hidden=9)}),
     ],
 )
-def test_flops_of_a_pass_are_those_that_torch_counts(dit):
-    net, tokens = VideoDiT(dit), 13
-    cond = Condition(
-        torch.zeros(1, tokens, max(dit.text_dim, dit.image_dim)) if dit.text_dim else None,
-        {name: torch.zeros(1, 3, site.dim) for name, site in dit.sites.items()},
-        torch.zeros(1, 3, dit.extra_channels, 4, 4) if dit.extra_channels else None,
-    )
-    with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 3), cond)
-    text = tokens if dit.text_dim else 0
-    counted = machine.flops_per_pass(dit, 12, frames=3, text_tokens=text, embed_text=True)
-    assert counted == counter.get_total_flops()
+@pytest.mark.parametrize("output", [True, False])
+def test_two_layers_say_what_all_of_them_cost(dit, output):
+    counted = cost.counted_flops(dit, SHAPE, 3, text=13, prompt=True, output=output)
+    assert cost.pass_flops(dit, SHAPE, 3, seen=12, text=13, output=output) == counted
 
 
-@pytest.mark.parametrize("dit", [DIT, replace(DIT, sites={}, text_dim=10)])
-def test_flops_of_a_context_pass_are_those_that_torch_counts(dit):
-    net, tokens = VideoDiT(dit), 13
-    cond = Condition(
-        torch.zeros(1, tokens, dit.text_dim) if dit.text_dim else None,
-        {name: torch.zeros(1, 3, site.dim) for name, site in dit.sites.items()},
-    )
-    with use_backend("reference"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, 4, 4, 4), torch.ones(1, 3), cond, output=False)
-    text = tokens if dit.text_dim else 0
-    counted = machine.flops_per_pass(dit, 12, frames=3, text_tokens=text, embed_text=True, output=False)
-    assert counted == counter.get_total_flops()
+def test_memory_adds_attention_alone():
+    one, two = (cost.pass_flops(DIT, SHAPE, 3, seen=seen) for seen in (12, 32))
+    assert sum(two.values()) - sum(one.values()) == 2 * DIT.layers * 2 * 12 * 20 * DIT.width
+    assert {part for part in one if one[part] != two[part]} == {"self_attention"}
+
+
+def test_what_a_prompt_is_read_as_is_counted_once():
+    fresh, read = (sum(cost.pass_flops(TEXT, SHAPE, 3, seen=12, text=5, prompt=p).values()) for p in (True, False))
+    embedded = 5 * (TEXT.text_dim + TEXT.width) * TEXT.width
+    assert fresh - read == 2 * (embedded + TEXT.layers * 2 * 5 * TEXT.width**2)
 
 
 def test_a_profile_shares_out_the_time_of_what_ran():
     a = torch.randn(300, 300)
     shares = machine.profile(lambda: [a @ a for _ in range(20)])
     assert sum(shares.values()) == pytest.approx(1.0) and shares["attention products"] > 0.5
-
-
-def test_memory_adds_attention_alone():
-    one = machine.flops_per_pass(DIT, 12, 0, frames=3)
-    assert machine.flops_per_pass(DIT, 12, 20, frames=3) - one == 2 * DIT.layers * 2 * 12 * 20 * DIT.width
 
 
 def test_the_matmul_peak_is_a_speed():
@@ -420,9 +407,7 @@ def test_given_weights_are_timed_instead_of_random_ones():
 
 
 def test_a_faster_network_is_timed_beside_the_plain_one_and_its_error_is_told():
-    plain = SMALL.bundle()
-    fast = for_inference(plain, SpeedConfig(linears="packed"))
-    result = random_bench(replace(SMALL, rounds=1), fast, vs=plain, batch=2, profiled=True)
+    result = random_bench(replace(SMALL, rounds=1), speed=SpeedConfig(linears="packed"), batch=2, profiled=True)
     assert result.name == "random weights (packed)" and result.vs["name"] == "random weights"
     assert result.vs["chunk_ratio"] > 0 and result.vs["model_flops_utilisation"] > 0
     assert 0 <= result.vs["latents_difference"] < 1e-4
@@ -432,7 +417,7 @@ def test_a_faster_network_is_timed_beside_the_plain_one_and_its_error_is_told():
 
 def test_random_weights_at_a_speed_setting_are_timed_beside_plain_ones(monkeypatch):
     peaks = iter([1000, 2000])
-    monkeypatch.setattr(random_weights, "peak_bytes", lambda device: next(peaks))
+    monkeypatch.setattr(bench_module, "peak_bytes", lambda device: next(peaks))
     result = random_bench(replace(SMALL, rounds=1), speed=SpeedConfig(linears="packed"))
     assert result.name == "random weights (packed)" and result.vs["name"] == "random weights"
     assert result.env["speed"]["linears"] == "packed" and result.vs["speed"]["linears"] == "plain"
@@ -451,10 +436,10 @@ def test_random_numbers_from_a_file_make_the_latents_that_they_make_elsewhere(tm
     cfg, path = replace(SMALL, noise=str(tmp_path / "noise.safetensors")), tmp_path / "noise.safetensors"
     student, size = SMALL.bundle().net, [int(n) for n in SMALL.latent.split("x")]
     rng = torch.Generator().manual_seed(5)
-    text = torch.randn(SMALL.text_tokens, student.net.cfg.text_dim, generator=rng)
+    text = torch.randn(5, student.net.cfg.text_dim, generator=rng)
     noise, fresh = torch.randn(SMALL.chunk, *size, generator=rng), torch.randn(1, SMALL.chunk, *size, generator=rng)
     save_file({"noise": noise, "fresh": fresh, "text": text}, path)
-    session = Timed(cfg, cfg.bundle()).session
+    session = StreamTimer(cfg.bundle(), None, BenchConfig(), drawn=cfg.drawn()).open()
     got = next(session.latents())
     x, cond, memory = noise[None], Condition(text[None]), student.new_memory(1)
     for sigma, after in ((1.0, 0.5), (0.5, 0.0)):  # by hand
@@ -467,10 +452,10 @@ def test_random_numbers_from_a_file_make_the_latents_that_they_make_elsewhere(tm
     for wrong, message in (({"fresh": fresh}, "has no `noise`"), ({"noise": fresh}, r"noise is \[1, ")):
         save_file(wrong, path)
         with pytest.raises(ValueError, match=message):
-            cfg.drawn()
+            cfg.recorded()
     path.write_bytes(b"cut short")
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        cfg.drawn()
+        cfg.recorded()
 
 
 def test_weights_that_do_not_fit_the_shape_name_the_shape_they_have():
@@ -489,11 +474,11 @@ def test_a_shape_is_read_from_the_command_line():
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("depth=3", "'depth=3' is not KEY=VALUE with a key of dim"),
-        ("dim", "not KEY=VALUE"),
-        ("dim=big", "dim must be a whole number, got 'big'"),
+        ("depth=3", r"random_weights\.depth"),
+        ("dim", "'dim'"),
+        ("dim=big", r"random_weights\.dim must be int, got 'big'"),
         ("layers=0", "layers must be at least 1, got 0"),
-        ("growth_run=long", "growth_run must be a number, got 'long'"),
+        ("growth_run=long", r"random_weights\.growth_run must be a finite number, got 'long'"),
         ("growth_run=-1", "growth_run must not be negative, got -1.0"),
         ("latent=16x16", "latent must be CHANNELSxHEIGHTxWIDTH, got '16x16'"),
         ("text=512x0", "text must be TOKENSxWIDTH"),
@@ -512,8 +497,8 @@ def test_a_shape_that_makes_no_sense_is_refused(item, message):
     [
         (["doom", "--weights", "w.safetensors", "--profile"], "--weights, --profile would be ignored without --random"),
         (["doom", "--family", "self-forcing"], "--family would be ignored without --random-weights"),
-        (["doom", "--vs", "doom-teacher", "--random-weights", "dim=24"], "NAME, --vs would be ignored by --random"),
-        (["--allow-pickle", "--random-weights"], "--allow-pickle would be ignored: name the file"),
+        (["doom", "--vs", "doom-teacher", "--random-weights", "dim=24"], "name, --vs would be ignored by --random"),
+        (["--allow-pickle", "--random-weights"], "--allow-pickle would be ignored without --weights"),
         (["doom", "--growth-run", "2"], "--growth-run would be ignored without --growth"),
         ([], "name a student, or give --random-weights"),
     ],

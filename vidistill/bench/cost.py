@@ -6,17 +6,22 @@ A ratio of measured to predicted speed near 0.5 is a well-tuned implementation; 
 gain.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import LatentShape
 from vidistill.interop.families import family
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
+from vidistill.ops.attention import use_backend
 from vidistill.schedules import ScheduleConfig, evaluations
 
 TEXT_TOKENS = 512
@@ -95,25 +100,67 @@ def parameters(cfg: DiTConfig) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-def pass_flops(cfg: DiTConfig, tokens: int, context: int, text: int = TEXT_TOKENS) -> dict[str, float]:
-    """FLOPs of one forward over `tokens` new tokens that attend to `context` tokens (themselves included).
+def blank_condition(dit: DiTConfig, x: Tensor, text: int = TEXT_TOKENS) -> Condition:
+    """Everything that a network of this architecture is told beside latents `x` [B, F, C, H, W], all zero."""
+    b, f, _, height, width = x.shape
+    image = dit.image_tokens if dit.image_dim else 0
+    return Condition(
+        x.new_zeros(b, text + image, max(dit.text_dim, dit.image_dim)) if dit.text_dim else None,
+        {name: x.new_zeros(b, f, site.dim) for name, site in dit.sites.items()},
+        x.new_zeros(b, f, dit.extra_channels, height, width) if dit.extra_channels else None,
+    )
 
-    A multiply and an add are two. `text` keys and values are counted in every pass.
+
+def pass_flops(
+    dit: DiTConfig,
+    shape: LatentShape,
+    frames: int,
+    seen: float,
+    *,
+    text: int = TEXT_TOKENS,
+    prompt: bool = True,
+    output: bool = True,
+) -> dict[str, float]:
+    """FLOPs (a multiply-add is two) by part of one forward of `frames` latent frames, whose tokens see `seen` tokens.
+
+    Counted by torch as the network runs on the meta device: matrix products alone, no element-wise work. Without
+    `prompt` the keys and values of the `text` tokens are there already; without `output` (a context pass) the last
+    block ends with its own.
     """
-    d, layers = cfg.width, cfg.layers
-    text = (text + (cfg.image_tokens if cfg.image_dim else 0)) if cfg.text_dim else 0
-    cross = tokens * 4 * d * d + text * 4 * d * d if text else 0
+
+    def count(layers: int) -> dict[str, int]:
+        return counted_flops(replace(dit, layers=layers, checkpoint=False), shape, frames, text, prompt, output)
+
+    if any(site.layers for site in dit.sites.values()):
+        parts = count(dit.layers)
+    else:  # layers are alike: two say what all of them cost
+        one, two = count(1), count(2)
+        parts = {part: one[part] + (dit.layers - 1) * (two[part] - one[part]) for part in one}
+    return {**parts, "self_attention": parts["self_attention"] * seen / (frames * shape.tokens_per_frame)}
+
+
+def counted_flops(
+    dit: DiTConfig, shape: LatentShape, frames: int, text: int, prompt: bool, output: bool
+) -> dict[str, int]:
+    """As `pass_flops`, every layer run, tokens seeing each other alone."""
+    with torch.no_grad(), torch.device("meta"), use_backend("reference"):
+        net, x = VideoDiT(dit), torch.zeros(1, frames, shape.channels, shape.height, shape.width)
+        with FlopCounterMode(display=False) as counter:
+            net(x, torch.zeros(1, frames), blank_condition(dit, x, text), output=output)
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+    def of(pattern: str) -> int:
+        return sum(count for name, count in counts.items() if re.search(pattern, name))
+
+    cross = of(r"\.cross_attn$") - of(r"\.cross_attn\.[qo]$")
+    read = of(r"\.cross_attn\.[kv]"), of(r"\.(text_embedding|img_emb)$")
     parts = {
-        "projections": layers * (tokens * 8 * d * d + cross),
-        "ffn": layers * tokens * 4 * d * cfg.ffn,
-        "self_attention": layers * 4.0 * tokens * context * d,
-        "cross_attention": layers * 4.0 * tokens * text * d,
-        "ends": 2.0
-        * tokens
-        * d
-        * (cfg.patch_dim + (cfg.patch_dim // cfg.channels) * (cfg.channels + cfg.extra_channels)),
+        "projections": of(r"_attn\.\w+$") - (0 if prompt else read[0]),
+        "ffn": of(r"\.ffn$"),
+        "self_attention": counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0) - cross,
+        "cross_attention": cross,
     }
-    return parts
+    return {**parts, "ends": counts["Global"] - sum(parts.values()) - (0 if prompt else sum(read))}
 
 
 def policies(memory: MemoryConfig) -> dict[str, MemoryConfig]:
@@ -149,9 +196,8 @@ def cost(
     gpus: Mapping[str, GPU] = GPUS,
 ) -> dict[str, Any]:
     """Everything `vidistill info` prints about a student of true size; plain numbers, ready for JSON."""
-    n, count = shape.tokens_per_frame, parameters(cfg)
-    tokens, context = chunk * n, memory.tokens(shape.grid)
-    parts = pass_flops(cfg, tokens, context)
+    n, count, context = shape.tokens_per_frame, parameters(cfg), memory.tokens(shape.grid)
+    parts = pass_flops(cfg, shape, chunk, context)
     flops = sum(parts.values())
     kv = {
         name: m.bytes(
@@ -161,7 +207,8 @@ def cost(
     }
     moved = count * itemsize + 2.0 * context * cfg.layers * cfg.width * itemsize
     nfe = evaluations(schedule, STEADY_CHUNKS)
-    first, unseen = sum(pass_flops(cfg, tokens, tokens).values()), schedule.context != "last_step"
+    first = flops - parts["self_attention"] * (1 - chunk * n / context)  # it sees itself alone
+    unseen = schedule.context != "last_step"
     rows = {}
     for name, gpu in gpus.items():
         per_pass = roofline_s(flops, moved, gpu)
@@ -222,3 +269,23 @@ def against_papers() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def report(row: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about what a network costs at its true size, and the speeds of papers beside the prediction."""
+    yield (
+        f"{row['network']}: {row['parameters'] / 1e9:.2f} B parameters, {row['tokens_per_frame']} tokens a latent frame"
+    )
+    yield f"a pass {row['flops_per_pass'] / 1e12:.2f} TFLOP, a chunk {row['flops_per_chunk'] / 1e12:.2f} TFLOP"
+    for name, size in row["kv_bytes"].items():
+        yield f"memory {name:20s} {size / 1e9:7.2f} GB"
+    for name, found in row["gpus"].items():
+        gpu = f"{GPUS[name].tflops:.0f} TFLOP/s, {GPUS[name].gb_per_s:.0f} GB/s"
+        yield f"{name:10s} {found['fps']:7.1f} frames/s at most, first chunk {found['first_chunk_ms']:6.0f} ms ({gpu})"
+    yield row["left_out"]
+    yield "published speeds, measured / predicted:"
+    for paper in against_papers():
+        said = f"{paper['published_fps']:6.1f} of {paper['predicted_fps']:6.1f} ({paper['ratio']:.2f})"
+        latency = f", first chunk {paper['published_latency_s']:.2f} s of {paper['predicted_latency_s']:.3f} s"
+        latency = f"{latency} ({paper['latency_ratio']:.1f})" if paper["published_latency_s"] else ""
+        yield f"  {paper['system']:28s} {paper['gpu']:12s} {said}{latency}"

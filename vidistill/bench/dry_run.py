@@ -342,7 +342,7 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
         "latents": [cfg.frames, dit.channels, *size],
         "tokens_per_frame": n,
         "tokens_per_pass": frames * n,
-        "flops_per_pass": sum(cost.pass_flops(dit, frames * n, seen).values()),
+        "flops_per_pass": sum(cost.pass_flops(dit, shape, frames, seen).values()),
         "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg),
         "recomputed_blocks": cfg.dit.checkpoint,
     }

@@ -3,11 +3,12 @@
 import statistics
 from collections.abc import Iterator
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from vidistill.bench.config import BenchConfig
 from vidistill.bench.machine import resident_bytes
 from vidistill.bench.result import Progress
 from vidistill.checkpoint import Bundle
@@ -24,24 +25,8 @@ WALK = ("forward", "turn_left", "turn_right")
 HELD_CHUNKS = 4  # chunks for which a walker does the same
 
 
-class GrowthConfig(Protocol):
-    """What `growth_rows` reads of a bench's config; explained there."""
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def growth_minutes(self) -> tuple[float, ...]: ...
-
-    @property
-    def growth_chunks(self) -> int: ...
-
-    @property
-    def growth_run(self) -> float: ...
-
-
 def growth_rows(
-    old: StreamSession, young: StreamSession, fill: int, cfg: GrowthConfig, progress: Progress
+    old: StreamSession, young: StreamSession, fill: int, cfg: BenchConfig, progress: Progress
 ) -> list[dict[str, Any]]:
     """A row for each of `growth_minutes` of the stream `old`: median time of a chunk's passes, and bytes, there.
 

@@ -1,4 +1,4 @@
-"""What a machine can do and what a pass asks of it: versions, bytes, the speed of matrix products, FLOPs."""
+"""What a machine is and can do: versions, bytes, the speed of matrix products."""
 
 import os
 import platform
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from vidistill import __version__
-from vidistill.models.layers import DiTConfig
 from vidistill.ops.attention import chosen
 from vidistill.ops.device import wait_for
 
@@ -106,42 +105,3 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def flops_per_pass(
-    dit: DiTConfig,
-    tokens: int,
-    memory_tokens: int = 0,
-    *,
-    frames: int = 1,
-    text_tokens: int = 0,
-    embed_text: bool = False,
-    output: bool = True,
-) -> int:
-    """Floating-point operations (a multiply-add is two) of one forward of `tokens` tokens in `frames` frames.
-
-    Queries also look at `memory_tokens` and cross-attend to `text_tokens`. What depends on the text alone (its
-    embedding, keys and values) is needed once a prompt, not once a pass, and counts only with `embed_text`. Without
-    `output` (a context pass) the last block ends with its keys and values. Norms, activations and other element-wise
-    work are left out.
-    """
-    d, image = dit.width, dit.image_tokens if dit.image_dim else 0
-    text = text_tokens - image if dit.text_dim else 0
-    block = 4 * tokens * d * d + 2 * tokens * d * dit.ffn + 2 * tokens * (tokens + memory_tokens) * d
-    if dit.text_dim:
-        block += 2 * tokens * d * d + 2 * tokens * text_tokens * d
-        block += 2 * text_tokens * d * d if embed_text else 0
-    patches = (
-        tokens * dit.patch_dim * d + tokens * dit.patch_dim // dit.channels * (dit.channels + dit.extra_channels) * d
-    )
-    times = frames * (dit.freq_dim * d + d * d + 6 * d * d)
-    embedding = text * (dit.text_dim * d + d * d) + image * (dit.image_dim**2 + dit.image_dim * d) if embed_text else 0
-    sites = 0
-    for name, site in dit.projected.items():
-        takers = 1 if name == "modulation" else len(site.layers) or dit.layers
-        sites += frames * takers * ((site.dim * site.hidden if site.hidden else 0) + (site.hidden or site.dim) * d)
-    tail = 0
-    if not output:
-        prompt = 2 * text_tokens * d * d if dit.text_dim and embed_text else 0  # keys and values are there all the same
-        tail = block - 3 * tokens * d * d - prompt + tokens * dit.patch_dim * d
-    return 2 * (dit.layers * block - tail + patches + times + embedding + sites)

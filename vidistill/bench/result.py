@@ -1,7 +1,7 @@
 """What a bench found, for people and for machines."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,53 +56,66 @@ class BenchResult:
             table.add_row(label, text)
         return table
 
-    def rows(self) -> Iterator[tuple[str, str]]:
-        def spread(key: str, unit: str, digits: int) -> str:
-            low, high = self.ranges[key]
-            return f"{getattr(self, key):.{digits}f} {unit}  ({low:.{digits}f} to {high:.{digits}f})"
+    def rows(self) -> list[tuple[str, str]]:
+        """What each row of the table is called, and says; rows of what was not measured are left out."""
 
-        if self.fps is not None and self.real_time_factor is not None:
-            yield "throughput", f"{spread('fps', 'frames/s', 1)}, {self.real_time_factor:.2f} x real time"
-        yield "latents", f"{self.latents_per_s:.1f} /s"
-        if self.first_frame_ms is not None:
-            yield "first frame", spread("first_frame_ms", "ms", 0)
+        def spread(key: str, unit: str, digits: int) -> str:
+            value = getattr(self, key)
+            low, high = self.ranges.get(key, (0.0, 0.0))
+            return "" if value is None else f"{value:.{digits}f} {unit}  ({low:.{digits}f} to {high:.{digits}f})"
+
+        def p95(key: str, more: str = "") -> str:
+            value = getattr(self, key)
+            return "" if value is None else f"p95 {value:.0f} ms{more}"
+
+        vs, mib = self.vs or {}, 2**20
         unsteady = "" if self.steady else f"  UNSTEADY: p95 is over {SPREAD} x p50"
-        yield "chunk", f"p50 {self.chunk_ms_p50:.1f} ms, p95 {self.chunk_ms_p95:.1f} ms{unsteady}"
-        if self.input_to_frame_ms_p95 is not None:
-            yield "input to frame", f"p95 {self.input_to_frame_ms_p95:.0f} ms"
-        if self.audio_to_lip_ms_p95 is not None:
-            look = f"{self.audio_lookahead_ms:.0f} ms of look-ahead among them"
-            yield "audio to lip", f"p95 {self.audio_to_lip_ms_p95:.0f} ms, {look}"
-        yield "warm-up", f"{self.warmup_ms:.0f} ms for the first chunks, in no other figure"
-        yield "evaluations", f"{self.nfe_per_chunk} a chunk"
-        yield "parts of a chunk", ", ".join(f"{k} {v:.1f} ms" for k, v in self.parts_ms.items())
-        yield "memory", f"{self.memory_bytes / 2**20:.1f} MiB KV, {self.peak_bytes / 2**20:.0f} MiB peak"
-        share = f"{self.model_flops_utilisation:.0%} of {self.matmul_peak_gflops:.0f} GFLOP/s"
-        yield "passes run at", f"{share} (matrix products)"
-        if self.profile:
-            yield "operators", ", ".join(f"{kind} {share:.0%}" for kind, share in self.profile.items() if share)
-        if self.vs and "latents_difference" in self.vs:
-            yield "latents", f"{self.vs['latents_difference']:.1e} (relative) from those of {self.vs['name']}"
-        if self.vs and "chunk_ratio" in self.vs:
-            low, high = self.vs["chunk_ratio_range"]
-            yield f"against {self.vs['name']}", f"{self.vs['chunk_ratio']:.2f} x chunks/s ({low:.2f} to {high:.2f})"
-        elif self.vs:
-            first, nfe = self.vs["first_frame_ratio"], self.vs["nfe_ratio"]
-            first, nfe = f"first frame {first:.1f} x sooner", f"{nfe:.1f} x fewer evaluations"
-            yield f"against {self.vs['name']}", f"{self.vs['fps_ratio']:.2f} x frames/s, {first}, {nfe}"
-        if self.batch:
-            b = self.batch
+        rows = [
+            ("throughput", self.fps and f"{spread('fps', 'frames/s', 1)}, {self.real_time_factor:.2f} x real time"),
+            ("latents", f"{self.latents_per_s:.1f} /s"),
+            ("first frame", spread("first_frame_ms", "ms", 0)),
+            ("chunk", f"p50 {self.chunk_ms_p50:.1f} ms, p95 {self.chunk_ms_p95:.1f} ms{unsteady}"),
+            ("input to frame", p95("input_to_frame_ms_p95")),
+            ("audio to lip", p95("audio_to_lip_ms_p95", f", {self.audio_lookahead_ms} ms of look-ahead among them")),
+            ("warm-up", f"{self.warmup_ms:.0f} ms for the first chunks, in no other figure"),
+            ("evaluations", f"{self.nfe_per_chunk} a chunk"),
+            ("parts of a chunk", ", ".join(f"{k} {v:.1f} ms" for k, v in self.parts_ms.items())),
+            ("memory", f"{self.memory_bytes / mib:.1f} MiB KV, {self.peak_bytes / mib:.0f} MiB peak"),
+            (
+                "passes run at",
+                f"{self.model_flops_utilisation:.0%} of {self.matmul_peak_gflops:.0f} GFLOP/s (matrix products)",
+            ),
+            ("operators", ", ".join(f"{kind} {part:.0%}" for kind, part in (self.profile or {}).items() if part)),
+            (
+                "latents",
+                "latents_difference" in vs and f"{vs['latents_difference']:.1e} (relative) from those of {vs['name']}",
+            ),
+            (f"against {vs.get('name')}", against(vs)),
+        ]
+        if b := self.batch:
             each = f"{b['chunk_ms']:.1f} ms a chunk of all, {b['one_chunk_ms']:.1f} ms of one alone"
-            yield f"{b['streams']} streams in one pass", f"{each}: {b['gain']:.2f} x chunks/s"
-        for row in self.growth or ():
-            young = f"{row['beside_young']:.2f} x a young stream's"
-            yield (
+            rows.append((f"{b['streams']} streams in one pass", f"{each}: {b['gain']:.2f} x chunks/s"))
+        rows += [
+            (
                 f"after {row['minutes']:.1f} min" + ("" if row["ran"] else " (clock advanced)"),
-                (
-                    f"passes p50 {row['chunk_ms_p50']:.1f} ms ({young}), p95 {row['chunk_ms_p95']:.1f} ms, "
-                    f"{row['memory_bytes'] / 2**20:.1f} MiB KV, {row['rss_bytes'] / 2**20:.0f} MiB resident"
-                ),
+                f"passes p50 {row['chunk_ms_p50']:.1f} ms ({row['beside_young']:.2f} x a young stream's), p95 "
+                f"{row['chunk_ms_p95']:.1f} ms, {row['memory_bytes'] / mib:.1f} MiB KV, {row['rss_bytes'] / mib:.0f} "
+                "MiB resident",
             )
+            for row in self.growth or ()
+        ]
+        return [(label, text) for label, text in rows if text]
+
+
+def against(vs: Mapping[str, Any]) -> str:
+    """How much faster the student is than what it was timed beside."""
+    if not vs:
+        return ""
+    if "chunk_ratio" in vs:
+        low, high = vs["chunk_ratio_range"]
+        return f"{vs['chunk_ratio']:.2f} x chunks/s ({low:.2f} to {high:.2f})"
+    first, nfe = f"{vs['first_frame_ratio']:.1f} x sooner", f"{vs['nfe_ratio']:.1f} x fewer evaluations"
+    return f"{vs['fps_ratio']:.2f} x frames/s, first frame {first}, {nfe}"
 
 
 def rounded(value: Any) -> Any:

@@ -5,40 +5,49 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import GAIN, add_speed, non_negative_int, positive_float, positive_int, speed_of
+from vidistill.cli.options import (
+    GAIN,
+    SPEED,
+    STUDENT,
+    Arguments,
+    add_command,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    speed_of,
+)
 
-
-def add_generate(commands: Any) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "generate",
-        help="stream a student to a video file",
-        description="Stream a student to an mp4 and a contact sheet (PNG beside it).",
-        epilog="example: vidistill generate doom -o walk.mp4 --seconds 10 --action forward:20,turn_left:16",
-    )
-    p.add_argument("name", help="a bundled name or the path of a student")
-    p.add_argument("-o", "--out", type=Path, default=Path("out.mp4"), help="video file (default: out.mp4)")
-    p.add_argument("--seconds", type=positive_float, default=10.0, help="length of the video (default: 10)")
-    p.add_argument("--seed", type=non_negative_int, default=0, help="seed of the noise (default: 0)")
-    p.add_argument("--image", type=Path, help="start picture (PNG); default: a bundled one")
-    p.add_argument(
-        "--action",
-        default="",
-        help="what to do, e.g. forward:20,turn_left+forward:16,still:8 (frames), repeated to the end; "
+ARGUMENTS: Arguments = {
+    **STUDENT,
+    "-o --out": {"type": Path, "default": Path("out.mp4"), "help": "video file (default: out.mp4)"},
+    "--seconds": {"type": positive_float, "default": 10.0, "help": "length of the video (default: 10)"},
+    "--seed": {"type": non_negative_int, "default": 0, "help": "seed of the noise (default: 0)"},
+    "--image": {"type": Path, "help": "start picture (PNG); default: a bundled one"},
+    "--action": {
+        "default": "",
+        "help": "what to do, e.g. forward:20,turn_left+forward:16,still:8 (frames), repeated to the end; "
         "`vidistill info NAME` lists a world's actions",
-    )
-    p.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="[SECONDS [POLICY]:] TEXT",
-        help='text, for students that listen to it; repeat it with times: "6 recache: a red ring moves up"; '
+    },
+    "--prompt": {
+        "action": "append",
+        "default": [],
+        "metavar": "[SECONDS [POLICY]:] TEXT",
+        "help": 'text, for students that take it; repeat it with times: "6 recache: a red ring moves up"; '
         "policies: keep, recache, cut",
-    )
-    p.add_argument("--scale", type=positive_int, default=4, help="enlarge pixels by this factor (default: 4)")
-    p.add_argument("--gain", type=positive_float, default=1.0, help=GAIN)
-    add_speed(p)
-    p.set_defaults(run=run_generate)
-    return p
+    },
+    "--scale": {"type": positive_int, "default": 4, "help": "enlarge pixels by this factor (default: 4)"},
+    **GAIN,
+    **SPEED,
+}
+
+
+def add_generate(commands: Any) -> None:
+    about = {
+        "help": "stream a student to a video file",
+        "description": "Stream a student to an mp4 and a contact sheet (PNG beside it).",
+        "epilog": "example: vidistill generate doom -o walk.mp4 --seconds 10 --action forward:20,turn_left:16",
+    }
+    add_command(commands, "generate", run_generate, ARGUMENTS, **about)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -53,7 +62,8 @@ def run_generate(args: argparse.Namespace) -> None:
     script, cues = parse_script(args.action), parse_cues(args.prompt)
     if late := next((cue for cue in cues if cue.seconds >= args.seconds), None):
         raise ValueError(
-            f"--prompt {late.prompt!r} at {late.seconds:g} s would not be heard in {args.seconds:g} s; raise --seconds"
+            f"--prompt {late.prompt!r} starts at {late.seconds:g} s, after the end of a video of {args.seconds:g} s: "
+            "raise --seconds"
         )
     bundle, codec = load_fast(args.name, speed_of(args))
     if args.image and not bundle.given_frames:
@@ -62,7 +72,7 @@ def run_generate(args: argparse.Namespace) -> None:
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:
         total = max(1, round(args.seconds * session.fps))
         if "audio" in session.takes:
-            print(f"{args.name} hears nothing here and keeps still; demos/avatar.py makes it speak", file=sys.stderr)
+            print("no audio given: the avatar stays silent (demos/avatar.py makes it speak)", file=sys.stderr)
         with tqdm(desc="frames", total=total, disable=None) as bar:
             frames = session.record(total, script, cues, bar.update)
         io.write_video(args.out, frames, session.fps, scale=args.scale)

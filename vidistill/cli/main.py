@@ -13,16 +13,23 @@ from vidistill.cli.evaluate import add_eval
 from vidistill.cli.export import add_export, add_publish
 from vidistill.cli.generate import add_generate
 from vidistill.cli.info import add_info
+from vidistill.cli.options import Parser
 from vidistill.cli.serve import add_serve
 from vidistill.cli.train import add_diagnose, add_train
 
-log = logging.getLogger("vidistill")
+COMMANDS = (
+    *(add_train, add_generate, add_serve, add_bench, add_eval, add_diagnose),
+    *(add_convert, add_export, add_publish, add_data, add_info),
+)
 COMPUTING = ("train", "generate", "serve", "bench", "eval", "data")
-USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, OSError)
+EXPLAINED = (ValueError, OSError, RuntimeError, ImportError)  # their messages say what is wrong, and what to do
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted.
+
+    With -v an exception is raised as it is, whose traceback Python prints.
+    """
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -35,28 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was saved is intact", file=sys.stderr)
         return 130
-    except USER_ERRORS as error:
+    except Exception as error:
         if args.verbose:
             raise
-        print(f"vidistill {args.command}: {error}", file=sys.stderr)
+        message = str(error)
+        if not isinstance(error, EXPLAINED):
+            name = type(error).__name__
+            message = f"unexpected {name}: {error}; please report it with what the same command prints with -v"
+        print(f"vidistill {args.command}: {message}", file=sys.stderr)
         return 1
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line, one function a subcommand."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="vidistill", description="Distil video diffusion models into causal students that stream in real time."
     )
     root.add_argument("--version", action="version", version=__version__)
+    root.set_defaults(verbose=False)
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    every = (
-        *(add_train, add_generate, add_serve, add_bench, add_eval, add_diagnose),
-        *(add_convert, add_export, add_publish, add_data, add_info),
-    )
-    for add in every:
-        command = add(commands)
-        command.add_argument("-v", "--verbose", action="store_true", help="more log lines, tracebacks on errors")
+    for add in COMMANDS:
+        add(commands)
     return root
 
 

@@ -1,81 +1,32 @@
-"""Numbers as they are typed, and the options that several commands share."""
+"""Commands as tables of arguments, numbers as they are typed, and what several commands share."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from typing import Any
 
-GAIN = "how far a walker goes by the same action, where the camera is told (default: 1)"
+Arguments = Mapping[str, Mapping[str, Any]]  # "-o --out" -> what `ArgumentParser.add_argument` takes beside its flags
 
 
-def add_speed(p: argparse.ArgumentParser) -> None:
-    """Options of commands that run a student."""
-    p.add_argument(
-        "--backend", default="auto", help="attention: auto, reference, sdpa, products, flex, xformers or triton"
-    )
-    p.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:1")
-    p.add_argument(
-        "--precision", default="fp32", help="of weights and memory: fp32, bf16, or auto (bf16 where it is quick)"
-    )
-    p.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile blocks and decoder; what is compiled is kept for the next run (TORCHINDUCTOR_CACHE_DIR)",
-    )
-    p.add_argument(
-        "--linears",
-        default="plain",
-        help="linear layers: plain, packed (CPU, float32), bf16 (CPU), int8 or fp8 (torchao); bench tells the error",
-    )
+def number(kind: type[int] | type[float], allowed: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    """A reader of typed numbers of this kind that are `allowed`; its ArgumentTypeError says the `rule`."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            whole = "a whole" if kind is int else "a"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} number") from None
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
+        return value
+
+    return read
 
 
-def speed_of(args: argparse.Namespace) -> Any:
-    """The SpeedConfig that was asked for; sets the attention backend."""
-    from vidistill.ops.attention import set_backend
-    from vidistill.streaming.runtime import SpeedConfig
-
-    set_backend(args.backend)
-    return SpeedConfig(args.linears, args.compile, args.device, args.precision)
-
-
-def read_number(text: str, kind: type[int] | type[float]) -> Any:
-    """What `text` says, as a number of this kind; ArgumentTypeError if it says none."""
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-
-
-def positive_int(text: str) -> int:
-    """A number of things: an integer of at least 1."""
-    number: int = read_number(text, int)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def non_negative_int(text: str) -> int:
-    """A place in a row of things, counted from 0; also a seed."""
-    number: int = read_number(text, int)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    if number >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}")
-    return number
-
-
-def fraction(text: str) -> float:
-    """A share of a whole."""
-    number: float = read_number(text, float)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"is a share from 0 to 1, got {text}")
-    return number
-
-
-def positive_float(text: str) -> float:
-    """A positive, finite number."""
-    number: float = read_number(text, float)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return number
+positive_int = number(int, lambda n: n >= 1, "at least 1")
+non_negative_int = number(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
+fraction = number(float, lambda x: 0 <= x <= 1, "a share from 0 to 1")
+positive_float = number(float, lambda x: 0 < x < float("inf"), "above 0")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -88,3 +39,66 @@ def height_x_width(text: str) -> tuple[int, int]:
     if not (height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
     return int(height), int(width)
+
+
+STUDENT: Arguments = {"name": {"help": "a bundled name or the path of a student"}}
+JSON: Arguments = {"--json": {"action": "store_true", "help": "one JSON object as the last line"}}
+GAIN: Arguments = {
+    "--gain": {
+        "type": positive_float,
+        "default": 1.0,
+        "help": "how far an action moves the camera, for students that take its motion (default: 1)",
+    }
+}
+SPEED: Arguments = {
+    "--backend": {
+        "default": "auto",
+        "help": "attention: auto, reference, sdpa, products, flex, xformers or triton",
+    },
+    "--device": {"default": "auto", "help": "auto (a GPU if there is one), cpu, cuda or cuda:1"},
+    "--precision": {"default": "fp32", "help": "of weights and memory: fp32, bf16, or auto (bf16 where it is quick)"},
+    "--compile": {
+        "action": "store_true",
+        "help": "torch.compile blocks and decoder; compiled code is kept for the next run (TORCHINDUCTOR_CACHE_DIR)",
+    },
+    "--linears": {
+        "default": "plain",
+        "help": "linear layers: plain, packed (CPU, float32), bf16 (CPU), int8 or fp8 (torchao); bench shows the error",
+    },
+}
+
+
+def speed_of(args: argparse.Namespace) -> Any:
+    """The SpeedConfig that was asked for; sets the attention backend."""
+    from vidistill.ops.attention import set_backend
+    from vidistill.streaming.runtime import SpeedConfig
+
+    set_backend(args.backend)
+    return SpeedConfig(args.linears, args.compile, args.device, args.precision)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes -v, as all parsers of its subcommands do."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # without a default, which would undo a -v before the subcommand
+        how: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
+        self.add_argument("-v", "--verbose", help="more log lines, tracebacks on errors", **how)
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    arguments: Arguments,
+    *,
+    help: str,
+    description: str | None = None,
+    epilog: str | None = None,
+) -> None:
+    """Add the subcommand `name`, which calls `run` with its parsed `arguments`."""
+    p = commands.add_parser(name, help=help, description=description, epilog=epilog)
+    for flags, settings in arguments.items():
+        p.add_argument(*flags.split(), **settings)
+    p.set_defaults(run=run)

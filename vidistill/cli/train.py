@@ -5,22 +5,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vidistill.cli.options import Arguments, add_command
 
-def add_train(commands: Any) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "train",
-        help="run a training stage",
-        description="Run the training stage of a YAML to its end. The same command resumes it after a stop.",
-        epilog="example: vidistill train configs/doom/teacher.yaml steps=2000 optim.lr=3e-4; several processes share a "
-        "batch: torchrun --nproc-per-node 8 -m vidistill train stage.yaml parallel=shard",
-    )
-    p.add_argument("config", help="YAML of the stage")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=1e-4")
-    p.add_argument(
-        "--dry-run", action="store_true", help="run the stage once on tiny random networks, say what it would take"
-    )
-    p.set_defaults(run=run_train)
-    return p
+TRAIN: Arguments = {
+    "config": {"help": "YAML of the stage"},
+    "overrides": {"nargs": "*", "metavar": "key=value", "help": "dotted overrides, e.g. optim.lr=1e-4"},
+    "--dry-run": {
+        "action": "store_true",
+        "help": "run the stage once on tiny random networks, say what it would take",
+    },
+}
+DIAGNOSE: Arguments = {
+    "folder": {"type": Path, "metavar": "RUN", "help": "folder of a run, such as runs/talker"},
+    "-o --out": {"type": Path, "help": "picture (default: RUN/diagnosis.png)"},
+}
+
+
+def add_train(commands: Any) -> None:
+    about = {
+        "help": "run a training stage",
+        "description": "Run the training stage of a YAML to its end. The same command resumes it after a stop.",
+        "epilog": "example: vidistill train configs/doom/teacher.yaml steps=2000 optim.lr=3e-4; several processes "
+        "share a batch: torchrun --nproc-per-node 8 -m vidistill train stage.yaml parallel=shard",
+    }
+    add_command(commands, "train", run_train, TRAIN, **about)
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -42,16 +50,12 @@ def run_train(args: argparse.Namespace) -> None:
             print(path)
 
 
-def add_diagnose(commands: Any) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "diagnose",
-        help="draw where distillation helped and where it hurt",
-        description="Draw the gradient of distillation of a run that was trained with validation.diagnose_every.",
-    )
-    p.add_argument("folder", type=Path, metavar="RUN", help="folder of a run, such as runs/talker")
-    p.add_argument("-o", "--out", type=Path, help="picture (default: RUN/diagnosis.png)")
-    p.set_defaults(run=run_diagnose)
-    return p
+def add_diagnose(commands: Any) -> None:
+    about = {
+        "help": "draw where distillation helped and where it hurt",
+        "description": "Draw the gradient of distillation of a run that was trained with validation.diagnose_every.",
+    }
+    add_command(commands, "diagnose", run_diagnose, DIAGNOSE, **about)
 
 
 def run_diagnose(args: argparse.Namespace) -> None:
