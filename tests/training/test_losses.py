@@ -537,6 +537,24 @@ def test_regression_meets_the_sample_from_every_state_of_its_path(student):
     assert len(seen) == 4
 
 
+def test_regression_on_a_noisy_history_runs_the_clip_once_and_scores_no_clean_frame(student):
+    batch = clip()
+    cfg = replace(CFG, levels=(1.0, 0.5), history="noisy", context_noise=0.3)
+    states = torch.stack([add_noise(batch.x, randn(*batch.x.shape, seed=k), s) for k, s in enumerate((1.0, 0.5))], 1)
+    paths = replace(batch, x=torch.cat((states, batch.x[:, None]), dim=1), given=0)
+    net, chunk = Watched(student.net), student.chunk_of_frames(F)
+    index = torch.tensor([2, 0, 1])[chunk].expand(B, F)
+    loss = regression(Roles(CausalStudent(net, STUDENT, SHAPE)), None, paths, cfg, rng(), index).value
+    assert net.x.shape[1] == F
+    for c, (state, level) in enumerate(((batch.x, 0.0), (states[:, 0], 1.0), (states[:, 1], 0.5))):
+        assert torch.equal(net.x[:, chunk == c], state[:, chunk == c]) and (net.sigma[:, chunk == c] == level).all()
+    scored = chunk > 0
+    want = (x0_from_v(net.x, net.out, net.sigma) - batch.x)[:, scored].square().mean()
+    torch.testing.assert_close(loss, want)
+    with pytest.raises(ValueError, match=r"loss\.history"):
+        replace(CFG, history="none")
+
+
 def test_a_noised_sample_keeps_given_frames_and_carries_gradient(student):
     batch = clip()
     x0 = noised_sample(student, batch, (1.0, 0.5), rng())

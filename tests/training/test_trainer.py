@@ -32,6 +32,7 @@ from vidistill.models.student import StudentConfig
 from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
 from vidistill.training import optim as train_states
+from vidistill.training.config import EXPORTS
 from vidistill.training.interruption import Interruption
 from vidistill.training.losses import Loss, LossConfig
 from vidistill.training.on_policy import DataSampler
@@ -236,6 +237,13 @@ def test_a_finished_run_exports_its_average_once_more_without_training(root):
     assert all(torch.equal(p, average[n].half().float()) for n, p in net.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_finished_weights_have_the_type_that_is_asked_for(root, dtype):
+    path = train(flow_stage(root, name=dtype, steps=1, export_dtype=dtype))
+    assert {t.dtype for t in read_tensors(path)[0].values()} == {EXPORTS[dtype]}
+    assert {p.dtype for p in checkpoint.load(path).net.parameters()} == {torch.float32}
+
+
 def test_the_hours_of_a_run_are_those_of_all_its_processes(root):
     trainer = Trainer(flow_stage(root, steps=1))
     trainer.started -= 7200
@@ -272,16 +280,17 @@ def test_learning_rates_end_at_zero_for_student_and_critic(root):
     assert trainer.student_state.steps == 4 and trainer.critic.steps == 8
 
 
-def test_the_average_follows_its_closed_form():
+@pytest.mark.parametrize("warmup", [10.0, 1.0])
+def test_the_average_follows_its_closed_form(warmup):
     net = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(net.weight)
-    student_state = TrainState(net, OptimConfig(lr=1.0), steps=100, ema=0.5, ema_start=2)
+    student_state = TrainState(net, OptimConfig(lr=1.0), steps=100, ema=0.5, ema_start=2, ema_warmup=warmup)
     want = 0.0
     for update in range(1, 8):
         nn.init.constant_(net.weight, float(update))
         student_state.updates = update
         student_state.update_ema()
-        decay = 0.0 if update <= 2 else min(0.5, (1 + update) / (10 + update))
+        decay = 0.0 if update <= 2 else min(0.5, (1 + update) / (10 + update)) if warmup == 10 else 0.5
         want = decay * want + (1 - decay) * update
         assert student_state.average[0].item() == pytest.approx(want, rel=1e-6)
 
@@ -480,6 +489,8 @@ COARSE = kept("compressed", frames=4, history=12, pattern=(2,), pool="reencode")
         ({"episodes": -1}, "episodes must not be negative"),
         ({"seed": -1}, "seed must not be negative"),
         ({"ema": 1.0}, r"ema in \[0, 1\)"),
+        ({"ema_warmup": 0.5}, "ema_warmup"),
+        ({"export_dtype": "fp8"}, "export_dtype"),
         ({"name": ""}, "needs a name"),
         ({"objective": "gan"}, "'gan' is unknown"),
         ({"precision": "fp8"}, "'fp8' is unknown"),

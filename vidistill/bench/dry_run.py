@@ -336,7 +336,8 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
     with torch.device("meta"):
         student = CausalStudent(VideoDiT(dit), cfg.student, shape)
     causal = cfg.objective not in ("flow",)
-    frames = cfg.student.chunk if cfg.rolls else cfg.frames * (2 if cfg.objective in DOUBLED else 1)
+    alone = cfg.objective == "regression" and cfg.loss.history == "noisy"
+    frames = cfg.student.chunk if cfg.rolls else cfg.frames * (2 if cfg.objective in DOUBLED and not alone else 1)
     seen = min(memory.tokens(shape.grid), cfg.frames * n) if cfg.rolls else cfg.frames * n
     row: dict[str, Any] = {
         "latents": [cfg.frames, dit.channels, *size],

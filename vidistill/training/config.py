@@ -19,8 +19,10 @@ from vidistill.ops.attention import BACKENDS
 from vidistill.ops.precision import DTYPES, PRECISIONS
 from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import OBJECTIVES, LossConfig
-from vidistill.training.optim import OptimConfig
+from vidistill.training.optim import EMA_WARMUP, OptimConfig
 from vidistill.training.validation import MAX_SEED, ValidationConfig
+
+EXPORTS = {"fp16": torch.float16, **DTYPES}
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class TrainConfig:
     replay: bool = False
     long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
     ema: float = 0.999
-    ema_start: int = 0
+    ema_start: int = 0  # student updates before which the average is a copy
+    ema_warmup: float = EMA_WARMUP  # decay (1 + n) / (ema_warmup + n) at update n, at most ema; 1: ema, as published
+    export_dtype: str = "fp16"  # of finished weights: fp16, bf16 or fp32
     precision: str = "fp32"  # or bf16, or auto: bf16 where the hardware multiplies it
     teacher_precision: str = "fp32"  # of the frozen teacher's weights
     backend: str = "auto"  # attention: auto or a key of ops.attention.BACKENDS
@@ -107,7 +111,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
-        choices = ("precision", PRECISIONS), ("teacher_precision", DTYPES), ("backend", ("auto", *BACKENDS))
+        choices = (
+            ("precision", PRECISIONS),
+            ("teacher_precision", DTYPES),
+            ("export_dtype", EXPORTS),
+            ("backend", ("auto", *BACKENDS)),
+        )
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {tuple(known)}")
@@ -131,6 +140,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.name.strip("./") or not 0 <= self.ema < 1:
             raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
+        if self.ema_warmup < 1:
+            raise ValueError(
+                f"ema_warmup must be at least 1, which decays by ema from the start, got {self.ema_warmup}"
+            )
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts or "\0" in self.name:
             raise ValueError(f"name {self.name!r} leads out of the folder `out`: set out= for another place")
         if self.seed >= MAX_SEED:

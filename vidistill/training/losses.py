@@ -15,6 +15,8 @@ from vidistill.models.student import CausalStudent
 from vidistill.sampling import guided
 from vidistill.training.motion import DISTANCES, motion, motion_gradient, motion_pull, motion_weights
 
+HISTORIES = ("clean", "noisy")
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -57,6 +59,7 @@ class LossConfig:
     noisy_chunks: int = 0  # teacher and diffusion forcing: only so many chunks at the end are noisy; 0: all
     # regression
     levels: tuple[float, ...] = (1.0, 0.9375, 0.8333, 0.625)  # the student's noise levels
+    history: str = "clean"  # what a chunk sees before it: the clean sample, or the noisy chunks of its own clip
     # codec
     latent_noise: float = 0.1  # noise on latents while training
     latent_penalty: float = 1e-3  # keeps raw latents near unit size
@@ -102,6 +105,8 @@ class LossConfig:
             raise ValueError(f"loss needs 0 < sigma_min < sigma_max <= 1, got {self.sigma_min}, {self.sigma_max}")
         if self.noisy_chunks < 0:
             raise ValueError(f"loss.noisy_chunks must not be negative, got {self.noisy_chunks}")
+        if self.history not in HISTORIES:
+            raise ValueError(f"loss.history {self.history!r} is unknown; choose one of {HISTORIES}")
         if self.distance not in DISTANCES:
             raise ValueError(f"loss.distance {self.distance!r} is unknown; choose one of {sorted(DISTANCES)}")
         if (
@@ -257,22 +262,31 @@ def forced(
     return student.teacher_forced(noisy, sigma, cond, clean, history, first)
 
 
-def regression(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
-    """Regression of x0 from points of stored teacher trajectories, clean history before each chunk.
+def regression(
+    roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, index: Tensor | None = None
+) -> Loss:
+    """Regression of x0 from points of stored teacher trajectories, one level a chunk.
 
-    `batch.x` [B, K + 1, F, C, H, W] holds the states at the K `levels` and, last, the sample.
-    Source: CausVid 2412.07772, section 4.3.
+    `batch.x` [B, K + 1, F, C, H, W] holds the states at the K `levels` and, last, the sample. `index` [B, F] picks the
+    state of each frame, K the sample itself, which is not scored; None draws it. Each chunk sees the clean sample
+    before it, or (`history` noisy) the chunks before it as they are: half the tokens.
+    Source: CausVid 2412.07772, section 4.3; noisy history as its code and Self Forcing's have it.
     """
     student: CausalStudent = roles.student
-    states, target = batch.x[:, :-1], batch.x[:, -1]
-    b, k, f = states.shape[:3]
-    chunk = student.chunk_of_frames(f)
-    index = torch.randint(k, (b, int(chunk[-1]) + 1), generator=rng)[:, chunk].to(states.device)
-    noisy = torch.gather(states, 1, index[:, None, :, None, None, None].expand(-1, 1, -1, *states.shape[3:]))[:, 0]
-    sigma = hold(torch.tensor(cfg.levels, device=states.device)[index], batch.given)
+    target, (b, k, f) = batch.x[:, -1], batch.x.shape[:3]
+    if index is None:
+        chunk = student.chunk_of_frames(f)
+        index = torch.randint(k - 1, (b, int(chunk[-1]) + 1), generator=rng)[:, chunk]
+    index = index.to(target.device)
+    noisy = torch.gather(batch.x, 1, index[:, None, :, None, None, None].expand(-1, 1, -1, *batch.x.shape[3:]))[:, 0]
+    sigma = hold(torch.tensor((*cfg.levels, 0.0), device=target.device)[index], batch.given)
     noisy = torch.where(expand(sigma, noisy) > 0, noisy, target)
-    v = forced(student, target, noisy, sigma, batch.cond, cfg.context_noise, rng)
-    return Loss(masked_mse(x0_from_v(noisy, v, sigma), target, batch.given, channels=cfg.channel_weights))
+    if cfg.history == "noisy":
+        v = student.block_causal(noisy, sigma, batch.cond)
+    else:
+        v = forced(student, target, noisy, sigma, batch.cond, cfg.context_noise, rng)
+    error = by_channel((x0_from_v(noisy, v, sigma).float() - target.float()).square(), cfg.channel_weights)
+    return Loss(error[sigma > 0].mean())
 
 
 def noised_sample(student: CausalStudent, batch: Any, levels: tuple[float, ...], rng: torch.Generator) -> Tensor:

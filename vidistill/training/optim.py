@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vidistill.ops.precision import working_dtype
 
+EMA_WARMUP = 10.0  # of the averages' decay, in updates
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: lifts every singular value towards 1
 
 
@@ -97,9 +98,17 @@ class Muon(torch.optim.Muon):
 class TrainState:
     """A network being trained: optimiser, learning-rate schedule, and optionally an averaged copy."""
 
-    def __init__(self, net: nn.Module, cfg: OptimConfig, steps: int, ema: float = 0.0, ema_start: int = 0) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        cfg: OptimConfig,
+        steps: int,
+        ema: float = 0.0,
+        ema_start: int = 0,
+        ema_warmup: float = EMA_WARMUP,
+    ) -> None:
         self.net, self.cfg, self.steps = net, cfg, steps
-        self.decay, self.ema_start = ema, ema_start
+        self.decay, self.ema_start, self.ema_warmup = ema, ema_start, ema_warmup
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and bool(re.search(cfg.only, name)))
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
@@ -147,11 +156,12 @@ class TrainState:
 
     @torch.no_grad()
     def update_ema(self) -> None:
+        """Move the average: a copy up to `ema_start` updates, then by (1 + n) / (warmup + n), `ema` at most."""
         if self.updates <= self.ema_start:
             for a, p in zip(self.average, self.params, strict=True):
                 a.copy_(p)
         else:
-            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            decay = min(self.decay, (1 + self.updates) / (self.ema_warmup + self.updates))
             torch._foreach_lerp_(self.average, self.params, 1 - decay)
 
     @torch.no_grad()

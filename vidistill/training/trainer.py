@@ -28,7 +28,7 @@ from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.training import known, networks, validation
-from vidistill.training.config import TrainConfig, Turn
+from vidistill.training.config import EXPORTS, TrainConfig, Turn
 from vidistill.training.interruption import Interruption
 from vidistill.training.losses import OBJECTIVES
 from vidistill.training.on_policy import (
@@ -77,7 +77,7 @@ class Trainer:
         self.roles, self.shape, self.teacher_noise = networks.make_roles(cfg, self.data)
         networks.prepare(cfg, self.roles, self.device)
         updates = sum(cfg.is_student_turn(s) for s in range(cfg.steps))
-        self.student_state = TrainState(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start)
+        self.student_state = TrainState(self.roles.student, cfg.optim, updates, cfg.ema, cfg.ema_start, cfg.ema_warmup)
         critic, motion = self.roles.critic, self.roles.motion
         self.critic = None if critic is None else TrainState(critic, cfg.critic_optim, max(1, cfg.steps - updates))
         self.motion = None if motion is None else TrainState(motion, cfg.optim, updates)
@@ -239,7 +239,7 @@ class Trainer:
         if self.peak.update(score, self.step_count):
             net = self.weights()
             if distributed.rank() == 0:
-                checkpoint.export(self.folder / BEST, net, self.record(), torch.float16)
+                checkpoint.export(self.folder / BEST, net, self.record(), EXPORTS[self.cfg.export_dtype])
         self.student_state.swap_ema()
         if distributed.rank() == 0:
             self.metrics_log.write(
@@ -335,7 +335,7 @@ class Trainer:
         if isinstance(net, TinyCodec) and not cfg.init:  # else its latents are in use
             net.normalise_on(self.normalisation_clips())
         if distributed.rank() == 0:
-            checkpoint.export(path, net, self.record(), torch.float16)
+            checkpoint.export(path, net, self.record(), EXPORTS[self.cfg.export_dtype])
         self.student_state.swap_ema()
         return checkpoint.with_extension(path, ".safetensors")
 
