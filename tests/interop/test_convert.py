@@ -15,7 +15,7 @@ from vidistill.diffusion import LatentShape
 from vidistill.interop.export import export_as
 from vidistill.interop.families import FAMILIES, LAYOUT, RECORDED, REFUSED, family
 from vidistill.interop.formats import read_student
-from vidistill.interop.keys import bare, to_original, to_ours
+from vidistill.interop.keys import bare, to_diffusers_key, to_original, to_ours
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 
@@ -154,6 +154,42 @@ def test_numbers_are_bounded_before_anything_is_written(tmp_path, capsys, option
         code, output = error.code, capsys.readouterr()
     assert code and said in output.err, output.err
     assert "Traceback" not in output.err and not list(tmp_path.glob("o*"))
+
+
+@pytest.mark.parametrize("cfg", [{"extra_channels": 20}, {"extra_channels": 20, "image_dim": 12}])
+def test_image_to_video_networks_are_refused_by_name(tmp_path, cfg):
+    source = publish(tmp_path / "x.safetensors", random_network(**cfg))
+    with pytest.raises(ValueError, match=r"20 condition channels.*image-to-video"):
+        convert(source, "self-forcing", tmp_path / "o", **KW)
+
+
+def causal_folder(folder, **said):
+    """A causal student in diffusers' layout, as FastVideo and others publish theirs."""
+    named = {to_diffusers_key(key): x for key, x in weights().items()}
+    (folder / "transformer").mkdir(parents=True)
+    save_file(named, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "CausalWanTransformer3DModel", "num_attention_heads": HEADS, "eps": 1e-5, **said}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+def test_a_causal_student_in_a_diffusers_folder_is_read_with_its_config(tmp_path):
+    folder = causal_folder(tmp_path / "d", num_frames_per_block=3)
+    convert(folder, "self-forcing", tmp_path / "o", size=(64, 64))
+    bundle = checkpoint.load_student(tmp_path / "o")
+    assert (bundle.net.net.cfg.heads, bundle.net.net.cfg.eps, bundle.net.cfg.chunk) == (HEADS, 1e-5, 3)
+    assert same(read_student(folder, "self-forcing").state, to_ours(weights()))
+
+
+@pytest.mark.parametrize(("key", "option"), [("num_frames_per_block", "--chunk"), ("local_attn_size", "--window")])
+def test_a_config_that_contradicts_the_family_is_refused(tmp_path, key, option):
+    folder = causal_folder(tmp_path / "d", **{key: 7})
+    with pytest.raises(ValueError, match=f"{key} 7.*{option} 7"):
+        convert(folder, "self-forcing", tmp_path / "o", size=(64, 64))
+    (folder / "transformer" / "config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        convert(folder, "self-forcing", tmp_path / "o", size=(64, 64))
 
 
 def test_other_latent_channels_are_named(tmp_path):

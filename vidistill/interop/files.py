@@ -163,6 +163,21 @@ def read_folder(folder: Path, *, allow_pickle: bool = False) -> Any:
     return together({path.name: read_one(path, allow_pickle=allow_pickle) for path in files}, str(folder))
 
 
+def folder_config(path: str | Path) -> dict[str, Any]:
+    """The config.json of a folder, or of its `transformer` in diffusers' layout; empty without one."""
+    for folder in (Path(path), Path(path) / "transformer"):
+        file = folder / "config.json"
+        if file.is_file():
+            try:
+                said = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: {error}; download it again") from error
+            if not isinstance(said, dict):
+                raise ValueError(f"{file} is damaged: it holds no dictionary; download it again")
+            return said
+    return {}
+
+
 def check_complete(folder: Path, files: Iterable[Path]) -> None:
     """Raise ValueError if the names of shards say that there are more of them."""
     found = [match for match in (SHARD.fullmatch(path.name) for path in files) if match]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidistill.interop.families import NON_COMMERCIAL, Family, family
-from vidistill.interop.files import WEIGHTS, listed, read_file
+from vidistill.interop.files import WEIGHTS, folder_config, listed, read_file
 from vidistill.interop.keys import (
     build,
     infer_config,
@@ -91,9 +91,10 @@ def read_student(
     """
     kind = family(kind) if isinstance(kind, str) else kind
     flat, chosen = pick_entry(read_file(path, allow_pickle=allow_pickle), kind.entry, entry, str(path))
-    flat = read_up(flat, str(path))
+    flat, said = read_up(flat, str(path)), folder_config(path)
+    heads = heads or said.get("num_attention_heads", 0) or said.get("num_heads", 0)
     try:
-        config, names = infer_config(flat, heads=heads), our_names(flat)
+        config, names = replace(infer_config(flat, heads=heads), eps=said.get("eps", DiTConfig.eps)), our_names(flat)
     except ValueError as error:
         raise ValueError(f"{path} is no {kind.name} student: {error}") from error
     state, adapter = to_ours(flat), None
@@ -103,7 +104,7 @@ def read_student(
     flat_patch = flat[names["patch_embedding.weight"]].ndim == 2
     card = adapter.card() if adapter else None
     published = Published(kind, config, state, names, chosen, str(path), flat_patch, card)
-    check_family(published)
+    check_family(published, said)
     published.net()
     return published
 
@@ -115,8 +116,24 @@ def read_adapter(path: str | Path, kind: Family, *, allow_pickle: bool = False, 
     return Adapter(read_up(state, str(file)), adapter_config(file), str(file), file, alpha, kind.lora_alpha_is_rank)
 
 
-def check_family(published: Published) -> None:
-    """Raise ValueError if the weights are visibly of another family."""
+# What a config.json of a causal student may say -> the field of its family.
+SETTINGS = {
+    "num_frames_per_block": "chunk",
+    "num_frame_per_block": "chunk",
+    "local_attn_size": "window",
+    "sink_size": "sinks",
+}
+
+
+def check_family(published: Published, said: Mapping[str, Any]) -> None:
+    """Raise ValueError if the weights, or the config.json beside them (`said`), are visibly of another family."""
+    for key, name in SETTINGS.items():
+        own = getattr(published.family, name)
+        if said.get(key, own) != own:
+            raise ValueError(
+                f"{published.source}: its config.json says {key} {said[key]}, family {published.family.name!r} has "
+                f"{own}: name another family, or say --{name} {said[key]}"
+            )
     audio, wants = "hidden" in published.config.sites, published.family.pinned_first_frame
     if audio != wants:
         raise ValueError(
