@@ -35,7 +35,7 @@ def add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("source", type=Path, help="published file (or folder of shards); with --back: our checkpoint")
     p.add_argument("out", type=Path, help="where to write")
-    p.add_argument("--family", help="whose format it is: self-forcing, causvid, longlive, diagonal, livetalk, ...")
+    p.add_argument("--family", help=f"whose format it is: {', '.join(FAMILIES)}")
     p.add_argument("--back", action="store_true", help="another name of `vidistill export --to self-forcing`")
     p.add_argument(
         "--size", type=height_x_width, default=(480, 832), help="pixels it streams, HEIGHTxWIDTH (default: 480x832)"
