@@ -295,6 +295,7 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
         "shape": asdict(teacher.shape),
         "noise": asdict(teacher.noise),
         "guidance": teacher.guidance,
+        "world": dict(teacher.world),
         "codec": name if name.startswith(HUB) or (Path(name) / "vae").is_dir() else teacher.codec,
         "card": {"source": teacher.name},
     }

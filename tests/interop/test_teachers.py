@@ -8,8 +8,10 @@ from safetensors.torch import save_file
 from tiny_nets import tiny_ltx
 from tiny_wan import autoencoder, transformer, write_wan
 
+from vidistill import checkpoint
 from vidistill.codecs.wan import WanCodec
 from vidistill.conditioning.condition import Condition
+from vidistill.data.ode_pairs import trajectories
 from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.keys import infer_config, to_original, to_ours
 from vidistill.sampling import sample
@@ -386,3 +388,17 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         read_teacher("nobody/no-such-model", offline=True)
     with pytest.raises(ValueError, match="no torch dtype"):
         read_teacher(tmp_path, dtype="float7")
+
+
+@pytest.mark.parametrize(("channels", "fps"), [(16, 16.0), (48, 24.0)])
+def test_a_published_teacher_says_its_world(tmp_path, channels, fps):
+    """A student is timed against it, and its clips are played, at the rate it was trained at."""
+    module(**{**TINY, "in_channels": channels, "out_channels": channels}).save_pretrained(tmp_path / "transformer")
+    assert checkpoint.load(tmp_path, "teacher").record["world"] == {"fps": fps, "temporal": 4}
+
+
+def test_image_to_video_networks_are_refused_before_anything_is_made(tmp_path):
+    module(**{**IMAGE, "image_dim": None, "added_kv_proj_dim": None}).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"20 condition channels.*image-to-video.*TI2V"):
+        trajectories(tmp_path / "out", str(tmp_path), tmp_path / "data", clips=1)
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from typing import Any
 from vidistill.checkpoint import export, with_extension
 from vidistill.cli.options import height_x_width, non_negative_int, positive_float, positive_int
 from vidistill.conditioning.audio import AudioConfig
-from vidistill.conditioning.condition import AUDIO_SITE
+from vidistill.conditioning.condition import AUDIO_SITE, check_pictured
 from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.export import RECORD, export_as, restore
 from vidistill.interop.families import FAMILIES, LAYOUT, Family, family
@@ -200,12 +200,7 @@ def check_geometry(published: Published, size: tuple[int, int], given_chunks: in
             f"{published.source} has {channels} latent channels: family {kind.name!r} has {kind.channels or 'any'}, "
             f"Wan's codecs have {' or '.join(map(str, VAE_FACTORS))}"
         )
-    if published.config.extra_channels not in (0, channels + 1) or published.config.image_dim:
-        raise ValueError(
-            f"{published.source} takes {published.config.extra_channels} condition channels"
-            f"{' and image tokens' if published.config.image_dim else ''}, as Wan's image-to-video networks do: "
-            f"students are shown a picture and its mask ({channels + 1} channels), or start from a given chunk"
-        )
+    check_pictured(published.source, channels, published.config.extra_channels, published.config.image_dim)
     pixels, _ = VAE_FACTORS[channels]
     for side, patch in zip(size, published.config.patch[1:], strict=True):
         if not 0 < side <= MOST_PIXELS or side % (pixels * patch):

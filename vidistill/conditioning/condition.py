@@ -115,6 +115,16 @@ def reference_channels(image: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat((image.expand(-1, stop - start, -1, -1, -1), mask.expand(b, -1, -1, h, w)), dim=2)
 
 
+def check_pictured(source: str, channels: int, extra_channels: int, image_dim: int = 0) -> None:
+    """Raise ValueError unless a network's condition channels are none or those of `reference_channels`."""
+    if extra_channels not in (0, channels + 1) or image_dim:
+        raise ValueError(
+            f"{source} takes {extra_channels} condition channels{' and image tokens' if image_dim else ''}, as Wan's "
+            "image-to-video networks do: they are neither distilled nor streamed. Here a network is shown a picture "
+            f"and its mask ({channels + 1} channels), or starts from given frames, as Wan2.2-TI2V-5B can"
+        )
+
+
 def concat(conditions: list[Condition], dim: int = 0) -> Condition:
     """Conditions joined along the batch (dim 0) or along frames (dim 1; tokens of the first are kept)."""
     first = conditions[0]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vidistill import checkpoint
 from vidistill.conditioning.camera import CameraConfig
-from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, branches
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, branches, check_pictured
 from vidistill.config import build
 from vidistill.data.prompts import Prompts, open_data
 from vidistill.data.shards import SETTINGS, DataError, finish_shards, partial_of, write_shard
@@ -50,6 +50,9 @@ def trajectories(
     loaded = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
     net = loaded.net.to(where)
     pictured = "dit" in loaded.record and loaded.net.cfg.extra_channels > 0
+    if "dit" in loaded.record:
+        cfg = loaded.net.cfg
+        check_pictured(teacher, cfg.channels, cfg.extra_channels, cfg.image_dim)
     camera = loaded.record.get("world", {}).get("camera")
     source = open_data(data, camera=camera and build(CameraConfig, camera), reference=pictured)
     frames = frames or loaded.record["shape"]["frames"]

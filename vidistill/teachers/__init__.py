@@ -1,6 +1,8 @@
 """Teachers: bidirectional networks that a student learns from, each behind `Denoiser`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from vidistill.diffusion import Denoiser, LatentShape, NoiseSchedule
 
@@ -9,7 +11,8 @@ from vidistill.diffusion import Denoiser, LatentShape, NoiseSchedule
 class Teacher:
     """A loaded teacher: the network, the noise it was trained with, the clip it makes, and the codec of its latents.
 
-    `net` also has `blocks` and `compile_regions()`. `guidance`: the scale its publisher samples with.
+    `net` also has `blocks` and `compile_regions()`. `guidance`: the scale its publisher samples with. `world`: pixel
+    frames a second (fps) and of one latent (temporal).
     """
 
     net: Denoiser
@@ -18,3 +21,4 @@ class Teacher:
     codec: str
     name: str = ""
     guidance: float = 1.0
+    world: Mapping[str, Any] = field(default_factory=dict)

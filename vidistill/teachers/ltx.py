@@ -80,4 +80,5 @@ def load(
         raise FileNotFoundError(f"{source!r} has no LTX-Video transformer to load: {error}") from error
     channels: Any = net.config["in_channels"]
     shape = LatentShape(frames, channels, height // SPATIAL, width // SPATIAL, patch=(1, 1, 1))
-    return Teacher(LTX(net.to(device).eval().requires_grad_(False), fps), NoiseSchedule(), shape, "ltx", str(source))
+    net = LTX(net.to(device).eval().requires_grad_(False), fps)
+    return Teacher(net, NoiseSchedule(), shape, "ltx", str(source), world={"fps": fps, "temporal": TEMPORAL})

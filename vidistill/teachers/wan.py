@@ -109,7 +109,8 @@ def load(source: str | Path, **options: Any) -> Teacher:
     side, codec = VAE_FACTORS[channels]
     shift = cfg.shift or scheduler.get("flow_shift") or SHIFT
     shape = LatentShape(cfg.frames, channels, cfg.height // side, cfg.width // side, patch=nets[0].cfg.patch)
-    return Teacher(net, NoiseSchedule(shift=shift), shape, codec, str(source), GUIDANCE)
+    world = {**WORLD, "fps": FPS[channels]}
+    return Teacher(net, NoiseSchedule(shift=shift), shape, codec, str(source), GUIDANCE, world)
 
 
 @dataclass(frozen=True)

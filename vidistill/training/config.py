@@ -10,7 +10,7 @@ import torch
 from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.conditioning.camera import CameraConfig
-from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE, check_pictured
 from vidistill.diffusion import derived_seed
 from vidistill.models.layers import DiTConfig
 from vidistill.models.lora import LoraConfig
@@ -276,6 +276,7 @@ def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], nam
     heard = source.width_of("audio")
     if heard and (AUDIO_SITE not in dit.sites or dit.sites[AUDIO_SITE].dim != heard):
         raise ValueError(f"{name} needs dit.sites.{AUDIO_SITE} with dim {heard}: the audio of {data}")
+    check_pictured(name, channels, dit.extra_channels, dit.image_dim)
     given = channels + 1 if cfg.reference else 0
     if dit.extra_channels != given:
         raise ValueError(
