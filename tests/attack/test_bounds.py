@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +91,29 @@ def test_a_player_that_closes_does_not_begin_what_was_asked_for_before():
     session.may.set()
     wait_until(lambda: player.finished)
     assert session.starts == [0, 1] and session.closed
+
+
+def test_memory_of_a_session_is_free_when_its_viewer_has_gone_without_a_collection():
+    fake, alive = FakeWorld(), []
+
+    def opened(seed, image):
+        session = FakeSession(seed, image)
+        alive.append(weakref.ref(session))
+        return session
+
+    fake.world = replace(fake.world, open=opened)
+    gc.collect()
+    gc.disable()
+    try:
+        with served(fake) as app:
+            for _ in range(3):
+                with watching(app) as browser:
+                    browser.frame()
+            wait_until(lambda: app.get("/health").json()["viewers"] == 0)
+            wait_until(lambda: not any(session() for session in alive))
+    finally:
+        gc.enable()
+    assert len(alive) == 3
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Player:
         self._closing = False
         self._first = True
         self._block_s = 0.0  # longest recent wait for a frame: how far ahead to ask for the next chunk
-        self._frame_s = 0.0  # what a frame costs
+        self._fps, self._frame_s = 0.0, 0.0  # the world's own, and what a frame costs
         self._thread = threading.Thread(target=self._run, name="vidistill-player", daemon=True)
         self._thread.start()
 
@@ -74,8 +74,7 @@ class Player:
     @property
     def frame_s(self) -> float:
         """Seconds between frames shown: the world's own pace, or what the machine manages."""
-        assert self.session is not None
-        return max(1 / self.session.fps, self._frame_s)
+        return max(1 / self._fps, self._frame_s)
 
     def _run(self) -> None:
         session = None
@@ -92,10 +91,14 @@ class Player:
                     session.close()
             except Exception:
                 log.exception("a session did not close")
+            # Whoever still holds the player, a traceback perhaps, does not hold the memory of its session.
+            self.session = None
+            self._frames.clear()
             self.finished = True
             self._changed()
 
     def _play(self, session: StreamSession) -> None:
+        self._fps = session.fps
         frames, chunk, spent, count = session.frames(), None, 0.0, 0
         while self._wait(session):
             if self._begin(session):
