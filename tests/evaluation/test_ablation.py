@@ -47,7 +47,7 @@ def test_cells_are_tuned_equally_from_one_checkpoint_and_the_rest_is_labelled(re
         "321": 3 + 2 + 5, "321-still": 10, "333-clean": 28, "start": 14,
     }  # fmt: skip
     assert [row["trained"] for row in rows.values()] == [True, True, False, False]
-    assert all(row["frechet"] > 0 and 0 <= row["asked"] <= 1 for row in rows.values())
+    assert all(row["frechet_paired"] > 0 and 0 <= row["asked"] <= 1 for row in rows.values())
     cards = [checkpoint.read_record(recipe / "out" / name / name)["card"] for name in ("321", "321-still")]
     assert [card["train"]["loss"]["motion"] for card in cards] == [0.2, 0]
     assert all(card["steps"] == 2 and card["train"]["init"].endswith("student") for card in cards)

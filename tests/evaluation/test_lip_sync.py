@@ -14,8 +14,9 @@ from vidistill import metrics
 from vidistill.checkpoint import load
 from vidistill.cli.main import main
 from vidistill.evaluation import lip_sync, report, suite
+from vidistill.evaluation.clips import Batch, Data
 from vidistill.evaluation.lip_sync import METRICS, SUITE, LipSyncConfig, apart, identity, identity_drift, reader
-from vidistill.evaluation.suite import Batch, Data, measure
+from vidistill.evaluation.suite import measure
 from vidistill.io import to_float
 from vidistill.worlds.talker.recorder import TalkerConfig, record
 
@@ -40,7 +41,7 @@ def figures(px, real, truth):
     wanted = {name: metric for name, metric in METRICS.items() if metric.glance}
     data = Data([Batch(real, None, 0, facts={"mouth": truth})], 16.0)
     tallies = measure(wanted, {"row": lambda batch: px}, data)
-    return suite.figures(wanted, tallies["row"], tallies["real"])
+    return suite.figures(wanted, tallies["row"][0], tallies["real"][0])
 
 
 def looks(px):

@@ -36,8 +36,8 @@ def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
     assert set(result["switch"]) == {"keep", "recache", "cut"}
     for row in (result["teacher"], *result["switch"].values()):
         assert all(0 <= row[part][name] <= 1 for part in ("before", "after") for name in (*ATTRIBUTES, "asked"))
-    assert result["real"]["motion_ratio"] == 1 and result["real"]["frechet"] == pytest.approx(0, abs=1e-4)
-    assert result["student"]["sharpness_drift"] > 0 and result["student"]["frechet"] > 0
+    assert result["real"]["motion_ratio"] == 1 and result["real"]["frechet_paired"] == pytest.approx(0, abs=1e-4)
+    assert result["student"]["sharpness_drift"] > 0 and result["student"]["frechet_paired"] > 0
     assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "switches.png", "index.html"}
     table = report.table(METRICS, result)
     assert [c.header for c in table.columns[1:]] == ["real", "teacher", "student", *(f"switch: {p}" for p in SWITCHES)]

@@ -24,7 +24,7 @@ log = logging.getLogger("vidistill")
 CHUNKS = 7  # over which evaluations are counted, as in the papers
 SHARED = "shared"  # weights of the checkpoint that every trained cell starts from
 WORKING = ("backend", "compile", "threads", "save_every", "log_every")  # how it is trained, not what comes out
-SHOWN = ("frechet", "motion_ratio", "sharpness_ratio", "saturation_ratio")
+SHOWN = ("frechet_paired", "motion_ratio", "sharpness_ratio", "saturation_ratio")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
         axes = made.add_subplot()
         for row in result["cells"]:
             colour = {"clean": "C0", "noised": "C2", "last_step": "C1"}[row["context"]]
-            at = (row["nfe_7_chunks"], row["frechet"])
+            at = (row["nfe_7_chunks"], row["frechet_paired"])
             axes.scatter(*at, facecolors=colour if row["trained"] else "none", edgecolors=colour)
             axes.annotate(row["cell"], at, xytext=(5, -2), textcoords="offset points", fontsize=7)
         axes.set(xlabel="evaluations for 7 chunks", ylabel="Frechet distance (lower is better)")

@@ -20,19 +20,12 @@ from vidistill.conditioning.script import Cue
 from vidistill.config import build
 from vidistill.data.types import Talk
 from vidistill.diffusion import derived_seed
+from vidistill.evaluation.clips import Batch, Data, Tally, picture_ratios
+from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.report import Metric, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import streamed
-from vidistill.evaluation.suite import (
-    Batch,
-    Data,
-    Judgement,
-    Suite,
-    SuiteConfig,
-    Tally,
-    clip_size,
-    picture_ratios,
-)
+from vidistill.evaluation.suite import Judgement, Suite, clip_size
 from vidistill.io import to_float
 from vidistill.memory.policies import MemoryConfig
 from vidistill.worlds import WORLDS
@@ -149,6 +142,7 @@ METRICS = {
         "correlation of the mouth with the true one, at the best shift",
         lambda row, _: metrics.sync(row["mouth"], row["truth"])[0],
         MOUTH | TRUTH,
+        best="high",
     ),
     "sync_offset_frames": Metric("that shift", lambda row, _: metrics.sync(row["mouth"], row["truth"])[1]),
     "identity_drift": Metric(
@@ -156,20 +150,25 @@ METRICS = {
         clip_drift,
         {"looks": lambda v: reader("looks", v.px)},
         glance=False,
+        best="low",
     ),
     "black_frames": Metric(
         "share of black frames",
         lambda row, _: float((row["light"] < BLACK).double().mean()),
         {"light": lambda v: metrics.luma(v.px).mean((-2, -1))},
+        best="low",
     ),
     "frozen_frames": Metric(
         "share of frames in passages that stand still",
         lambda row, real: frozen(row["motion"], float(real["motion"].mean())),
         {"motion": lambda v: metrics.motion(v.px)},
+        best="low",
     ),
     "flicker_ratio": picture_ratios()["flicker_ratio"],
     "mouth_motion_ratio": Metric(
-        "motion of the mouth, against real", lambda row, real: metrics.pace(row["mouth"], real["mouth"])
+        "motion of the mouth, against real",
+        lambda row, real: metrics.pace(row["mouth"], real["mouth"]),
+        best="one",
     ),
 }
 
@@ -206,7 +205,7 @@ def long_identity(judged: Judgement) -> None:
         for row, memory in memories.items():
             px = streamed(student, judged.codec, length, cfg.seed + k, cues, clip.frames[0], sound, memory)
             made[row].append(px)
-    others, result = apart(judged.tallies["real"]["looks"]), judged.result
+    others, result = apart(judged.tallies["real"][0]["looks"]), judged.result
     looks = {row: [reader("looks", px[None])[0] for px in streams] for row, streams in made.items()}
     found = {row: identity_drift(x, fps, cfg.window, others) for row, x in looks.items()}
     result["streams"] = {row: {"drift": drift, "curve": curve} for row, (drift, curve) in found.items()}

@@ -18,23 +18,13 @@ from vidistill.conditioning.condition import Condition
 from vidistill.conditioning.script import Cue
 from vidistill.data.types import Captioned
 from vidistill.diffusion import derived_seed
+from vidistill.evaluation.clips import DRIFTS, Batch, Data, Tally, picture_ratios, read_parts, teacher_row
+from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.probes import Reading, load_probe, read
 from vidistill.evaluation.report import Metric, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, streamed
-from vidistill.evaluation.suite import (
-    DRIFTS,
-    Batch,
-    Data,
-    Judgement,
-    Suite,
-    SuiteConfig,
-    Tally,
-    clip_size,
-    picture_ratios,
-    read_parts,
-    teacher_row,
-)
+from vidistill.evaluation.suite import Judgement, Suite, clip_size
 from vidistill.io import to_float, to_uint8
 from vidistill.streaming.prompt_switch import SWITCHES
 from vidistill.streaming.session import refused_switches
@@ -135,17 +125,19 @@ def time_to_adherence(
 
 
 METRICS = {
-    "frechet": Metric(
+    "frechet_paired": Metric(
         "Frechet distance of probe features, against drawn clips of the same captions",
         lambda row, real: metrics.frechet(row["features"].flatten(0, 1), real["features"].flatten(0, 1)),
         read_parts(),
+        best="low",
     ),
     **picture_ratios(),
     "before": Metric(
         "share of readings that show what was asked",
         lambda row, _: accuracy(row["read"] == row["asked"], list(row.data.heads)),
+        best="high",
     ),
-    "after": Metric("the same after a switch to another caption"),
+    "after": Metric("the same after a switch to another caption", best="high"),
     "time_to_adherence": Metric("from a switch until everything asked for is shown"),
     **DRIFTS,
 }

@@ -34,13 +34,15 @@ class Metric:
 
     text: what it is, None for one that stands in JSON alone. figure: of the tallies of the row and of real video; None
     where that row has none, or for one that is not measured on clips. parts: what it needs of every clip, by name;
-    metrics may share them. glance: whether a glance shows it.
+    metrics may share them. glance: whether a glance shows it. best: which side is better, "low", "high" or nearer to
+    "one"; empty where none is.
     """
 
     text: str | None = None
     figure: Callable[[Any, Any], Any] | None = None
     parts: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     glance: bool = True
+    best: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,17 @@ def folder_of(result: Mapping[str, Any], suite: str, out: str) -> Path:
 
 
 def number(row: Mapping[str, Any] | None, key: str) -> str:
-    """A figure with three digits; "-" where there is none. A key "a/b" is part b of figure a."""
-    for part in key.split("/"):
-        row = row.get(part) if isinstance(row, Mapping) else None
-    return "-" if row is None else f"{row:.3f}"
+    """A figure with three digits and its interval; "-" where there is none. A key "a/b" is part b of figure a."""
+
+    def found(names: Sequence[str]) -> Any:
+        value: Any = row
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
+
+    first, *rest = key.split("/")
+    value, edges = found([first, *rest]), found([f"{first}_interval", *rest])
+    return "-" if value is None else f"{value:.3f}" + (" ({:.3f} to {:.3f})".format(*edges) if edges else "")
 
 
 def lines(numbers: Mapping[str, Metric], columns: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:

@@ -30,11 +30,12 @@ from vidistill.conditioning.camera import (
 from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
+from vidistill.evaluation.clips import Batch, Data, Row, Tally, View
 from vidistill.evaluation.probes import Probe, Reading, load_probe, read
 from vidistill.evaluation.quality import walk_along, walk_condition
 from vidistill.evaluation.report import Metric
 from vidistill.evaluation.rooms import Rooms
-from vidistill.evaluation.suite import Batch, Data, Judgement, Row, Suite, Tally, View
+from vidistill.evaluation.suite import Judgement, Suite
 from vidistill.io import to_float
 from vidistill.memory.policies import stream_memory
 from vidistill.ops.precision import PRECISIONS
@@ -50,6 +51,9 @@ class SpatialMemoryConfig(PathConfig):
 
     batch: int = 8
     first_seed: int = 0  # the first room of the split
+    seeds: int = 3  # of rollout noise
+    teacher_seeds: int = 1
+    draws: int = 200  # of rooms, for an interval
     data: str = "data/doom-{split}"
     out: str = "out/eval"
     probe: str | None = None
@@ -144,8 +148,9 @@ def batch_of(paths: Sequence[Revisit], seconds: float, shown: int, seed: int) ->
     facts = {"true": true, "actions": torch.from_numpy(actions), "poses": torch.from_numpy(poses)}
     facts |= {name: torch.tensor(row) for name, row in rows.items()}
     facts |= {"seconds": torch.full((len(paths),), seconds), "judged": torch.tensor([[judged.start, judged.stop]])}
+    rooms = torch.tensor([w.seed for w in walks])
     condition = partial(walk_condition, facts["actions"], facts["poses"])
-    return Batch(px, condition, derived_seed(seed, walks[0].seed), facts=facts, shown=shown)
+    return Batch(px, condition, derived_seed(seed, walks[0].seed), facts=facts, shown=shown, rooms=rooms)
 
 
 def kind_of(path: Revisit) -> int:
@@ -226,18 +231,25 @@ METRICS = {
         "PSNR of the revisited view in dB, by seconds away",
         by_seconds("error", lambda x: float(metrics.decibels(x))),
         {"error": error, "seconds": lambda v: v.batch.facts["seconds"]},
+        best="high",
     ),
-    "revisit_texture_acc": Metric("share of wall pictures recognised", by_seconds("texture"), {"texture": recognised}),
-    "revisit_feature_distance": Metric("distance of probe features", by_seconds("distance"), {"distance": distance}),
+    "revisit_texture_acc": Metric(
+        "share of wall pictures recognised", by_seconds("texture"), {"texture": recognised}, best="high"
+    ),
+    "revisit_feature_distance": Metric(
+        "distance of probe features", by_seconds("distance"), {"distance": distance}, best="low"
+    ),
     "rpe_trans": Metric(
         "error of the motion that is read back, in map units / 64 a frame",
         lambda row, _: row.mean("rpe_trans"),
         {"rpe_trans": lambda v: v.data.reader.error(v.px, v.batch.facts["poses"])[0].mean(1)},
+        best="low",
     ),
     "rpe_rot": Metric(
         "the same of turns, in degrees a frame",
         lambda row, _: row.mean("rpe_rot"),
         {"rpe_rot": lambda v: v.data.reader.error(v.px, v.batch.facts["poses"])[1].mean(1)},
+        best="low",
     ),
 }
 

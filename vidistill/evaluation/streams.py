@@ -95,6 +95,12 @@ class StreamTally:
         self.pictures.append(torch.from_numpy(to_uint8(px[:SHOWN, wanted])))
         self.tail, self.seen = joined[:, -self.keep :].clone(), self.seen + px.shape[1]
 
+    def pick(self, index: Tensor) -> "StreamTally":
+        """The curves of some of the streams [N]."""
+        own = StreamTally(self.length, self.window)
+        own.curves = {name: [self.curve(name)[index]] for name in self.curves}
+        return own
+
     def curve(self, name: str) -> Tensor:
         return torch.cat(self.curves[name], dim=1)
 

@@ -4,12 +4,9 @@ A suite is data, what a network is told of it, a table of metrics and a list of 
 names the suite that judges its students.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,264 +18,18 @@ from tqdm import tqdm
 from vidistill import checkpoint, metrics
 from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
-from vidistill.conditioning.condition import Condition, branches
 from vidistill.evaluation import report
-from vidistill.evaluation.probes import AFTER, Probe, Reading, read
+from vidistill.evaluation.clips import Data, Row, Tally, codec_row, real_row, student_row, teacher_row
+from vidistill.evaluation.intervals import add_intervals, bootstrap, compare, mean_of
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
-from vidistill.evaluation.streams import CURVES, PICTURES, SHOWN, StreamTally, curve_drifts
-from vidistill.io import to_uint8
-from vidistill.ops.precision import PRECISIONS, autocast, working_dtype
-from vidistill.rollout import roll_out
-from vidistill.sampling import sample
+from vidistill.evaluation.streams import CURVES, StreamTally, curve_drifts
 from vidistill.worlds import WORLDS
 from vidistill.worlds.spec import WorldSpec
 
+RENAMED = {"frechet": "frechet_paired", "frechet_other_half": "frechet_unpaired"}  # keys of schema 1
+RUN_STEP = 7_919_000_003  # between the seeds of runs
 CODEC_FRAMES = 22  # latents of a clip where only a codec is judged
-MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "threads")
-
-
-@dataclass(frozen=True)
-class SuiteConfig:
-    """What every protocol says; smaller runs (`clips`, `streams`, `long_seconds`) are for a first look.
-
-    Samples of the teacher are kept in `cache` under a hash of everything they depend on (empty: sample anew).
-    """
-
-    clips: int = 256
-    batch: int = 32
-    streams: int = 16
-    long_seconds: float = 60.0  # 0: no long stream
-    steps: int = 50
-    guidance: float | None = None  # None: what the teacher's record says, else 1
-    seed: int = 0
-    first_seed: int = 0  # the first room of the split
-    cache: str = "data/teacher-samples"
-    out: str = "out/eval"
-    probe: str | None = None  # None: the bundled one
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in MAY_BE_ZERO):
-            if isinstance(value, int | float) and value <= 0:
-                raise ValueError(f"eval.{name} must be positive, got {value}")
-        if self.clips < 2:
-            raise ValueError(f"eval.clips must be at least 2 for a distance of two sets, got {self.clips}")
-        if self.long_seconds and self.long_seconds < 2 * self.span:
-            raise ValueError(f"eval.long_seconds is {self.long_seconds}; needed is 0 or at least 2 x {self.span}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"eval.precision {self.precision!r} is unknown; choose one of {PRECISIONS}")
-
-    @property
-    def span(self) -> float:
-        """Seconds at both ends of a long stream that are compared."""
-        raise NotImplementedError
-
-
-# --- clips ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Real clips px [B, T, 3, H, W] that are judged together, and what is true of them (`facts`, B rows each).
-
-    `condition(bundle, codec, given)` is what a network is told of them; `given`: whether it knows the start image. The
-    first `shown` are kept to look at.
-    """
-
-    px: Tensor
-    condition: Callable[[Bundle, Codec, Tensor | None], Condition]
-    seed: int
-    given: bool = True
-    shown: int = SHOWN
-    facts: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What all rows are judged on. `window`: px frames after the start image that count, None for all of them.
-
-    heads: what a probe reads of them, every `stride`-th frame, and in how many classes: fact "asked" [B, T, heads].
-    """
-
-    batches: Sequence[Batch] | Any
-    fps: float
-    probe: Probe | None = None
-    heads: Mapping[str, int] = field(default_factory=dict)
-    stride: int = 1
-    window: int | None = None
-    reader: Any = None  # of camera motion, where a suite reads it
-
-
-@dataclass(frozen=True)
-class View:
-    """The clips px [B, T, 3, H, W] that a row shows for a batch, as metrics see them."""
-
-    px: Tensor
-    batch: Batch
-    data: Data
-
-    @property
-    def seen(self) -> Tensor:
-        """The frames that count, and the start image."""
-        return self.px if self.data.window is None else self.px[:, : self.data.window + 1]
-
-    @property
-    def made(self) -> Tensor:
-        """The frames that count."""
-        return self.seen[:, int(self.batch.given) :]
-
-    @cached_property
-    def reading(self) -> Reading:
-        """What the probe sees of them."""
-        assert self.data.probe is not None
-        end = None if self.data.window is None else self.data.window + 1 + AFTER
-        return read(self.data.probe, self.px[:, :end], self.data.stride)
-
-
-class Tally:
-    """What was measured of one row, clip by clip; pixels are not kept, but for a few clips to look at."""
-
-    def __init__(self, data: Data) -> None:
-        self.data = data
-        self.parts: dict[str, list[Tensor]] = {}
-        self.shown: list[np.ndarray] = []
-
-    def add(self, parts: Mapping[str, Callable[[View], Tensor]], px: Tensor, batch: Batch) -> None:
-        """Measure the clips px that stand for those of a batch; ValueError if they are of another size."""
-        view = View(px, batch, self.data)
-        if view.px.shape != view.batch.px.shape:
-            raise ValueError(f"clips are {tuple(view.px.shape)} where real ones are {tuple(view.batch.px.shape)}")
-        for name, measure in parts.items():
-            self.parts.setdefault(name, []).append(measure(view))
-        few = min(batch.shown, SHOWN - len(self.shown))
-        self.shown += list(to_uint8(px[: max(0, few)]))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return torch.cat(self.parts[name])
-
-    def mean(self, name: str) -> float:
-        return float(self[name].double().mean())
-
-
-def read_parts() -> dict[str, Callable[[View], Tensor]]:
-    """Parts of every metric that a probe takes part in: features [B, n, D], classes that are read and that were asked
-    for [B, n, heads]."""
-    return {
-        "features": lambda v: v.reading.features,
-        "read": lambda v: torch.stack([v.reading.labels[name] for name in v.data.heads], -1),
-        "asked": lambda v: v.batch.facts["asked"][:, v.reading.times],
-    }
-
-
-def ratio(name: str, measure: Callable[[View], Tensor], text: str) -> Metric:
-    """The mean of a measure, against that of real clips."""
-    return Metric(
-        f"{text}, against real", lambda row, real: metrics.ratio(row.mean(name), real.mean(name)), {name: measure}
-    )
-
-
-def made_by(measure: Callable[[Tensor], Tensor]) -> Callable[[View], Tensor]:
-    """A measure of pictures, of the frames that a row made."""
-    return lambda view: measure(view.made)
-
-
-def picture_ratios() -> dict[str, Metric]:
-    """What every suite says of pictures."""
-    found = {name: ratio(name, made_by(f), TEXTS[name]) for name, f in PICTURES.items()}
-    found["motion"] = ratio("motion", lambda v: metrics.motion(v.seen), TEXTS["motion"])
-    found["flicker"] = ratio("flicker", lambda v: metrics.flicker(v.seen), TEXTS["flicker"])
-    return {f"{name}_ratio": metric for name, metric in found.items()}
-
-
-TEXTS = {
-    "sharpness": "mean gradient",
-    "saturation": "mean chroma",
-    "contrast": "deviation of brightness",
-    "motion": "mean change between frames",
-    "flicker": "brightness of blocks that comes and goes within three frames",
-}
-LAST = "last seconds of a long stream against the first"
-DRIFTS = {f"{name}_drift": Metric(None if name == "contrast" else LAST) for name in CURVES}
-
-
-# --- what fills the rows ----------------------------------------------------------------------------------------------
-
-Row = Callable[[Batch], Tensor]  # real clips -> the clips [B, T, 3, H, W] of one row
-
-
-def codec_row(codec: Codec) -> Row:
-    return lambda batch: codec.decode(codec.encode(batch.px))
-
-
-def repeat_row(batch: Batch) -> Tensor:
-    """The start image, standing still: what any prediction must beat."""
-    return batch.px[:, :1].expand_as(batch.px)
-
-
-def start(bundle: Bundle, codec: Codec, batch: Batch) -> tuple[Tensor | None, Condition, tuple[int, int]]:
-    """The given latent, what the network is told, and (clips, latents)."""
-    given = codec.encode(batch.px[:, :1]) if batch.given else None
-    frames = 1 + (batch.px.shape[1] - 1) // codec.temporal_factor
-    return given, batch.condition(bundle, codec, given), (len(batch.px), frames)
-
-
-def teacher_row(teacher: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
-    """Clips that the teacher samples in `cfg.steps` guided Euler steps, kept in `cfg.cache`."""
-    record, sigmas = teacher.record, teacher.noise.steps(cfg.steps)
-    text, audio = float(record.get("guidance", 1.0)), float(record.get("audio_guidance", 0.0))
-    text, audio = (text, audio) if cfg.guidance is None else (cfg.guidance, 0.0)
-    weights, dtype = digest(teacher.net.state_dict()), str(working_dtype(cfg.precision))
-
-    def row(batch: Batch) -> Tensor:
-        given, cond, size = start(teacher, codec, batch)
-        shape, rng = teacher.shape, torch.Generator().manual_seed(batch.seed)
-        noise = torch.randn(*size, shape.channels, shape.height, shape.width, generator=rng)
-        nulls, scales = branches(cond, text, audio)
-
-        def make() -> Tensor:
-            with autocast(cfg.precision):
-                return sample(teacher.net, noise, sigmas, cond, given=given, nulls=nulls, scales=scales).float()
-
-        inputs = {"given": given, "noise": noise, "tokens": cond.tokens, "channels": cond.channels, **cond.per_frame}
-        known = {name: x for name, x in inputs.items() if x is not None}
-        settings = [sigmas, [text, audio] if audio else text, dtype, record.get("dit")]
-        return codec.decode(cached(cfg.cache, digest(known, weights, json.dumps(settings)), make))
-
-    return row
-
-
-def digest(tensors: Mapping[str, Tensor], *more: str) -> str:
-    """A hash of numbers and texts."""
-    made = hashlib.sha256("".join(more).encode())
-    for name, x in sorted(tensors.items()):
-        made.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
-        made.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return made.hexdigest()[:24]
-
-
-def cached(folder: str, key: str, make: Callable[[], Tensor]) -> Tensor:
-    """`make()`, or what it gave before under this key; half precision either way."""
-    path = Path(folder) / f"{key}.safetensors"
-    if folder and path.is_file():
-        return checkpoint.read_tensors(path)[0]["x"].float()
-    x = make().half()
-    if folder:
-        checkpoint.save_tensors(path, {"x": x}, {"key": key})
-    return x.float()
-
-
-def student_row(student: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
-    """Clips of the student's own rollouts."""
-
-    def row(batch: Batch) -> Tensor:
-        given, cond, size = start(student, codec, batch)
-        with autocast(cfg.precision):
-            dtype = working_dtype(cfg.precision)
-            x = roll_out(student.net, student.schedule, cond, size, seed=batch.seed, given=given, dtype=dtype)
-        return codec.decode(x.float())
-
-    return row
 
 
 # --- a suite ----------------------------------------------------------------------------------------------------------
@@ -293,16 +44,24 @@ class Judgement:
     rooms: Rooms
     cfg: Any
     data: Data
-    tallies: dict[str, Tally]
+    tallies: Mapping[str, Sequence[Tally]]
     result: dict[str, Any]
     pictures: Pictures
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def add_streams(self, tallies: Mapping[str, StreamTally]) -> None:
         """The drift, curves and pictures of long streams, `real` and `student`."""
-        fps = self.data.fps
+        fps, real = self.data.fps, tallies["real"]
+
+        def drawn(index: Tensor, rng: np.random.Generator) -> dict[str, Any]:
+            picked = {name: tally.pick(index) for name, tally in tallies.items()}
+            return {name: curve_drifts(tally, picked["real"]) for name, tally in picked.items()}
+
+        draws = bootstrap(torch.arange(len(real.curve("motion"))), drawn, self.cfg.draws)
         for name, tally in tallies.items():
-            self.result[name] |= curve_drifts(tally, tallies["real"])
+            found = curve_drifts(tally, real)
+            add_intervals(found, draws, name)
+            self.result[name] |= found
             self.pictures.curves[name] = {c: metrics.curve(tally.curve(c), round(fps)) for c in CURVES}
         shown = {name: torch.cat(t.pictures, dim=1).numpy() for name, t in tallies.items()}
         caption = "Long streams, one picture for every window of the protocol."
@@ -395,30 +154,36 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
     if not glance and "codec" not in bundles:
         rows |= {name: make(codec) for name, make in suite.rows.items()}
     wanted = {key: m for key, m in suite.metrics.items() if m.figure and (m.glance or not glance)}
-    tallies = measure(wanted, rows, data)
-    result = {name: figures(wanted, tally, tallies["real"]) for name, tally in tallies.items()}
+    runs = {"student": 1 if glance else cfg.seeds, "teacher": cfg.teacher_seeds}
+    tallies = measure(wanted, rows, data, {row: runs.get(bundle.kind, 1) for row, bundle in bundles.items()})
+    result = {name: run_figures(wanted, own, tallies["real"][0]) for name, own in tallies.items()}
+    if not glance:
+        add_certainty(wanted, result, tallies, bundles, cfg.draws)
     pictures = Pictures(data.fps)
     if not glance:
-        shown = {name: tally.shown for name, tally in tallies.items() if "repeat" not in name}
+        shown = {name: own[0].shown for name, own in tallies.items() if "repeat" not in name}
         pictures.sheets.append(Sheet.beside("clips", shown, "Same start, same conditions.", "clip", data.fps * 0.4))
-        if "motion" in tallies["real"].parts:
+        if "motion" in tallies["real"][0].parts:
             quarter = report.quarter(data.fps)
-            pictures.motion = {name: metrics.curve(t["motion"], quarter) for name, t in tallies.items()}
+            pictures.motion = {name: metrics.curve(own[0]["motion"], quarter) for name, own in tallies.items()}
     return Judgement(bundles, codec, rooms, cfg, data, tallies, result, pictures)
 
 
 @torch.inference_mode()
-def measure(wanted: Mapping[str, Metric], rows: Mapping[str, Row], data: Data) -> dict[str, Tally]:
-    """A tally for `real` and for every row, over all clips."""
+def measure(
+    wanted: Mapping[str, Metric], rows: Mapping[str, Row], data: Data, runs: Mapping[str, int] = {}
+) -> dict[str, list[Tally]]:
+    """Tallies for `real` and for every row over all clips, one for each of its `runs` with noise of its own."""
     parts = {name: part for metric in wanted.values() for name, part in metric.parts.items()}
-    tallies = {name: Tally(data) for name in ("real", *rows)}
-    with tqdm(total=len(data.batches) * len(rows), unit="batch") as bar:
+    tallies = {name: [Tally(data) for _ in range(runs.get(name, 1))] for name in ("real", *rows)}
+    with tqdm(total=len(data.batches) * sum(map(len, tallies.values())), unit="batch") as bar:
         for batch in data.batches:
-            tallies["real"].add(parts, batch.px, batch)
-            for name, row in rows.items():
+            for name, row in {"real": real_row, **rows}.items():
                 bar.set_description(f"clips: {name}")
-                tallies[name].add(parts, row(batch), batch)
-                bar.update()
+                for k, tally in enumerate(tallies[name]):
+                    own = replace(batch, seed=batch.seed + k * RUN_STEP)
+                    tally.add(parts, row(own), own)
+                    bar.update()
     return tallies
 
 
@@ -426,6 +191,36 @@ def figures(wanted: Mapping[str, Metric], row: Tally, real: Tally) -> dict[str, 
     """What the metrics say of a row; those that say nothing (None) are left out."""
     found = {key: metric.figure(row, real) for key, metric in wanted.items() if metric.figure}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def run_figures(wanted: Mapping[str, Metric], runs: Sequence[Tally], real: Tally) -> dict[str, Any]:
+    """The mean of the figures of several runs."""
+    found: dict[str, Any] = mean_of([figures(wanted, row, real) for row in runs])
+    return found
+
+
+def add_certainty(
+    wanted: Mapping[str, Metric],
+    result: dict[str, Any],
+    tallies: Mapping[str, Sequence[Tally]],
+    bundles: Mapping[str, Bundle],
+    count: int,
+) -> None:
+    """Intervals of all figures, and how the student differs from the networks beside it."""
+
+    def drawn(index: Tensor, rng: np.random.Generator) -> dict[str, Any]:
+        real = tallies["real"][0].pick(index)
+        noise = {name: rng.integers(len(own), size=len(own)) for name, own in tallies.items() if name != "real"}
+        picked = {name: [tallies[name][k].pick(index) for k in runs] for name, runs in noise.items()}
+        return {name: run_figures(wanted, own, real) for name, own in {**picked, "real": [real]}.items()}
+
+    draws = bootstrap(tallies["real"][0]["rooms"], drawn, count)
+    others = [row for row in bundles if row != "student"] if "student" in bundles else []
+    difference = {f"student - {row}": compare(wanted, result, draws, "student", row) for row in others}
+    for name, row in result.items():
+        add_intervals(row, draws, name)
+    if difference:
+        result["difference"] = difference
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
@@ -453,6 +248,7 @@ def evaluate(suite: Suite, name: str, cfg: Any = None, split: str = "test", **na
     for row, bundle in bundles.items():
         judged.result[row] = {"name": bundle.name, **judged.result[row]}
     taken = {"features": "probe features", "seconds_taken": round(time.time() - began, 1)}
+    judged.result |= {"schema": 2, "renamed": RENAMED}
     judged.result["protocol"] = {**asdict(cfg), "split": split, **judged.protocol, **taken}
     plain: dict[str, Any] = report.plain(judged.result)
     if cfg.out:

@@ -1,0 +1,245 @@
+"""Clips of student, teacher and codec beside real ones, made and measured batch by batch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidistill import checkpoint, metrics
+from vidistill.checkpoint import Bundle
+from vidistill.codecs import Codec
+from vidistill.conditioning.condition import Condition, branches
+from vidistill.evaluation.config import SuiteConfig
+from vidistill.evaluation.probes import AFTER, Probe, Reading, read
+from vidistill.evaluation.report import Metric
+from vidistill.evaluation.streams import CURVES, PICTURES, SHOWN
+from vidistill.io import to_uint8
+from vidistill.ops.precision import autocast, working_dtype
+from vidistill.rollout import roll_out
+from vidistill.sampling import sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Real clips px [B, T, 3, H, W] that are judged together, and what is true of them (`facts`, B rows each).
+
+    `condition(bundle, codec, given)` is what a network is told of them; `given`: whether it knows the start image. The
+    first `shown` are kept to look at.
+    """
+
+    px: Tensor
+    condition: Callable[[Bundle, Codec, Tensor | None], Condition]
+    seed: int
+    given: bool = True
+    shown: int = SHOWN
+    rooms: Tensor | None = None  # [B], None: a room a clip
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What all rows are judged on. `window`: px frames after the start image that count, None for all of them.
+
+    heads: what a probe reads of them, every `stride`-th frame, and in how many classes: fact "asked" [B, T, heads].
+    """
+
+    batches: Sequence[Batch] | Any
+    fps: float
+    probe: Probe | None = None
+    heads: Mapping[str, int] = field(default_factory=dict)
+    stride: int = 1
+    window: int | None = None
+    reader: Any = None  # of camera motion, where a suite reads it
+
+
+@dataclass(frozen=True)
+class View:
+    """The clips px [B, T, 3, H, W] that a row shows for a batch, as metrics see them."""
+
+    px: Tensor
+    batch: Batch
+    data: Data
+
+    @property
+    def seen(self) -> Tensor:
+        """The frames that count, and the start image."""
+        return self.px if self.data.window is None else self.px[:, : self.data.window + 1]
+
+    @property
+    def made(self) -> Tensor:
+        """The frames that count."""
+        return self.seen[:, int(self.batch.given) :]
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What the probe sees of them."""
+        assert self.data.probe is not None
+        end = None if self.data.window is None else self.data.window + 1 + AFTER
+        return read(self.data.probe, self.px[:, :end], self.data.stride)
+
+
+class Tally:
+    """What was measured of one row, clip by clip; pixels are not kept, but for a few clips to look at."""
+
+    def __init__(self, data: Data) -> None:
+        self.data = data
+        self.parts: dict[str, list[Tensor]] = {}
+        self.shown: list[np.ndarray] = []
+
+    def add(self, parts: Mapping[str, Callable[[View], Tensor]], px: Tensor, batch: Batch) -> None:
+        """Measure the clips px that stand for those of a batch; ValueError if they are of another size."""
+        view = View(px, batch, self.data)
+        if view.px.shape != view.batch.px.shape:
+            raise ValueError(f"clips are {tuple(view.px.shape)} where real ones are {tuple(view.batch.px.shape)}")
+        rooms = batch.rooms if batch.rooms is not None else batch.seed + torch.arange(len(px))
+        self.parts.setdefault("rooms", []).append(rooms)
+        for name, measure in parts.items():
+            self.parts.setdefault(name, []).append(measure(view))
+        few = min(batch.shown, SHOWN - len(self.shown))
+        self.shown += list(to_uint8(px[: max(0, few)]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.cat(self.parts[name])
+
+    def pick(self, index: Tensor) -> "Tally":
+        """The same of some of the clips [N]."""
+        own = Tally(self.data)
+        own.parts = {name: [self[name][index]] for name in self.parts}
+        return own
+
+    def mean(self, name: str) -> float:
+        return float(self[name].double().mean())
+
+
+def read_parts() -> dict[str, Callable[[View], Tensor]]:
+    """Parts of every metric that a probe takes part in: features [B, n, D], classes that are read and that were asked
+    for [B, n, heads]."""
+    return {
+        "features": lambda v: v.reading.features,
+        "read": lambda v: torch.stack([v.reading.labels[name] for name in v.data.heads], -1),
+        "asked": lambda v: v.batch.facts["asked"][:, v.reading.times],
+    }
+
+
+def ratio(name: str, measure: Callable[[View], Tensor], text: str) -> Metric:
+    """The mean of a measure, against that of real clips."""
+    return Metric(
+        f"{text}, against real",
+        lambda row, real: metrics.ratio(row.mean(name), real.mean(name)),
+        {name: measure},
+        best="one",
+    )
+
+
+def made_by(measure: Callable[[Tensor], Tensor]) -> Callable[[View], Tensor]:
+    """A measure of pictures, of the frames that a row made."""
+    return lambda view: measure(view.made)
+
+
+def picture_ratios() -> dict[str, Metric]:
+    """What every suite says of pictures."""
+    found = {name: ratio(name, made_by(f), TEXTS[name]) for name, f in PICTURES.items()}
+    found["motion"] = ratio("motion", lambda v: metrics.motion(v.seen), TEXTS["motion"])
+    found["flicker"] = ratio("flicker", lambda v: metrics.flicker(v.seen), TEXTS["flicker"])
+    return {f"{name}_ratio": metric for name, metric in found.items()}
+
+
+TEXTS = {
+    "sharpness": "mean gradient",
+    "saturation": "mean chroma",
+    "contrast": "deviation of brightness",
+    "motion": "mean change between frames",
+    "flicker": "brightness of blocks that comes and goes within three frames",
+}
+LAST = "last seconds of a long stream against the first"
+DRIFTS = {f"{name}_drift": Metric(None if name == "contrast" else LAST) for name in CURVES}
+
+
+# --- what fills the rows ----------------------------------------------------------------------------------------------
+
+Row = Callable[[Batch], Tensor]  # real clips -> the clips [B, T, 3, H, W] of one row
+
+
+def codec_row(codec: Codec) -> Row:
+    return lambda batch: codec.decode(codec.encode(batch.px))
+
+
+def real_row(batch: Batch) -> Tensor:
+    return batch.px
+
+
+def repeat_row(batch: Batch) -> Tensor:
+    """The start image, standing still: what any prediction must beat."""
+    return batch.px[:, :1].expand_as(batch.px)
+
+
+def start(bundle: Bundle, codec: Codec, batch: Batch) -> tuple[Tensor | None, Condition, tuple[int, int]]:
+    """The given latent, what the network is told, and (clips, latents)."""
+    given = codec.encode(batch.px[:, :1]) if batch.given else None
+    frames = 1 + (batch.px.shape[1] - 1) // codec.temporal_factor
+    return given, batch.condition(bundle, codec, given), (len(batch.px), frames)
+
+
+def teacher_row(teacher: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
+    """Clips that the teacher samples in `cfg.steps` guided Euler steps, kept in `cfg.cache`."""
+    record, sigmas = teacher.record, teacher.noise.steps(cfg.steps)
+    text, audio = float(record.get("guidance", 1.0)), float(record.get("audio_guidance", 0.0))
+    text, audio = (text, audio) if cfg.guidance is None else (cfg.guidance, 0.0)
+    weights, dtype = digest(teacher.net.state_dict()), str(working_dtype(cfg.precision))
+
+    def row(batch: Batch) -> Tensor:
+        given, cond, size = start(teacher, codec, batch)
+        shape, rng = teacher.shape, torch.Generator().manual_seed(batch.seed)
+        noise = torch.randn(*size, shape.channels, shape.height, shape.width, generator=rng)
+        nulls, scales = branches(cond, text, audio)
+
+        def make() -> Tensor:
+            with autocast(cfg.precision):
+                return sample(teacher.net, noise, sigmas, cond, given=given, nulls=nulls, scales=scales).float()
+
+        inputs = {"given": given, "noise": noise, "tokens": cond.tokens, "channels": cond.channels, **cond.per_frame}
+        known = {name: x for name, x in inputs.items() if x is not None}
+        settings = [sigmas, [text, audio] if audio else text, dtype, record.get("dit")]
+        return codec.decode(cached(cfg.cache, digest(known, weights, json.dumps(settings)), make))
+
+    return row
+
+
+def digest(tensors: Mapping[str, Tensor], *more: str) -> str:
+    """A hash of numbers and texts."""
+    made = hashlib.sha256("".join(more).encode())
+    for name, x in sorted(tensors.items()):
+        made.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+        made.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()[:24]
+
+
+def cached(folder: str, key: str, make: Callable[[], Tensor]) -> Tensor:
+    """`make()`, or what it gave before under this key; half precision either way."""
+    path = Path(folder) / f"{key}.safetensors"
+    if folder and path.is_file():
+        return checkpoint.read_tensors(path)[0]["x"].float()
+    x = make().half()
+    if folder:
+        checkpoint.save_tensors(path, {"x": x}, {"key": key})
+    return x.float()
+
+
+def student_row(student: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
+    """Clips of the student's own rollouts."""
+
+    def row(batch: Batch) -> Tensor:
+        given, cond, size = start(student, codec, batch)
+        with autocast(cfg.precision):
+            dtype = working_dtype(cfg.precision)
+            x = roll_out(student.net, student.schedule, cond, size, seed=batch.seed, given=given, dtype=dtype)
+        return codec.decode(x.float())
+
+    return row

@@ -1,0 +1,47 @@
+"""What every protocol of an evaluation says."""
+
+from dataclasses import dataclass, fields
+
+from vidistill.ops.precision import PRECISIONS
+
+MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "draws", "threads")
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """What every protocol says; smaller runs (`clips`, `streams`, `long_seconds`) are for a first look.
+
+    Samples of the teacher are kept in `cache` under a hash of everything they depend on (empty: sample anew).
+    """
+
+    clips: int = 256
+    batch: int = 32
+    streams: int = 16
+    long_seconds: float = 60.0  # 0: no long stream
+    steps: int = 50
+    guidance: float | None = None  # None: what the teacher's record says, else 1
+    seed: int = 0
+    seeds: int = 3  # of rollout noise that a student is judged with
+    teacher_seeds: int = 1
+    draws: int = 200  # of rooms, for an interval
+    first_seed: int = 0  # the first room of the split
+    cache: str = "data/teacher-samples"
+    out: str = "out/eval"
+    probe: str | None = None  # None: the bundled one
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in MAY_BE_ZERO):
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"eval.{name} must be positive, got {value}")
+        if self.clips < 2:
+            raise ValueError(f"eval.clips must be at least 2 for a distance of two sets, got {self.clips}")
+        if self.long_seconds and self.long_seconds < 2 * self.span:
+            raise ValueError(f"eval.long_seconds is {self.long_seconds}; needed is 0 or at least 2 x {self.span}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"eval.precision {self.precision!r} is unknown; choose one of {PRECISIONS}")
+
+    @property
+    def span(self) -> float:
+        """Seconds at both ends of a long stream that are compared."""
+        raise NotImplementedError
