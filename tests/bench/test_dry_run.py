@@ -40,8 +40,10 @@ def test_every_config_runs_in_miniature_and_keeps_nothing(path, tmp_path, monkey
     if path.parent.name == "wan" and cfg.reference:
         assert row["true_size"]["latents"] == [21, 16, 64, 64] and row["true_size"]["tokens_per_frame"] == 1024
     elif path.parent.name == "wan":
-        assert row["true_size"]["latents"] == [cfg.frames, 16, 60, 104] and row["true_size"]["tokens_per_frame"] == 1560
-        assert any(size in line for line in out for size in ("1.419 B", "14.288 B", "14.394 B"))
+        height, width = cfg.latent_size
+        assert row["true_size"]["latents"] == [cfg.frames, cfg.dit.channels, height, width]
+        assert row["true_size"]["tokens_per_frame"] == height * width // 4
+        assert any(size in line for line in out for size in ("1.419 B", "14.288 B", "14.394 B", "5.000 B"))
 
 
 def test_published_values_of_self_forcing_are_in_its_config():

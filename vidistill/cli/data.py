@@ -143,6 +143,7 @@ PROMPTS: Arguments = {
     "--file": {"type": Path, "required": True, "help": "text file, one prompt a line"},
     "--text": {"required": True, "help": "diffusers folder or hub id that has text_encoder and tokenizer"},
     "--negative": {"default": "", "help": "what guidance is taken against (default: the empty prompt)"},
+    "--fps": {"type": positive_float, "default": 16.0, "help": "frames a second of the student (16; Wan2.2-5B: 24)"},
     **TOKENS,
 }
 

@@ -102,10 +102,10 @@ class Prompts:
         return Batch(torch.zeros(()).expand(batch, frames, *size), Condition(tokens, negative=negative))
 
 
-def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512) -> str:
-    """Encode the prompts in `file`, one a line, into folder `out`; says what is there."""
+def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512, fps: float = WORLD["fps"]) -> str:
+    """Encode the prompts in `file`, one a line, into folder `out`; says what is there. `fps`: of what they describe."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     cache = TextCache(text, out / TOKENS, length=tokens, device=str(accelerator()))
     with tqdm(total=len(lines), desc="prompts", disable=None) as bar:
-        write_prompts(out, lines, negative, cache, {"source": "prompts", **WORLD}, bar=bar)
+        write_prompts(out, lines, negative, cache, {"source": "prompts", **WORLD, "fps": fps}, bar=bar)
     return f"{out}: {len(lines)} prompts of {tokens} tokens"
