@@ -106,6 +106,18 @@ def test_networks_that_are_here_are_counted_from_their_records(tmp_path):
     assert (replayed["passes_with_gradient_at_once"], row["true_size"]["passes_with_gradient_at_once"]) == (1, 2)
 
 
+def test_a_clip_that_processes_share_costs_each_its_part(tmp_path):
+    cfg = dmd_stage(tmp_path)
+    roles = dry_run.roles_of(cfg)
+    whole, half = (dry_run.true_size(replace(cfg, sequence=n), roles) for n in (1, 2))
+    for name in ("activation_bytes_per_pass", "history_bytes", "memory_bytes"):
+        assert whole[name] == 2 * half[name] > 0, name
+    assert whole["tokens_per_pass"] == half["tokens_per_pass"]
+    with pytest.raises(ValueError, match="sequence 3 does not divide"):
+        dry_run.true_size(replace(cfg, sequence=3), roles)
+    assert dry_run.rehearse(replace(cfg, sequence=2))["done"]  # in one process all the same
+
+
 def test_counted_activations_are_those_that_autograd_keeps():
     dit = DiTConfig(channels=4, width=48, layers=3, heads=2, ffn=96, freq_dim=32)
     cfg = replace(load_config(TrainConfig, CONFIGS / "doom" / "teacher.yaml"), precision="fp32", dit=dit)

@@ -175,3 +175,19 @@ def test_a_sequence_that_does_not_divide_the_tokens_is_refused():
 def test_a_sequence_that_does_not_divide_the_processes_is_refused():
     with pytest.raises(ValueError, match="sequence 2 does not divide 1 processes"):
         distributed.sequence_group(2)
+
+
+def test_half_precision_shares_tokens_too(tmp_path):
+    (tmp_path / "x").mkdir()
+    together(2, half_clip, 2, tmp_path / "x" / "two.safetensors")
+    half_clip(1, tmp_path / "x" / "one.safetensors")
+    (one, _), (two, _) = (read_tensors(tmp_path / "x" / f"{name}.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all((one[key] - two[key]).abs().max() <= 0.03 * one[key].abs().max() for key in one)
+
+
+def half_clip(sequence, out):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run("masked", sequence)
+    if distributed.rank() == 0:
+        save_tensors(out, {n: t.float().contiguous() for n, t in found.items()}, {})

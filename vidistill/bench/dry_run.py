@@ -29,6 +29,7 @@ from vidistill.models.layers import NO_GRID, DiTConfig
 from vidistill.models.lora import LoraConfig
 from vidistill.models.student import CausalStudent
 from vidistill.ops.precision import working_dtype
+from vidistill.ops.sequence import SequenceGroup
 from vidistill.schedules import training
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.teachers.wan import architecture, local_parts
@@ -131,6 +132,7 @@ def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainCo
         episodes=0,
         batch=distributed.world_size() * accumulate,
         accumulate=accumulate,
+        sequence=1,
         loss=replace(cfg.loss, target_steps=SAMPLER_STEPS),
         init_plateau=0.0,  # nothing has converged here
         validation=watched(cfg.validation, folder),
@@ -327,12 +329,17 @@ def latent_size(cfg: TrainConfig, dit: DiTConfig) -> tuple[int, int] | None:
 
 
 def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
-    """Tokens, passes, FLOPs and bytes of one clip at the size the stage is for; {} if nothing says its latents."""
+    """Tokens, passes, FLOPs and bytes of one clip at the size the stage is for; {} if nothing says its latents.
+
+    Bytes are those of one of the processes that share the clip; ValueError unless their number divides it.
+    """
     dit, size = roles["student"].dit, latent_size(cfg, roles["student"].dit)
     if size is None:
         return {}
     shape, item = LatentShape(cfg.frames, dit.channels, *size, dit.patch), working_dtype(cfg.precision).itemsize
-    n, memory = shape.tokens_per_frame, cfg.student.memory
+    n, memory, share = shape.tokens_per_frame, cfg.student.memory, SequenceGroup(None, 0, cfg.sequence)
+    for role in roles.values():
+        share.check(role.dit.heads, n)
     with torch.device("meta"):
         student = CausalStudent(VideoDiT(dit), cfg.student, shape)
     causal = cfg.objective not in ("flow",)
@@ -344,7 +351,7 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
         "tokens_per_frame": n,
         "tokens_per_pass": frames * n,
         "flops_per_pass": sum(cost.pass_flops(dit, shape, frames, seen).values()),
-        "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg),
+        "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg) / cfg.sequence,
         "recomputed_blocks": cfg.dit.checkpoint,
     }
     if cfg.rolls:
@@ -355,11 +362,12 @@ def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
         # Autograd reads memory as a copy; slots that are used once are joined by recomputed blocks, layer by layer.
         lent = cfg.dit.checkpoint and memory.policy == "full"
         copied = max(pasts, default=0) if cfg.replay or lent else sum(pasts)
-        row["history_bytes"] = 2 * copied * (1 if lent else dit.layers) * dit.width * n * item
+        row["history_bytes"] = 2 * copied * (1 if lent else dit.layers) * dit.width * n * item // cfg.sequence
     if causal:
-        row["memory_bytes"] = memory.account(
-            shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads, itemsize=item
-        )["bytes"]
+        row["memory_bytes"] = (
+            memory.account(shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads, itemsize=item)["bytes"]
+            // cfg.sequence
+        )
     return row
 
 

@@ -309,6 +309,8 @@ class Block(nn.Module):
         raw_too = memory is not None and memory.wants_raw
         q, raw, keys, v = self._before(self, x, e, around.table, key, raw_too, around.view)
         if sequence is not None:
+            if memory is None:
+                q, keys = q.to(v.dtype), keys.to(v.dtype)  # as below, before they travel
             q, keys, v = (sequence.to_heads(y, x.shape[1]) for y in (q, keys, v))
             raw = sequence.to_heads(raw, x.shape[1]) if raw is not None and raw_too else None
         segments = [Segment(keys.to(v.dtype), v)] if memory is None else memory.segments(layer, raw, keys, v)

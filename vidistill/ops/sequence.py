@@ -62,18 +62,19 @@ class SequenceGroup:
         """The processes of a torch.distributed group."""
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
-    def check(self, heads: int) -> None:
-        """Raise ValueError unless `heads` can be shared."""
+    def check(self, heads: int, tokens: int = 0) -> None:
+        """Raise ValueError unless the heads of a network and the `tokens` of its frames can be shared."""
         if heads % self.size:
             raise ValueError(f"sequence {self.size} does not divide the {heads} heads of the network: choose a divisor")
+        if tokens % self.size:
+            raise ValueError(
+                f"sequence {self.size} does not divide the {tokens} tokens of a frame: choose a divisor, or another "
+                "frame size"
+            )
 
     def own(self, x: Tensor, dim: int = 2) -> Tensor:
         """This process's part of the tokens of each frame, along `dim` of a tensor that every process has whole."""
-        if x.shape[dim] % self.size:
-            raise ValueError(
-                f"sequence {self.size} does not divide the {x.shape[dim]} tokens of a frame: choose a divisor, or "
-                "another frame size"
-            )
+        self.check(0, x.shape[dim])
         size = x.shape[dim] // self.size
         return x.narrow(dim, self.rank * size, size)
 
