@@ -68,6 +68,7 @@ OPTIONAL = {
     "matplotlib": Extra("eval"),
     "scipy": Extra("eval"),
     "torchao": Extra("int8"),
+    "gymnasium": Extra("gym", ("data/importers/*",)),
     "espeakng_loader": Extra("audio"),
     "soundfile": Extra("audio"),
 }

@@ -6,4 +6,6 @@ from collections.abc import Mapping
 # did in a line; it is loaded only when it is asked for.
 IMPORTERS: Mapping[str, str] = {
     "videos": "folders and lists of video files, with captions, actions, poses and sound",
+    "gym": "episodes of any Gymnasium environment",
+    "latents": "frames that are there already, encoded by a codec",
 }
