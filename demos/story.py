@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 
 from vidistill.checkpoint import load_codec, load_student, takes_prompts
+from vidistill.cli.options import clip_seconds, non_negative_int, scale_factor
 from vidistill.conditioning.script import parse_cues
 from vidistill.io import check_video, contact_sheet, read_text, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
@@ -17,10 +18,10 @@ def main() -> None:
     parser.add_argument("story", nargs="?", type=Path, default=Path(__file__).with_name("story.txt"))
     parser.add_argument("--name", default="shapes", help="a bundled student that listens to text, or the path of one")
     parser.add_argument("-o", "--out", type=Path, default=Path("story.mp4"))
-    parser.add_argument("--last", type=float, default=5.0, help="seconds after the last prompt")
+    parser.add_argument("--last", type=clip_seconds, default=5.0, help="seconds after the last prompt")
     parser.add_argument("--switch", default="recache", help="what a prompt does to memory where the story does not say")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=8, help="enlarge pixels by this factor")
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--scale", type=scale_factor, default=8, help="enlarge pixels by this factor")
     args = parser.parse_args()
     try:
         tell(args)
@@ -42,7 +43,10 @@ def tell(args: argparse.Namespace) -> None:
     with StreamSession(student, load_codec(student), cfg) as session:
         frames = session.record(round((cues[-1].seconds + args.last) * session.fps), cues=cues)
         write_video(args.out, frames, session.fps, scale=args.scale)
-        save_png(args.out.with_suffix(".png"), contact_sheet([frames], every=round(session.fps), scale=args.scale // 2))
+        save_png(
+            args.out.with_suffix(".png"),
+            contact_sheet([frames], every=round(session.fps), scale=max(1, args.scale // 2)),
+        )
     print(f"{args.out}: {len(frames)} frames, {len(cues)} prompts")
 
 

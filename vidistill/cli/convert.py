@@ -17,6 +17,7 @@ from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.export import RECORD, export_as, restore
 from vidistill.interop.families import FAMILIES, LAYOUT, Family, family
 from vidistill.interop.formats import Published, read_student
+from vidistill.io import check_folder, is_ours
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.teachers.wan import FPS, VAE_FACTORS, WORLD
 
@@ -224,8 +225,10 @@ def free(out: str | Path, inputs: Sequence[str | Path | None]) -> Path:
     for source in inputs:
         if source is not None and Path(source).exists() and weights.resolve() in files_of(Path(source)):
             raise ValueError(f"{weights} is what is read: name another place to write to")
-    if weights.exists() and not record.exists():
-        raise ValueError(f"{weights} is there already and is no checkpoint of ours: name another place to write to")
+    for target in (weights, record):
+        if target.exists() and not is_ours(target):
+            raise ValueError(f"{target} is there already and is no checkpoint of ours: name another place to write to")
+    check_folder(path.parent, "OUT")
     return path
 
 

@@ -11,18 +11,18 @@ from vidistill.cli.options import (
     STUDENT,
     Arguments,
     add_command,
+    clip_seconds,
     non_negative_int,
-    positive_float,
-    positive_int,
+    scale_factor,
     speed_of,
 )
 
 ARGUMENTS: Arguments = {
     **STUDENT,
     "-o --out": {"type": Path, "default": Path("out.mp4"), "help": "video file (default: out.mp4)"},
-    "--seconds": {"type": positive_float, "default": 10.0, "help": "length of the video (default: 10)"},
+    "--seconds": {"type": clip_seconds, "default": 10.0, "help": "length of the video (default: 10)"},
     "--seed": {"type": non_negative_int, "default": 0, "help": "seed of the noise (default: 0)"},
-    "--image": {"type": Path, "help": "start picture (PNG); default: a bundled one"},
+    "--image": {"type": Path, "help": "start picture; default: a bundled one"},
     "--action": {
         "default": "",
         "help": "what to do, e.g. forward:20,turn_left+forward:16,still:8 (frames), repeated to the end; "
@@ -35,7 +35,7 @@ ARGUMENTS: Arguments = {
         "help": 'text, for students that take it; repeat it with times: "6 recache: a red ring moves up"; '
         "policies: keep, recache, cut",
     },
-    "--scale": {"type": positive_int, "default": 4, "help": "enlarge pixels by this factor (default: 4)"},
+    "--scale": {"type": scale_factor, "default": 4, "help": "enlarge pixels by this factor (default: 4)"},
     **GAIN,
     **SPEED,
 }

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MAX_SIDE = 2**14  # pixels
 Arguments = Mapping[str, Mapping[str, Any]]  # "-o --out" -> what `ArgumentParser.add_argument` takes beside its flags
 
 
@@ -23,10 +24,13 @@ def number(kind: type[int] | type[float], allowed: Callable[[Any], bool], rule: 
     return read
 
 
-positive_int = number(int, lambda n: n >= 1, "at least 1")
-non_negative_int = number(int, lambda n: 0 <= n < 2**63, "at least 0 and below 2**63")
+# JSON and browsers know no whole number above 2**53 exactly.
+positive_int = number(int, lambda n: 1 <= n <= 10**9, "at least 1 and at most 10**9")
+non_negative_int = number(int, lambda n: 0 <= n <= 2**53, "at least 0 and at most 2**53")
 fraction = number(float, lambda x: 0 <= x <= 1, "a share from 0 to 1")
 positive_float = number(float, lambda x: 0 < x < float("inf"), "above 0")
+clip_seconds = number(float, lambda x: 0 < x <= 3600, "above 0 and at most 3600 (a clip is kept in memory)")
+scale_factor = number(int, lambda n: 1 <= n <= 64, "from 1 to 64")
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -36,9 +40,10 @@ def numbers(text: str) -> tuple[float, ...]:
 
 def height_x_width(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not (height.isdigit() and width.isdigit()):
+    if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH")
-    return int(height), int(width)
+    side = number(int, lambda n: 1 <= n <= MAX_SIDE, f"from 1 to {MAX_SIDE} pixels a side")
+    return side(height), side(width)
 
 
 STUDENT: Arguments = {"name": {"help": "a bundled name or the path of a student"}}

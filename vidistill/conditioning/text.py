@@ -1,12 +1,15 @@
 """A text encoder that needs no download: words as hashed character n-grams, each seen with its neighbours."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("vidistill")
 
 GRAMS = (3, 4)  # characters of an n-gram; a word counts as one, too
 END, EDGE = "<", ">"  # mark the beginning and the end of a word, so that a syllable knows its place
@@ -43,6 +46,12 @@ def word_vector(word: str, dim: int) -> Tensor:
     return total / total.norm().clamp_min(1e-6)
 
 
+@lru_cache(maxsize=256)
+def say_what_is_cut(length: int, rest: str) -> None:
+    """Say once that a prompt is longer than its encoder reads."""
+    log.warning("a prompt has more words than the %d its text encoder reads; left out: %s", length, rest[:80])
+
+
 class Ngrams:
     """Tokens [B, length, 3 dim] of prompts; the same letters give the same numbers on every machine.
 
@@ -57,9 +66,17 @@ class Ngrams:
         return torch.stack([self.tokens(prompt) for prompt in prompts])
 
     def tokens(self, prompt: str) -> Tensor:
-        """Tokens [length, 3 dim] of one prompt; words beyond `length` are not read."""
+        """Tokens [length, 3 dim] of one prompt; words beyond `length` are not read, which is said.
+
+        ValueError for a prompt of signs alone.
+        """
         cfg = self.cfg
-        words = "".join(c if c.isalnum() else " " for c in prompt.casefold()).split()[: cfg.length]
+        words = "".join(c if c.isalnum() else " " for c in prompt.casefold()).split()
+        if prompt.strip() and not words:
+            raise ValueError(f"prompt {prompt[:40]!r} has no letters: this text encoder reads words alone")
+        if len(words) > cfg.length:
+            say_what_is_cut(cfg.length, " ".join(words[cfg.length :]))
+            words = words[: cfg.length]
         vectors = torch.zeros(cfg.length + 2, cfg.dim)
         for i, word in enumerate(words, 1):
             vectors[i] = word_vector(word, cfg.dim)

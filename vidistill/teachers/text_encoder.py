@@ -96,6 +96,8 @@ class TextCache:
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
+        if len(tokenizer(clean(prompt)).input_ids) > self.length:
+            log.warning("a prompt is longer than the %d tokens that are read: %s...", self.length, prompt[:60])
         with torch.no_grad():
             hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
         hidden = hidden[: int(batch.attention_mask[0].sum())]
