@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import json
-import socket
 import threading
 import time
 import weakref
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_world import FakeSession, FakeWorld, png, running, served, wait_until, watching
-from hostile import bloated_png, broken_pictures
+from hostile import bloated_png, broken_pictures, connected, frame, upgraded
 
 from vidistill.conditioning.audio import AudioConfig, Track
 from vidistill.serve import protocol
@@ -147,8 +146,8 @@ def test_pictures_are_decoded_one_at_a_time_beside_the_event_loop_and_the_newest
 
 
 def test_a_picture_of_endless_chunks_is_refused_before_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(protocol, "read_image", lambda *args, **kw: pytest.fail("it was decoded"))
-    with pytest.raises(protocol.MessageError, match="chunks"):
+    monkeypatch.setattr("PIL.Image.open", lambda *args, **kw: pytest.fail("it was decoded"))
+    with pytest.raises(protocol.MessageError, match="more than"):
         protocol.read_picture(bloated_png(), (64, 64))
 
 
@@ -345,25 +344,6 @@ def test_streams_do_not_make_room_for_new_connections():
     asyncio.run(crowd())
 
 
-@contextlib.contextmanager
-def raw(address, upgrade=False):
-    """A plain connection, upgraded to a WebSocket if asked for."""
-    host, port = address.removeprefix("http://").rstrip("/").split(":")
-    with socket.create_connection((host, int(port))) as stream:
-        if upgrade:
-            stream.sendall(
-                f"GET /stream HTTP/1.1\r\nHost: {host}:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
-            )
-            assert stream.recv(4096).startswith(b"HTTP/1.1 101")
-        yield stream
-
-
-def frame(payload, text=False):
-    """A masked WebSocket frame of less than 126 bytes; the mask is zero."""
-    return bytes([0x81 if text else 0x82, 0x80 | len(payload)]) + bytes(4) + payload
-
-
 def ends(stream, seconds=10.0):
     """Whether the server ends a connection."""
     stream.settimeout(seconds)
@@ -379,7 +359,7 @@ def ends(stream, seconds=10.0):
 
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET /"], ids=["header", "address"])
 def test_an_endless_request_ends_its_connection(head):
-    with running(FakeWorld().world) as address, raw(address) as stream:
+    with running(FakeWorld().world) as address, connected(address) as stream:
         with contextlib.suppress(ConnectionError):
             stream.sendall(head)
             for _ in range(64):
@@ -388,7 +368,11 @@ def test_an_endless_request_ends_its_connection(head):
 
 
 def test_a_request_that_does_not_get_done_is_ended():
-    with running(FakeWorld().world, Limits(request_s=0.5)) as address, raw(address) as stream, raw(address) as body:
+    with (
+        running(FakeWorld().world, Limits(request_s=0.5)) as address,
+        connected(address) as stream,
+        connected(address) as body,
+    ):
         body.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(3):
             stream.sendall(b"G")
@@ -401,14 +385,14 @@ def test_the_seat_of_a_flooder_who_left_is_free_soon():
     fake = FakeWorld()
     fake.session = Slow
     with running(fake.world, max_viewers=1) as address:
-        with raw(address, upgrade=True) as stream:
+        with upgraded(address) as stream:
             wait_until(lambda: fake.sessions)
             time.sleep(0.2)
             stream.settimeout(1)
             reset = json.dumps({"type": "reset", "seed": 1, "start": "red"}).encode()
             with contextlib.suppress(OSError):
                 for _ in range(30_000):
-                    stream.sendall(frame(reset, text=True))
+                    stream.sendall(frame(reset))
         wait_until(lambda: fake.sessions[0].closed, 10)
     assert len(fake.sessions[0].starts) < 2000
 

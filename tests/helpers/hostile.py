@@ -1,9 +1,42 @@
-"""What a hostile sender sends."""
+"""What a hostile sender sends, by plain sockets."""
 
+import json
+import random
+import socket
 import zlib
 
-import numpy as np
 from fake_world import png
+
+TEXT, BINARY, PING = 0x1, 0x2, 0x9
+
+
+def connected(address):
+    """A plain connection to http://HOST:PORT/."""
+    host, port = address.removeprefix("http://").rstrip("/").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def upgraded(address):
+    """A connection that became a WebSocket."""
+    stream = connected(address)
+    host = address.removeprefix("http://").rstrip("/")
+    stream.sendall(
+        f"GET /stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+    )
+    assert stream.recv(4096).startswith(b"HTTP/1.1 101")
+    return stream
+
+
+def frame(payload, kind=TEXT, last=True):
+    """A WebSocket frame, masked with zeros."""
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else bytes([0xFF]) + size.to_bytes(8, "big")
+    return bytes([0x80 * last | kind]) + length + bytes(4) + payload
+
+
+def message(**fields):
+    return frame(json.dumps(fields).encode())
 
 
 def chunk(kind, data=b""):
@@ -19,10 +52,11 @@ def bloated_png(chunks=340_000):
 
 def broken_pictures(count=40):
     """Small PNGs, each with a few bytes changed."""
-    rng, whole = np.random.default_rng(5), np.frombuffer(png(24, 24), np.uint8)
+    drawn, whole = random.Random(5), png(24, 24)
     pictures = []
     for _ in range(count):
-        data = whole.copy()
-        data[rng.integers(8, len(data), 3)] = rng.integers(0, 256, 3)
-        pictures.append(data.tobytes())
+        data = bytearray(whole)
+        for _ in range(3):
+            data[drawn.randrange(8, len(data))] = drawn.randrange(256)
+        pictures.append(bytes(data))
     return pictures

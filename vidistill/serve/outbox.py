@@ -30,6 +30,7 @@ class Outbox:
         self._sounds: deque[bytes] = deque(maxlen=MAX_SOUNDS)
         self._slot: tuple[Shown, bool] | None = None  # and whether it is being recorded
         self._ids: dict[int, int] = {}  # id of the session -> id of the browser
+        self._newest = 0  # of the browser
         self._lips: deque[float] = deque(maxlen=MAX_SOUNDS)  # ms from sound to the picture shown with it
         self._sent = self._seen = self.shown = self.dropped = 0
         self._first = self._gap = False  # flags owed to the next frame sent
@@ -49,11 +50,11 @@ class Outbox:
         self._wake.set()
 
     def know(self, input_id: int, browser_id: int) -> None:
-        """Frames made with `input_id` answer the browser's `browser_id`; 0: nobody asked for an answer."""
-        if browser_id:
-            self._ids[input_id] = browser_id
-            while len(self._ids) > MAX_IDS:
-                del self._ids[next(iter(self._ids))]
+        """Frames made with `input_id` answer the browser's `browser_id`; 0: they answer the one before it too."""
+        self._newest = browser_id or self._newest
+        self._ids[input_id] = self._newest
+        while len(self._ids) > MAX_IDS:
+            del self._ids[next(iter(self._ids))]
 
     def acknowledge(self, sequence: int) -> None:
         if sequence > self._sent:
