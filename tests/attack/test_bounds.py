@@ -22,7 +22,7 @@ from vidistill.serve.gate import PIECE, Budget, Gate, Gates, Limits, address_of
 from vidistill.serve.outbox import MAX_NOTES
 from vidistill.serve.player import Player
 from vidistill.serve.recorder import Recordings
-from vidistill.serve.viewer import MESSAGES_AT_ONCE, MESSAGES_S, Viewer, ViewerConfig
+from vidistill.serve.viewer import COSTS, MESSAGES_AT_ONCE, MESSAGES_S, Viewer, ViewerConfig
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -221,6 +221,12 @@ def test_messages_are_read_at_a_bounded_rate_and_long_ones_count_for_more():
         socket = Deaf(**event)
         flooded(FakeWorld(), socket)
         assert 0 < socket.read <= (MESSAGES_AT_ONCE + 2 * MESSAGES_S) / most + 2
+
+
+def test_resets_are_read_at_the_rate_of_a_hand():
+    socket = Deaf(text='{"type": "reset", "seed": 1, "start": "red"}')
+    flooded(FakeWorld(), socket, 1.0)
+    assert socket.read <= (MESSAGES_AT_ONCE + 2 * MESSAGES_S) / COSTS[protocol.Reset] + 20  # some come before the hello
 
 
 def test_recordings_of_one_viewer_are_saved_one_at_a_time(monkeypatch):

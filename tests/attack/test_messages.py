@@ -3,14 +3,16 @@
 import json
 import struct
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import ACTIONS
-from fake_world import FakeWorld, png, served, watching
+from fake_world import Browser, FakeWorld, png, served
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vidistill.serve import protocol
+from vidistill.serve.app import load_world
 
 VALID = [
     {"type": "set", "id": 1, "inputs": {"action": {"forward": 1, "turn_left": 0.5}}},
@@ -72,8 +74,10 @@ def changed(draw):
     return json.dumps(message)
 
 
-def survives(examples):
-    with served(FakeWorld(prompts=True)) as app, watching(app) as browser:
+def survives(examples, fake):
+    side = fake.world.size[0]
+    with served(fake) as app, app.websocket_connect("ws://localhost:8000/stream") as socket:
+        browser = Browser(socket, side=side)
         browser.note("hello")
         numbers = iter(range(1000, 10**6))
 
@@ -95,10 +99,11 @@ def survives(examples):
 
 
 def test_a_message_with_one_change_never_ends_a_stream():
-    survives(50)
+    survives(50, FakeWorld(prompts=True))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_thousand_messages_with_one_change_never_end_a_stream():
-    survives(1000)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["fake", "talker", "shapes", "doom-relic"])
+def test_a_thousand_messages_with_one_change_never_end_a_stream(name):
+    survives(1000, FakeWorld(prompts=True) if name == "fake" else SimpleNamespace(world=load_world(name)))

@@ -131,6 +131,8 @@ class Browser:
             return json.loads(text)
         data = event["bytes"]
         version, kind, encoding, flags, sequence, index, chunk, input_id = protocol.HEADER.unpack_from(data)
+        if kind == protocol.SOUND:
+            return self.receive()
         assert (version, kind, encoding) == (protocol.VERSION, protocol.FRAME, protocol.RAW)
         if self.draws:
             self.say(type="seen", sequence=sequence)

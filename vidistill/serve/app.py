@@ -20,7 +20,7 @@ from PIL import Image
 from vidistill.checkpoint import start_pictures
 from vidistill.io import read_image
 from vidistill.serve import protocol
-from vidistill.serve.gate import Gates, Limits, address_of
+from vidistill.serve.gate import Budget, Gates, Limits, address_of
 from vidistill.serve.recorder import Recordings
 from vidistill.serve.viewer import Bye, Viewer, ViewerConfig, World
 from vidistill.streaming.runtime import SpeedConfig, load_fast
@@ -40,6 +40,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+SESSIONS_S = 4  # sessions that are opened a second on average: whoever comes and goes costs the others little
 COOKIE = "vidistill_token"
 OURSELVES = ("localhost", "127.0.0.1", "::1")
 
@@ -226,6 +227,7 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
 
     leaving: set[asyncio.Task] = set()
     decoding = asyncio.Lock()
+    opening = Budget(SESSIONS_S, 2 * cfg.max_viewers)
 
     async def clear(viewer: Viewer, address: str | None) -> None:
         await viewer.finished()
@@ -252,6 +254,7 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
             await Viewer.part(socket, Bye("full", f"This server has room for {people}, and it is full.", 1013))
             return
         try:
+            await asyncio.sleep(opening.take())
             viewer = Viewer(socket, world, cfg.viewer, recordings, decoding)
         except BaseException:
             await seats.give_back(address)
@@ -368,7 +371,7 @@ def server_config(app: Any, limits: Limits | None = None) -> Any:
         h11_max_incomplete_event_size=limits.head_bytes,
         timeout_keep_alive=5,
         log_level="error",  # warnings are of single requests: whoever sends bad ones would fill the log
-        ws_max_size=4 * protocol.MAX_PICTURE,  # below it a message too large is answered; above it the connection ends
+        ws_max_size=2 * protocol.MAX_PICTURE,  # below it a message too large is answered; above it the connection ends
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=3,
         server_header=False,

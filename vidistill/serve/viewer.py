@@ -22,6 +22,8 @@ MAX_SLOW = 8  # prompts, texts and pictures that wait to be read
 MESSAGES_S = 250  # messages a second on average; whoever sends more is read more slowly
 MESSAGES_AT_ONCE = 500
 MESSAGE_BYTES = 16 * 1024  # a longer message counts as several
+COSTS = {protocol.Reset: 25, protocol.Say: 50, protocol.Picture: 50}  # how many messages these count as
+TEXT_COST = 25  # and an input that an encoder reads
 MAX_ERROR = 400  # characters of what is said of a message, which may quote it
 MAX_QUEUED_AUDIO_S = 60  # seconds of audio that wait to be played
 
@@ -171,19 +173,20 @@ class Viewer:
                 continue
             if event["type"] == "websocket.disconnect":
                 return None
+            cost = 1 + len(event.get("text") or event.get("bytes") or "") / MESSAGE_BYTES
             try:
-                self._obey(event)
+                cost += self._obey(event)
             except ValueError as error:  # a MessageError, or the session says what it cannot do
                 self._out.tell("error", message=str(error)[:MAX_ERROR])
             except Exception as error:  # an input may meet values that its author did not think of
                 log.debug("a message could not be used", exc_info=True)
                 self._out.tell("error", message=f"This could not be used: {type(error).__name__}")
-            length = len(event.get("text") or event.get("bytes") or "")
-            await asyncio.sleep(self._budget.take(1 + length / MESSAGE_BYTES))
+            await asyncio.sleep(self._budget.take(cost))
             while self._out.crowded:
                 await asyncio.sleep(0.05)
 
-    def _obey(self, event: Mapping[str, Any]) -> None:
+    def _obey(self, event: Mapping[str, Any]) -> int:
+        """Do what a message asks for; returns how many messages that counts as."""
         session = self.player.session
         if (text := event.get("text")) is not None:
             message = protocol.parse_text(text)
@@ -191,11 +194,14 @@ class Viewer:
             message = protocol.parse_bytes(event["bytes"], () if session is None else tuple(session.takes))
         if isinstance(message, protocol.Seen):
             self._out.acknowledge(message.sequence)
-            return
+            return 0
         self._active_at = self._loop.time()
         if session is None:
             raise MessageError("the stream has not begun yet; wait for hello")
         self._actions[type(message)](session, message)
+        if isinstance(message, protocol.Set) and any(isinstance(value, str) for value in message.inputs.values()):
+            return TEXT_COST
+        return COSTS.get(type(message), 0)
 
     def _set(self, session: StreamSession, message: protocol.Set) -> None:
         if unknown := sorted(message.inputs.keys() - session.takes.keys() - {"switch"}):
