@@ -33,12 +33,16 @@ def transformer(seed=0, std=0.15, **changes):
     return net.requires_grad_(False)
 
 
-def autoencoder():
+def autoencoder(channels=16):
+    """Wan 2.1's autoencoder in miniature, or 2.2's: 48 channels, 16 px a side."""
     from diffusers import AutoencoderKLWan
 
+    small = {"decoder_base_dim": 8, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+    small |= {"latents_mean": [0.1] * 48, "latents_std": [0.9] * 48, "scale_factor_spatial": 16}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).eval().requires_grad_(False)
+        net = AutoencoderKLWan(base_dim=8, z_dim=channels, num_res_blocks=1, **(small if channels == 48 else {}))
+    return net.eval().requires_grad_(False)
 
 
 def write_text(folder):
@@ -61,10 +65,10 @@ def write_text(folder):
         UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder / "text_encoder")
 
 
-def write_wan(folder):
-    """All of it; returns `folder`."""
-    transformer().save_pretrained(folder / "transformer")
-    autoencoder().save_pretrained(folder / "vae")
+def write_wan(folder, channels=16):
+    """All of it, with latents of so many channels; returns `folder`."""
+    transformer(in_channels=channels, out_channels=channels).save_pretrained(folder / "transformer")
+    autoencoder(channels).save_pretrained(folder / "vae")
     write_text(folder)
     index = {"transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]}
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from published import HEADS, publish, same, weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vidistill import checkpoint, cli
@@ -44,8 +45,12 @@ def trained(path, dtype=torch.float32, kind="student", cfg=WAN):
 
 
 def both(path):
-    """Bytes of the two files of a checkpoint."""
-    return [checkpoint.with_extension(path, suffix).read_bytes() for suffix in (".safetensors", ".json")]
+    """What the two files of a checkpoint hold, bit for bit; the order of a header's entries is no one's."""
+    weights = checkpoint.with_extension(path, ".safetensors")
+    with safe_open(weights, framework="pt") as file:
+        header = file.metadata()
+    raw = {key: (str(x.dtype), bytes(x.flatten().view(torch.uint8))) for key, x in load_file(weights).items()}
+    return header, raw, checkpoint.with_extension(path, ".json").read_bytes()
 
 
 def tensors(path):

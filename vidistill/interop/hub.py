@@ -167,15 +167,14 @@ def model_card(name: str | Path, repo: str, to: str, licence: str | None = None)
     """The README.md of a hub repository: lineage, licence, figures, and the commands that play it."""
     path = checkpoint.locate(name)
     record, facts = checkpoint.read_record(path), checkpoint.summary(name)
-    own, family = licence_of(record, path.name, licence), list(lineage(record))
+    own, family = licence_of(record, path.name, licence), list(dict.fromkeys(lineage(record)))
     bases = list(dict.fromkeys(a.name for a in family if REPO.fullmatch(a.name)))
     return "\n".join(
         [
             *front(record, own, bases, to),
             f"# {path.name}",
             "",
-            f"A {record['kind']} of {facts['parameters'] / 1e6:,.1f} M parameters, made with "
-            f"[vidistill](https://pypi.org/project/vidistill/) {__version__}.",
+            f"A {record['kind']} of {facts['parameters']:,} parameters, made with vidistill {__version__}.",
             "",
             *described(facts),
             "## Lineage",
@@ -185,7 +184,7 @@ def model_card(name: str | Path, repo: str, to: str, licence: str | None = None)
             "",
             "## Licence",
             "",
-            f"{own}. Licences of what it was made from are in the list above.",
+            f"{own}. What it was made from keeps the licences of its own: those that are known stand above.",
             "",
             *figures(record.get("card", {})),
             *commands(path.name, repo, to, record["kind"]),
