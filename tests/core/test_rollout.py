@@ -227,6 +227,19 @@ def test_writing_finished_frames_again_under_the_same_prompt_keeps_the_newest_ch
     assert torch.allclose(keys, again[0], atol=1e-5) and torch.allclose(values, again[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_what_is_written_again_is_noised_and_told_as_it_was_the_first_time(sigma):
+    student, x = Known(tiny_student(MemoryConfig("window", frames=6))), clip(3)
+    memory = student.new_memory(1)
+    memory.begin(0, 3)
+    memory.commit()
+    reencode(student, x, condition(3), memory, start=0, timestep=0.2, sigma=sigma, rng=torch.Generator().manual_seed(4))
+    (start, shown, told, output), (_, finished, _, _) = student.asked
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    assert (start, told, output) == (0, [0.2] * 3, False) and torch.equal(finished, shown)
+    torch.testing.assert_close(shown, (1 - sigma) * x + sigma * noise)
+
+
 def test_a_scene_that_begins_late_has_sinks_of_its_own_and_each_frame_once():
     student = tiny_student(MemoryConfig("window", frames=9, sinks=3))
     memory, cond = student.new_memory(1), condition(30, seed=77)
