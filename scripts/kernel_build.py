@@ -50,12 +50,11 @@ def _memory(config: tuning.Config) -> None:
     from vidistill.ops.kernels import memory
 
     x = torch.empty(1, FRAMES * TOKENS, HEADS, DIM, dtype=HALF)
-    stored = [x, x.to(torch.int8), x.to(torch.float8_e4m3fn)]
     none, scale = torch.empty(0), torch.empty(x.shape[:-1])
     table = torch.empty(2, x.shape[1], 1, DIM // 2)
-    counts = [torch.empty(n, dtype=torch.int32) for n in (0, 1, 0)]
-    scales = [none, scale, scale]
-    memory.launch(x, stored, stored, scales, scales, [table, table, none], counts, [0.0, 0.0, 1.0], x, config)
+    for eight in (torch.int8, torch.float8_e4m3fn):  # a history in 8 bits, turned as it is read, and the window
+        stored, scales = [x.to(eight), x], [scale, none]
+        memory.launch(x, stored, stored, scales, scales, [table, none], x, config)
 
 
 def _norm_rope(config: tuning.Config) -> None:

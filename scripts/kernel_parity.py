@@ -116,20 +116,18 @@ def attention_cases() -> Iterator[Case]:
 
 
 def _segments(kinds: str, d: int, dtype: torch.dtype, device: str) -> list[Segment]:
-    """One segment a letter: d dense, t dense and turned at read, 8 int8, f fp8, c int8 with a count, m merged."""
+    """One segment a letter: d and t dense, 8 int8, f fp8; all but d turned as it is read."""
     segments = []
     for i, kind in enumerate(kinds):
-        tokens = (63, 100, 29)[i]
+        tokens = (63, 100)[i]
         dense = [_random(2, tokens + j, 3, d, device=device, dtype=dtype)[:, :tokens] for j in (0, 1)]
         eight = [quant.quantise(x, torch.float8_e4m3fn if kind == "f" else torch.int8) for x in dense]
-        entries: list = eight if kind in "8fc" else dense
+        entries: list = eight if kind in "8f" else dense
         segments.append(
             Segment(
                 entries[0],
                 entries[1],
-                _table(tokens, d, device) if kind in "t8c" else None,
-                torch.tensor([tokens // 2], dtype=torch.int32, device=device) if kind == "c" else None,
-                4.0 if kind == "m" else 1.0,
+                _table(tokens, d, device) if kind != "d" else None,
             )
         )
     return segments
@@ -142,17 +140,16 @@ def _memory(kinds: str, sq: int, d: int, dtype: torch.dtype):
         q = _random(2, sq, 3, d, device=device, dtype=dtype)
         segments = _segments(kinds, d, dtype, device)
         out = _nan(*q.shape, device=device, dtype=dtype)
-        keys, values, key_scales, value_scales, tables, used, biases = kernel_arguments(q, segments)
-        launch(q, keys, values, key_scales, value_scales, tables, used, biases, out, config)
+        launch(q, *kernel_arguments(q, segments), out, config)
         return [(out, attend_reference(q.float(), segments))]
 
     return run
 
 
 def memory_cases(device: str) -> Iterator[Case]:
-    kinds = ["d", "t", "8", "c", "dt", "t8", "d8m", "tcm", "c8t", *(["f", "tfd"] if device == "cuda" else [])]
+    kinds = ["d", "t", "8", "dt", "t8", "8d", "88", *(["f", "fd"] if device == "cuda" else [])]
     for dtype in TOLERANCE:
-        for kind in kinds if dtype == torch.float32 else ("t8", "tcm"):
+        for kind in kinds if dtype == torch.float32 else ("t8", "8d"):
             for sq, d in ((33, 20), (63, 64)) if len(kind) > 1 else ((50, 16),):
                 yield Case(MEMORY, f"segments {kind!r}, {sq} queries, d {d}", dtype, _memory(kind, sq, d, dtype))
 
