@@ -75,6 +75,8 @@ def rows(world):
         "grey": lambda b: b.px.mean(2, keepdim=True).expand_as(b.px),
         "repeat": repeat_row,
         "mirrored": lambda b: b.px.flip(-1),
+        "wall": lambda b: torch.full_like(b.px, 0.5),
+        "snapping": lambda b: torch.cat((b.px[:, :21], b.px[:, :1].expand(-1, 4, -1, -1, -1)), 1),
         "shimmering": lambda b: b.px + 0.2 * (torch.arange(25) % 2 - 0.5)[:, None, None, None],
     }
     wanted = {name: metric for name, metric in METRICS.items() if metric.figure}
@@ -99,6 +101,13 @@ def test_every_fault_shows_in_its_own_measure(rows):
     assert rows["shimmering"]["flicker_ratio"] > 1.2 and rows["shimmering"]["idle_motion"] > 0.1
     assert rows["real"]["idle_motion"] == 0
     assert all(rows[name]["frechet_paired"] > 0.5 for name in ("blurred", "grey", "repeat", "mirrored"))
+
+
+def test_flat_stuck_and_returning_frames_are_counted(rows):
+    for name in ("flat_frames", "stuck_frames", "returns"):
+        assert rows["real"][name] == rows["same"][name] == 0, name
+    assert rows["repeat"]["stuck_frames"] == 1 and rows["repeat"]["returns"] == 0  # it never left
+    assert rows["wall"]["flat_frames"] == 1 and rows["snapping"]["returns"] == pytest.approx(4 / 24, abs=0.05)
 
 
 def test_a_video_that_turns_the_wrong_way_does_not_follow_its_actions(rows):

@@ -159,7 +159,8 @@ TEXTS = {
     "flicker": "brightness of blocks that comes and goes within three frames",
 }
 LAST = "last seconds of a long stream against the first"
-DRIFTS = {f"{name}_drift": Metric(None if name == "contrast" else LAST) for name in CURVES}
+DRIFTS = {f"{name}_drift": Metric(None if name == "contrast" else LAST, best="one") for name in CURVES}
+DRIFTS["long_flat_frames"] = Metric("share of frames of long streams that show next to nothing", best="low")
 
 
 # --- what fills the rows ----------------------------------------------------------------------------------------------

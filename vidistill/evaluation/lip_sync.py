@@ -164,7 +164,7 @@ METRICS = {
         {"motion": lambda v: metrics.motion(v.px)},
         best="low",
     ),
-    "flicker_ratio": picture_ratios()["flicker_ratio"],
+    **picture_ratios(),
     "mouth_motion_ratio": Metric(
         "motion of the mouth, against real",
         lambda row, real: metrics.pace(row["mouth"], real["mouth"]),

@@ -18,12 +18,22 @@ from vidistill.conditioning.condition import ACTION_SITE, Condition, pack_action
 from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
-from vidistill.evaluation.clips import DRIFTS, Batch, Data, Tally, codec_row, picture_ratios, read_parts, repeat_row
+from vidistill.evaluation.clips import (
+    DRIFTS,
+    Batch,
+    Data,
+    Tally,
+    View,
+    codec_row,
+    picture_ratios,
+    read_parts,
+    repeat_row,
+)
 from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.probes import load_probe, read
 from vidistill.evaluation.report import Metric, Target
 from vidistill.evaluation.rooms import Rooms
-from vidistill.evaluation.streams import StreamTally, pieces
+from vidistill.evaluation.streams import FLAT, StreamTally, pieces
 from vidistill.evaluation.suite import Judgement, Suite
 from vidistill.io import to_float
 from vidistill.worlds.spec import WorldSpec
@@ -31,6 +41,8 @@ from vidistill.worlds.spec import WorldSpec
 RECORDED_FRAMES = 321  # of an episode that clips are cut from
 LONG_EPISODES_FROM = 64  # rooms of the long walks come after those of the clips
 HORIZONS = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds
+STILL, MOVING = 0.1, 0.01  # of the motion of real video a frame; motion that is one
+RETURN_DB = 6.0  # by which a frame is nearer to the start image than before, and than in real video
 NONE = 1  # the class of an action that is not taken, of three
 
 
@@ -174,9 +186,21 @@ def psnr_by_horizon(row: Tally, real: Tally) -> dict[str, float] | None:
     return None if row is real else {n: float(metrics.decibels(error[t])) for n, t in ends.items() if t < len(error)}
 
 
+def stuck(view: View) -> Tensor:
+    """Where [B, T] a clip stands still although real video moves: 1 or 0, nan where that stands still as well."""
+    own, real = (metrics.motion(px[:, : view.seen.shape[1]]) for px in (view.px, view.batch.px))
+    return (own < STILL * real).double().masked_fill(real < MOVING, torch.nan)
+
+
+def returned(view: View) -> Tensor:
+    """Whether frames [B, T] are again like the start image that a clip had left, though in real video they are not."""
+    own, real = (metrics.psnr(px[:, 1:], px[:, :1]) for px in (view.px, view.batch.px))
+    return ((own - own.cummin(1).values > RETURN_DB) & (own - real > RETURN_DB)).double()
+
+
 READ = read_parts() | {"episodes": lambda v: v.batch.facts["episodes"]}
 ERROR = {"error": lambda v: metrics.mse(v.px, v.batch.px)}
-STILL = {"still": lambda v: (v.batch.facts["asked"] == NONE).all(-1)[:, 1 : v.seen.shape[1]]}
+IDLE = {"still": lambda v: (v.batch.facts["asked"] == NONE).all(-1)[:, 1 : v.seen.shape[1]]}
 FLOW = {"flow": lambda v: metrics.horizontal_flow(v.px[:, v.reading.times - 1], v.px[:, v.reading.times]).float()}
 METRICS = {
     "frechet_paired": Metric(
@@ -193,10 +217,27 @@ METRICS = {
     ),
     "turn_flow_agrees": Metric(None, flow_agrees, FLOW, best="high"),
     **picture_ratios(),
+    "flat_frames": Metric(
+        "share of frames that show next to nothing, such as a wall right ahead",
+        lambda row, _: float((row["contrast"] < FLAT).double().mean()),
+        best="low",
+    ),
+    "stuck_frames": Metric(
+        "share of the steps that real video takes in which nothing moves",
+        lambda row, _: float(row["stuck"].nanmean()),
+        {"stuck": stuck},
+        best="low",
+    ),
+    "returns": Metric(
+        "share of frames that fall back to the start picture where the walk has left it",
+        lambda row, _: row.mean("returned"),
+        {"returned": returned},
+        best="low",
+    ),
     "idle_motion": Metric(
         "mean change between frames where no action was given",
         lambda row, _: float(row["motion"][row["still"]].double().mean()),
-        STILL,
+        IDLE,
     ),
     "psnr": Metric(None, psnr, best="high"),
     "psnr_by_horizon": Metric("PSNR in dB after so many seconds", psnr_by_horizon, ERROR, best="high"),

@@ -22,6 +22,7 @@ from vidistill.streaming.session import StreamConfig, StreamSession
 
 PICTURES = {"sharpness": metrics.sharpness, "saturation": metrics.saturation, "contrast": metrics.contrast}
 CURVES = (*PICTURES, "motion")
+FLAT = 0.04  # contrast of a frame that shows next to nothing
 SHOWN = 4  # clips and streams kept to look at
 
 
@@ -109,4 +110,7 @@ def curve_drifts(row: StreamTally, real: StreamTally) -> dict[str, Any]:
     """Each curve's last window against its first, and (`late`) against that of real streams."""
     n = row.window
     late = {f"{c}_ratio": metrics.ratio(*(float(t.curve(c)[:, -n:].mean()) for t in (row, real))) for c in CURVES}
-    return {**{f"{c}_drift": metrics.drift(row.curve(c), n) for c in CURVES}, "late": late}
+    flat = (row.curve("contrast") < FLAT).double()
+    late["flat_frames"] = float(flat[:, -n:].mean())
+    drifts = {f"{c}_drift": metrics.drift(row.curve(c), n) for c in CURVES}
+    return {**drifts, "long_flat_frames": float(flat.mean()), "late": late}
