@@ -1,0 +1,211 @@
+"""The judge is judged: students that cheat mildly are caught by the figure that is named, honest ones by none.
+
+The honest student shows what is true through the codec, with noise of its own on the latents. A cheat is caught where
+its named figure lies outside the honest student's 95 % interval. Strengths are fixed: a cheat that passes is a fault of
+the judge.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidistill import checkpoint
+from vidistill.data.shards import frame_shards, write_shards
+from vidistill.evaluation import SUITES
+from vidistill.evaluation.clips import Batch
+from vidistill.evaluation.intervals import badness
+from vidistill.evaluation.rooms import Rooms
+from vidistill.evaluation.suite import add_certainty, measure, run_figures
+from vidistill.worlds import WORLDS
+
+pytestmark = pytest.mark.timeout(900)
+RUNS = 3
+NOISE = 0.05  # of the honest student's latents
+
+Cheat = Callable[[Tensor, Batch], Tensor]
+
+
+def blurred(px: Tensor, batch: Batch, sigma: float = 0.7) -> Tensor:
+    x = torch.arange(-2, 3) / sigma
+    kernel = torch.softmax(-0.5 * x.square(), 0)
+    flat = F.pad(px.flatten(0, 2)[:, None], (2, 2, 2, 2), mode="replicate")
+    return F.conv2d(F.conv2d(flat, kernel[None, None, None]), kernel[None, None, :, None])[:, 0].view_as(px)
+
+
+def sharpened(px: Tensor, batch: Batch) -> Tensor:
+    return (px + 0.5 * (px - blurred(px, batch, 1.0))).clamp(0, 1)
+
+
+def saturated(px: Tensor, batch: Batch) -> Tensor:
+    grey = px.mean(2, keepdim=True)
+    return (grey + 1.15 * (px - grey)).clamp(0, 1)
+
+
+def frozen(px: Tensor, batch: Batch) -> Tensor:
+    """From two thirds of the clip on."""
+    at = 2 * px.shape[1] // 3
+    return torch.cat((px[:, :at], px[:, at : at + 1].expand(-1, px.shape[1] - at, -1, -1, -1)), 1)
+
+
+def repeating(px: Tensor, batch: Batch) -> Tensor:
+    """One frame in eight shows the one before."""
+    times = torch.arange(px.shape[1])
+    return px[:, times - (times % 8 == 7).long()]
+
+
+def late(px: Tensor, batch: Batch) -> Tensor:
+    """By four frames."""
+    return torch.cat((px[:, :1].expand(-1, 4, -1, -1, -1), px[:, :-4]), 1)
+
+
+def backwards(px: Tensor, batch: Batch) -> Tensor:
+    return px.flip(1)
+
+
+def mirrored(px: Tensor, batch: Batch) -> Tensor:
+    return px.flip(-1)
+
+
+def paste_start(px: Tensor, batch: Batch) -> Tensor:
+    return px[:, :1].expand_as(px)
+
+
+def snapping(px: Tensor, batch: Batch) -> Tensor:
+    """Back to the start picture for the last eighth of the clip."""
+    few = px.shape[1] // 8
+    return torch.cat((px[:, :-few], px[:, :1].expand(-1, few, -1, -1, -1)), 1)
+
+
+def walls(px: Tensor, batch: Batch) -> Tensor:
+    """A plain wall for the last quarter of every other clip."""
+    out = px.clone()
+    out[::2, -px.shape[1] // 4 :] = out[::2, -1:].mean((-2, -1), keepdim=True)
+    return out
+
+
+def elsewhere(px: Tensor, batch: Batch) -> Tensor:
+    """The true video of another room: what was asked for is ignored."""
+    return px.roll(1, 0)
+
+
+def still_mouths(px: Tensor, batch: Batch) -> Tensor:
+    """The mouth moves half as much: every frame is half way to the first."""
+    return torch.lerp(px, px[:, :1], 0.5)
+
+
+PICTURES: dict[str, tuple[Cheat, str]] = {
+    "blurred": (blurred, "sharpness_ratio"),
+    "over-sharpened": (sharpened, "sharpness_ratio"),
+    "saturating": (saturated, "saturation_ratio"),
+    "pasting the first frame": (paste_start, "motion_ratio"),
+    "frozen": (frozen, "motion_ratio"),
+}
+CHEATS: dict[str, dict[str, tuple[Cheat, str]]] = {
+    "doom": {
+        **PICTURES,
+        "one frame in eight repeated": (repeating, "stuck_frames"),
+        "late": (late, "action_following"),
+        "backwards": (backwards, "turn_following"),
+        "mirrored": (mirrored, "turn_following"),
+        "ignoring the actions": (elsewhere, "action_following"),
+        "another room's video": (elsewhere, "psnr"),  # sets of features do not see who is where
+        "back to the start": (snapping, "returns"),
+        "walls alone": (walls, "flat_frames"),
+    },
+    "shapes": {
+        **PICTURES,
+        "ignoring the prompt": (elsewhere, "before/asked"),
+        "backwards": (backwards, "before/motion"),
+        "mirrored": (mirrored, "before/motion"),
+    },
+    "talker": {
+        **PICTURES,
+        "ignoring the sound": (elsewhere, "sync_corr"),
+        "late": (late, "sync_offset_frames"),
+        "mouth that hardly opens": (still_mouths, "mouth_motion_ratio"),
+        "another person's video": (elsewhere, "sync_corr"),
+    },
+}
+
+
+def settings(source, folder):
+    """A small protocol of the suite of a world."""
+    cfg = SUITES[WORLDS[source].suites[0]].config
+    if source != "doom":
+        return cfg(clips=16, batch=8)
+    doom = WORLDS["doom"].config(num_frames=56, supersample=3)
+    episodes = WORLDS["doom"].record(doom, WORLDS["doom"].seeds("validation", 16))
+    meta = {"source": "doom", "split": "validation", "config": asdict(doom), "fps": doom.fps}
+    write_shards(folder / "doom-heldout" / "frames", frame_shards(episodes, 8), meta)
+    return cfg(clips=16, batch=8, episodes=16, frames=13, data=str(folder / "doom-{split}"))
+
+
+def honest(codec, batch, apart=0):
+    """Clips of the honest student; `apart`: with other noise."""
+    x = codec.encode(batch.px)
+    rng = torch.Generator().manual_seed(batch.seed + apart)
+    return codec.decode(x + NOISE * torch.randn(x.shape, generator=rng))
+
+
+WORLDS_JUDGED = ["doom", "shapes", pytest.param("talker", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=WORLDS_JUDGED)
+def judged(request, tmp_path_factory):
+    """(world, figures by row): those of the honest student with intervals."""
+    pytest.importorskip({"doom": "vizdoom", "talker": "espeakng_loader"}.get(request.param, "torch"))
+    source, world = request.param, WORLDS[request.param]
+    suite, student = SUITES[world.suites[0]], checkpoint.load(source, "student")
+    codec = checkpoint.load_codec(student)
+    data = suite.data(student, codec, Rooms(source, world), settings(source, tmp_path_factory.mktemp("cheats")))
+    rows = {"student": lambda batch: honest(codec, batch), "other noise": lambda batch: honest(codec, batch, 77)}
+    data, made = replace(data, batches=list(data.batches)), {}
+
+    def cheating(cheat, batch):
+        if batch.seed not in made:  # all cheat with the same clips
+            made[batch.seed] = honest(codec, batch)
+        return cheat(made[batch.seed], batch)
+
+    rows |= {name: partial(cheating, cheat) for name, (cheat, _) in CHEATS[source].items()}
+    wanted = {key: metric for key, metric in suite.metrics.items() if metric.figure}
+    tallies = measure(wanted, rows, data, {"student": RUNS})
+    result = {name: run_figures(wanted, runs, tallies["real"][0]) for name, runs in tallies.items()}
+    mine = {name: result[name] for name in ("real", "student")}
+    add_certainty(wanted, mine, {name: tallies[name] for name in mine}, {}, 100)
+    return source, result
+
+
+def flagged(result, row, path):
+    """(figure, interval) where a figure of a row lies outside the honest student's interval; else None."""
+    key, *part = path.split("/")
+    value, edges = result[row][key], result["student"][f"{key}_interval"]
+    value, edges = (value[part[0]], edges[part[0]]) if part else (value, edges)
+    return None if edges[0] - 1e-9 <= value <= edges[1] + 1e-9 else (value, edges)
+
+
+def test_cheats_are_caught_by_the_figure_that_names_them(judged):
+    source, result = judged
+    passed = {name: figure for name, (_, figure) in CHEATS[source].items() if not flagged(result, name, figure)}
+    assert not passed
+
+
+def test_an_honest_student_with_other_noise_is_not_flagged(judged):
+    source, result = judged
+    named = sorted({figure for _, figure in CHEATS[source].values()})
+    assert not {figure: found for figure in named if (found := flagged(result, "other noise", figure))}
+
+
+def test_true_video_is_never_worse_than_an_honest_student(judged):
+    source, result = judged
+    numbers = SUITES[WORLDS[source].suites[0]].metrics
+    for path in {figure for _, figure in CHEATS[source].values()}:
+        key = path.split("/")[0]
+        found = flagged(result, "real", path) if key in result["real"] else None
+        if found and numbers[key].best:
+            value, edges = found
+            assert badness(numbers[key].best, value) < min(badness(numbers[key].best, edge) for edge in edges), path
