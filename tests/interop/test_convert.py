@@ -187,6 +187,10 @@ def test_a_config_that_contradicts_the_family_is_refused(tmp_path, key, option):
     folder = causal_folder(tmp_path / "d", **{key: 7})
     with pytest.raises(ValueError, match=f"{key} 7.*{option} 7"):
         convert(folder, "self-forcing", tmp_path / "o", size=(64, 64))
+    for wrong in ({"num_attention_heads": "4"}, {"eps": "small", "num_attention_heads": HEADS}):
+        (folder / "transformer" / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            convert(folder, "self-forcing", tmp_path / "o", size=(64, 64), heads=0)
     (folder / "transformer" / "config.json").write_text("[")
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         convert(folder, "self-forcing", tmp_path / "o", size=(64, 64))

@@ -300,6 +300,12 @@ def test_what_does_not_fit_is_named_with_its_file(base, tmp_path, what):
         ({"lora_alpha": 8, "fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_alpha": 8, "use_dora": True}, "use_dora"),
         ({}, "--lora-alpha"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"lora_alpha": 8, "r": True}, "r is True"),
+        ({"lora_alpha": 8, "alpha_pattern": {"(": 3}}, "regular expression"),
+        ({"lora_alpha": 8, "alpha_pattern": [3]}, "alpha_pattern"),
+        ({"lora_alpha": 8, "rank_pattern": {"q": "4"}}, "rank_pattern of 'q'"),
     ],
 )
 def test_settings_of_peft_that_mean_something_else_are_refused(base, tmp_path, config, said):

@@ -92,9 +92,12 @@ def read_student(
     kind = family(kind) if isinstance(kind, str) else kind
     flat, chosen = pick_entry(read_file(path, allow_pickle=allow_pickle), kind.entry, entry, str(path))
     flat, said = read_up(flat, str(path)), folder_config(path)
-    heads = heads or said.get("num_attention_heads", 0) or said.get("num_heads", 0)
+    heads = heads or number_in(said, "num_attention_heads", path, 0) or number_in(said, "num_heads", path, 0)
     try:
-        config, names = replace(infer_config(flat, heads=heads), eps=said.get("eps", DiTConfig.eps)), our_names(flat)
+        config, names = (
+            replace(infer_config(flat, heads=heads), eps=number_in(said, "eps", path, DiTConfig.eps)),
+            our_names(flat),
+        )
     except ValueError as error:
         raise ValueError(f"{path} is no {kind.name} student: {error}") from error
     state, adapter = to_ours(flat), None
@@ -107,6 +110,14 @@ def read_student(
     check_family(published, said)
     published.net()
     return published
+
+
+def number_in(said: Mapping[str, Any], key: str, path: str | Path, default: Any) -> Any:
+    """A number that a config.json says, of the kind of `default`; ValueError for another kind."""
+    value = said.get(key, default)
+    if type(value) is not type(default):
+        raise ValueError(f"{path}: its config.json says {key} {value!r}, which is no {type(default).__name__}")
+    return value
 
 
 def read_adapter(path: str | Path, kind: Family, *, allow_pickle: bool = False, alpha: float | None = None) -> Adapter:

@@ -109,7 +109,26 @@ def adapter_config(file: Path) -> dict[str, Any]:
     for name, plain in PLAIN.items():
         if found.get(name, plain[-1]) not in plain:
             raise ValueError(f"{file}: {name} {found[name]!r} is not supported; allowed: {plain[:-1] or 'none'}")
+    check_scales(file, found)
     return found
+
+
+def check_scales(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what peft's settings say of scales are numbers, and patterns with numbers."""
+    numbers = {name: config[name] for name in ("r", "lora_alpha") if name in config}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"{file}: {name} is {patterns!r}, not a dictionary of layers and numbers")
+        numbers |= {f"{name} of {key!r}": value for key, value in patterns.items()}
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{file}: {name} {key!r} is no regular expression: {error}") from error
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{file}: {name} is {value!r}, not a number")
 
 
 def layers_of(adapter: Adapter, base: State) -> tuple[dict[str, Layer], dict[str, tuple[str, Tensor]]]:
