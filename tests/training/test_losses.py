@@ -26,6 +26,7 @@ from vidistill.training.losses import (
     dmd,
     flow,
     forced,
+    moving_weights,
     noised_sample,
     pull,
     reconstruction,
@@ -601,3 +602,14 @@ def test_a_codec_is_told_of_flicker_as_strongly_as_asked():
     assert loud.logs["changes"].item() == pytest.approx(0.25)
     grads = [torch.autograd.grad(each.value, off)[0] for each in (quiet, loud)]
     assert grads[1][:, 2].mean() > 2 * grads[0][:, 2].mean()
+
+
+def test_what_moves_weighs_more_in_a_reconstruction():
+    px = torch.full((2, 5, 3, 12, 12), 0.5)
+    for t in range(5):
+        px[:, t, :, 4, 2 * t] = 1.0
+    weights = moving_weights(px, 30.0)
+    assert weights.mean() == pytest.approx(1.0) and torch.equal(moving_weights(px, 0.0), torch.ones_like(weights))
+    assert weights[0, 2, 0, 3:6, 3:6].min() > 10 * weights[0, 2, 0, 8:, :].max()  # the neighbours of a pixel, too
+    with pytest.raises(ValueError, match="moving_weight"):
+        LossConfig(moving_weight=-1.0)

@@ -571,3 +571,13 @@ def test_an_exported_student_can_be_streamed_again(root):
     bundle = checkpoint.load_student(path)
     assert bundle.shape == replace(SHAPE, frames=FRAMES) and bundle.schedule.given_chunks == 1
     assert bundle.record["world"]["fps"] == 17.5 and bundle.record["codec"] == "doom-codec"
+
+
+def test_a_codec_that_goes_on_may_be_normalised_anew(root, tiny_codec_path):
+    settings = {"init": str(tiny_codec_path), "steps": 2}
+    old = checkpoint.load(tiny_codec_path, "codec").net
+    kept = checkpoint.load(train(codec_stage(root, name="kept", **settings)), "codec").net
+    anew = checkpoint.load(train(codec_stage(root, name="anew", renormalise=True, **settings)), "codec").net
+    assert torch.equal(kept.latent_std, old.latent_std) and not torch.equal(anew.latent_std, old.latent_std)
+    px = torch.cat(list(Trainer(codec_stage(root, name="anew", renormalise=True, **settings)).normalisation_clips()))
+    assert anew.encode(px).std() == pytest.approx(1.0, abs=0.1)

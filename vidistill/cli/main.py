@@ -13,15 +13,16 @@ from vidistill.cli.evaluate import add_eval
 from vidistill.cli.export import add_export, add_publish
 from vidistill.cli.generate import add_generate
 from vidistill.cli.info import add_info
+from vidistill.cli.new import add_new
 from vidistill.cli.options import Parser
 from vidistill.cli.serve import add_serve
 from vidistill.cli.train import add_diagnose, add_train
 
 COMMANDS = (
     *(add_train, add_generate, add_serve, add_bench, add_eval, add_diagnose),
-    *(add_convert, add_export, add_publish, add_data, add_info),
+    *(add_convert, add_export, add_publish, add_data, add_new, add_info),
 )
-COMPUTING = ("train", "generate", "serve", "bench", "eval", "data")
+COMPUTING = ("train", "generate", "serve", "bench", "eval", "data", "new")
 EXPLAINED = (ValueError, OSError, RuntimeError, ImportError)  # their messages say what is wrong, and what to do
 
 

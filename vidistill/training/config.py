@@ -80,6 +80,7 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
     camera: CameraConfig | None = None  # tell the networks camera moves (site `hidden`) and poses (site `qk`)
     codec_config: TinyCodecConfig = TinyCodecConfig()
+    renormalise: bool = False  # measure a codec's latents anew although it has an `init`: nothing uses the old ones
     dit: DiTConfig = DiTConfig()
     student: StudentConfig = field(default_factory=StudentConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

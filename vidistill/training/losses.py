@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidistill import metrics
@@ -66,6 +67,7 @@ class LossConfig:
     gradient_weight: float = 1.0  # weight of the gradient term beside L1
     mse_weight: float = 0.0  # weight of the squared error beside L1
     temporal_weight: float = 0.0  # weight of the error's change between frames: what stands still should not flicker
+    moving_weight: float = 0.0  # how much more errors count where pixels are far from their median over the clip
     # the scores of dmd and sid
     guidance: float = 1.0
     audio_guidance: float = 0.0
@@ -103,6 +105,8 @@ class LossConfig:
             raise ValueError(f"loss.guidance_floor is a noise level from 0 to 1, got {self.guidance_floor}")
         if not 0 < self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"loss needs 0 < sigma_min < sigma_max <= 1, got {self.sigma_min}, {self.sigma_max}")
+        if self.moving_weight < 0:
+            raise ValueError(f"loss.moving_weight must not be negative, got {self.moving_weight}")
         if self.noisy_chunks < 0:
             raise ValueError(f"loss.noisy_chunks must not be negative, got {self.noisy_chunks}")
         if self.history not in HISTORIES:
@@ -162,7 +166,8 @@ def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: t
     """L1, gradients in space and changes in time of the error of reconstructed pixels `x0` [B, f, 3, H, W]."""
     out, raw = roles.student(x0, cfg.latent_noise, rng)
     error = out - x0
-    l1 = error.abs().mean()
+    weight = moving_weights(x0, cfg.moving_weight) if cfg.moving_weight else 1.0
+    l1 = (weight * error.abs()).mean()
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     changes = changing(error)
     penalty = raw.square().mean()
@@ -170,12 +175,22 @@ def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: t
     value = (
         l1
         + cfg.gradient_weight * edges
-        + cfg.mse_weight * mse
+        + cfg.mse_weight * (weight * error.square()).mean()
         + cfg.temporal_weight * changes
         + cfg.latent_penalty * penalty
     )
     parts = {"l1": l1, "edges": edges, "changes": changes, "psnr": -10 * mse.log10(), "raw": penalty}
     return Loss(value, {name: part.detach() for name, part in parts.items()})
+
+
+def moving_weights(px: Tensor, weight: float) -> Tensor:
+    """Weights [B, f, 1, H, W], mean 1, that rise with the distance of pixels (or their neighbours) from the median.
+
+    A ball of a pixel is nothing in a mean error, and everything in a game.
+    """
+    away = (px - px.median(1, keepdim=True).values).abs().amax(2)
+    rising = 1 + weight * F.max_pool2d(away, 3, stride=1, padding=1)[:, :, None]
+    return rising / rising.mean()
 
 
 def changing(error: Tensor) -> Tensor:

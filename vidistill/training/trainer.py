@@ -332,7 +332,7 @@ class Trainer:
             return checkpoint.with_extension(path, ".safetensors")
         self.student_state.swap_ema()
         net = self.weights()
-        if isinstance(net, TinyCodec) and not cfg.init:  # else its latents are in use
+        if isinstance(net, TinyCodec) and (cfg.renormalise or not cfg.init):  # else its latents are in use
             net.normalise_on(self.normalisation_clips())
         if distributed.rank() == 0:
             checkpoint.export(path, net, self.record(), EXPORTS[self.cfg.export_dtype])

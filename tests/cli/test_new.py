@@ -1,0 +1,195 @@
+"""`vidistill new`: a project sized for its world, that runs from clips to a student."""
+
+import json
+
+import pytest
+import torch
+from shell import commands_of, run_all
+
+from vidistill import checkpoint
+from vidistill.cli import planning, recipe
+from vidistill.cli.main import main
+from vidistill.config import load_config
+from vidistill.data.shards import write_shards
+from vidistill.training.config import TrainConfig
+
+KINDS = {"actions": (2, 0), "text": (0, 96), "both": (2, 96), "neither": (0, 0)}
+
+
+def write_world(folder, kind="actions", episodes=4, frames=33, side=16, held=3, fps=15.0, splits=("train", "test")):
+    """Random clips of a world with actions, text, both or neither."""
+    actions, text = KINDS[kind]
+    rng = torch.Generator().manual_seed(0)
+    for split in splits:
+        px = torch.randint(0, 256, (episodes, frames, side, side, 3), dtype=torch.uint8, generator=rng)
+        tensors = {"frames": px}
+        if actions:
+            keys = torch.rand(episodes, -(-frames // held), actions, generator=rng).round()
+            tensors["actions"] = keys.repeat_interleave(held, 1)[:, :frames].contiguous()
+        if text:
+            tensors["tokens"] = torch.randn(episodes, 16, text, generator=rng).half()
+        meta = {"source": "mine", "fps": fps, "px_size": side, "given": int(bool(actions) or not text)}
+        meta |= {"actions": ["left", "right"]} if actions else {}
+        meta |= {"text": {"kind": "ngrams"}} if text else {}
+        write_shards(folder / split, [(tensors, [{}] * episodes)], meta)
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Steps take no time to measure."""
+    monkeypatch.setattr(planning, "seconds_of", lambda cfg: 0.05 * cfg.frames)
+    monkeypatch.setattr(planning, "encoding", lambda *rest: 10.0)
+
+
+def new(folder, data, *options):
+    return main(["new", str(folder), "--data", str(data), *options])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_world_gets_configs_that_load(tmp_path, quick, kind, monkeypatch):
+    write_world(tmp_path / "data", kind)
+    assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h") == 0
+    monkeypatch.chdir(tmp_path / "mine")
+    stages = {name: load_config(TrainConfig, f"{name}.yaml") for name in recipe.STAGES}
+    actions, text = KINDS[kind]
+    dit = stages["diagonal"].dit
+    assert ("modulation" in dit.sites) == bool(actions) and dit.text_dim == text
+    if actions:
+        assert dit.sites["modulation"].dim == 4 * actions + 1
+    assert stages["diagonal"].objective == "dmd" and stages["diagonal"].teacher == "runs/teacher/teacher"
+    assert stages["tf"].schedule.given_chunks == (0 if kind == "text" else 1)
+    assert stages["codec"].data == "../data/train" and stages["teacher"].data == "latents/train"
+    for name in recipe.STAGES:
+        lines = (tmp_path / "mine" / f"{name}.yaml").read_text().splitlines()
+        assert any(line.startswith("steps: ") and "# " in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stage_takes_a_step_on_data_of_its_world(tmp_path, kind):
+    world = recipe.look(write_world(tmp_path / "data", kind))
+    choice = recipe.choose(world, warm=False)
+    small = {"width": 32, "layers": 2, "ffn": 64}
+    stages = recipe.stages_of(world, choice, str(tmp_path / "data" / "train"), str(tmp_path / "s" / "latents"))
+    dit = {**stages["teacher"].values["dit"], **small, "patch": [1, 1, 1], "grid": [4, 4]}
+    stages["teacher"] = stages["teacher"].with_values(dit=dit, batch=2)
+    stages["codec"] = stages["codec"].with_values(
+        batch=2, codec_config={"latent_channels": 16, "encoder_widths": [6, 8, 8], "decoder_widths": [8, 8, 6]}
+    )
+    planning.write_stand_ins(tmp_path / "s", world, choice, stages)
+    for name in recipe.STAGES:
+        cfg = recipe.config(
+            stages,
+            name,
+            out=str(tmp_path / "runs"),
+            steps=40,
+            batch=1,
+            **planning.paths_in(tmp_path / "s", stages, name),
+        )
+        assert planning.seconds_of(cfg) > 0
+
+
+def test_the_plan_stays_inside_the_budget(tmp_path, quick, capsys):
+    write_world(tmp_path / "data")
+    world = recipe.look(tmp_path / "data")
+    for budget in (1200.0, 3600.0, 4 * 3600.0):
+        plan = planning.plan(tmp_path / "data", budget)
+        total = 3600 * sum(plan.hours(name) for name in recipe.STAGES) + plan.encode
+        assert 0.5 * budget < total <= budget or min(plan.steps.values()) > 900
+        assert all(plan.steps[name] <= planning.ENOUGH[name] for name in recipe.STAGES)
+    with pytest.raises(ValueError, match="--budget"):
+        planning.plan(tmp_path / "data", 60.0)
+    assert world.factor == 4 and world.spatial == 4
+
+
+def test_what_one_stage_does_not_need_goes_to_the_others():
+    even = dict.fromkeys(recipe.STAGES, 1.0)
+    some = planning.share_out(1000.0, even, recipe.Choice())
+    assert sum(some.values()) <= 1000 and some["teacher"] == 450
+    cheap = planning.share_out(1000.0, {**even, "codec": 1e-6}, recipe.Choice())
+    assert cheap["codec"] == planning.ENOUGH["codec"] and cheap["teacher"] > some["teacher"]
+
+
+@pytest.mark.parametrize(("held", "fps", "chunk"), [(3, 15.0, 1), (14, 15.0, 3)])
+def test_quick_worlds_are_made_a_latent_at_a_time(tmp_path, held, fps, chunk):
+    world = recipe.look(write_world(tmp_path / "data", held=held, fps=fps, frames=85))
+    choice = recipe.choose(world)
+    assert (choice.chunk, choice.clips) == (chunk, 22) and "held for" in choice.why_chunk
+    assert recipe.choose(recipe.look(write_world(tmp_path / "text", "text"))).chunk == 3
+
+
+def test_bundled_weights_are_taken_where_they_fit(tmp_path, quick):
+    write_world(tmp_path / "data", side=64, frames=85)
+    assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h") == 0
+    codec = checkpoint.load(str(tmp_path / "mine" / "init" / "codec"), "codec").net
+    assert codec.cfg.smooth == 0 and codec.cfg.encoder_widths == (64, 64, 96)
+    teacher = checkpoint.load(str(tmp_path / "mine" / "init" / "teacher"), "teacher").net
+    old = checkpoint.load("doom-teacher", "teacher").net
+    assert teacher.cfg.fov == 0 and teacher.cfg.sites["modulation"].dim == 9
+    name = next(n for n in old.state_dict() if n.startswith("blocks.0") and n.endswith("q.weight"))
+    assert torch.equal(teacher.state_dict()[name], old.state_dict()[name])
+    assert "renormalise: true" in (tmp_path / "mine" / "codec.yaml").read_text()
+    assert new(tmp_path / "cold", tmp_path / "data", "--budget", "1h", "--cold") == 0
+    assert not (tmp_path / "cold" / "init").exists()
+
+
+def test_a_project_runs_from_clips_to_a_student(tmp_path, quick, monkeypatch, capsys):
+    monkeypatch.setitem(recipe.SIZES, "small", (144, 1, 64))
+    monkeypatch.setattr(planning, "LESS_SIZE", 10**9)  # the smallest there is
+    write_world(tmp_path / "data")
+    assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h", "--cold") == 0
+    commands = commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")
+    assert [words[1] for words in commands] == ["train", "new", "data", "train", "new", *["train"] * 3, "generate"]
+    run_all(commands, monkeypatch)
+    said, made = capsys.readouterr().out, tmp_path / "mine" / "rehearsal"
+    assert "codec: psnr" in said and "teacher: teacher_sharpness" in said and (made / "out.mp4").stat().st_size
+    assert checkpoint.load(str(made / "runs" / "diagonal" / "diagonal")).kind == "student"
+    weights = load_config(TrainConfig, made / "teacher.yaml").loss.channel_weights
+    assert len(weights) == 16 and max(weights) > 1
+
+
+def test_a_check_stops_what_is_bad(tmp_path, monkeypatch):
+    (tmp_path / "plan.json").write_text(json.dumps({"gates": planning.GATES}))
+    monkeypatch.setattr(planning, "check_codec", lambda *rest: {"psnr": 30.0, "sharpness": 1.0, "moving": 0.1})
+    with pytest.raises(ValueError, match="codec is not good enough in moving"):
+        planning.check(tmp_path, "codec", lenient=False)
+    assert "moving would stop a real run" in planning.check(tmp_path, "codec", lenient=True)
+    with pytest.raises(FileNotFoundError, match="no project"):
+        planning.check(tmp_path / "none", "codec", lenient=False)
+
+
+def test_a_ball_that_is_lost_is_seen():
+    px = torch.full((1, 9, 3, 32, 32), 0.5)
+    for t in range(9):
+        px[:, t, :, 5, 2 * t : 2 * t + 2] = 1.0
+    gone = torch.full_like(px, 0.5)
+    assert planning.moving_kept(px, px, 0.001) == 1 and planning.moving_kept(gone, px, 0.001) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "says"),
+    [
+        (lambda p: None, (), "no clips there"),
+        (lambda p: write_world(p, frames=9), (), "no episode longer than 9 frames"),
+        (lambda p: write_world(p, side=18), (), "multiples of 4"),
+        (lambda p: write_world(p), ("--budget", "1m"), "--budget"),
+    ],
+)
+def test_what_makes_no_project_is_said(tmp_path, quick, capsys, make, options, says):
+    make(tmp_path / "data")
+    assert new(tmp_path / "mine", tmp_path / "data", *options) == 1
+    assert says in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
+def test_a_folder_with_things_in_it_is_left_alone(tmp_path, quick, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert new(tmp_path / "mine", write_world(tmp_path / "data")) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["soon", "3", "3 days", ""])
+def test_budgets_are_times(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["new", "x", "--data", "y", "--budget", text])
+    assert "is no time" in capsys.readouterr().err
