@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import io
 import ipaddress
+import itertools
 import logging
 import socket as sockets
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 SESSIONS_S = 4  # sessions that are opened a second on average: whoever comes and goes costs the others little
+SAID = 20  # refusals that the log tells of: whoever is refused without end does not fill it
 COOKIE = "vidistill_token"
 OURSELVES = ("localhost", "127.0.0.1", "::1")
 
@@ -226,6 +228,7 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
     from fastapi import WebSocket
 
     leaving: set[asyncio.Task] = set()
+    refused = itertools.count()
     decoding = asyncio.Lock()
     opening = Budget(SESSIONS_S, 2 * cfg.max_viewers)
 
@@ -241,12 +244,11 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
     async def stream(socket: WebSocket) -> None:
         host, origin = socket.headers.get("host", ""), socket.headers.get("origin")
         if not host_allowed(host, cfg) or not origin_allowed(origin, host, cfg):
-            log.warning("refused a connection to %r from the page of %r; allow it with --origin", host, origin)
-            await socket.close(1008)
-            return
+            level = logging.WARNING if next(refused) < SAID else logging.DEBUG
+            log.log(level, "refused a connection to %.80r from the page of %.80r; allow it with --origin", host, origin)
+            return await socket.close(1008)
         if not knows_token(socket, cfg):
-            await socket.close(1008)
-            return
+            return await socket.close(1008)
         await socket.accept()
         address = address_of(socket.client.host if socket.client else "")
         if not await seats.take(address, cfg.patience_s):

@@ -125,7 +125,7 @@ class Viewer:
                 await asyncio.wait(rest)
             errors = [error for task in tasks if not task.cancelled() and (error := task.exception())]
             if errors:
-                log.info("a viewer's connection broke: %r", errors[0])
+                log.debug("a viewer's connection broke: %r", errors[0])
             elif bye := next((bye for task in done if (bye := task.result())), None):
                 await self.part(self._socket, bye)
         finally:
