@@ -18,7 +18,7 @@ from hostile import bloated_png, broken_pictures, connected, frame, upgraded
 from vidistill.conditioning.audio import AudioConfig, Track
 from vidistill.serve import protocol
 from vidistill.serve.app import Seats, ServeConfig, run
-from vidistill.serve.gate import PIECE, Budget, Gate, Gates, Limits, address_of
+from vidistill.serve.gate import PIECE, WATCH_S, Budget, Gates, Limits, address_of
 from vidistill.serve.outbox import MAX_NOTES
 from vidistill.serve.player import Player
 from vidistill.serve.recorder import Recordings
@@ -267,87 +267,131 @@ class Transport:
         self.gone = True
 
 
-class Inner:
-    """A protocol that takes `cost` seconds of a fake clock for each piece."""
+class Loop:
+    """An event loop whose time passes when it is told to."""
 
-    def __init__(self, clock, cost):
-        self.clock, self.cost, self.pieces = clock, cost, []
+    def __init__(self):
+        self.now, self.due = 0.0, []
+
+    def time(self):
+        return self.now
+
+    def call_at(self, when, call):
+        self.due.append(SimpleNamespace(when=when, call=call))
+        self.due[-1].cancel = lambda one=self.due[-1]: one in self.due and self.due.remove(one)
+        return self.due[-1]
+
+    def call_later(self, delay, call):
+        return self.call_at(self.now + delay, call)
+
+    def run(self, until):
+        while ready := [one for one in self.due if one.when <= until]:
+            first = min(ready, key=lambda one: one.when)
+            self.due.remove(first)
+            self.now = max(self.now, first.when)
+            first.call()
+        self.now = max(self.now, until)
+
+
+class Inner:
+    """A protocol that takes `cost` seconds for each piece."""
+
+    def __init__(self, loop, cost):
+        self.loop, self.cost, self.pieces = loop, cost, []
 
     def connection_made(self, transport):
         self.transport = transport
 
     def data_received(self, data):
-        self.clock[0] += self.cost
+        self.loop.now += self.cost
         self.pieces.append(len(data))
 
     def connection_lost(self, error):
         pass
 
 
-def gated(limits, hosts, cost=0.0):
-    clock = [0.0]
-    gates = Gates(limits, lambda **kw: Inner(clock, cost), lambda: clock[0])
-    gates_open = [(Gate(gates, Inner(clock, cost)), Transport(host)) for host in hosts]
-    for gate, transport in gates_open:
-        gate.connection_made(transport)
-    return gates_open
+@pytest.fixture
+def gated(monkeypatch):
+    """Opens connections from hosts, of one server; returns its loop and (gate, transport) of each."""
+    loop = Loop()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: loop)
 
-
-def test_a_flood_is_parsed_a_little_at_a_time_and_nothing_is_read_meanwhile():
-    async def flood():
-        (gate, transport), (other, _) = gated(Limits(share=0.1), ["127.0.0.1"] * 2, cost=0.01)
-        gate.data_received(bytes(10 * PIECE))
-        other.data_received(bytes(10))
-        assert not transport.reading and gate._inner.pieces == [PIECE]
-        await asyncio.sleep(0.12)  # a tenth of the time: the next piece comes 90 ms after the first
-        early = len(gate._inner.pieces)
-        assert 1 < early < 4, early
-        await asyncio.sleep(1.2)
-        assert transport.reading and gate._inner.pieces == [PIECE] * 10 and other._inner.pieces == [10]
-
-    asyncio.run(flood())
-
-
-def test_a_protocol_that_takes_no_more_is_given_no_more():
-    async def hold():
-        [(gate, transport)] = gated(Limits(), ["127.0.0.1"])
-        gate._inner.transport.pause_reading()
-        gate.data_received(bytes(3 * PIECE))
-        await asyncio.sleep(0.05)
-        assert not gate._inner.pieces and not transport.reading
-        gate._inner.transport.resume_reading()
-        await asyncio.sleep(0.05)
-        assert len(gate._inner.pieces) == 3 and transport.reading
-
-    asyncio.run(hold())
-
-
-def test_one_address_has_few_connections_and_this_machine_as_many_as_there_are():
-    async def crowd():
-        limits = Limits(connections=20, per_address=4)
-        far = gated(limits, ["10.0.0.1"] * 6 + ["10.0.0.2"])
-        assert [transport.gone for _, transport in far] == [False] * 4 + [True] * 2 + [False]
-        network = gated(limits, [f"2001:db8::{i}" for i in range(6)])  # one IPv6 network
-        assert sum(transport.gone for _, transport in network) == 2
-        near = gated(limits, ["127.0.0.1", "::1", "::ffff:127.0.0.1"] * 8)
-        assert [transport.gone for _, transport in near] == [True] * 4 + [False] * 20  # the oldest made room
-
-    asyncio.run(crowd())
-
-
-def test_streams_do_not_make_room_for_new_connections():
-    async def crowd():
-        limits = Limits(connections=2)
-        gates = Gates(limits, lambda **kw: None)
-        seated = [(Gate(gates, Inner([0.0], 0)), Transport()) for _ in range(2)]
-        for gate, transport in seated:
+    def opened(limits, hosts, cost=0.0):
+        gates = Gates(limits, lambda **kw: Inner(loop, cost), loop.time)
+        connections = [(gates(None, None, None), Transport(host)) for host in hosts]
+        for gate, transport in connections:
             gate.connection_made(transport)
-            gate.upgrade(gate._inner)
-        late, transport = Gate(gates, Inner([0.0], 0)), Transport()
-        late.connection_made(transport)
-        assert transport.gone and not any(transport.gone for _, transport in seated)
+        return loop, connections
 
-    asyncio.run(crowd())
+    return opened
+
+
+def test_a_flood_is_parsed_for_its_share_of_the_time_and_nothing_is_read_meanwhile(gated):
+    loop, [(gate, transport)] = gated(Limits(share=0.1, request_s=1e9), ["127.0.0.1"], cost=0.01)
+    gate.data_received(bytes(10 * PIECE))
+    for piece in range(1, 10):
+        assert gate._inner.pieces == [PIECE] * piece and not transport.reading
+        loop.run(0.1 * piece + 1e-6)
+    loop.run(2.0)
+    assert gate._inner.pieces == [PIECE] * 10 and transport.reading
+
+
+def test_several_floods_share_what_one_would_have(gated):
+    loop, connections = gated(Limits(share=0.1, request_s=1e9), ["127.0.0.1"] * 4, cost=0.01)
+    for gate, _ in connections:
+        gate.data_received(bytes(100 * PIECE))
+    loop.run(4.0)
+    assert 30 <= sum(len(gate._inner.pieces) for gate, _ in connections) <= 50  # 10 ms each: a tenth of 4 s
+
+
+def test_a_protocol_that_takes_no_more_is_given_no_more(gated):
+    loop, [(gate, transport)] = gated(Limits(request_s=1e9), ["127.0.0.1"])
+    gate._inner.transport.pause_reading()
+    gate.data_received(bytes(3 * PIECE))
+    loop.run(5.0)
+    assert not gate._inner.pieces and not transport.reading
+    gate._inner.transport.resume_reading()
+    loop.run(5.1)
+    assert len(gate._inner.pieces) == 3 and transport.reading
+
+
+def test_who_has_left_is_not_read_to_the_end(gated, monkeypatch):
+    loop, [(gate, transport)] = gated(Limits(request_s=1e9), ["127.0.0.1"], cost=0.01)
+    gate.data_received(bytes(100 * PIECE))
+    monkeypatch.setattr("vidistill.serve.gate.hung_up", lambda socket: True)
+    loop.run(WATCH_S)
+    assert transport.gone and len(gate._inner.pieces) <= 2
+
+
+def test_a_request_must_be_answered_before_long_and_a_stream_need_not(gated):
+    loop, [(asks, lost), (answered, kept), (stream, watched)] = gated(Limits(request_s=10.0), ["127.0.0.1"] * 3)
+    stream._inner.transport.set_protocol(stream._inner)
+    for second in range(1, 12):
+        loop.run(float(second))
+        asks.data_received(b"G")  # a drip is no request
+        if second == 9:
+            kept.write = lambda data: None
+            answered._inner.transport.write(b"HTTP/1.1 200")
+    assert (lost.gone, kept.gone, watched.gone) == (True, False, False)
+
+
+def test_one_address_has_few_connections_and_this_machine_as_many_as_there_are(gated):
+    limits = Limits(connections=20, per_address=4)
+    _, far = gated(limits, ["10.0.0.1"] * 6 + ["10.0.0.2"])
+    assert [transport.gone for _, transport in far] == [False] * 4 + [True] * 2 + [False]
+    _, network = gated(limits, [f"2001:db8::{i}" for i in range(6)])  # one IPv6 network
+    assert sum(transport.gone for _, transport in network) == 2
+    _, near = gated(limits, ["127.0.0.1", "::1", "::ffff:127.0.0.1"] * 8)
+    assert [transport.gone for _, transport in near] == [True] * 4 + [False] * 20  # the oldest made room
+
+
+def test_streams_do_not_make_room_for_new_connections(gated):
+    _, seated = gated(Limits(connections=2), ["127.0.0.1"] * 2)
+    for gate, _ in seated:
+        gate.upgrade(gate._inner)
+    late, transport = seated[0][0]._gates(None, None, None), Transport()
+    late.connection_made(transport)
+    assert transport.gone and not any(transport.gone for _, transport in seated)
 
 
 def ends(stream, seconds=10.0):

@@ -123,7 +123,8 @@ class Gate(asyncio.Protocol):
         self._waiting += data
         self._gates.busy.add(self)
         self.transport.pause_reading()
-        self._go_on()
+        if self._next is None:
+            self._go_on()
 
     def _go_on(self) -> None:
         """Parse a piece if it is time, then look again; read more once nothing waits."""
