@@ -109,17 +109,20 @@ def v_from_blend(x: Tensor, x0: Tensor, sigma: Tensor | Sequence[float] | float,
     return ((s - error * (1 - s)) * x - s * x0) / (error * (1 - s) ** 2 + s**2)
 
 
-def euler(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: torch.Generator | None) -> Tensor:
+Randomness = torch.Generator | Draws
+
+
+def euler(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: Randomness | None) -> Tensor:
     """Deterministic step along the flow from `sigma` to `next_sigma` (both [B, F])."""
     return x + (expand(next_sigma, x) - expand(sigma, x)) * v
 
 
-def renoise(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: torch.Generator | None) -> Tensor:
-    """Consistency step: the prediction `x0` with fresh noise at `next_sigma`. Source: 2303.01469, alg. 1."""
-    if bool((next_sigma == 0).all()):
-        return x0
-    assert rng is not None
-    return add_noise(x0, randn_like(x0, rng), next_sigma)
+def renoise(x: Tensor, x0: Tensor, v: Tensor, sigma: Tensor, next_sigma: Tensor, rng: Randomness | None) -> Tensor:
+    """Consistency step: the prediction `x0` with fresh noise at `next_sigma`, or as it is without `rng`.
+
+    Source: 2303.01469, alg. 1.
+    """
+    return x0 if rng is None else add_noise(x0, randn_like(x0, rng), next_sigma)
 
 
 @dataclass(frozen=True)

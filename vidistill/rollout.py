@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidistill.conditioning.condition import Condition
-from vidistill.diffusion import Draws, add_noise, derived_seed, randn_like, renoise, x0_from_v
+from vidistill.diffusion import Randomness, add_noise, derived_seed, randn_like, renoise, x0_from_v
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
 from vidistill.schedules import Pass, ScheduleConfig, endless, finite
@@ -20,7 +20,6 @@ from vidistill.schedules import Pass, ScheduleConfig, endless, finite
 Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, f, C, H, W]
 Conditions = Callable[[int, int], Condition]  # latent frames start, stop -> their condition
 Transition = Callable[..., Tensor]
-Randomness = torch.Generator | Draws
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,10 @@ def rollout(
         v, x0, sigma = run_pass(student, p, x, cond, memory, clamped)
         if p.next_sigma is not None:
             target = per_frame(p.next_sigma, student, p.chunk, x)
+            # What is clean needs no randomness, which is known here: asking `target` would wait for the device.
+            moved = transition(x, x0, v, sigma, target, rng if any(p.next_sigma) else None)
             # Gradient leaves through the emitted x0 alone: to later passes the state is data, so one pass is one graph.
-            moved = transition(x, x0, v, sigma, target, rng).detach()
+            moved = moved.detach()
             lengths = [state[c].shape[1] for c in chunks]
             state.update(zip(chunks, moved.split(lengths, dim=1), strict=True))
         if p.emit:  # a context pass emits the chunk as it was given, any other what it predicts of its first chunk

@@ -5,6 +5,7 @@ from random import Random
 import pytest
 import torch
 from tiny_nets import SHAPE, clip, condition, tiny_student
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidistill.diffusion import euler
 from vidistill.memory.policies import MemoryConfig
@@ -122,6 +123,28 @@ def test_levels_told_apart_from_the_noise_reach_the_network_and_leave_the_noise_
     (_, _, *_), (_, x, told, _), (_, shown, context, _), *_ = student.asked
     assert told == [0.4] * 3 and context == [0.05] * 3 and torch.equal(shown, chunk)
     torch.testing.assert_close(chunk, x - 0.5 * (0.3 * x + 0.4))
+
+
+class Asked(TorchDispatchMode):
+    """Counts what makes a host wait for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(name in str(func) for name in ("_local_scalar_dense", "is_nonzero", "nonzero", "unique"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_a_rollout_never_waits_for_its_device(schedule):
+    student = tiny_student(WINDOW)
+    with torch.no_grad():
+        list(run(student, finite(endless(schedule), 4)))  # levels are read once
+        with Asked() as asked:
+            list(run(student, finite(endless(schedule), 4)))
+    assert not asked.count
 
 
 def test_given_chunks_come_out_as_they_went_in():

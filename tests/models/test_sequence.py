@@ -70,7 +70,7 @@ def every(frames):
 
 CASES = {  # what runs, the memory, what the network has besides
     "clip": (whole_clip, FULL, VIEW),
-    "clip, recomputed": (whole_clip, FULL, {**SITED, "checkpoint": True}),
+    "clip, recomputed": (whole_clip, FULL, {**SITED, "checkpoint": True, "predicts": "x0"}),
     "masked": (masked, FULL, SITED),
     "masked, moved sinks": (masked, SINKS, VIEW),
     "masked, learned history": (masked, LEARNED, {**SITED, "pool_factors": (2,)}),
