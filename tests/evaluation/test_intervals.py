@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vidistill.evaluation.intervals import LEAST_ROOMS, add_intervals, bootstrap, compare, interval, mean_of
-from vidistill.evaluation.report import Metric, number
+from vidistill.evaluation.report import Metric, differences, number
 
 
 def drawn(values, rooms=None, count=200):
@@ -80,3 +80,13 @@ def test_too_few_rooms_get_no_interval_and_a_word(caplog):
 def test_figures_of_several_runs_are_averaged_part_by_part():
     assert mean_of([{"a": 1.0, "b": {"c": 2.0}}, {"a": 3.0, "b": {"c": 4.0}}]) == {"a": 2.0, "b": {"c": 3.0}}
     assert mean_of([{"offset": 3}]) == {"offset": 3}
+
+
+def test_people_are_told_only_of_differences_that_are_clear():
+    clear = {"value": -0.2, "interval": [-0.3, -0.1], "verdict": "better"}
+    found = {"a": clear, "b": {**clear, "verdict": "not distinguishable"}, "c": {"value": 1.0, "interval": None}}
+    assert differences({"difference": {"student - teacher": found}}) == [
+        "student - teacher: a better by -0.2 (-0.3 to -0.1)",
+        "student - teacher: 2 of 3 figures do not tell them apart",
+    ]
+    assert differences({}) == []

@@ -202,10 +202,25 @@ def test_a_teacher_of_another_world_is_refused(cfg, tiny_student_path, tiny_teac
 
 def test_run_judges_a_checkpoint_and_shows_people_a_table(cfg, tiny_codec_path, capsys):
     own = replace(SUITE, config=lambda clips: replace(cfg, clips=clips))
-    result = suite.run(own, str(tiny_codec_path), {}, clips=4)
+    result = suite.run(own, str(tiny_codec_path), {}, "test", False, clips=4)
     shown = capsys.readouterr()
     assert result["protocol"]["clips"] == 4 and {"real", "codec"} <= set(result) and "student" not in result
     assert "sharpness_ratio" in shown.err and "missed: codec PSNR" in shown.err and not shown.out
+
+
+def test_a_quick_look_is_at_the_student_alone_and_says_how_sure_it_is(world, tmp_path, tiny_student_path, capsys):
+    walks = str(tmp_path / "walks-{split}")
+    write_walks(tmp_path / "walks-test" / "frames", num=10, length=30, split="test")
+    cfg = replace(protocol(world, tmp_path), episodes=10, data=walks)
+    own = replace(
+        SUITE, config=lambda **how: replace(cfg, **how), quick={"clips": 10, "long_seconds": 0.0, "draws": 20}
+    )
+    result = suite.run(own, str(tiny_student_path), {}, "test", True)
+    assert "teacher" not in result and result["protocol"]["clips"] == 10 and result["schema"] == 2
+    low, high = result["student"]["sharpness_ratio_interval"]
+    assert low < result["student"]["sharpness_ratio"] < high
+    assert set(result["student"]["psnr_by_horizon_interval"]) == set(result["student"]["psnr_by_horizon"])
+    assert " to " in capsys.readouterr().err
 
 
 def test_teacher_and_student_see_start_image_and_actions(

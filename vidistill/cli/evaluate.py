@@ -34,6 +34,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         help="whose rooms: test for what is published (default), validation to choose settings by",
     )
     p.add_argument("--first-seed", type=non_negative_int, help="the first room of the split (default: 0)")
+    p.add_argument("--quick", action="store_true", help="fewer clips of the checkpoint alone, with wide intervals")
     p.add_argument("--glance", action="store_true", help="the student's validation clips alone, no report")
     p.add_argument("--out", type=Path, help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -56,7 +57,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
-    given |= {"--first-seed": args.first_seed, "--split": args.split != "test"}
+    given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
     report.check_plots()
@@ -74,6 +75,8 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
     if not memory and (args.window or args.full):
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
+    if args.quick and (args.glance or any(named.values())):
+        raise ValueError("--quick shows the checkpoint alone: leave out --glance, --teacher, --window and --full")
     if args.glance and (args.teacher or args.out):
         option = "--teacher" if args.teacher else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
@@ -85,7 +88,7 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     }
     settings = {key: value for key, value in asked.items() if value}
     if not args.glance:
-        return suite.run(own, args.name, named, args.split, **settings)
+        return suite.run(own, args.name, named, args.split, args.quick, **settings)
     cfg = own.config(**settings)
     result = suite.glance(own, args.name, cfg)
     print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))

@@ -112,6 +112,18 @@ def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     return out
 
 
+def differences(result: Mapping[str, Any]) -> list[str]:
+    """Where two rows differ by more than chance, a line each, and how many figures do not tell."""
+    out = []
+    for pair, found in result.get("difference", {}).items():
+        clear = {key: d for key, d in found.items() if d.get("verdict") in ("better", "worse")}
+        for key, d in clear.items():
+            low, high = d["interval"]
+            out.append(f"{pair}: {key} {d['verdict']} by {d['value']:+.3g} ({low:+.3g} to {high:+.3g})")
+        out.append(f"{pair}: {len(found) - len(clear)} of {len(found)} figures do not tell them apart")
+    return out
+
+
 def show(
     numbers: Mapping[str, Metric], result: Mapping[str, Any], targets: Sequence[Target], folder: Path | str
 ) -> None:
@@ -120,6 +132,8 @@ def show(
     console.print(table(numbers, result))
     for target in targets:
         console.print(str(target), style="" if target.met else "bold red")
+    for line in differences(result):
+        console.print(line)
     if folder:
         console.print(f"report: {Path(folder) / 'index.html'}")
 
@@ -261,6 +275,7 @@ def page(
         for key, text, cells in lines(numbers, columns)
     )
     goals = "".join(f'<li class="{"met" if t.met else "missed"}">{html.escape(str(t))}</li>' for t in targets)
+    apart = "".join(f"<li>{html.escape(line)}</li>" for line in differences(result))
     shown = "".join(
         f'<figure><img src="{file}" alt="{file}"><figcaption>{html.escape(text)}</figcaption></figure>'
         for file, text in files
@@ -269,7 +284,7 @@ def page(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
         f"<table><tr><th></th>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{body}</table>"
-        f"<h2>Targets</h2><ul>{goals}</ul><h2>Pictures</h2>{shown}"
+        f"<h2>Targets</h2><ul>{goals}</ul><h2>Differences</h2><ul>{apart}</ul><h2>Pictures</h2>{shown}"
         f"<h2>Protocol</h2><pre>{html.escape(json.dumps(result['protocol'], indent=1))}</pre></html>\n"
     )
 

@@ -289,4 +289,5 @@ SUITE = Suite(
     rows={"repeat_last": lambda codec: repeat_last},
     student=played,
     others=contenders,
+    quick={"paths": 12, "seconds": (5.0,), "seeds": 1, "draws": 100},
 )

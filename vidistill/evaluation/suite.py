@@ -28,6 +28,7 @@ from vidistill.worlds import WORLDS
 from vidistill.worlds.spec import WorldSpec
 
 RENAMED = {"frechet": "frechet_paired", "frechet_other_half": "frechet_unpaired"}  # keys of schema 1
+QUICK = {"clips": 24, "long_seconds": 0.0, "seeds": 1, "draws": 100}
 RUN_STEP = 7_919_000_003  # between the seeds of runs
 CODEC_FRAMES = 22  # latents of a clip where only a codec is judged
 
@@ -97,7 +98,7 @@ class Suite:
     data: the clips that a checkpoint is judged on. metrics: every figure, in the order of the report. more: what is
     judged beside clips; it may be given no student. rows: made beside the networks that are judged. spread: figures
     with parts that a glance shows by themselves. student: its clips. others: networks beside a student, some of them
-    named by the user.
+    named by the user. quick: settings of a first look, whose intervals say how little it tells.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Suite:
     spread: tuple[str, ...] = ()
     student: Callable[[Bundle, Codec, Any], Row] = student_row
     others: Callable[[Bundle, Mapping[str, str | None]], Mapping[str, Bundle]] = beside_student
+    quick: Mapping[str, Any] = field(default_factory=lambda: QUICK)
 
 
 def source_of(record: Mapping[str, Any]) -> str | None:
@@ -226,25 +228,28 @@ def add_certainty(
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(suite: Suite, name: str, cfg: Any = None, split: str = "test", **named: str | None) -> dict[str, Any]:
+def evaluate(
+    suite: Suite, name: str, cfg: Any = None, split: str = "test", quick: bool = False, **named: str | None
+) -> dict[str, Any]:
     """Figures of a checkpoint beside others and real video, plain numbers (None for what cannot be measured).
 
-    Only figures of split "test" are to be published; settings are chosen on "validation".
-    A teacher or a codec is judged alone, a student beside its teacher or the baselines that are `named`. With `cfg.out`
-    a report is written; ImportError if it could not be drawn.
+    Settings are chosen on split "validation"; what is published is of "test". A teacher or a codec is judged alone, a
+    student beside its teacher or the baselines that are `named`; `quick`: clips of the student alone. With `cfg.out` a
+    report is written; ImportError if it could not be drawn.
     """
     began, cfg = time.time(), cfg or suite.config()
     if cfg.out:
         report.check_plots()
     first = checkpoint.load(name)
     bundles = {first.kind: first}
-    if first.kind == "student":
+    if first.kind == "student" and not quick:
         bundles |= suite.others(first, named)
     if len({b.record.get("codec") for b in bundles.values()}) > 1:
         told = " and ".join(f"{b.name} in those of {b.record['codec']}" for b in bundles.values())
         raise ValueError(f"{first.name} and its teacher live in different latents: {told}")
     judged = judge(suite, bundles, cfg, split)
-    suite.more(judged)
+    if not quick:
+        suite.more(judged)
     for row, bundle in bundles.items():
         judged.result[row] = {"name": bundle.name, **judged.result[row]}
     taken = {"features": "probe features", "seconds_taken": round(time.time() - began, 1)}
@@ -269,10 +274,10 @@ def glance(suite: Suite, name: str | Bundle, cfg: Any = None) -> dict[str, Any]:
 
 
 def run(
-    suite: Suite, name: str, named: Mapping[str, str | None], split: str = "test", **settings: Any
+    suite: Suite, name: str, named: Mapping[str, str | None], split: str, quick: bool, **settings: Any
 ) -> dict[str, Any]:
     """Judge a checkpoint by the protocol of a suite; table and targets go to stderr."""
-    cfg = suite.config(**settings)
-    result = evaluate(suite, name, cfg, split, **named)
+    cfg = suite.config(**{**(suite.quick if quick else {}), **settings})
+    result = evaluate(suite, name, cfg, split, quick, **named)
     report.show(suite.metrics, result, suite.targets(result), cfg.out and report.folder_of(result, suite.name, cfg.out))
     return result
