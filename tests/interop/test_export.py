@@ -175,6 +175,14 @@ def test_large_networks_are_cut_into_shards_that_read_as_one(tmp_path):
     assert same(read_file(tmp_path), state)
 
 
+def test_what_a_folder_says_itself_is_not_asked_for(tmp_path):
+    folder = export_as(trained(tmp_path / "t"), "diffusers", tmp_path / "d")
+    for option in ({"lora": tmp_path / "l.safetensors"}, {"given_chunks": 1}, {"entry": "generator"}):
+        with pytest.raises(ValueError, match=f"--{next(iter(option)).removesuffix('_chunks')}"):
+            convert(folder, None, tmp_path / "o", **option)
+    assert not list(tmp_path.glob("o*"))
+
+
 def test_a_damaged_folder_is_refused(tmp_path):
     folder = export_as(trained(tmp_path / "t"), "diffusers", tmp_path / "d")
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"

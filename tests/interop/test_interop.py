@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from published import GOLDENS, publish, same, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_tables import on_table, warp_timestep
@@ -25,16 +26,6 @@ from vidistill.memory.policies import POLICIES
 from vidistill.models.dit import VideoDiT
 from vidistill.rollout import rollout
 from vidistill.schedules import Pass, endless, finite
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
-
-def weights(case: str = "self_forcing_rollout") -> dict[str, Tensor]:
-    return load_file(GOLDENS / case / "weights.safetensors")
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
 
 
 def test_what_is_no_published_network_is_told(tmp_path):
@@ -115,15 +106,6 @@ def test_an_unfit_state_lists_missing_unexpected_and_mis_shaped_keys():
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def publish(path: Path, state: dict[str, Tensor], entry: str = "generator_ema", prefix: str = "model.") -> Path:
-    named = {prefix + key: x for key, x in state.items()}
-    if path.suffix == ".safetensors":
-        save_file(named, path)
-    else:
-        torch.save({entry: named, "step": 600}, path)
-    return path
 
 
 @pytest.mark.parametrize(

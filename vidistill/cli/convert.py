@@ -155,11 +155,14 @@ def convert(
     A folder that `vidistill export --to diffusers` wrote needs no family. `name` is its family, whose fields `settings`
     replace; `size` the pixels (height, width) it will stream; `codec`, `text` and `audio` are where the codec, the text
     encoder (padded to `text_tokens`) and, for one that listens, the wav2vec 2.0 encoder of its world are found, all
-    kept as full paths or hub ids. Every weight keeps its precision.
-    Raises ValueError, as `read_student` does, before anything is written.
+    kept as full paths or hub ids. Every weight keeps its precision. Raises ValueError, as `read_student` does, before
+    anything is written.
     """
     out = free(out, [path, lora])
     if name is None and not settings and (Path(path) / RECORD).is_file():
+        asked = {"lora": lora, "entry": entry, "text": text, "audio": audio, "heads": heads, "given": given_chunks}
+        if unused := [f"--{option}" for option, value in asked.items() if value]:
+            raise ValueError(f"{path} is read as its {RECORD} says: leave out {', '.join(unused)}, or name a --family")
         return restore(path, out)
     kind = family_of(name, settings or {}, Path(path))
     frames = frames or kind.frames
