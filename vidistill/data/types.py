@@ -26,6 +26,10 @@ class Batch:
     whole: Tensor | None = None
     poses: Tensor | None = None
 
+    def first(self, clips: int) -> "Batch":
+        """The first so many clips, or all where there are fewer."""
+        return replace(self, x=self.x[:clips], cond=self.cond.map(lambda x: x[:clips]))
+
     def to(self, device: torch.device) -> "Batch":
         """The clips and their condition on a device."""
         return replace(self, x=self.x.to(device), cond=self.cond.to(device))

@@ -1,6 +1,6 @@
 """The config of one training stage, and which of its settings can work together."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,22 @@ from vidistill.ops.precision import DTYPES, PRECISIONS
 from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import OBJECTIVES, LossConfig
 from vidistill.training.optim import EMA_WARMUP, OptimConfig
+from vidistill.training.trackers import TRACKERS
 from vidistill.training.validation import MAX_SEED, ValidationConfig
 
 EXPORTS = {"fp16": torch.float16, **DTYPES}
+CHOICES: Mapping[str, Collection[str]] = {
+    "objective": OBJECTIVES,
+    "parallel": distributed.PARALLEL,
+    "precision": PRECISIONS,
+    "teacher_precision": DTYPES,
+    "export_dtype": EXPORTS,
+    "backend": ("auto", *BACKENDS),
+}
+EVERY = ("log_every", "save_every")
+COUNTS = ("steps", "batch", "accumulate", "sequence", "frames", "critic_steps", "critic_reuse", *EVERY)
+OPTIONS = ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames", "sample_every", "export_every")
+LEAST = {**dict.fromkeys((*COUNTS, "ema_warmup"), 1), **dict.fromkeys((*OPTIONS, "init_plateau"), 0)}
 
 
 @dataclass(frozen=True)
@@ -108,49 +121,37 @@ class TrainConfig:
     out: str = "runs"
     log_every: int = 20
     save_every: int = 200
+    sample_every: int = 0  # steps between videos of the averaged network's clips, in samples/; 0: none
+    export_every: int = 0  # steps between exports of averaged weights, as NAME-STEP; 0: the last one alone
+    trackers: tuple[str, ...] = ()  # who is told of the run beside metrics.jsonl: tensorboard, trackio, wandb
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective {self.objective!r} is unknown; choose one of {sorted(OBJECTIVES)}")
-        choices = (
-            ("precision", PRECISIONS),
-            ("teacher_precision", DTYPES),
-            ("export_dtype", EXPORTS),
-            ("backend", ("auto", *BACKENDS)),
-        )
-        for name, known in choices:
+        self.check_values()
+        self.check_parts()
+        self.check_policy()
+        self.check_curriculum()
+
+    def check_values(self) -> None:
+        """Raise ValueError for a value that no stage can have."""
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {tuple(known)}")
-        if self.teacher_precision == "bf16" and self.precision != "bf16":
-            raise ValueError("a teacher in bf16 needs precision=bf16 around it")
-        for name in (
-            "steps",
-            "batch",
-            "accumulate",
-            "sequence",
-            "frames",
-            "critic_steps",
-            "critic_reuse",
-            "log_every",
-            "save_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {sorted(known)}")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if unknown := set(self.trackers) - set(TRACKERS):
+            raise ValueError(f"trackers {sorted(unknown)} are unknown; choose from {sorted(TRACKERS)}")
         if not self.name.strip("./") or not 0 <= self.ema < 1:
             raise ValueError(f"a stage needs a name and ema in [0, 1), got {self.name!r} and {self.ema}")
-        if self.ema_warmup < 1:
-            raise ValueError(
-                f"ema_warmup must be at least 1, which decays by ema from the start, got {self.ema_warmup}"
-            )
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts or "\0" in self.name:
             raise ValueError(f"name {self.name!r} leads out of the folder `out`: set out= for another place")
         if self.seed >= MAX_SEED:
             raise ValueError(f"seed must be below 2**53, got {self.seed}")
-        if self.parallel not in distributed.PARALLEL:
-            raise ValueError(f"parallel {self.parallel!r} is unknown; choose one of {distributed.PARALLEL}")
+
+    def check_parts(self) -> None:
+        """Raise ValueError where settings of networks, processes and reports cannot work together."""
+        if self.teacher_precision == "bf16" and self.precision != "bf16":
+            raise ValueError("a teacher in bf16 needs precision=bf16 around it")
         if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
             raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
         if self.objective == "codec" and self.sequence > 1:
@@ -159,14 +160,12 @@ class TrainConfig:
             raise ValueError("offload=true is for the inputs of recomputed blocks; set dit.checkpoint=true")
         if self.objective == "codec" and (self.lora.rank or self.compile):
             raise ValueError("a codec has no blocks to adapt or compile; set lora.rank=0 and compile=false")
-        if self.init_plateau < 0 or (self.init_plateau and not self.init):
-            raise ValueError(f"init_plateau {self.init_plateau} must not be negative, and asks about an `init`")
+        if self.sample_every and (self.objective == "codec" or not self.codec):
+            raise ValueError("sample_every shows decoded clips: set `codec`, and leave it 0 for objective 'codec'")
+        if self.init_plateau and not self.init:
+            raise ValueError(f"init_plateau {self.init_plateau} asks about an `init`: name one, or leave it 0")
         if self.validation.every and self.save_every % self.validation.every:
-            raise ValueError(
-                f"save_every {self.save_every} must be whole validation.judge_every {self.validation.every}"
-            )
-        self.check_policy()
-        self.check_curriculum()
+            raise ValueError(f"save_every {self.save_every} must be whole validation.every {self.validation.every}")
 
     @property
     def rolls(self) -> bool:

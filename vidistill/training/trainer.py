@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,11 @@ from vidistill.data.clips import Clips
 from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
-from vidistill.io import write_atomic, write_json
+from vidistill.io import sweep, write_atomic, write_json
 from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
-from vidistill.training import known, networks, validation
+from vidistill.training import known, networks, samples, validation
 from vidistill.training.config import EXPORTS, TrainConfig, Turn
 from vidistill.training.interruption import Interruption
 from vidistill.training.losses import OBJECTIVES
@@ -41,11 +42,12 @@ from vidistill.training.on_policy import (
 )
 from vidistill.training.optim import TrainingError, TrainState
 from vidistill.training.run_folder import RunLock, RunState, load_state, newest_state, save_state
-from vidistill.training.trackers import MetricsLog
+from vidistill.training.trackers import MetricsLog, check_installed
 
 log = logging.getLogger("vidistill")
 
 BEST = "best"
+SAMPLES = "samples"
 METRICS = "metrics.jsonl"
 STARTS = ("init", "critic_init")  # settings that a run which is resumed cannot change
 
@@ -59,6 +61,7 @@ class Trainer:
         self.parts = distributed.parts(cfg.batch, cfg.accumulate, cfg.sequence)
         self.folder = Path(cfg.out) / cfg.name
         self.metrics_log = MetricsLog(self.folder / METRICS)
+        check_installed(cfg.trackers)
         self.lock: RunLock | None = None  # of rank 0 while it runs
         self.step_count = 0
         self.started, self.spent = time.monotonic(), 0.0  # seconds of the processes before this one
@@ -205,10 +208,14 @@ class Trainer:
             if self.lock is not None:
                 stack.callback(self.lock.release)
             interruption = stack.enter_context(Interruption())
-            self.resume()
             first = distributed.rank() == 0
             if first:
+                sweep(self.folder, stale_s=0)  # nobody else writes here
+            self.resume()
+            if first:
                 write_json(self.folder / "config.json", asdict(self.cfg))
+                self.metrics_log.open(self.cfg.trackers, self.cfg.name, asdict(self.cfg), self.step_count)
+                stack.callback(self.metrics_log.close)
             self.started = time.monotonic()
             bar = tqdm(
                 total=self.cfg.steps,
@@ -237,15 +244,43 @@ class Trainer:
         self.student_state.swap_ema()
         score = validation.judge(self.roles.student, cfg.schedule, self.held, self.codec, watched.score)
         if self.peak.update(score, self.step_count):
-            net = self.weights()
-            if distributed.rank() == 0:
-                checkpoint.export(self.folder / BEST, net, self.record(), EXPORTS[self.cfg.export_dtype])
+            self.export(BEST)
         self.student_state.swap_ema()
         if distributed.rank() == 0:
             self.metrics_log.write(
                 {"step": self.step_count, watched.score.rpartition(":")[2]: score, "best_step": self.peak.step}
             )
         log.info("%s: %s %.4f, best %.4f at step %d", cfg.name, watched.score, score, self.peak.score, self.peak.step)
+
+    def show(self) -> None:
+        """Write a video of what the averaged network makes, and its weights, where this step is due."""
+        cfg, at = self.cfg, self.step_count
+        due = [bool(every and at % every == 0) for every in (cfg.sample_every, cfg.export_every)]
+        if not any(due):
+            return
+        self.student_state.swap_ema()
+        if due[0]:
+            batch = self.batch(0).first(samples.CLIPS)
+            if cfg.objective == "regression":
+                batch = replace(batch, x=batch.x[:, -1])
+            with autocast(cfg.precision, self.device, self.caching):
+                latents = samples.sample_clips(self.roles.student, cfg, batch.to(self.device))
+            if distributed.rank() == 0:
+                fps = self.data.meta.get("fps", samples.FPS)
+                shown = samples.write_samples(self.folder / SAMPLES, at, latents, self.load_codec(), fps)
+                self.metrics_log.show(at, *shown)
+        if due[1]:
+            self.export(f"{Path(cfg.name).name}-{at}")
+        self.student_state.swap_ema()
+
+    def export(self, name: str) -> None:
+        """Write the student's present weights into the run's folder."""
+        net = self.weights()
+        if isinstance(net, TinyCodec) and (self.cfg.renormalise or not self.cfg.init):  # else its latents are in use
+            net = deepcopy(net)  # training goes on with its own latents
+            net.normalise_on(self.normalisation_clips())
+        if distributed.rank() == 0:
+            checkpoint.export(self.folder / name, net, self.record(), EXPORTS[self.cfg.export_dtype])
 
     def loop(self, bar: Any, interruption: Interruption) -> None:
         first = self.step_count
@@ -265,6 +300,7 @@ class Trainer:
                 self.losses += [row["student/loss"]] if "student/loss" in row else []
                 self.write_log(row)
             self.validate()
+            self.show()
             ended = self.step_count == self.cfg.steps or self.peak.done(self.cfg.validation.patience)
             told = 0 if ended else interruption.agreed()
             if self.step_count % self.cfg.save_every == 0 or ended or told:
@@ -331,11 +367,7 @@ class Trainer:
         if self.peak.step:
             return checkpoint.with_extension(path, ".safetensors")
         self.student_state.swap_ema()
-        net = self.weights()
-        if isinstance(net, TinyCodec) and (cfg.renormalise or not cfg.init):  # else its latents are in use
-            net.normalise_on(self.normalisation_clips())
-        if distributed.rank() == 0:
-            checkpoint.export(path, net, self.record(), EXPORTS[self.cfg.export_dtype])
+        self.export(path.name)
         self.student_state.swap_ema()
         return checkpoint.with_extension(path, ".safetensors")
 
