@@ -17,6 +17,7 @@ from vidistill import checkpoint
 from vidistill.bench.random_weights import RandomConfig
 from vidistill.cli.main import main
 from vidistill.data.clips import Clips
+from vidistill.evaluation import SUITES, suite_of
 from vidistill.interop.keys import to_original
 from vidistill.io import save_png
 
@@ -333,16 +334,19 @@ def test_a_picture_for_a_student_that_takes_none_is_refused(capsys, tmp_path, pi
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "judged"),
     [
-        ("shapes-codec", "vidistill eval shapes"),
-        ("talker-codec", "vidistill eval talker"),
-        ("shapes-teacher", "vidistill eval shapes --teacher shapes-teacher"),
+        ("doom", "quality"),
+        ("shapes-codec", "prompt_adherence"),
+        ("shapes-teacher", "prompt_adherence"),
+        ("talker", "lip_sync"),
     ],
 )
-def test_what_learned_from_another_world_is_not_judged_on_walks_of_doom(capsys, name, message):
-    code, _, err = call(capsys, "eval", name, "--clips", "2")
-    assert code == 1 and f"{name} did not learn from doom but from {name.split('-')[0]}" in err and message in err
+def test_a_checkpoint_is_judged_by_the_suite_of_the_world_it_learned_from(monkeypatch, name, judged):
+    seen = []
+    monkeypatch.setattr("vidistill.evaluation.suite.run", lambda suite, *_, **__: seen.append(suite) or {})
+    assert main(["eval", name, "--clips", "2"]) == 0
+    assert seen == [suite_of(name, checkpoint.read_record(checkpoint.locate(name)))] == [SUITES[judged]]
 
 
 @pytest.mark.parametrize(
@@ -370,8 +374,7 @@ def without_matplotlib(monkeypatch):
 @pytest.mark.parametrize("args", [["doom"], ["doom-teacher"], ["doom-codec"], ["doom-relic", "--suite", "memory"]])
 def test_a_report_that_cannot_be_drawn_is_said_before_the_work(capsys, tmp_path, monkeypatch, args):
     without_matplotlib(monkeypatch)
-    monkeypatch.setattr("vidistill.evaluation.quality.judge", None)  # calling these would fail
-    monkeypatch.setattr("vidistill.evaluation.spatial_memory.evaluate_memory", None)
+    monkeypatch.setattr("vidistill.evaluation.suite.judge", None)  # calling it would fail
     code, _, err = call(capsys, "eval", *args, "--out", tmp_path)
     assert code == 1 and 'plots need matplotlib: pip install "vidistill[eval]"' in err
 
