@@ -93,6 +93,15 @@ def test_a_rewind_reaches_into_the_history_and_a_fork_is_independent():
     assert not memory.stored
 
 
+def test_slots_that_a_rewind_has_freed_are_not_read():
+    memory = memory_of(MemoryConfig("endless", frames=4, history=4, pattern=(1,)))
+    for start in range(0, 8, 2):
+        write(memory, start, 2)
+    memory.rewind(6)
+    seen = write(memory, 6, 1)  # one frame where two were
+    assert seen == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_history_can_be_hidden_and_comes_back_whole():
     student = tiny_student(COMPRESSED)
     x, sigma, cond = clip(), torch.full((1, 3), 0.5), condition()
