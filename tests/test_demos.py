@@ -1,14 +1,21 @@
-"""The demos start, and the avatar speaks a recording."""
+"""The demos start, the avatar speaks a recording, and the tutorial does what it says."""
 
+import re
 import runpy
+import shlex
 import sys
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+from shell import commands_of, run_all
 from tiny_talker import write_talker
+from tiny_videos import moving, write
 
+from vidistill import checkpoint
+from vidistill.cli import planning, recipe
+from vidistill.cli.main import main, parser
 from vidistill.conditioning.audio import to_pcm16
 from vidistill.io import read_video, save_png
 
@@ -46,3 +53,25 @@ def test_an_avatar_speaks_a_recording(tmp_path, monkeypatch):
     run(avatar, monkeypatch, *said, "-o", str(out))
     frames, fps = read_video(out)
     assert fps == 16 and len(frames) >= 16
+
+
+def test_the_tutorial_leads_from_videos_to_a_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "seconds_of", lambda cfg: 0.5)
+    monkeypatch.setattr(planning, "LESS_SIZE", 10**9)  # the smallest networks, and small ones
+    monkeypatch.setitem(recipe.SIZES, "small", (144, 1, 64))
+    monkeypatch.setattr(recipe, "WARM", {"codec": None, "teacher": None})
+    monkeypatch.chdir(tmp_path)
+    for k in range(4):
+        write(tmp_path / "clips" / f"{k}.mp4", moving(36, seed=k))
+    text = (DEMOS[0].parent / "own_world.md").read_text()
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("64x64", "16x16").splitlines()
+    assert len(lines) == 6
+    dry_run, cut, project, rehearsal, training, play = map(shlex.split, lines)
+    assert main(dry_run[1:]) == 0 and (tmp_path / "data" / "mine" / "report.html").is_file()
+    assert main(cut[1:]) == 0 and main(project[1:]) == 0
+    assert rehearsal == ["STEPS=3", *training] and (tmp_path / training[0]).is_file()
+    run_all(commands_of(tmp_path / training[0], tmp_path, STEPS="1"), monkeypatch)
+    served = Path(parser().parse_args(play[1:]).name)
+    assert served.parts[0] == "mine"
+    made = tmp_path / "mine" / "rehearsal" / Path(*served.parts[1:])
+    assert checkpoint.load(str(made)).kind == "student" and made.with_name(f"{made.name}-starts").is_dir()
