@@ -4,12 +4,10 @@ Schedule, memory, objective, precision, adapters, recomputation and accumulation
 latents, clips a batch and sampler steps are not. Nothing is downloaded, read at full size, compiled or kept.
 """
 
-import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -17,24 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vidistill import checkpoint, distributed
-from vidistill.bench import cost
+from vidistill.bench import plan
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
-from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, Condition
-from vidistill.config import build
-from vidistill.data import clips, shards
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE
 from vidistill.data import prompts as prompts_module
-from vidistill.diffusion import LatentShape
+from vidistill.data import shards
 from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import NO_GRID, DiTConfig
-from vidistill.models.lora import LoraConfig
-from vidistill.models.student import CausalStudent
-from vidistill.ops.precision import working_dtype
-from vidistill.ops.sequence import SequenceGroup
-from vidistill.schedules import training
 from vidistill.streaming.session import StreamConfig, StreamSession
-from vidistill.teachers.wan import architecture, local_parts
 from vidistill.training.config import TrainConfig
-from vidistill.training.losses import OBJECTIVES
 from vidistill.training.trainer import Trainer
 from vidistill.training.validation import ValidationConfig
 
@@ -43,59 +32,26 @@ CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
 FACTOR = 4  # pixel frames of a latent of CODEC
 
 
-@dataclass(frozen=True)
-class Role:
-    """A network of the stage: where it comes from, how that is known, its true architecture."""
-
-    source: str
-    known: str
-    dit: DiTConfig
-
-
-def rehearse(cfg: TrainConfig) -> dict[str, Any]:
+def rehearse(cfg: TrainConfig, gpus: int = 0, gpu_memory: float = 80.0) -> dict[str, Any]:
     """Run the stage `cfg` once in miniature; returns what was done and what the real one would take, ready for JSON.
 
-    Raises what the stage itself would raise: an impossible combination of settings is found here.
+    With `gpus`, first of all plan what each of so many of `gpu_memory` GB would hold. Raises what the stage itself
+    would raise, and ValueError where they cannot hold it: an impossible combination of settings is found here.
     """
-    roles = {} if cfg.objective == "codec" else roles_of(cfg)
+    roles = {} if cfg.objective == "codec" else plan.roles_of(cfg)
+    planned = {"plan": plan.checked(cfg, roles, gpus, gpu_memory)} if gpus else {}
     with tempfile.TemporaryDirectory(prefix="vidistill-") as folder:
         done = run(miniature(cfg, roles, Path(folder)))
     return {
         "stage": cfg.name,
         "objective": cfg.objective,
-        "networks": {name: network_cost(cfg, name, role) for name, role in roles.items()},
-        "true_size": true_size(cfg, roles) if roles else {},
+        "networks": {name: plan.network_cost(cfg, name, role) for name, role in roles.items()},
+        "true_size": plan.true_size(cfg, roles) if roles else {},
         "data": cfg.data if (Path(cfg.data) / shards.META).is_file() else f"{cfg.data}: not here, random data",
+        **planned,
         "done": done,
         "config": asdict(cfg),
     }
-
-
-# --- what the networks are --------------------------------------------------------------------------------------------
-
-
-def roles_of(cfg: TrainConfig) -> dict[str, Role]:
-    """The networks of a stage by role."""
-    roles = {"student": role(cfg.init or cfg.teacher, cfg.dit)}
-    if OBJECTIVES[cfg.objective].critic is not None:
-        roles["teacher"] = role(cfg.teacher, cfg.dit)
-        roles["critic"] = role(cfg.critic_init or cfg.teacher, cfg.dit)
-    return roles
-
-
-def role(name: str | None, fallback: DiTConfig) -> Role:
-    """What is known of network `name` without its weights; `fallback` if it is not here and its name says nothing."""
-    if name is None:
-        return Role("", "new", fallback)
-    if checkpoint.is_published(name) and Path(name).is_dir():
-        return Role(name, "read from its folder", architecture(local_parts(Path(name))[0]))
-    if network := cost.network_called(name):
-        return Role(name, f"not here, {network} by its name", cost.NETWORKS[network])
-    try:
-        record = checkpoint.read_record(checkpoint.locate(name))
-    except checkpoint.CheckpointError:
-        return Role(name, "not here, taken for the `dit` of the config", fallback)
-    return Role(name, "read from its record", build(DiTConfig, record["dit"]))
 
 
 def shrink(dit: DiTConfig, grid: tuple[int, int]) -> DiTConfig:
@@ -122,7 +78,7 @@ def shrink(dit: DiTConfig, grid: tuple[int, int]) -> DiTConfig:
 # --- the miniature ----------------------------------------------------------------------------------------------------
 
 
-def miniature(cfg: TrainConfig, roles: dict[str, Role], folder: Path) -> TrainConfig:
+def miniature(cfg: TrainConfig, roles: dict[str, plan.Role], folder: Path) -> TrainConfig:
     """The stage on tiny networks and data, all of it under `folder`."""
     accumulate = min(cfg.accumulate, 2)
     small = replace(
@@ -286,122 +242,6 @@ def stream(bundle: checkpoint.Bundle) -> str:
     return f"{len(shapes)} chunks streamed"
 
 
-# --- the true size ----------------------------------------------------------------------------------------------------
-
-
-def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:
-    """Parameters of a network, how many of them train, and bytes of weights, gradients, optimiser and average."""
-    total = cost.parameters(r.dit)
-    lora = {"student": cfg.lora, "critic": cfg.critic_lora}.get(name, LoraConfig())
-    trained = 0 if name == "teacher" else adapters(r.dit, lora) if lora.rank else total
-    state = trained * (4 + 8)  # gradient and two moments of AdamW
-    if name == "student" and cfg.ema:
-        state += 4 * trained
-    size = working_dtype(cfg.teacher_precision).itemsize if name == "teacher" else 4
-    weights = size * (total + (trained if lora.rank else 0))
-    return {
-        "source": r.source,
-        "known": r.known,
-        "parameters": total,
-        "trained": trained,
-        "weight_bytes": weights,
-        "training_bytes": state,
-    }
-
-
-def adapters(dit: DiTConfig, lora: LoraConfig) -> int:
-    """Parameters of the low-rank adapters of a network."""
-    with torch.device("meta"):
-        linears = {n: m for n, m in VideoDiT(dit).named_modules() if isinstance(m, nn.Linear)}
-    adapted = [m for n, m in linears.items() if re.fullmatch(lora.targets, n)]
-    return sum(lora.rank * (m.in_features + m.out_features) for m in adapted)
-
-
-def latent_size(cfg: TrainConfig, dit: DiTConfig) -> tuple[int, int] | None:
-    """Height and width of the stage's true latents, where something says so."""
-    if all(cfg.latent_size):
-        return cfg.latent_size
-    if (Path(cfg.data) / shards.META).is_file():
-        source = prompts_module.open_data(cfg.data)
-        if isinstance(source, clips.Clips):
-            return source.latent_size[1:]
-    return (dit.grid[0] * dit.patch[1], dit.grid[1] * dit.patch[2]) if dit.grid != NO_GRID else None
-
-
-def true_size(cfg: TrainConfig, roles: dict[str, Role]) -> dict[str, Any]:
-    """Tokens, passes, FLOPs and bytes of one clip at the size the stage is for; {} if nothing says its latents.
-
-    Bytes are those of one of the processes that share the clip; ValueError unless their number divides it.
-    """
-    dit, size = roles["student"].dit, latent_size(cfg, roles["student"].dit)
-    if size is None:
-        return {}
-    shape, item = LatentShape(cfg.frames, dit.channels, *size, dit.patch), working_dtype(cfg.precision).itemsize
-    n, memory, share = shape.tokens_per_frame, cfg.student.memory, SequenceGroup(None, 0, cfg.sequence)
-    for role in roles.values():
-        share.check(role.dit.heads, n)
-    with torch.device("meta"):
-        student = CausalStudent(VideoDiT(dit), cfg.student, shape)
-    causal = cfg.objective not in ("flow",)
-    alone = cfg.objective == "regression" and cfg.loss.history == "noisy"
-    frames = cfg.student.chunk if cfg.rolls else cfg.frames * (2 if cfg.objective in DOUBLED and not alone else 1)
-    seen = min(memory.tokens(shape.grid), cfg.frames * n) if cfg.rolls else cfg.frames * n
-    row: dict[str, Any] = {
-        "latents": [cfg.frames, dit.channels, *size],
-        "tokens_per_frame": n,
-        "tokens_per_pass": frames * n,
-        "flops_per_pass": sum(cost.pass_flops(dit, shape, frames, seen).values()),
-        "activation_bytes_per_pass": frames * n * activation_bytes(dit, cfg) / cfg.sequence,
-        "recomputed_blocks": cfg.dit.checkpoint,
-    }
-    if cfg.rolls:
-        passes = list(training(cfg.schedule, student.num_chunks(cfg.frames), Random(cfg.seed)))
-        row["passes_per_rollout"] = len(passes)
-        row["passes_with_gradient_at_once"] = 1 if cfg.replay else sum(p.grad for p in passes)
-        pasts = [min(student.first_frame(p.chunk), memory.frames - frames) for p in passes if p.grad]
-        # Autograd reads memory as a copy; slots that are used once are joined by recomputed blocks, layer by layer.
-        lent = cfg.dit.checkpoint and memory.policy == "full"
-        copied = max(pasts, default=0) if cfg.replay or lent else sum(pasts)
-        row["history_bytes"] = 2 * copied * (1 if lent else dit.layers) * dit.width * n * item // cfg.sequence
-    if causal:
-        row["memory_bytes"] = (
-            memory.account(shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads, itemsize=item)["bytes"]
-            // cfg.sequence
-        )
-    return row
-
-
-DOUBLED = ("teacher_forcing", "regression")  # the clean clip rides along
-
-
-def activation_bytes(dit: DiTConfig, cfg: TrainConfig) -> float:
-    """Bytes a token that one pass keeps for its backward pass, counted on the meta device; no history, no workspace."""
-    dtype = working_dtype(cfg.precision)
-    kept: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-            held.append(x)
-        return x
-
-    held: list[Tensor] = []
-    side = (8 * dit.patch[1], 8 * dit.patch[2])
-    with torch.device("meta"):
-        grid = (8, 8) if dit.grid != NO_GRID else NO_GRID
-        net = VideoDiT(replace(dit, grid=grid, checkpoint=False)).to(dtype)
-        x = torch.zeros(1, 1, dit.channels, *side, dtype=dtype)
-        per_frame = {site: torch.zeros(1, 1, s.dim, dtype=dtype) for site, s in dit.sites.items()}
-        extra = torch.zeros(1, 1, dit.extra_channels, *side, dtype=dtype) if dit.extra_channels else None
-        tokens = torch.zeros(1, dit.image_tokens + 1, max(dit.text_dim, dit.image_dim), dtype=dtype)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            net(x, torch.zeros(1, 1), Condition(tokens if dit.text_dim else None, per_frame, extra))
-    own = {p.untyped_storage()._cdata for p in net.parameters()}
-    total = sum(size for storage, size in kept.items() if storage not in own) / 64
-    recomputed = dit.layers * dit.width * dtype.itemsize + total / dit.layers
-    return recomputed if cfg.dit.checkpoint else total
-
-
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +268,7 @@ def report(row: dict[str, Any]) -> str:
                 f"a rollout {true['passes_per_rollout']} passes, {true['passes_with_gradient_at_once']} of them with "
                 f"gradient at once (history {gb(true['history_bytes'])}), memory {gb(true['memory_bytes'])} a clip"
             )
+    lines += plan.report(row["plan"], row["config"]["accumulate"]) if "plan" in row else []
     return "\n".join([*lines, *(f"done      {step}" for step in row["done"])])
 
 

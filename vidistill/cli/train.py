@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import Arguments, add_command
+from vidistill.cli.options import Arguments, add_command, positive_float, positive_int
 
 TRAIN: Arguments = {
     "config": {"help": "YAML of the stage"},
@@ -14,6 +14,12 @@ TRAIN: Arguments = {
         "action": "store_true",
         "help": "run the stage once on tiny random networks, say what it would take",
     },
+    "--gpus": {
+        "type": positive_int,
+        "metavar": "N",
+        "help": "with --dry-run: plan the memory of N GPUs, and refuse what they cannot hold",
+    },
+    "--gpu-memory": {"type": positive_float, "metavar": "GB", "help": "with --gpus: of each of them (default: 80)"},
 }
 DIAGNOSE: Arguments = {
     "folder": {"type": Path, "metavar": "RUN", "help": "folder of a run, such as runs/talker"},
@@ -37,11 +43,13 @@ def run_train(args: argparse.Namespace) -> None:
     from vidistill.training.config import TrainConfig
     from vidistill.training.trainer import train
 
+    if (args.gpus and not args.dry_run) or (args.gpu_memory and not args.gpus):
+        raise ValueError("--gpus and --gpu-memory plan a stage: add --dry-run and --gpus, or leave them out")
     cfg = load_config(TrainConfig, args.config, args.overrides)
     if args.dry_run:
         from vidistill.bench import dry_run
 
-        row = dry_run.rehearse(cfg)
+        row = dry_run.rehearse(cfg, args.gpus or 0, args.gpu_memory or 80.0)
         print(dry_run.report(row), json.dumps(row), sep="\n")
         return
     with distributed.group():
