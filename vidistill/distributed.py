@@ -190,28 +190,43 @@ def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
         g.copy_(total.view_as(g) / world_size())
 
 
-def shard(net: nn.Module, units: Iterable[list[nn.Module]]) -> None:
+def shard(net: nn.Module, units: Iterable[list[nn.Module]], gather: torch.dtype = torch.float32) -> None:
     """Spread the parameters of `net` over all ranks, in place, gathered unit by unit; alone, nothing.
 
     Modules of a unit run one after the other, and units lie in `net`, inner ones first. What is left of it is gathered
-    by its own forward, through which it must be called.
+    by its own forward, through which it must be called. Weights are gathered in `gather`: in bfloat16 half as much is
+    sent, and all that a pass computes outside autocast sees rounded weights too; gradients are summed in float32.
 
     Source: FSDP2, `torch.distributed.fsdp.fully_shard`.
     """
     if world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    policy = MixedPrecisionPolicy()
+    if gather != torch.float32:  # inputs keep their type: a noise level in bfloat16 would be another one
+        policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     where = accelerator().type
     mesh = init_device_mesh(where, (world_size(),))
     # keys of a prompt are views; nothing here writes into what a layer returns
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
     for unit in (*units, [net]):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         for module in unit if where == "cpu" else ():  # gloo has no mean
             sharded: Any = module
             sharded.set_force_sum_reduction_for_comms(True)
+
+
+def sync_gradients(nets: Iterable[nn.Module], on: bool) -> None:
+    """Whether coming backward passes of sharded networks sum gradients over ranks; else each rank keeps them whole."""
+    if world_size() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for net in nets:
+        if isinstance(net, FSDPModule):
+            net.set_requires_gradient_sync(on)
 
 
 def is_sharded(x: Tensor) -> bool:

@@ -99,6 +99,8 @@ def test_a_batch_that_cannot_be_split_is_refused(root):
     [
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"parallel": "magic"}, "'magic' is unknown"),
+        ({"gather": "bf16"}, "precision=bf16"),
+        ({"gradient_sync": "never"}, "gradient_sync"),
         ({"parallel": "shard", "optim": OPTIM}, "clear optim.muon"),
         ({"parallel": "shard", "objective": "codec"}, "for transformers"),
         ({"sequence": 0}, "sequence must be at least 1"),
@@ -211,6 +213,58 @@ def test_shards_get_every_gradient_in_half_precision(root, settings, recompute):
     one, two = (read_tensors(root / name)[0] for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all((one[n] - two[n]).norm() < 0.05 * one[n].norm() + 1e-6 for n in one)
+
+
+def watched_step(cfg, out):
+    """A student step; says how often gradients were summed, and in which type a layer's weights were gathered."""
+    name = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+    summed, dtypes, scatter = [], set(), getattr(torch.distributed, name)
+
+    def counted(*args, **kwargs):
+        summed.append(1)
+        return scatter(*args, **kwargs)
+
+    setattr(torch.distributed, name, counted)
+    trainer = Trainer(cfg)
+    layer = next(m for n, m in trainer.roles.student.named_modules() if n.endswith("blocks.0.ffn.0"))
+    layer.register_forward_pre_hook(lambda module, args: dtypes.add(str(module.weight.dtype)))
+    trainer.step()
+    if distributed.rank() == 0:
+        save_tensors(out, {}, {"summed": len(summed), "dtypes": sorted(dtypes)})
+
+
+@pytest.mark.timeout(600)
+def test_gradients_of_shards_are_summed_once_a_step_where_asked(root):
+    found = {}
+    for sync in ("micro_batch", "step"):
+        for stage, settings in (("flow", {}), ("dmd", {"replay": True})):
+            cfg = STAGES[stage](root, parallel="shard", accumulate=2, gradient_sync=sync, **settings)
+            together(2, watched_step, cfg, root / "seen")
+            found[stage, sync] = read_tensors(root / "seen")[1]["summed"]
+    assert 0 < 2 * found["flow", "step"] == found["flow", "micro_batch"]
+    assert found["dmd", "step"] < found["dmd", "micro_batch"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("replay", [False, True])
+def test_gradients_summed_once_a_step_are_those_of_one_process(root, replay):
+    one = result(STAGES["dmd"](root, name="one", replay=replay), 3, root / "one")
+    cfg = STAGES["dmd"](root, name="two", replay=replay, parallel="shard", accumulate=2, gradient_sync="step")
+    assert_same(result(cfg, 3, root / "two", count=2), one)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("settings", [{}, {"replay": True}, {"gradient_sync": "step", "accumulate": 2}])
+def test_weights_gathered_in_half_precision_train_as_whole_ones(root, settings):
+    cfg = STAGES["dmd"](root, precision="bf16", **settings)
+    first_gradients(cfg, root / "one")
+    cfg = replace(cfg, parallel="shard", gather="bf16")
+    together(2, first_gradients, cfg, root / "two")
+    one, two = (read_tensors(root / name)[0] for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(g.dtype == torch.float32 for g in two.values())
+    assert all((one[n] - two[n]).norm() < 0.1 * one[n].norm() + 1e-6 for n in one)
+    together(2, watched_step, cfg, root / "seen")
+    assert read_tensors(root / "seen")[1]["dtypes"] == ["torch.bfloat16"]
 
 
 @pytest.mark.timeout(600)

@@ -30,6 +30,8 @@ CHOICES: Mapping[str, Collection[str]] = {
     "precision": PRECISIONS,
     "teacher_precision": DTYPES,
     "export_dtype": EXPORTS,
+    "gather": DTYPES,
+    "gradient_sync": ("micro_batch", "step"),
     "backend": ("auto", *BACKENDS),
 }
 EVERY = ("log_every", "save_every")
@@ -80,6 +82,8 @@ class TrainConfig:
     parallel: str = "replicate"  # under torchrun: every process has whole networks, or its `shard` of them (FSDP2)
     sequence: int = 1  # under torchrun: so many processes share the tokens of every frame, and work on the same clips
     offload: bool = False  # inputs of recomputed blocks (dit.checkpoint) wait in host memory for their backward pass
+    gather: str = "fp32"  # of shards: the precision that weights are gathered in, fp32 or bf16
+    gradient_sync: str = "micro_batch"  # of shards: when gradients are summed; once a `step` keeps whole ones
     frames: int = 22  # latent frames of a clip (pixel frames for a codec)
     curriculum: tuple[tuple[int, int], ...] = ()  # (step, frames): clips of so many latents from this step on
     seed: int = 0
@@ -152,6 +156,8 @@ class TrainConfig:
         """Raise ValueError where settings of networks, processes and reports cannot work together."""
         if self.teacher_precision == "bf16" and self.precision != "bf16":
             raise ValueError("a teacher in bf16 needs precision=bf16 around it")
+        if self.gather == "bf16" and self.precision != "bf16":
+            raise ValueError("weights gathered in bf16 need precision=bf16 around them; set gather=fp32")
         if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
             raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
         if self.objective == "codec" and self.sequence > 1:

@@ -12,7 +12,7 @@ from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.models.dit import VideoDiT, extend, recomputing
 from vidistill.models.lora import LoraConfig, add_lora, merge_lora
 from vidistill.models.student import CausalStudent, core
-from vidistill.ops.precision import working_dtype
+from vidistill.ops.precision import DTYPES, working_dtype
 from vidistill.training.config import TrainConfig, check_network
 from vidistill.training.losses import OBJECTIVES, Roles
 from vidistill.training.motion import MotionHead
@@ -78,7 +78,7 @@ def prepare(cfg: TrainConfig, roles: Roles, device: torch.device) -> None:
             if group is not None and isinstance(part, VideoDiT):
                 part.split_sequence(group)
         if cfg.parallel == "shard":
-            distributed.shard(inner, inner.units)
+            distributed.shard(inner, inner.units, DTYPES[cfg.gather])
         if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
             inner.compile_regions()
     if roles.motion is not None:

@@ -25,6 +25,7 @@ from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
 from vidistill.io import sweep, write_atomic, write_json
+from vidistill.models.student import core
 from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
@@ -167,6 +168,8 @@ class Trainer:
             state.zero_grad()
         whole, loss_of = self.batch(turn.drawn), self.objective.loss_of(turn.role)
         for sampler, part in zip(self.samplers, self.parts, strict=True):  # micro-batches
+            last = part is self.parts[-1]
+            distributed.sync_gradients([core(s.net) for s in states], last or self.cfg.gradient_sync == "micro_batch")
             batch, rng = self.micro_batch(whole, part), turn.rng()
             waiting = kept_on_host(self.cfg.offload, self.device)
             with autocast(self.cfg.precision, self.device, self.caching), part.draws(len(batch.x)), waiting:
