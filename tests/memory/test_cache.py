@@ -248,7 +248,7 @@ def test_a_dense_history_lies_behind_the_window_and_is_read_without_a_copy():
 def held_bytes() -> int:
     """Bytes of all storages that Python objects hold."""
     gc.collect()
-    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 

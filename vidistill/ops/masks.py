@@ -47,8 +47,10 @@ class FrameMask:
 
     def _spread(self, columns: Tensor) -> Tensor:
         """One number a key frame, along the last axis -> one a key token."""
-        widths = torch.tensor(self.widths, device=columns.device) if self.widths else self.tokens
-        return columns.repeat_interleave(widths, -1)
+        if not self.widths:
+            return columns.repeat_interleave(self.tokens, -1)
+        widths = torch.tensor(self.widths, device=columns.device)
+        return columns.repeat_interleave(widths, -1, output_size=sum(self.widths))  # known without asking the device
 
     @property
     def dense(self) -> Tensor:
