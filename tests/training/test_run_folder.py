@@ -33,6 +33,7 @@ def started(job, *args):
 
 
 def train_for_ever(cfg):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
     train(replace(cfg, steps=10**6, save_every=10**6, log_every=1, threads=1))
 
 
