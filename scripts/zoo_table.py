@@ -64,7 +64,7 @@ def groups(figures: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Ma
 
 
 def results(cards: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| network | Frechet | does as told | frames/s | x teacher |", "|---|---|---|---|---|"]
+    lines = ["| network | Frechet | follows its condition | frames/s | x teacher |", "|---|---|---|---|---|"]
     for name, distance, task, what in ROWS:
         figures = cards[name]["figures"]
         speed, teacher = figures.get("speed", {}), figures.get("beside_teacher", {})
