@@ -69,6 +69,7 @@ OPTIONAL = {
     "scipy": Extra("eval"),
     "torchao": Extra("int8"),
     "gymnasium": Extra("gym", ("data/importers/*",)),
+    "minari": Extra("minari", ("data/importers/*",)),
     "espeakng_loader": Extra("audio"),
     "soundfile": Extra("audio"),
 }

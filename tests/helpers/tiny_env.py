@@ -59,8 +59,8 @@ class Deaf(TinyEnv):
     metadata: ClassVar = {"render_modes": ["human"], "render_fps": 10}
 
 
-gymnasium.register("Tiny-v0", TinyEnv)
-gymnasium.register("Deaf-v0", Deaf)
+gymnasium.register("Tiny-v0", "tiny_env:TinyEnv")
+gymnasium.register("Deaf-v0", "tiny_env:Deaf")
 
 
 def to_the_right(env, rng):

@@ -1,0 +1,132 @@
+"""Minari data sets whose observations are pictures: frames, and the actions between them."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidistill import checkpoint
+from vidistill.data.importers.actions import ActionMap, action_map
+from vidistill.data.importers.gym import resized
+from vidistill.data.importers.plan import SPLITS, hashed
+from vidistill.data.importers.write import PER_SHARD, Clip, Part, shard_of, write_split
+from vidistill.data.shards import DataError, Shard
+
+
+@dataclass(frozen=True)
+class MinariConfig:
+    """What is read of a Minari data set: `observation`, the key of the picture in observations that are dictionaries;
+    frames a second; `size` (height, width), reached as `resize` says; names of the actions, as of `data gym`."""
+
+    source: str
+    observation: str = ""
+    fps: float = 15.0
+    size: tuple[int, int] = (64, 64)
+    resize: str = "crop"
+    names: tuple[str, ...] = ()
+    least: int = 17
+
+
+def opened(source: str) -> Any:
+    """A local Minari data set, by its id or its folder. ImportError without Minari, DataError where it is not there."""
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError("Minari data sets need Minari: pip install 'vidistill[minari]'") from error
+    try:
+        return minari.MinariDataset(Path(source) / "data") if Path(source).is_dir() else minari.load_dataset(source)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise DataError(
+            f"--from {source} is no Minari data set here ({error}); download it with `minari download`"
+        ) from error
+
+
+def pictures(observations: Any, cfg: MinariConfig) -> np.ndarray:
+    """The pictures uint8 [T, H, W, 3] of an episode's observations; DataError where they are none."""
+    if isinstance(observations, dict):
+        if cfg.observation not in observations:
+            raise DataError(
+                f"--observation {cfg.observation!r} is not there; observations are {', '.join(observations)}"
+            )
+        observations = observations[cfg.observation]
+    found = np.asarray(observations)
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[-1] != 3:
+        raise DataError(
+            f"{cfg.source} observes {found.dtype} {list(found.shape[1:])}, no pictures uint8 [H, W, 3]; record its "
+            "environment with `vidistill data gym`"
+        )
+    return np.stack([resized(picture, cfg.size, cfg.resize) for picture in found])
+
+
+def clips_of(data: Any, cfg: MinariConfig, named: ActionMap, episodes: Sequence[int]) -> Iterator[Clip]:
+    """The episodes of these numbers, in order."""
+    for episode in data.iterate_episodes(list(episodes)):
+        frames = pictures(episode.observations, cfg)
+        done = np.stack([np.zeros(len(named.names), np.float32), *(named.of(action) for action in episode.actions)])
+        yield Clip(frames, {"episode": int(episode.id)}, actions=done[: len(frames)])
+
+
+def splits_of(data: Any, cfg: MinariConfig, shares: Sequence[float]) -> dict[str, list[int]]:
+    """Numbers of the episodes of each split that are long enough, by a hash of their number; none of a share is empty
+    where there are enough of them."""
+    if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"--split lists the shares of {', '.join(SPLITS)}, together 1; got {list(shares)}")
+    long = [int(e.id) for e in data.iterate_episodes() if len(e.actions) + 1 >= cfg.least]
+    if not long:
+        raise DataError(f"{cfg.source} has no episode of {cfg.least} frames or more; lower --min-frames")
+    order = sorted(long, key=lambda k: hashed(str(k)))
+    wanted = [name for name, share in zip(SPLITS, shares, strict=True) if share]
+    out: dict[str, list[int]] = {}
+    for name, share in reversed([pair for pair in zip(SPLITS, shares, strict=True) if pair[0] in wanted]):
+        count = len(order) if name == wanted[0] else min(max(1, round(share * len(long))), max(0, len(order) - 1))
+        out[name], order = sorted(order[:count]), order[count:]
+    return {name: out[name] for name in wanted if out[name]}
+
+
+def run(args: argparse.Namespace) -> str:
+    """`vidistill data minari`: write the splits; says what was written."""
+    data = opened(args.source)
+    names = tuple(filter(None, (args.names or "").split(",")))
+    cfg = MinariConfig(args.source, args.observation, args.fps, args.size, args.resize, names, args.min_frames)
+    named = action_map(data.action_space, cfg.names)
+    codec = checkpoint.load(args.codec, "codec").net if args.codec else None
+    meta = {"source": "minari", "from": args.source, "fps": cfg.fps, "actions": list(named.names), "given": 1}
+    meta |= {"px_size": cfg.size[0] if cfg.size[0] == cfg.size[1] else list(cfg.size), "codec": args.codec}
+    part = Part.of(args.part)
+    splits = splits_of(data, cfg, args.split)
+    return "\n".join(
+        write_one(args.out / name, data, cfg, named, k, {**meta, "split": name}, codec, part)
+        for name, k in splits.items()
+    )
+
+
+def write_one(
+    out: Path, data: Any, cfg: MinariConfig, named: ActionMap, episodes: list[int], meta: Any, codec: Any, part: Part
+) -> str:
+    """Write this part of a split; returns what to say of it."""
+
+    def make(i: int) -> Shard:
+        return shard_of(list(clips_of(data, cfg, named, episodes[i * PER_SHARD : (i + 1) * PER_SHARD])))
+
+    whole = write_split(out, -(-len(episodes) // PER_SHARD), make, meta, codec, part)
+    return f"{out}: {len(episodes)} episodes" if whole else f"{out}: part {part.index + 1} is written"
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """The options of `vidistill data minari`."""
+    p.description = "Read a local Minari data set whose observations are pictures. Resumes after a stop."
+    p.epilog = "example: vidistill data minari data/mine --from my/dataset-v0 --fps 15"
+    p.add_argument("out", type=Path, help="folder to write: train, validation, test")
+    p.add_argument("--from", dest="source", required=True, help="id of a data set that is downloaded, or its folder")
+    p.add_argument("--observation", default="", help="key of the picture, where observations are dictionaries")
+    p.add_argument("--fps", type="rate", default=15.0, help="frames a second (default: 15)")
+    p.add_argument("--size", type="size", default=(64, 64), help="pixels of a frame (default: 64x64)")
+    p.add_argument("--resize", choices=("crop", "fit", "stretch"), default="crop", help="into the size (default: crop)")
+    p.add_argument("--names", help="of actions, with commas, as of `data gym`")
+    p.add_argument("--min-frames", type="count", default=17, help="frames of an episode at least (default: 17)")
+    p.add_argument("--split", type="numbers", default=(0.9, 0.05, 0.05), help="shares of train,validation,test")
+    p.add_argument("--codec", help="write latents of this codec instead of pixels")
+    p.add_argument("--part", default="1/1", help="share of the work that this process does, e.g. 2/4 (default: all)")
