@@ -84,7 +84,7 @@ PICKLES = {"pickle", "dill", "joblib", "cloudpickle"}
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 1950, "training": 1680, "evaluation": 1610, "worlds": 1230, "bench": 1220, "ops": 1180, "cli": 1060,
+    "data": 2007, "training": 1680, "evaluation": 1610, "worlds": 1230, "bench": 1220, "ops": 1180, "cli": 1060,
     "serve": 1040, "interop": 1020, "conditioning": 735, "streaming": 680, "models": 610, "memory": 565, "codecs": 495,
     "io": 310, "teachers": 265, "checkpoint": 255, "distributed": 235, "schedules": 150, "config": 135, "rollout": 110,
     "metrics": 95, "diffusion": 85, "sampling": 40, "__init__": 20, "__main__": 5,

@@ -1,6 +1,7 @@
 """`vidistill data minari`: data sets written by Minari itself."""
 
 import gymnasium
+import minari
 import numpy as np
 import pytest
 import tiny_env  # noqa: F401 - registers the world
@@ -9,8 +10,6 @@ from gymnasium import spaces
 from vidistill.cli.main import main
 from vidistill.data.clips import Clips
 from vidistill.data.importers.gym import resized
-
-minari = pytest.importorskip("minari")
 
 
 class Seen(gymnasium.ObservationWrapper):

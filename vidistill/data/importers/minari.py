@@ -1,6 +1,7 @@
 """Minari data sets whose observations are pictures: frames, and the actions between them."""
 
 import argparse
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from vidistill import checkpoint
 from vidistill.data.importers.actions import ActionMap, action_map
 from vidistill.data.importers.gym import resized
-from vidistill.data.importers.plan import SPLITS, hashed
+from vidistill.data.importers.plan import SPLITS, check_shares, splits
 from vidistill.data.importers.write import PER_SHARD, Clip, Part, shard_of, write_split
 from vidistill.data.shards import DataError, Shard
 
@@ -70,20 +71,16 @@ def clips_of(data: Any, cfg: MinariConfig, named: ActionMap, episodes: Sequence[
 
 
 def splits_of(data: Any, cfg: MinariConfig, shares: Sequence[float]) -> dict[str, list[int]]:
-    """Numbers of the episodes of each split that are long enough, by a hash of their number; none of a share is empty
-    where there are enough of them."""
-    if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"--split lists the shares of {', '.join(SPLITS)}, together 1; got {list(shares)}")
-    long = [int(e.id) for e in data.iterate_episodes() if len(e.actions) + 1 >= cfg.least]
-    if not long:
+    """Numbers of the long enough episodes of each split, by a hash of what they show: equal ones stay together."""
+    check_shares(shares)
+    seen = dict[int, str]()
+    for episode in data.iterate_episodes():
+        if len(episode.actions) + 1 >= cfg.least:
+            seen[int(episode.id)] = hashlib.blake2b(pictures(episode.observations, cfg).tobytes()).hexdigest()
+    if not seen:
         raise DataError(f"{cfg.source} has no episode of {cfg.least} frames or more; lower --min-frames")
-    order = sorted(long, key=lambda k: hashed(str(k)))
-    wanted = [name for name, share in zip(SPLITS, shares, strict=True) if share]
-    out: dict[str, list[int]] = {}
-    for name, share in reversed([pair for pair in zip(SPLITS, shares, strict=True) if pair[0] in wanted]):
-        count = len(order) if name == wanted[0] else min(max(1, round(share * len(long))), max(0, len(order) - 1))
-        out[name], order = sorted(order[:count]), order[count:]
-    return {name: out[name] for name in wanted if out[name]}
+    of = splits(seen.values(), shares)
+    return {name: [k for k, content in seen.items() if of[content] == name] for name in SPLITS}
 
 
 def run(args: argparse.Namespace) -> str:
@@ -96,10 +93,10 @@ def run(args: argparse.Namespace) -> str:
     meta = {"source": "minari", "from": args.source, "fps": cfg.fps, "actions": list(named.names), "given": 1}
     meta |= {"px_size": cfg.size[0] if cfg.size[0] == cfg.size[1] else list(cfg.size), "codec": args.codec}
     part = Part.of(args.part)
-    splits = splits_of(data, cfg, args.split)
     return "\n".join(
-        write_one(args.out / name, data, cfg, named, k, {**meta, "split": name}, codec, part)
-        for name, k in splits.items()
+        write_one(args.out / name, data, cfg, named, episodes, {**meta, "split": name}, codec, part)
+        for name, episodes in splits_of(data, cfg, args.split).items()
+        if episodes
     )
 
 

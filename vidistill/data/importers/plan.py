@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vidistill.data.importers.inspect import Inspection, Scene, bands, distance
@@ -88,10 +88,15 @@ class PlanConfig:
     duplicates: str = "keep"
 
     def __post_init__(self) -> None:
-        if len(self.split) != 3 or min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6:
-            raise ValueError(f"--split lists the shares of {', '.join(SPLITS)}, together 1; got {list(self.split)}")
+        check_shares(self.split)
         if self.duplicates not in ("keep", "drop"):
             raise ValueError(f"--duplicates is keep or drop, got {self.duplicates!r}")
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """ValueError unless there is a share of every split, together 1."""
+    if len(shares) != len(SPLITS) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"--split lists the shares of {', '.join(SPLITS)}, together 1; got {list(shares)}")
 
 
 def common_rate(inspected: Sequence[Inspection]) -> float:
@@ -106,20 +111,25 @@ def common_rate(inspected: Sequence[Inspection]) -> float:
 def decide(inspected: Sequence[Inspection], faults: Mapping[int, str], cfg: PlanConfig) -> list[Verdict]:
     """What becomes of every video, in their order; `faults`: what is wrong with what lies beside some of them."""
     of = clusters(inspected)
-    split = splits({of[k] for k, found in enumerate(inspected) if found.scenes}, inspected, cfg.split)
+    split = splits((inspected[of[k]].fingerprint for k, found in enumerate(inspected) if found.scenes), cfg.split)
     out = []
     for k, found in enumerate(inspected):
-        first = inspected[of[k]].name if of[k] != k else ""
+        head = inspected[of[k]]
+        first = head.name if of[k] != k else ""
         if reason := refused(found, cfg.fps) or faults.get(k, ""):
             out.append(Verdict(found.name, dropped=reason, odd=oddities(found, cfg.fps), same_as=first))
             continue
-        if first and (cfg.duplicates == "drop" or found.content == inspected[of[k]].content):
+        if first and (cfg.duplicates == "drop" or found.content == head.content):
             out.append(Verdict(found.name, dropped=f"duplicate of {first}", same_as=first))
             continue
         windows, lost = windows_of(k, found, cfg)
         odd = (*oddities(found, cfg.fps), *([f"another encoding of {first}"] if first else []), *lost)
         reason = "" if windows else "; ".join(lost) or "no window fits it"
-        out.append(Verdict(found.name, reason, odd if windows else (), split[of[k]] if windows else "", first, windows))
+        out.append(
+            Verdict(
+                found.name, reason, odd if windows else (), split[head.fingerprint] if windows else "", first, windows
+            )
+        )
     return out
 
 
@@ -200,20 +210,19 @@ def near(a: Inspection, b: Inspection) -> bool:
     return alike and distance(a.fingerprint, b.fingerprint) <= NEAR_BITS
 
 
-def splits(heads: set[int], inspected: Sequence[Inspection], shares: Sequence[float]) -> dict[int, str]:
-    """The split of every group of equal videos, by a hash of its content.
+def splits(contents: Iterable[str], shares: Sequence[float]) -> dict[str, str]:
+    """The split of every content, by its hash.
 
-    Another video changes nothing for those that are there, but where a split of a share would be empty: the group whose
+    Another one changes nothing for those that are there, but where a split of a share would be empty: the content whose
     hash is nearest goes there.
     """
-    place = {k: hashed(inspected[k].fingerprint) for k in heads}
-    order = sorted(heads, key=lambda k: (place[k], inspected[k].name))
+    place = {content: hashed(content) for content in contents}
     edges = [float(sum(shares[: i + 1])) for i in range(len(shares))]
-    of = {k: SPLITS[next((i for i, edge in enumerate(edges) if place[k] < edge), 2)] for k in order}
+    of = {k: SPLITS[next((i for i, edge in enumerate(edges) if at < edge), 2)] for k, at in place.items()}
     for i, name in reversed(list(enumerate(SPLITS))):
         counts = Counter(of.values())
         if shares[i] and not counts[name]:
-            free = [k for k in order if counts[of[k]] > 1]
+            free = [k for k in place if counts[of[k]] > 1]
             if free:
                 of[min(free, key=lambda k: (abs(place[k] - (edges[i] - shares[i] / 2)), k))] = name
     return of
