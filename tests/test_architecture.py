@@ -22,7 +22,7 @@ LAYERS = (
     {"ops", "schedules", "diffusion", "metrics", "config", "io", "distributed", "conditioning", "codecs", "zoo"},
     {"memory", "models"},
     {"rollout", "sampling"},
-    {"interop", "teachers", "checkpoint"},
+    {"interop", "teachers", "record", "tensors", "checkpoint"},
     {"streaming", "data", "worlds"},
     {"training"},
     {"evaluation", "bench", "serve"},
@@ -86,8 +86,8 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 BUDGETS = {
     "data": 2007, "training": 1680, "evaluation": 1610, "worlds": 1230, "bench": 1220, "ops": 1180, "cli": 1060,
     "serve": 1040, "interop": 1020, "conditioning": 735, "streaming": 680, "models": 610, "memory": 565, "codecs": 495,
-    "io": 310, "teachers": 265, "checkpoint": 255, "distributed": 235, "schedules": 150, "config": 135, "rollout": 110,
-    "metrics": 95, "diffusion": 85, "sampling": 40, "__init__": 20, "__main__": 5,
+    "io": 310, "teachers": 265, "checkpoint": 247, "distributed": 235, "schedules": 150, "config": 135, "rollout": 110,
+    "record": 134, "metrics": 95, "diffusion": 85, "tensors": 75, "sampling": 40, "__init__": 20, "__main__": 5,
 }  # fmt: skip
 CONFIG_NAME = re.compile(r"^(?:\w*_)?(?:cfg|config|args)$")
 MACHINE_PATH = re.compile(r"(?<![\w.~/<>})*-])/(?:work|root|home|tmp|Users)(?=[/\s\"'`]|$)")

@@ -1,106 +1,40 @@
 """Checkpoints that can rebuild what they hold: safetensors for numbers, JSON for the rest, written atomically."""
 
 import difflib
-import hashlib
 import json
+import logging
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
+from vidistill import record as records
 from vidistill.codecs import GEOMETRIES, Codec, build_codec, codec_record, open_codec
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.condition import Encode
 from vidistill.conditioning.text import NgramConfig, Ngrams
-from vidistill.config import build
+from vidistill.config import ConfigError, build
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.io import read_image, read_json, write_atomic, write_json
+from vidistill.io import is_ours, read_image, read_json, write_json
 from vidistill.models.dit import VideoDiT
-from vidistill.models.layers import DiTConfig
-from vidistill.models.student import CausalStudent, StudentConfig
+from vidistill.models.student import CausalStudent
+from vidistill.record import FORMAT, Record
 from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.teachers.load import read_teacher
 from vidistill.teachers.text_encoder import TextCache, cache_folder
+from vidistill.tensors import CheckpointError, check_header, load_into, read_tensors, save_tensors
 
-FORMAT = 1
-KINDS = ("codec", "teacher", "student")
+log = logging.getLogger("vidistill")
+
 HUB = "hf://"  # what a hub id is written with where a path is expected
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says which file and why."""
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-    """One safetensors file whose header carries `info` as JSON."""
-    flat = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    header = {"vidistill": json.dumps(info)}
-    header["checksum"] = checksum(flat, header["vidistill"])
-
-    def write(temporary: Path) -> None:
-        save_file(flat, temporary, metadata=header)
-        read_tensors(temporary)  # what is there stays until this one is known to be whole
-
-    write_atomic(path, write)
-
-
-def checksum(tensors: Mapping[str, Tensor], info: str) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, and of the text beside them."""
-    digest = hashlib.sha256(info.encode())
-    for name in sorted(tensors):
-        t = tensors[name]
-        digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and info of a file written by `save_tensors`; CheckpointError if it is missing, damaged or foreign.
-
-    Files of earlier versions carry no checksum.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            info = json.loads(header.get("vidistill", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if "checksum" in header and header["checksum"] != checksum(tensors, header.get("vidistill", "")):
-            raise ValueError("its checksum is another")
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); restore it or train again") from error
-    if info is None:
-        raise CheckpointError(f"{path} holds no vidistill checkpoint; foreign files are read by `vidistill convert`")
-    return tensors, info
-
-
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load float tensors of any precision into `module`; CheckpointError lists what does not fit.
-
-    A module on the meta device takes over tensors that have its precision already: nothing is copied.
-    """
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if tensors[name].shape != own[name].shape
-    ]
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", sorted(wrong))):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise CheckpointError(f"{where}: {label} weights: {', '.join(names[:5])}{more}")
-    empty = any(x.is_meta for x in own.values())
-    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=empty)
 
 
 @dataclass
@@ -113,23 +47,33 @@ class Bundle:
     record: dict[str, Any]
     folder: Path = Path(".")
 
+    @cached_property
+    def spec(self) -> Record:
+        """The record, checked and typed."""
+        return parse({"kind": self.kind, **self.record}, self.name, needs=False)
+
     @property
     def shape(self) -> LatentShape:
-        return build(LatentShape, self.record["shape"])
+        return self._part("shape", self.spec.shape)
 
     @property
     def noise(self) -> NoiseSchedule:
-        return build(NoiseSchedule, self.record["noise"])
+        return self._part("noise", self.spec.noise)
 
     @property
     def schedule(self) -> ScheduleConfig:
-        return build(ScheduleConfig, self.record["schedule"])
+        return self._part("schedule", self.spec.schedule)
+
+    def _part(self, name: str, part: Any) -> Any:
+        if part is None:
+            raise CheckpointError(f"the record of {self.name} has no {name}")
+        return part
 
     @property
     def given_frames(self) -> int:
         """Latent frames a student is given at the start: whole chunks, or pinned ones inside its first chunk."""
-        given: int = self.record.get("given_frames", self.net.first_frame(self.schedule.given_chunks))
-        return given
+        given = self.spec.given_frames
+        return self.net.first_frame(self.schedule.given_chunks) if given is None else given
 
     def start_image(self, codec: Codec, path: str | Path | None = None) -> np.ndarray | None:
         """The picture at `path`, else a bundled one, uint8 [H, W, 3] at the size of a student that starts from one.
@@ -159,13 +103,20 @@ def export(
     if bad:
         raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype or 'the source'}")
     full = {"format": FORMAT, **describe(net), **record}
-    save_tensors(with_extension(path, ".safetensors"), tensors, {"format": FORMAT, "kind": full["kind"]})
+    parse(json.loads(json.dumps(full)), f"{path} is not written", needs=False)
+    info = {"format": FORMAT, "kind": full["kind"], **architecture(full)}
+    save_tensors(with_extension(path, ".safetensors"), tensors, info)
     write_json(with_extension(path, ".json"), full)
 
 
 def with_extension(path: Path, suffix: str) -> Path:
     """`path` with `suffix` added; a dot in its name is part of the name."""
     return path.with_name(path.name + suffix)
+
+
+def architecture(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that weights belong to: written beside them, it shows when another one is put there."""
+    return {name: record[name] for name in ("dit", "codec_config") if record.get(name) is not None}
 
 
 def describe(net: nn.Module) -> dict[str, Any]:
@@ -184,18 +135,18 @@ def describe(net: nn.Module) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Short hash of the checkout this runs from, None outside one."""
+    """Short hash of the checkout this runs from, None where this file is not part of one."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=here.parent, check=True)
+        return done.stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", here.name)  # else an installed package in somebody else's repository
+        return git("rev-parse", "--short", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
 def zoo_folder() -> Path:
@@ -221,6 +172,12 @@ def locate(name: str | Path) -> Path:
         return zoo_folder() / names[str(name)]
     if str(name) in json.loads((zoo_folder() / "clone_only.json").read_text()):
         raise CheckpointError(f"{name} is a control that installed packages leave out; it is in a clone of the source")
+    if not Path(name).name:
+        raise CheckpointError(f"no checkpoint {str(name)!r}: give a bundled name, or the path of one")
+    if Path(name).exists():
+        raise CheckpointError(
+            f"{name} is no checkpoint of ours: make one of it with `vidistill convert {name} OUT --family FAMILY`"
+        )
     near = difflib.get_close_matches(str(name), names, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"bundled names: {', '.join(names) or 'none'}"
     if len(Path(name).parts) > 1:
@@ -229,9 +186,18 @@ def locate(name: str | Path) -> Path:
 
 
 def find_checkpoint(name: str | Path) -> Path | None:
-    """Path (without suffix) of a checkpoint of ours on disk: a file of it, or the folder of the run that made it."""
+    """Path (without suffix) of a checkpoint of ours on disk: a file of it, or the folder of the run that made it.
+
+    Beside a bundled name only a file that is a record counts: others may be called so, too.
+    """
     path = Path(name).with_suffix("") if str(name).endswith((".safetensors", ".json")) else Path(name)
-    return next((p for p in (path, path / path.name) if with_extension(p, ".json").is_file()), None)
+    if not path.name:
+        return None
+    found = next((p for p in (path, path / path.name) if with_extension(p, ".json").is_file()), None)
+    if found and str(name) in zoo_names() and not is_ours(with_extension(found, ".json")):
+        log.warning("%s.json here is no checkpoint of ours: taking the bundled %s", found, name)
+        return None
+    return found
 
 
 def start_pictures(name: str | Path) -> list[Path]:
@@ -258,11 +224,27 @@ def load(name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.f
     record = read_record(path)
     if kind and record["kind"] != kind:
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
-    tensors, _ = read_tensors(with_extension(path, ".safetensors"))
+    tensors, info = read_tensors(with_extension(path, ".safetensors"), record.get("sha256"))
+    check_architecture(info, record, path)
     with torch.device("meta"):
         net = rebuild(record, f"{path}.json").to(dtype)
     load_into(net, tensors, str(path))
     return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
+
+
+def check_architecture(info: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> None:
+    """CheckpointError if the weights at `path` were saved with another network than its record describes."""
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path}.safetensors has a damaged header; restore it or train again")
+    saved, said = (
+        parse({"kind": record["kind"], **architecture(part)}, str(path), needs=False) for part in (info, record)
+    )
+    pairs = [("dit", saved.dit, said.dit), ("codec_config", saved.geometry, said.geometry)]
+    for part, mine, theirs in pairs:
+        other = [] if mine is None or theirs is None else [k for k, v in vars(mine).items() if v != vars(theirs)[k]]
+        if other:
+            found = f"{part}.{other[0]} is {vars(theirs)[other[0]]} there and {vars(mine)[other[0]]} in the weights"
+            raise CheckpointError(f"{path}.json was changed after its weights were saved: {found}; restore it")
 
 
 def is_published(name: str | Path) -> bool:
@@ -305,35 +287,40 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of the checkpoint at `path` (without suffix); CheckpointError if it is damaged or not ours."""
+    """The record of the checkpoint at `path` (without suffix); CheckpointError if it is damaged or not ours.
+
+    Every value in it has its type and a possible size, see `record.Record`.
+    """
     try:
-        record = read_json(with_extension(path, ".json"))
+        record = read_json(with_extension(path, ".json"), records.MAX_RECORD)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    found = record.get("format") if isinstance(record, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path}.json has format {found!r}; this version reads {FORMAT}")
-    if record.get("kind") not in KINDS:
-        raise CheckpointError(f"{path}.json is a {record.get('kind')!r}; networks are {', '.join(KINDS)}")
-    return record
+    parse({"format": None, **record} if isinstance(record, dict) else record, f"{path}.json")
+    return {**record, "world": record.get("world") or {}, "card": record.get("card") or {}}
+
+
+def parse(record: Any, where: str, needs: bool = True) -> Record:
+    """The typed record; CheckpointError names `where` it is from, and what is missing or impossible."""
+    try:
+        return records.read(record, needs)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def rebuild(record: Mapping[str, Any], where: str = "this record") -> nn.Module:
     """An untrained network of the architecture in `record`; CheckpointError names `where` it is from."""
+    spec = parse(record, where, needs=False)
     try:
-        return network(record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} does not describe a network that can be built: {error!r}") from error
-
-
-def network(record: Mapping[str, Any]) -> nn.Module:
-    if record["kind"] == "codec":
-        codec: Any = build_codec(record["codec_config"])
-        return codec
-    net = VideoDiT(build(DiTConfig, record["dit"]))
-    if record["kind"] == "teacher":
-        return net
-    return CausalStudent(net, build(StudentConfig, record["student"]), build(LatentShape, record["shape"]))
+        if spec.kind == "codec" and spec.geometry:
+            codec: Any = build_codec(spec.geometry)
+            return codec
+        if spec.kind == "teacher" and spec.dit:
+            return VideoDiT(spec.dit)
+        if spec.kind == "student" and spec.dit and spec.student and spec.shape:
+            return CausalStudent(VideoDiT(spec.dit), spec.student, spec.shape)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{where} does not describe a network that can be built: {error}") from error
+    raise CheckpointError(f"{where} lacks {' or '.join(records.NEEDED[spec.kind][:3])}, which a {spec.kind} needs")
 
 
 def load_teacher(name: str | Path) -> Bundle:
@@ -358,15 +345,22 @@ def load_codec(source: str | Path | Bundle) -> Codec:
     return load_codec(near if with_extension(near, ".json").is_file() else name)
 
 
-def text_encoder(record: Mapping[str, Any]) -> Encode | None:
-    """What reads prompts for the network of a record, None if it names no text encoder; nothing is loaded yet."""
-    described = dict(record.get("text") or {})
-    if not described:
+def text_encoder(record: Mapping[str, Any], folder: str | Path | None = None) -> Encode | None:
+    """What reads prompts for the network of a record, None if it names no text encoder; nothing is loaded yet.
+
+    folder: where embeddings are kept (default: the user's cache, whatever the record says of it).
+    """
+    if not record.get("text"):
         return None
-    kind = described.pop("kind", None)
-    if kind not in ENCODERS:
-        raise CheckpointError(f"text encoder {kind!r} is unknown; known: {', '.join(ENCODERS)}")
-    return ENCODERS[kind](described)
+    try:
+        cfg = records.read_text_config(record["text"])
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    if isinstance(cfg, NgramConfig):
+        return Ngrams(cfg).encode
+    if cfg.folder and folder is None:
+        log.warning("text.folder %s of the record is not used: embeddings are kept in %s", cfg.folder, cache_folder())
+    return TextCache(cfg.source, folder or cache_folder(), length=cfg.length).encode
 
 
 def takes_audio(name: str | Path) -> bool:
@@ -380,12 +374,6 @@ def takes_prompts(name: str | Path) -> bool:
     return record["kind"] == "student" and text_encoder(record) is not None
 
 
-ENCODERS: dict[str, Callable[[Mapping[str, Any]], Encode]] = {
-    "ngrams": lambda described: Ngrams(build(NgramConfig, described)).encode,
-    "umt5": lambda described: TextCache(**{"folder": cache_folder(), **described}).encode,
-}
-
-
 def load_student(name: str | Path) -> Bundle:
     """A student ready to stream: `bundle.net` is a CausalStudent, `bundle.schedule` its passes."""
     return load(name, "student")
@@ -395,22 +383,23 @@ def summary(name: str | Path) -> dict[str, Any]:
     """What a checkpoint is: kind, sizes, world, schedule with evaluations per chunk, card, whose alias its name is."""
     path = locate(name)
     record = read_record(path)
+    weights = with_extension(path, ".safetensors")
     with torch.device("meta"):
         net = rebuild(record, f"{path}.json")
+    check_header(weights, net)
     row = {
         "kind": record["kind"],
         "parameters": sum(p.numel() for p in net.parameters()),
-        "bytes": with_extension(path, ".safetensors").stat().st_size,
-        "card": record.get("card", {}),
-        "world": record.get("world", {}),
+        "bytes": weights.stat().st_size,
+        "card": record["card"],
+        "world": record["world"],
     }
     if str(name) in zoo_names() and path.name != str(name):
         row["alias_of"] = path.name
-    if record["kind"] == "student":
-        schedule = build(ScheduleConfig, record["schedule"])
+    if isinstance(net, CausalStudent):
         row["schedule"] = record["schedule"]
         cfg, dit = net.cfg.memory, net.net.cfg
         row["memory"] = cfg.account(net.shape.grid, layers=dit.layers, width=dit.width, heads=dit.heads)
-        row["nfe_per_chunk"] = evaluations(schedule, 7)
+        row["nfe_per_chunk"] = evaluations(build(ScheduleConfig, record["schedule"]), 7)
         row["nfe_7_chunks"] = sum(row["nfe_per_chunk"])
     return row

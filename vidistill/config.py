@@ -182,7 +182,7 @@ def convert_float(value: Any, where: str) -> float:
     """A finite number; YAML reads 1e-4 as text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ConfigError(f"{where} must be a finite number, got {value!r} ({type(value).__name__})")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from vidistill.codecs import CODECS, GEOMETRIES, Compiled, build_codec, codec_record, visibility
-from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, multiply_adds, smoothed, steadied
+from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig, smoothed, steadied
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig, _diffusers_name
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "wan_vae"
@@ -215,7 +215,7 @@ def test_unknown_names_and_keys_are_refused():
         build_codec("taew9")
     with pytest.raises(ValueError, match="known: tiny, wan"):
         build_codec({"patch_size": 4})
-    with pytest.raises(ValueError, match=r"no patchsize; allowed: patch_size"):
+    with pytest.raises(ValueError, match=r"codec_config\.patchsize.*patch_size"):
         build_codec({"family": "tiny", "patchsize": 4})
     assert set(CODECS) == {"tiny", "wan"} and {"tiny", "wan", "wan2_2", "taew2_1"} <= set(GEOMETRIES)
 
@@ -440,26 +440,6 @@ def test_training_noise_comes_from_the_generator_only():
     assert torch.equal(runs[0][0], runs[1][0]) and not torch.equal(runs[0][0], runs[2][0])
     assert all(torch.equal(run[1], codec(px)[1]) for run in runs)
     torch.testing.assert_close(codec(px)[0].clamp(0, 1), codec.decode(codec.encode(px)))
-
-
-def test_default_geometry_keeps_its_budget():
-    cost = multiply_adds(TinyCodecConfig(), 64, 64)
-    assert cost == {"encoder": 37_715_968, "decoder": 41_811_968}
-
-
-def test_multiply_adds_are_those_of_the_convolutions():
-    codec, counted = TinyCodec(STRIDED), {"encoder": 0, "decoder": 0}
-    for half in counted:
-        for module in getattr(codec, half).modules():
-            if isinstance(module, torch.nn.Conv2d):
-
-                def count(module, _, out, half=half):
-                    counted[half] += out.numel() * module.weight[0].numel()
-
-                module.register_forward_hook(count)
-    codec.decode(codec.encode(torch.rand(1, 13, 3, 32, 48)))
-    expected = multiply_adds(STRIDED, 32, 48)
-    assert {half: total / 16 for half, total in counted.items()} == expected
 
 
 def test_tiny_stream_compiles_without_graph_breaks():

@@ -16,12 +16,13 @@ from conftest import ACTIONS, DIT, SHAPE, STUDENT, random_dit
 from tiny_talker import write_talker
 
 from vidistill.checkpoint import Bundle, load, load_codec, load_student
-from vidistill.conditioning.controls import LiveConditions
+from vidistill.conditioning.controls import LiveConditions, WorldConfig
 from vidistill.conditioning.script import parse_script, scripted
 from vidistill.io import to_uint8
 from vidistill.memory.policies import MemoryConfig, say_that_full_ends
 from vidistill.models.layers import DiTConfig, SiteConfig
 from vidistill.models.student import CausalStudent
+from vidistill.record import Record
 from vidistill.schedules import endless
 from vidistill.streaming.engine import Frame
 from vidistill.streaming.runtime import SpeedConfig, for_inference
@@ -288,8 +289,8 @@ def test_tokens_switch_at_a_chunk_boundary():
 
 def conditions(sites: dict[str, int]) -> LiveConditions:
     """What a network of these sites, without text, takes in a world of two actions."""
-    dit = {"sites": {name: {"dim": dim} for name, dim in sites.items()}, "text_dim": 0}
-    return LiveConditions.of({"dit": {**dit, "extra_channels": 0}, "world": {"actions": ["left", "right"]}}, 4, "cpu")
+    dit = DiTConfig(sites={name: SiteConfig(dim) for name, dim in sites.items()})
+    return LiveConditions.of(Record("student", dit=dit, world=WorldConfig(actions=("left", "right"))), 4, "cpu")
 
 
 def test_a_site_without_an_input_is_null():

@@ -18,6 +18,7 @@ from tiny_ranks import together
 from tiny_training import dmd_stage, flow_stage, write_latents
 
 from vidistill import checkpoint, distributed
+from vidistill import tensors as weights
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.training.interruption import Interruption
 from vidistill.training.optim import TrainingError
@@ -337,7 +338,7 @@ def test_a_state_that_is_not_what_was_meant_does_not_replace_the_one_before(tmp_
         data[-7] ^= 4
         path.write_bytes(data)
 
-    monkeypatch.setattr(checkpoint, "save_file", rotten)
+    monkeypatch.setattr(weights, "save_file", rotten)
     trainer.step()
     with pytest.raises(checkpoint.CheckpointError, match="damaged"):
         trainer.save()
@@ -440,7 +441,7 @@ def world(path, **said):
         ({"world": {"actions": ["right", "left"]}}, "actions"),
         ({"codec": "doom-codec"}, "codec"),
         ({"text": {"kind": "umt5", "source": "there"}}, "text"),
-        ({"audio": {"kind": "wav2vec2"}}, "audio"),
+        ({"audio": {"kind": "wav2vec2", "source": "there"}}, "audio"),
     ],
 )
 def test_a_network_of_another_world_is_refused_by_what_differs(tmp_path, said, field):

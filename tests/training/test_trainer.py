@@ -25,7 +25,7 @@ from tiny_training import (
 )
 from torch import nn
 
-from vidistill import checkpoint
+from vidistill import checkpoint, tensors
 from vidistill.checkpoint import read_tensors
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import StudentConfig
@@ -219,7 +219,7 @@ def test_a_full_disk_keeps_the_last_saved_state(root, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     trainer.step()
     with pytest.raises(OSError, match=r"No space left on device.*untouched"):
         trainer.save()

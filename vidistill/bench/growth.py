@@ -98,7 +98,7 @@ def _chunk_ms(bundle: Bundle, factor: int, batch: int, fill: int, chunks: int) -
     """Median milliseconds of the passes of a chunk of a rollout of `batch` streams."""
     student, schedule, device = bundle.net, bundle.schedule, bundle.net.net.device
     shape, watch = student.shape, Stopwatch(device)
-    inputs = LiveConditions.of(bundle.record, factor, device)
+    inputs = LiveConditions.of(bundle.spec, factor, device)
     conds: dict[int, Condition] = {}
 
     def cond(start: int, stop: int) -> Condition:

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from vidistill import checkpoint
 from vidistill.bench import cost
 from vidistill.conditioning.condition import Condition, branches
-from vidistill.config import build
 from vidistill.data import clips, shards
 from vidistill.data import prompts as prompts_module
 from vidistill.diffusion import LatentShape
@@ -77,7 +76,7 @@ def role(name: str | None, fallback: DiTConfig) -> Role:
         record = checkpoint.read_record(checkpoint.locate(name))
     except checkpoint.CheckpointError:
         return Role(name, "not here, taken for the `dit` of the config", fallback)
-    return Role(name, "read from its record", build(DiTConfig, record["dit"]))
+    return Role(name, "read from its record", checkpoint.parse(record, name).dit or fallback)
 
 
 def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:

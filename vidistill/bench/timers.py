@@ -266,7 +266,7 @@ class ClipTimer:
         """Sample and decode one clip; returns how many frames of it were not given."""
         net, shape, given = self.bundle.net, self.bundle.shape, 0 if self.given is None else self.given.shape[1]
         frames, device = self.cfg.clip_frames + given, next(net.parameters()).device
-        inputs = LiveConditions.of(self.bundle.record, self.codec.temporal_factor, device)
+        inputs = LiveConditions.of(self.bundle.spec, self.codec.temporal_factor, device)
         inputs.begin(self.given)
         cond = inputs.condition(inputs.control, 0, frames)
         nulls, scales = branches(cond, *self.guidance)

@@ -1,7 +1,7 @@
 """Codecs: pixels to latents and back, whole clips or streamed exactly."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidistill.codecs.tiny import PUBLISHED, TinyCodec, TinyCodecConfig
 from vidistill.codecs.wan import WAN_2_2, WanCodec, WanCodecConfig
+from vidistill.config import ConfigError, build
 
 CodecConfig = TinyCodecConfig | WanCodecConfig
 
@@ -78,7 +79,7 @@ def build_codec(codec: str | Mapping[str, Any] | CodecConfig, weights: str | Pat
         if codec not in GEOMETRIES:
             raise ValueError(f"no codec is called {codec!r}; known: {', '.join(GEOMETRIES)}")
         codec = GEOMETRIES[codec]
-    cfg = _from_record(codec) if isinstance(codec, Mapping) else codec
+    cfg = read_codec_config(codec) if isinstance(codec, Mapping) else codec
     _, load = CODECS[_family(cfg)]
     return load(cfg, weights)
 
@@ -108,18 +109,14 @@ def _family(cfg: CodecConfig) -> str:
     raise ValueError(f"{type(cfg).__name__} configures no codec; known families: {', '.join(CODECS)}")
 
 
-def _from_record(record: Mapping[str, Any]) -> CodecConfig:
+def read_codec_config(record: Mapping[str, Any]) -> CodecConfig:
+    """The config in a codec's record; ConfigError for an unknown family or key, or an impossible value."""
     family = record.get("family")
-    if family not in CODECS:
-        raise ValueError(f"a codec record's family is {family!r}; known: {', '.join(CODECS)}")
-    config_class = CODECS[family][0]
-    values = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in record.items() if key != "family"
-    }
-    allowed = [field.name for field in fields(config_class)]
-    if unknown := sorted(values.keys() - set(allowed)):
-        raise ValueError(f"a {family} codec has no {', '.join(unknown)}; allowed: {', '.join(allowed)}")
-    return config_class(**values)
+    if not isinstance(family, str) or family not in CODECS:
+        raise ConfigError(f"codec_config.family is {family!r}; known: {', '.join(CODECS)}")
+    rest = {key: value for key, value in record.items() if key != "family"}
+    cfg: CodecConfig = build(CODECS[family][0], rest, "codec_config.")
+    return cfg
 
 
 def visibility(codec: Codec, latents: Tensor, rng: torch.Generator, draws: int = 4) -> Tensor:

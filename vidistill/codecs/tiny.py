@@ -347,33 +347,6 @@ class TGrow(nn.Module):
         return F.interpolate(x, scale_factor=self.scale, mode="nearest") if self.scale > 1 else x
 
 
-def multiply_adds(cfg: TinyCodecConfig, height: int, width: int) -> dict[str, float]:
-    """Multiply-adds per px frame of height x width px: {"encoder": ..., "decoder": ...}, biases not counted."""
-    with torch.device("meta"):
-        codec = TinyCodec(cfg)
-    t, patch, s = codec.temporal_factor, cfg.patch_size, codec.spatial_factor
-    starts = {
-        "encoder": (codec.encoder, 1.0, height * width / patch**2),
-        "decoder": (codec.decoder, 1 / t, height * width / s**2),
-    }
-    return {half: _count(*start) for half, start in starts.items()}
-
-
-def _count(layers: nn.Sequential, rate: float, area: float) -> float:
-    """Multiply-adds of `layers` on frames of `area` positions, `rate` of them per px frame."""
-    total = 0.0
-    for layer in layers:
-        if isinstance(layer, TPool):
-            rate /= layer.stride
-        if isinstance(layer, nn.Conv2d):
-            area /= layer.stride[0] ** 2
-        weights = sum(p.numel() for p in layer.parameters() if p.ndim == 4)
-        total += weights * rate * area
-        if isinstance(layer, TGrow):
-            rate, area = rate * layer.conv.out_channels / layer.conv.in_channels, area * layer.scale**2
-    return total
-
-
 def _signed_identity(weight: Tensor) -> Tensor:
     """A kernel [O, I, k, k] that passes input channel o mod I to output channel o, negated in every second round."""
     identity, width_in = torch.zeros_like(weight), weight.shape[1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidistill.conditioning.audio import AudioConfig, Track, from_pcm16
+from vidistill.conditioning.audio import Track, from_pcm16
 from vidistill.conditioning.camera import CameraConfig, Pose, latent_rate, wanted
 from vidistill.conditioning.condition import (
     ACTION_SITE,
@@ -24,7 +24,6 @@ from vidistill.conditioning.condition import (
     pack_camera,
     reference_channels,
 )
-from vidistill.config import build
 
 KEPT_POSES = 64  # latent frames whose pose a stream can go on from
 
@@ -80,24 +79,24 @@ M = TypeVar("M", bound=Modality)
 
 @dataclass(frozen=True)
 class Network:
-    """What a network takes, by the `record` of its checkpoint: widths of its sites and tokens, px frames a latent."""
+    """What a network takes, by the `Record` of its checkpoint: widths of its sites and tokens, px frames a latent."""
 
-    record: Mapping[str, Any]
+    record: Any
     factor: int
     device: torch.device | str
     encode: Encode | None = None
 
     @property
     def sites(self) -> dict[str, int]:
-        return {name: site["dim"] for name, site in self.record["dit"]["sites"].items()}
+        return {name: site.dim for name, site in self.record.dit.sites.items()}
 
     @property
     def text_dim(self) -> int:
-        return self.record["dit"]["text_dim"]
+        return self.record.dit.text_dim
 
     @property
     def actions(self) -> tuple[str, ...]:
-        return tuple(self.record["world"].get("actions", ())) if ACTION_SITE in self.sites else ()
+        return self.record.played.actions if ACTION_SITE in self.sites else ()
 
     def px_frames(self, start: int, stop: int) -> tuple[int, int]:
         """First px frame of latents start..stop-1, and the one after their last."""
@@ -191,7 +190,7 @@ class Camera(Modality):
 
     def __init__(self, net: Network) -> None:
         self.net, self.gain = net, 1.0
-        self.cfg = build(CameraConfig, net.record["world"]["camera"])
+        self.cfg = net.record.played.camera
         self._path: dict[int, Pose] = {}  # latent frame -> pose [1, 1] after it, of the newest frames
 
     @property
@@ -226,7 +225,7 @@ class Audio(Modality):
     keys, queued = ("audio",), True
 
     def __init__(self, net: Network) -> None:
-        self.net, self.track = net, Track(build(AudioConfig, net.record["audio"]))
+        self.net, self.track = net, Track(net.record.audio)
 
     @property
     def described(self) -> Mapping[str, Any]:
@@ -269,7 +268,7 @@ class Reference(Modality):
 
     def __init__(self, net: Network) -> None:
         self._image: Tensor | None = None  # latent [1, 1, C, H, W]
-        extra, needed = net.record["dit"]["extra_channels"], net.record["dit"]["channels"] + 1
+        extra, needed = net.record.dit.extra_channels, net.record.dit.channels + 1
         if extra != needed:
             raise ValueError(
                 f"this network needs {extra} condition channels; inputs give a reference picture and a mask, {needed}"
@@ -288,10 +287,25 @@ class Reference(Modality):
 MODALITIES: dict[Callable[[Network], Modality], Callable[[Network], bool]] = {
     Actions: lambda net: bool(net.actions),
     Prompt: lambda net: bool(net.text_dim),
-    Camera: lambda net: bool(net.record["world"].get("camera")),
-    Audio: lambda net: bool(net.record.get("audio")),
-    Reference: lambda net: bool(net.record["dit"]["extra_channels"]),
+    Camera: lambda net: net.record.played.camera is not None,
+    Audio: lambda net: net.record.audio is not None,
+    Reference: lambda net: net.record.dit.extra_channels > 0,
 }
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The world a network was trained on: px frames a second and of one latent, what can be done, px a side, camera."""
+
+    fps: float | None = None
+    actions: tuple[str, ...] = ()
+    px_size: int | tuple[int, int] | None = None
+    temporal: int | None = None
+    camera: CameraConfig | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.actions)) < len(self.actions):
+            raise ValueError(f"world.actions names one twice: {', '.join(self.actions)}")
 
 
 @dataclass(frozen=True)
@@ -318,10 +332,8 @@ class LiveConditions:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(
-        cls, record: Mapping[str, Any], factor: int, device: torch.device | str, encode: Encode | None = None
-    ) -> "LiveConditions":
-        """Inputs of the network a checkpoint's `record` describes; ValueError if it needs what cannot be held."""
+    def of(cls, record: Any, factor: int, device: torch.device | str, encode: Encode | None = None) -> "LiveConditions":
+        """Inputs of the network that a `Record` describes; ValueError if it needs what cannot be held."""
         return cls(Network(record, factor, device, encode))
 
     def find(self, kind: type[M]) -> M | None:

@@ -306,8 +306,8 @@ def load_world(
     elif given:
         images = {path.stem: read_image(path, size) for path in start_pictures(name)}
     px_given = codec.px_frames(given) if given else 1
-    audio = bundle.record.get("audio")
-    return World(Path(name).stem, size, open_session, images, px_given, voice(audio["rate"]) if audio else None)
+    audio = bundle.spec.audio
+    return World(Path(name).stem, size, open_session, images, px_given, voice(audio.rate) if audio else None)
 
 
 def voice(rate: int) -> Callable[[str], np.ndarray] | None:

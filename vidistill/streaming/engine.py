@@ -123,12 +123,12 @@ class Engine:
             self.schedule = replace(self.schedule, rewarm=rewarm)
         self.given_frames = bundle.given_frames
         self.device = self.student.net.device
-        self.factor = codec.temporal_factor if codec else bundle.record["world"].get("temporal", 1)
+        self.factor = codec.temporal_factor if codec else bundle.spec.played.temporal or 1
         if codec is not None and codec.latent_channels != self.student.shape.channels:
             raise ValueError(f"{bundle.name} has {self.student.shape.channels} channels, not {codec.latent_channels}")
         self.memory_config = stream_memory(memory or self.student.cfg.memory, self.student.cfg.chunk)
         self.memory = self.student.new_memory(1, cfg=self.memory_config)
-        self.inputs = LiveConditions.of(bundle.record, self.factor, self.device, checkpoint.text_encoder(bundle.record))
+        self.inputs = LiveConditions.of(bundle.spec, self.factor, self.device, checkpoint.text_encoder(bundle.record))
         self.navigator = Navigator(self.memory, self.inputs)
         self.script: Script = ()  # asked for at every chunk, in place of `set`
         self.cues: deque[tuple[int, Cue]] = deque()  # (px frame, what is set there), in order

@@ -53,7 +53,7 @@ MAX_GAIN = 10.0
 
 def check_gain(bundle: Bundle, codec: Codec, gain: float) -> None:
     """ValueError if a session of this student would refuse `gain`."""
-    LiveConditions.of(bundle.record, codec.temporal_factor, "cpu").speed_up(gain)
+    LiveConditions.of(bundle.spec, codec.temporal_factor, "cpu").speed_up(gain)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def refused_switches(bundle: Bundle) -> dict[str, str]:
         return dict.fromkeys(
             set(SWITCHES) - {"keep"}, f"a {name} schedule has chunks in flight: its only switch is keep"
         )
-    if bundle.record.get("audio"):
+    if bundle.spec.audio:
         return {"cut": "this student takes audio, which goes on: it cannot cut to a new scene; reset() instead"}
     if bundle.given_frames:
         return {"cut": "this student starts from a picture and cannot cut to a new scene; reset() with one"}
@@ -135,10 +135,10 @@ class StreamSession:
         image: uint8 [H, W, 3], the picture to start from; a clip [T, H, W, 3] where the student is given more. Without
         a codec there are latents but no frames. drawn: random numbers from elsewhere, for every run.
         """
-        world = bundle.record.get("world", {})
-        if "fps" not in world:
+        fps = bundle.spec.played.fps
+        if fps is None:
             raise ValueError(f"{bundle.name} does not say how many frames a second its world has (world.fps)")
-        self.fps: float = world["fps"]
+        self.fps = fps
         self.cfg = cfg = cfg or StreamConfig()
         self._engine = engine = Engine(bundle, codec, cfg.seed, cfg.memory, cfg.rewarm, drawn)
         self._refused = refused_switches(bundle)
