@@ -42,10 +42,11 @@ def run_bench(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from vidistill.bench import bench, random_weights
+    from vidistill.progress import console
 
     check_options(args)
     run = {"growth_run": args.growth_run} if args.growth_run else {}
-    with Console(stderr=True).status("warming up") as status:
+    with console().status("warming up") as status:
         more: dict[str, Any] = {
             "speed": speed_of(args),
             "growth": args.growth,

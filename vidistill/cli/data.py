@@ -254,17 +254,16 @@ def record(
     shards: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> None:
     """Write the `shards` of the `clips` that a world's `cfg` makes, unless they are there; `more` of their record."""
-    from tqdm import tqdm
-
     from vidistill import checkpoint
     from vidistill.data.shards import latent_shard, write_shards
+    from vidistill.progress import track
 
     own = {"source": args.kind, "split": args.split, "config": asdict(cfg), "codec": args.codec}
     meta = {**own, "fps": cfg.fps, "px_size": cfg.size, **more}
     if is_there(args.out, {**meta, "episodes": args.episodes}):
         return
     codec = checkpoint.load(args.codec, "codec").net if args.codec else None
-    made = shards(tqdm(clips(), total=args.episodes, desc="clips", disable=None))
+    made = shards(track(clips(), "clips", args.episodes, "clip"))
     write_shards(args.out, (latent_shard(s, codec) for s in made) if codec else made, meta)
     print(f"{args.out}: {args.episodes} clips of {args.frames} frames")
 

@@ -51,9 +51,8 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
-
     from vidistill.evaluation import ablation, report
+    from vidistill.progress import console
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
@@ -62,7 +61,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
     report.check_plots()
     result = ablation.frontier(args.frontier)
-    Console(stderr=True).print(ablation.table(result))
+    console().print(ablation.table(result))
     return result
 
 

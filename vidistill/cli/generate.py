@@ -51,10 +51,9 @@ def add_generate(commands: Any) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from vidistill import io
     from vidistill.conditioning.script import parse_cues, parse_script
+    from vidistill.progress import Bar
     from vidistill.streaming.runtime import load_fast
     from vidistill.streaming.session import StreamConfig, StreamSession
 
@@ -73,7 +72,7 @@ def run_generate(args: argparse.Namespace) -> None:
         total = max(1, round(args.seconds * session.fps))
         if "audio" in session.takes:
             print("no audio given: the avatar stays silent (demos/avatar.py makes it speak)", file=sys.stderr)
-        with tqdm(desc="frames", total=total, disable=None) as bar:
+        with Bar(total, "frames", "frame") as bar:
             frames = session.record(total, script, cues, bar.update)
         io.write_video(args.out, frames, session.fps, scale=args.scale)
         sheet = args.out.with_suffix(".png")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidistill import checkpoint
 from vidistill.conditioning.camera import CameraConfig
@@ -22,6 +21,7 @@ from vidistill.diffusion import Denoiser, NoiseSchedule, derived_seed
 from vidistill.io import read_json, write_json
 from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
+from vidistill.progress import Bar
 from vidistill.sampling import trajectory
 from vidistill.teachers.wan import VAE_FACTORS
 
@@ -76,10 +76,7 @@ def trajectories(
     def batch_of(count: int, i: int) -> Batch:
         return draw(count, i).to(where)
 
-    with (
-        tqdm(total=clips, desc="trajectories", disable=None) as bar,
-        autocast(precision, where),
-    ):
+    with Bar(clips, "trajectories", "clip") as bar, autocast(precision, where):
         write_trajectories(out, net, batch_of, meta, at_once, bar)
     shown = ",".join(f"{level:.4f}" for level in kept)
     return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
@@ -158,7 +155,7 @@ def write_trajectories(
     batch_of: Callable[[int, int], Batch],
     meta: Mapping[str, Any],
     per_shard: int = 64,
-    bar: Any = None,
+    bar: Bar | None = None,
 ) -> None:
     """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition
@@ -18,6 +17,7 @@ from vidistill.data.shards import META, DataError, read_meta
 from vidistill.data.types import Batch
 from vidistill.io import read_text, write_text
 from vidistill.ops.device import accelerator
+from vidistill.progress import Bar
 from vidistill.teachers.text_encoder import TextCache
 from vidistill.teachers.wan import WORLD
 
@@ -48,7 +48,7 @@ NAMES, TOKENS = "names", "tokens"
 
 
 def write_prompts(
-    folder: str | Path, prompts: Sequence[str], negative: str, cache: Any, meta: Mapping, bar: Any = None
+    folder: str | Path, prompts: Sequence[str], negative: str, cache: Any, meta: Mapping, bar: Bar | None = None
 ) -> None:
     """Write a folder of prompts whose embeddings `cache` (a `teachers.text.TextCache` on FOLDER/tokens) makes.
 
@@ -106,6 +106,6 @@ def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 
     """Encode the prompts in `file`, one a line, into folder `out`; says what is there. `fps`: of what they describe."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     cache = TextCache(text, out / TOKENS, length=tokens, device=str(accelerator()))
-    with tqdm(total=len(lines), desc="prompts", disable=None) as bar:
+    with Bar(len(lines), "prompts", "prompt") as bar:
         write_prompts(out, lines, negative, cache, {"source": "prompts", **WORLD, "fps": fps}, bar=bar)
     return f"{out}: {len(lines)} prompts of {tokens} tokens"

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidistill import checkpoint, metrics
 from vidistill.checkpoint import Bundle
@@ -28,6 +27,7 @@ from vidistill.evaluation.streams import streamed
 from vidistill.evaluation.suite import Judgement, Suite, clip_size
 from vidistill.io import to_float
 from vidistill.memory.policies import MemoryConfig
+from vidistill.progress import track
 from vidistill.worlds import WORLDS
 
 BLACK = 0.06  # brightness below which a frame is black
@@ -59,7 +59,7 @@ def people(bundle: Bundle, rooms: Rooms, size: int, frames: int, offset: int, co
     audio = build(AudioConfig, bundle.record.get("audio") or {})
     how = rooms.world.config(size=size, num_frames=frames, audio=audio)
     clips = rooms.world.record(how, rooms.seeds(offset, count), cfg.workers)
-    return list(tqdm(clips, "real clips", total=count, unit="clip"))
+    return list(track(clips, "real clips", total=count, unit="clip"))
 
 
 def talk_condition(clips: Sequence[Talk], bundle: Bundle, codec: Codec, given: Tensor | None) -> Condition:
@@ -200,7 +200,7 @@ def long_identity(judged: Judgement) -> None:
     clips = people(student, judged.rooms, size, length, LONG_ROOMS, cfg.streams, cfg)
     memories = {"student": None, "window": MemoryConfig("window", own.frames, 0, own.phase)}
     made: dict[str, list[Tensor]] = {"student": [], "window": [], "real": [to_float(c.frames) for c in clips]}
-    for k, clip in enumerate(tqdm(clips, "long streams", unit="stream")):
+    for k, clip in enumerate(track(clips, "long streams", unit="stream")):
         sound, cues = from_pcm16(clip.pcm), [Cue(0.0, clip.caption)]
         for row, memory in memories.items():
             px = streamed(student, judged.codec, length, cfg.seed + k, cues, clip.frames[0], sound, memory)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vidistill import checkpoint
 from vidistill.config import build
@@ -20,6 +19,7 @@ from vidistill.data.types import IGNORED
 from vidistill.io import write_json
 from vidistill.metrics import balanced_accuracy
 from vidistill.ops.precision import autocast
+from vidistill.progress import Bar
 from vidistill.worlds import WORLDS
 from vidistill.worlds.doom.labels import TURNS, WALKS
 from vidistill.worlds.shapes import ATTRIBUTES
@@ -290,11 +290,11 @@ def make_probe(
     cfg: ProbeConfig = ProbeConfig(),
 ) -> dict[str, float]:
     """Train a probe on `frames`, measure it on `held_out`, save it as `out` with its card; returns the figures."""
-    with tqdm(total=steps, unit="step") as bar:
+    with Bar(steps, unit="step") as bar:
 
         def progress(step: int, losses: dict[str, float]) -> None:
             bar.update()
-            bar.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+            bar.note(", ".join(f"{name}={loss:.3f}" for name, loss in losses.items()))
 
         probe = train_probes(frames, seed=seed, steps=steps, batch=batch, cfg=cfg, progress=progress)
     figures = probe_figures(probe, held_out)

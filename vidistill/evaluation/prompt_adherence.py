@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidistill import checkpoint, metrics
 from vidistill.checkpoint import Bundle
@@ -26,6 +25,7 @@ from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, streamed
 from vidistill.evaluation.suite import Judgement, Suite, clip_size
 from vidistill.io import to_float, to_uint8
+from vidistill.progress import track
 from vidistill.streaming.prompt_switch import SWITCHES
 from vidistill.streaming.session import refused_switches
 from vidistill.worlds.spec import WorldSpec
@@ -181,7 +181,7 @@ def switched(
 ) -> Tensor:
     """Streams [B, T, 3, H, W] that are told a caption, and `cfg.before` seconds later another one."""
     frames, out = round((cfg.before + cfg.after) * student.record["world"]["fps"]), []
-    for k, (a, b) in enumerate(zip(tqdm(first, f"switch: {policy}", unit="stream"), second, strict=True)):
+    for k, (a, b) in enumerate(zip(track(first, f"switch: {policy}", unit="stream"), second, strict=True)):
         cues = [Cue(0.0, a.caption), Cue(cfg.before, b.caption, policy)]
         out.append(streamed(student, codec, frames, cfg.seed + k, cues))
     return torch.stack(out)
@@ -203,7 +203,7 @@ def long_streams(student: Bundle, codec: Codec, rooms: Rooms, data: Data, cfg: A
     """Long streams under one caption each, and drawn ones."""
     frames, count = round(cfg.long_seconds * data.fps), min(cfg.streams, cfg.clips)
     drawn = scenes(rooms, count, size=clip_size(student, codec, rooms.world)[1], num_frames=frames)
-    told = [[Cue(0.0, clip.caption)] for clip in tqdm(drawn, "long streams", unit="stream")]
+    told = [[Cue(0.0, clip.caption)] for clip in track(drawn, "long streams", unit="stream")]
     made = [streamed(student, codec, frames, cfg.seed + k, cues) for k, cues in enumerate(told)]
     tallies = {name: StreamTally(frames, round(cfg.window * data.fps)) for name in ("real", "student")}
     tallies["real"].add(torch.stack([to_float(clip.frames) for clip in drawn]))

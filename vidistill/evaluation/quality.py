@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidistill import metrics
 from vidistill.checkpoint import Bundle
@@ -36,6 +35,7 @@ from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import FLAT, StreamTally, pieces
 from vidistill.evaluation.suite import Judgement, Suite
 from vidistill.io import to_float
+from vidistill.progress import track
 from vidistill.worlds.spec import WorldSpec
 
 RECORDED_FRAMES = 321  # of an episode that clips are cut from
@@ -338,7 +338,7 @@ def walk_along(
     poses = torch.cat((poses, poses[:, -1:].expand(-1, short, -1)), dim=1)[:, :total]
     cond = walk_condition(actions, poses, student, codec)
     made = pieces(student, codec, codec.encode(px), cond, chunks, seed, precision)
-    return tqdm(made, f"{len(px)} streams", total=chunks, unit="chunk")
+    return track(made, f"{len(px)} streams", total=chunks, unit="chunk")
 
 
 ROWS = {"codec": codec_row, "repeat": lambda codec: repeat_row}

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vidistill.data.clips import Clips
 from vidistill.data.shards import frame_shards, write_shards
 from vidistill.data.types import SPLITS, split_name
+from vidistill.progress import track
 from vidistill.worlds.spec import WorldSpec
 
 FOLDERS: Mapping[str, str] = {"validation": "heldout"}  # how the folders of a split are named, where not as it is
@@ -51,7 +50,7 @@ class Rooms:
         folder, wanted = self.folder(data, part), self.seeds(offset, made[0])
         if not folder.exists():
             cfg = self.world.config(num_frames=made[1])
-            recording = tqdm(self.world.record(cfg, wanted), f"recording {folder}", total=made[0], unit="episode")
+            recording = track(self.world.record(cfg, wanted), f"recording {folder}", total=made[0], unit="episode")
             meta = {"source": self.source, "split": self.split, "config": asdict(cfg), "fps": cfg.fps}
             write_shards(folder, frame_shards(recording, 16), meta)
         clips = Clips(folder)

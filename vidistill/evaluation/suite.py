@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vidistill import checkpoint, metrics
 from vidistill.checkpoint import Bundle, CheckpointError
@@ -24,6 +23,7 @@ from vidistill.evaluation.intervals import add_intervals, bootstrap, compare, me
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import CURVES, StreamTally, curve_drifts
+from vidistill.progress import Bar
 from vidistill.worlds import WORLDS
 from vidistill.worlds.spec import WorldSpec
 
@@ -178,10 +178,10 @@ def measure(
     """Tallies for `real` and for every row over all clips, one for each of its `runs` with noise of its own."""
     parts = {name: part for metric in wanted.values() for name, part in metric.parts.items()}
     tallies = {name: [Tally(data) for _ in range(runs.get(name, 1))] for name in ("real", *rows)}
-    with tqdm(total=len(data.batches) * sum(map(len, tallies.values())), unit="batch") as bar:
+    with Bar(len(data.batches) * sum(map(len, tallies.values())), unit="batch") as bar:
         for batch in data.batches:
             for name, row in {"real": real_row, **rows}.items():
-                bar.set_description(f"clips: {name}")
+                bar.describe(f"clips: {name}")
                 for k, tally in enumerate(tallies[name]):
                     own = replace(batch, seed=batch.seed + k * RUN_STEP)
                     tally.add(parts, row(own), own)

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from vidistill import checkpoint, distributed
 from vidistill.codecs.tiny import TinyCodec
@@ -29,6 +27,7 @@ from vidistill.models.student import core
 from vidistill.ops.attention import use_backend
 from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
+from vidistill.progress import Bar
 from vidistill.training import known, networks, samples, validation
 from vidistill.training.config import EXPORTS, TrainConfig, Turn
 from vidistill.training.interruption import Interruption
@@ -220,14 +219,7 @@ class Trainer:
                 self.metrics_log.open(self.cfg.trackers, self.cfg.name, asdict(self.cfg), self.step_count)
                 stack.callback(self.metrics_log.close)
             self.started = time.monotonic()
-            bar = tqdm(
-                total=self.cfg.steps,
-                initial=self.step_count,
-                desc=self.cfg.name,
-                unit="step",
-                disable=None if first else True,
-            )
-            with bar, logging_redirect_tqdm():
+            with Bar(self.cfg.steps, self.cfg.name, "step", self.step_count, shown=first) as bar:
                 self.loop(bar, interruption)
             return self.finish()
 
@@ -285,7 +277,7 @@ class Trainer:
         if distributed.rank() == 0:
             checkpoint.export(self.folder / name, net, self.record(), EXPORTS[self.cfg.export_dtype])
 
-    def loop(self, bar: Any, interruption: Interruption) -> None:
+    def loop(self, bar: Bar, interruption: Interruption) -> None:
         first = self.step_count
         while self.step_count < self.cfg.steps and not self.peak.done(self.cfg.validation.patience):
             try:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from vidistill import checkpoint
 from vidistill.config import settings
@@ -24,6 +23,7 @@ from vidistill.data.importers.write import PER_SHARD, Clip, Part, shard_of, writ
 from vidistill.data.shards import DataError, Shard
 from vidistill.data.types import HELD_OUT_SEED, in_order
 from vidistill.io import contact_sheet, save_png
+from vidistill.progress import Bar
 
 SPLITS = {"train": 0, "validation": HELD_OUT_SEED, "test": 2 * HELD_OUT_SEED}  # split -> its first seed
 TRIES, ANOTHER = 20, 10 * HELD_OUT_SEED  # episodes tried for one that is long enough; from the seed of one to the next
@@ -360,13 +360,12 @@ def write_one(
 ) -> str:
     """Record this part of a split; returns what to say of it."""
     shards, first = -(-count // PER_SHARD), SPLITS[split]
-    bar = tqdm(total=len(part.share(shards)), desc=split, unit="shard", disable=None)
 
     def make(i: int) -> Shard:
         seeds = range(first + i * PER_SHARD, first + min((i + 1) * PER_SHARD, count))
         return shard_of(list(clips_of(cfg, seeds, pool)))
 
-    with bar:
+    with Bar(len(part.share(shards)), split, "shard") as bar:
         whole = write_split(out / split, shards, make, {**meta, "split": split}, codec, part, lambda _: bar.update())
     return f"{out / split}: {count} episodes" if whole else f"{out / split}: part {part.index + 1} is recorded"
 

@@ -4,13 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vidistill import checkpoint
 from vidistill.data.clips import Clips
 from vidistill.data.importers.write import Part, write_split
 from vidistill.data.shards import META, DataError, Shard
 from vidistill.data.types import count_episodes
+from vidistill.progress import Bar
 
 NOT_KEPT = ("shards", "episodes", "described")  # of meta, which are those of the folder that is written
 
@@ -44,7 +43,7 @@ def encoded(out: Path, source: Path, name: str, codec: Any, part: Part) -> str:
 
     meta = {key: value for key, value in clips.meta.items() if key not in NOT_KEPT} | {"codec": name}
     total = len(clips.parts)
-    with tqdm(total=len(part.share(total)), desc=out.name, unit="shard", disable=None) as bar:
+    with Bar(len(part.share(total)), out.name, "shard") as bar:
         whole = write_split(out, total, make, meta, codec, part, lambda _: bar.update())
     return f"{out}: {len(clips)} episodes" if whole else f"{out}: part {part.index + 1} is written"
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vidistill import checkpoint
 from vidistill.conditioning.audio import AudioConfig, clip_features
@@ -34,6 +33,7 @@ from vidistill.data.importers.report import PAGE, summary, write_report
 from vidistill.data.importers.sidecars import Sidecars, fov_of, read_sidecars
 from vidistill.data.importers.write import PER_SHARD, Clip, Part, shard_of, write_split
 from vidistill.data.shards import DataError, Shard
+from vidistill.progress import Bar, track
 
 INSPECTED = "inspected"  # folder of what each part found
 FOV = 2.0  # degrees by which the field of view of videos may differ
@@ -100,7 +100,7 @@ def inspect_all(out: Path, items: Sequence[Item], asked: Asked, part: Part) -> l
     own = list(part.share(len(items)))
     rest = [k for k in range(len(items)) if k % part.count != part.index]
     with (folder / f"{part.index + 1}-of-{part.count}.jsonl").open("a", encoding="utf-8") as file:
-        for k in tqdm(own + rest, desc="inspect", disable=None):
+        for k in track(own + rest, "inspect", len(own + rest), "video"):
             item, stamp = items[k], stamp_of(items[k], asked)
             if k in rest and item.name not in found:  # another part may have found it by now
                 found |= known(folder, asked)
@@ -277,12 +277,11 @@ def write_one(out: Path, split: str, job: Import, source: str, encode: Encode | 
     if not windows:
         return f"{out / split}: no clips, too few videos"
     shards = -(-len(windows) // PER_SHARD)
-    bar = tqdm(total=len(part.share(shards)), desc=split, unit="shard", disable=None)
 
     def make(i: int) -> Shard:
         return shard_of(list(clips_of(job, windows[i * PER_SHARD : (i + 1) * PER_SHARD])), encode)
 
-    with bar:
+    with Bar(len(part.share(shards)), split, "shard") as bar:
         meta = job.meta(split, source)
         whole = write_split(out / split, shards, make, meta, codec, part, lambda _: bar.update())
     return f"{out / split}: {len(windows)} clips" if whole else f"{out / split}: part {part.index + 1} is written"

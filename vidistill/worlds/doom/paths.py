@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from vidistill import metrics
 from vidistill.data.types import Episode
 from vidistill.io import to_float
+from vidistill.progress import Bar
 from vidistill.worlds.doom.maps import FRAME_TEXTURE, centre_texture
 from vidistill.worlds.doom.recorder import ACTIONS, DoomConfig, replay
 
@@ -153,7 +153,7 @@ def paths_of(cfg: PathConfig, doom: DoomConfig, seconds: float, chunked: int, wo
     """`cfg.paths` paths that count, kinds in turn, each in a world of its own, of the seeds `worlds`."""
     found: list[Revisit] = []
     kinds = [k for k in KINDS if KINDS[k](round(seconds * doom.fps), LEFT, doom, 1.0) is not None]
-    with tqdm(total=cfg.paths, desc=f"paths of {seconds:g} s", unit="path") as bar:
+    with Bar(cfg.paths, f"paths of {seconds:g} s", unit="path") as bar:
         for seed in worlds:
             path = make_path(cfg, doom, kinds[len(found) % len(kinds)], seconds, seed, chunked)
             if path is not None:
