@@ -82,10 +82,11 @@ def of_multi_discrete(space: Any, names: Sequence[str], _: Sequence[str]) -> Act
     return ActionMap(shown, to_env, of, random)
 
 
-def of_multi_binary(space: Any, names: Sequence[str], _: Sequence[str]) -> ActionMap:
+def of_multi_binary(space: Any, names: Sequence[str], meanings: Sequence[str]) -> ActionMap:
     """Switches that may be held together."""
     size = int(np.prod(space.shape))
-    shown = named(names, size, "one a switch") if names else tuple(f"switch{k}" for k in range(size))
+    default = meanings if len(meanings) == size else [f"switch{k}" for k in range(size)]
+    shown = named(names, size, "one a switch") if names else tuple(default)
     return ActionMap(
         shown,
         lambda x: (x > 0.5).astype(np.int8).reshape(space.shape),
