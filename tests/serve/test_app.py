@@ -1,11 +1,14 @@
 import io
 import json
+import os
 import socket
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -504,10 +507,45 @@ def test_start_images_are_read_from_a_folder(tmp_path):
     starts = read_starts(tmp_path, (SIZE, SIZE))
     assert list(starts) == ["a", "b"] and starts["b"].shape == (SIZE, SIZE, 3)
     (tmp_path / "c.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"c\.png.*cannot be read as a PNG"):
+    with pytest.raises(ValueError, match=r"c\.png.*cannot be read"):
         read_starts(tmp_path, (SIZE, SIZE))
     with pytest.raises(ValueError, match="no folder"):
         read_starts(tmp_path / "none", (SIZE, SIZE))
+
+
+def test_start_images_of_every_kind_and_spelling_are_read(tmp_path):
+    phone, tag = Image.new("RGB", (SIZE, SIZE)), Image.Exif()
+    phone.paste((255, 0, 0), (0, 0, SIZE // 2, SIZE))
+    tag[0x0112] = 6  # what is left is to be above
+    phone.save(tmp_path / "a.jpg", exif=tag)
+    (tmp_path / "b.PNG").write_bytes(png())
+    Image.new("RGBA", (20, 20)).save(tmp_path / "clear.webp")
+    (tmp_path / "notes.txt").write_text("no picture")
+    starts = read_starts(tmp_path, (SIZE, SIZE))
+    assert list(starts) == ["a", "b", "clear"]
+    assert starts["a"][5, 40, 0] > 200 and starts["a"][60, 5, 0] < 50 and (starts["clear"] == 255).all()
+
+
+def test_start_images_that_cannot_be_told_apart_or_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--starts .* holds no picture"):
+        read_starts(tmp_path, (SIZE, SIZE))
+    for name in ("a.png", "a.PNG"):
+        (tmp_path / name).write_bytes(png())
+    with pytest.raises(ValueError, match=r"a\.PNG and .*a\.png have one name"):
+        read_starts(tmp_path, (SIZE, SIZE))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9 \xff", "ein Bild #1 100%?&ü".encode(), b'"<b>\\', b"..."])
+def test_start_images_of_odd_names_are_shown_and_started_from(tmp_path, name):
+    (tmp_path / os.fsdecode(name + b".png")).write_bytes(png())
+    fake = FakeWorld()
+    fake.world = replace(fake.world, starts=read_starts(tmp_path, (SIZE, SIZE)))
+    with served(fake) as app, watching(app) as browser:
+        [shown] = browser.note("hello")["starts"]
+        assert app.get(f"/starts/{quote(shown, safe='')}.png").status_code == 200
+        browser.frame()
+        browser.say(type="reset", seed=1, start=shown)
+        browser.frame(lambda header: header["flags"] & protocol.FIRST)
 
 
 def test_a_large_picture_is_sent_as_jpeg():

@@ -15,7 +15,7 @@ ARGUMENTS: Arguments = {
         "default": 2,
         "help": "viewers at a time, each with a stream of their own (default: 2)",
     },
-    "--starts": {"type": Path, "help": "folder of PNG pictures to start from (default: the bundled ones)"},
+    "--starts": {"type": Path, "help": "folder of pictures to start from (default: the bundled ones)"},
     "--origin": {"action": "append", "default": [], "help": "further web address the page is opened under"},
     "--token": {"default": "", "help": "word that the page's address must carry (default: none is needed)"},
     **GAIN,

@@ -6,6 +6,7 @@ import io
 import ipaddress
 import itertools
 import logging
+import os
 import socket as sockets
 from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vidistill.checkpoint import start_pictures
-from vidistill.io import read_image
+from vidistill.io import PICTURES, picture_files, read_image
 from vidistill.serve import protocol
 from vidistill.serve.gate import Budget, Gates, Limits, address_of
 from vidistill.serve.recorder import Recordings
@@ -270,13 +271,20 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
 
 
 def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The PNG files of a folder as start images, uint8 [H, W, 3] of `size`, by file name."""
+    """The pictures of a folder as start images, uint8 [H, W, 3] of `size`, by file name without its suffix."""
     if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder of start images")
-    found = {path.stem: read_image(path, size, formats=("PNG",)) for path in sorted(Path(folder).glob("*.png"))}
-    if "upload" in found:
-        raise ValueError(f"{Path(folder) / 'upload.png'}: that name is of the visitor's own picture; choose another")
-    return found
+        raise ValueError(f"--starts {folder} is no folder of start images")
+    files: dict[str, Path] = {}
+    for path in picture_files(folder):
+        name = os.fsencode(path.stem).decode(errors="replace")  # a name in another encoding cannot be sent
+        if name == "upload":
+            raise ValueError(f"{path}: that name is of the visitor's own picture; choose another")
+        if name in files:
+            raise ValueError(f"{files[name]} and {path} have one name on the page; rename one of them")
+        files[name] = path
+    if not files:
+        raise ValueError(f"--starts {folder} holds no picture; put files there that end in {', '.join(PICTURES)}")
+    return {name: read_image(path, size) for name, path in files.items()}
 
 
 def load_world(
@@ -284,7 +292,7 @@ def load_world(
 ) -> World:
     """The world of a student by bundled name or path, computed as `speed` says.
 
-    `starts`: a folder of PNG files to begin from; by default what `checkpoint.start_pictures` finds. `gain`: how far a
+    `starts`: a folder of pictures to begin from; by default what `checkpoint.start_pictures` finds. `gain`: how far a
     walker goes by the same action. ValueError for pictures to a student that begins from noise, and for a gain to one
     that is not told where it goes.
     """
