@@ -20,8 +20,12 @@ def named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not on this machine ({error}); choose auto, cpu or cuda") from error
+    except Exception as error:  # each backend that torch knows by name and lacks has an error of its own, of many lines
+        found = torch.cuda.device_count()
+        here = f"{found} GPUs" if torch.backends.cuda.is_built() else "a torch that is built without CUDA"
+        raise ValueError(
+            f"device {name!r} is not on this machine, which has {here}: choose auto, cpu or cuda"
+        ) from error
     return accelerator() if device == torch.device("cuda") else device
 
 
