@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         speak(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
 

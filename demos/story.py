@@ -25,7 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         tell(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
 
@@ -41,11 +41,12 @@ def tell(args: argparse.Namespace) -> None:
     student = load_student(args.name)
     cfg = StreamConfig(seed=args.seed, switch=args.switch)
     with StreamSession(student, load_codec(student), cfg) as session:
-        frames = session.record(round((cues[-1].seconds + args.last) * session.fps), cues=cues)
+        total = max(1, round((cues[-1].seconds + args.last) * session.fps))
+        frames = session.record(total, cues=cues)
         write_video(args.out, frames, session.fps, scale=args.scale)
         save_png(
             args.out.with_suffix(".png"),
-            contact_sheet([frames], every=round(session.fps), scale=max(1, args.scale // 2)),
+            contact_sheet([frames], every=max(1, round(session.fps)), scale=max(1, args.scale // 2)),
         )
     print(f"{args.out}: {len(frames)} frames, {len(cues)} prompts")
 

@@ -34,6 +34,38 @@ def test_a_demo_says_what_it_does(demo, monkeypatch, capsys):
     assert left.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("demo", "args", "says"),
+    [
+        ("story", ["--last", "-5"], "--last: must be above 0"),
+        ("story", ["--last", "nan"], "--last: must be above 0"),
+        ("story", ["--seed", "9" * 20], "--seed: must be"),
+        ("story", ["--scale", "0"], "--scale: must be from 1"),
+        ("story", ["--switch", "melt", "--name", "shapes"], "stream.switch 'melt'"),
+        ("story", ["empty.txt"], "holds no prompts"),
+        ("story", ["latin.txt"], r"latin\.txt is no UTF-8"),
+        ("avatar", ["--seed", "-1"], "--seed: must be"),
+        ("avatar", ["--wav", "empty.txt"], r"empty\.txt cannot be read as sound"),
+        ("avatar", ["--image", "empty.txt", "--wav", "z.wav"], r"no recording z\.wav"),
+        ("play", ["--port", "99999999"], "port is 99999999"),
+    ],
+)
+def test_a_demo_refuses_what_it_cannot_do_in_a_line(demo, args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(SystemExit) as left:
+        run(DEMOS[0].with_name(f"{demo}.py"), monkeypatch, *args)
+    assert left.value.code == 2 and re.search(says, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_story_of_one_prompt_at_its_start_has_a_frame_at_least(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("0: a red ring")
+    run(DEMOS[0].with_name("story.py"), monkeypatch, "one.txt", "--last", "0.001", "--scale", "1")
+    assert len(read_video(tmp_path / "story.mp4")[0]) == 1
+
+
 def test_an_avatar_speaks_a_recording(tmp_path, monkeypatch):
     write_talker(tmp_path)
     save_png(tmp_path / "face.png", np.full((16, 16, 3), 120, np.uint8))

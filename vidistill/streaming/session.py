@@ -233,6 +233,8 @@ class StreamSession:
         Each chunk takes the actions of `script` at its first frame, and the cues that are due there. `made` is called
         after every frame.
         """
+        if count < 1:
+            raise ValueError(f"count is {count}; at least 1 frame can be recorded")
         engine = self._engine
         for action, _ in script:
             self.inputs.read({"action": action})
