@@ -71,6 +71,8 @@ def results(cards: Mapping[str, Mapping[str, Any]]) -> str:
         against = speed.get("fps_ratio") if "-teacher" in speed.get("command", "") else None
         if teacher.get("machine") == speed.get("machine"):  # ratios of another machine do not belong beside these
             against = against or teacher.get("fps_ratio")
+        stretch = find(figures, ".".join([*distance.split(".")[:-1], "stretch"]))
+        what += f" (history keys x {stretch:g})" if stretch else ""  # as it no longer streams
         cells = (number(find(figures, distance)), f"{number(find(figures, task))} {what}", number(speed.get("fps")))
         lines.append(f"| `{name}` | {' | '.join(cells)} | {number(against)} |")
     return "\n".join(lines)
