@@ -19,6 +19,11 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", help="a bundled name or the path of a student, teacher or codec")
     p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
+    p.add_argument(
+        "--data",
+        type=Path,
+        help="held-out clips of a world of one's own: a folder of splits, or one split beside its train folder",
+    )
     p.add_argument("--suite", choices=("quality", "memory"), default="quality", help="what to judge (default: quality)")
     p.add_argument(
         "--clips",
@@ -56,6 +61,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
+    given |= {"--data": args.data}
     given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
@@ -74,16 +80,20 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
     if not memory and (args.window or args.full):
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
+    if args.data and (memory or args.first_seed is not None):
+        raise ValueError("--data names the clips that are judged: leave out --suite and --first-seed")
     if args.quick and (args.glance or any(named.values())):
         raise ValueError("--quick shows the checkpoint alone: leave out --glance, --teacher, --window and --full")
     if args.glance and (args.teacher or args.out):
         option = "--teacher" if args.teacher else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
-    own = SUITES["memory"] if memory else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
+    chosen = "any_world" if args.data else "memory" if memory else ""
+    own = SUITES[chosen] if chosen else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
     asked = {
         "first_seed": args.first_seed,
         "paths" if memory else "clips": args.clips,
         "out": args.out and str(args.out),
+        "data": args.data and str(args.data),
     }
     settings = {key: value for key, value in asked.items() if value}
     if not args.glance:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidistill import checkpoint, metrics
@@ -48,6 +49,7 @@ class Data:
     """What all rows are judged on. `window`: px frames after the start image that count, None for all of them.
 
     heads: what a probe reads of them, every `stride`-th frame, and in how many classes: fact "asked" [B, T, heads].
+    fitted: clips are resized to what the probe reads.
     """
 
     batches: Sequence[Batch] | Any
@@ -57,6 +59,15 @@ class Data:
     stride: int = 1
     window: int | None = None
     reader: Any = None  # of camera motion, where a suite reads it
+    fitted: bool = False
+
+    def read(self, px: Tensor) -> Reading:
+        """What the probe sees of clips px [B, T, 3, H, W]."""
+        assert self.probe is not None
+        if self.fitted:
+            size = (self.probe.cfg.size,) * 2
+            px = F.interpolate(px.flatten(0, 1), size, mode="bilinear", antialias=True).unflatten(0, px.shape[:2])
+        return read(self.probe, px, self.stride)
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,8 @@ class View:
     @cached_property
     def reading(self) -> Reading:
         """What the probe sees of them."""
-        assert self.data.probe is not None
         end = None if self.data.window is None else self.data.window + 1 + AFTER
-        return read(self.data.probe, self.px[:, :end], self.data.stride)
+        return self.data.read(self.px[:, :end])
 
 
 class Tally:
@@ -118,12 +128,18 @@ class Tally:
         return float(self[name].double().mean())
 
 
+def answers(view: View) -> Tensor:
+    """The classes [B, n, heads] that the probe reads."""
+    found = [view.reading.labels[name] for name in view.data.heads]
+    return torch.stack(found, -1) if found else torch.zeros(*view.reading.features.shape[:2], 0)
+
+
 def read_parts() -> dict[str, Callable[[View], Tensor]]:
     """Parts of every metric that a probe takes part in: features [B, n, D], classes that are read and that were asked
     for [B, n, heads]."""
     return {
         "features": lambda v: v.reading.features,
-        "read": lambda v: torch.stack([v.reading.labels[name] for name in v.data.heads], -1),
+        "read": answers,
         "asked": lambda v: v.batch.facts["asked"][:, v.reading.times],
     }
 

@@ -29,7 +29,7 @@ from vidistill.evaluation.clips import (
     repeat_row,
 )
 from vidistill.evaluation.config import SuiteConfig
-from vidistill.evaluation.probes import load_probe, read
+from vidistill.evaluation.probes import load_probe
 from vidistill.evaluation.report import Metric, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import FLAT, StreamTally, pieces
@@ -305,8 +305,8 @@ def long_walks(judged: Judgement) -> None:
 
 def late_following(tally: StreamTally, asked: Tensor, data: Data) -> float:
     """How well the last window of streams follows the actions asked [S, T, heads] along them."""
-    assert tally.tail is not None and data.probe is not None
-    reading = read(data.probe, tally.tail, data.stride)
+    assert tally.tail is not None
+    reading = data.read(tally.tail)
     times = reading.times + tally.seen - tally.tail.shape[1]
     scores = [
         metrics.balanced_accuracy(reading.labels[name], asked[:, times, i], classes)

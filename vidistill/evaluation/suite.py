@@ -42,7 +42,7 @@ class Judgement:
 
     bundles: Mapping[str, Bundle]
     codec: Codec
-    rooms: Rooms
+    rooms: Any  # what `Suite.place` gave
     cfg: Any
     data: Data
     tallies: Mapping[str, Sequence[Tally]]
@@ -91,29 +91,6 @@ def teacher_of(bundle: Bundle) -> Bundle:
     raise CheckpointError(f"the card of {bundle.name} names no teacher; say which one to compare it with")
 
 
-@dataclass(frozen=True)
-class Suite:
-    """What one suite does its own way.
-
-    data: the clips that a checkpoint is judged on. metrics: every figure, in the order of the report. more: what is
-    judged beside clips; it may be given no student. rows: made beside the networks that are judged. spread: figures
-    with parts that a glance shows by themselves. student: its clips. others: networks beside a student, some of them
-    named by the user. quick: settings of a first look, whose intervals say how little it tells.
-    """
-
-    name: str
-    config: Callable[..., Any]
-    data: Callable[[Bundle, Codec, Rooms, Any], Data]
-    metrics: Mapping[str, Metric]
-    targets: Callable[[Mapping[str, Any]], list[Target]]
-    more: Callable[[Judgement], None] = lambda judged: None
-    rows: Mapping[str, Callable[[Codec], Row]] = field(default_factory=dict)
-    spread: tuple[str, ...] = ()
-    student: Callable[[Bundle, Codec, Any], Row] = student_row
-    others: Callable[[Bundle, Mapping[str, str | None]], Mapping[str, Bundle]] = beside_student
-    quick: Mapping[str, Any] = field(default_factory=lambda: QUICK)
-
-
 def source_of(record: Mapping[str, Any]) -> str | None:
     """What a checkpoint's clips were recorded from, as its card says."""
     data = record.get("card", {}).get("data")
@@ -126,9 +103,47 @@ def world_of(name: str, record: Mapping[str, Any]) -> tuple[str, WorldSpec]:
     if source is None or source not in WORLDS:
         raise ValueError(
             f"{name} learned from {source or 'a world its card does not name'} (card.data.source); the clips of "
-            f"{', '.join(WORLDS)}, which are judged here, say nothing about it"
+            f"{', '.join(WORLDS)}, which are judged here, say nothing about it: name held-out clips of its own (--data)"
         )
     return source, WORLDS[source]
+
+
+def bundled_rooms(suite: str, bundles: Mapping[str, Bundle], cfg: Any, split: str) -> Rooms:
+    """Rooms of the world that checkpoints learned from; ValueError where they or the suite are of another one."""
+    first = next(iter(bundles.values()))
+    source, world = world_of(first.name, first.record)
+    for bundle in bundles.values():
+        if source_of(bundle.record) not in (source, None) or suite not in world.suites:
+            raise ValueError(
+                f"{bundle.name} did not learn from a world of the suite {suite} that judges {first.name} but from "
+                f"{source_of(bundle.record)}; leave the choice of the suite to `vidistill eval {bundle.name}`"
+            )
+    return Rooms(source, world, split, cfg.first_seed)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one suite does its own way.
+
+    data: the clips that a checkpoint is judged on. metrics: every figure, in the order of the report. more: what is
+    judged beside clips; it may be given no student. rows: made beside the networks that are judged. spread: figures
+    with parts that a glance shows by themselves. student: its clips. others: networks beside a student, some of them
+    named by the user. quick: settings of a first look, whose intervals say how little it tells. place: where its clips
+    come from, by the name of the suite: rooms of a bundled world, if not said otherwise.
+    """
+
+    name: str
+    config: Callable[..., Any]
+    data: Callable[[Bundle, Codec, Any, Any], Data]
+    metrics: Mapping[str, Metric]
+    targets: Callable[[Mapping[str, Any]], list[Target]]
+    more: Callable[[Judgement], None] = lambda judged: None
+    rows: Mapping[str, Callable[[Codec], Row]] = field(default_factory=dict)
+    spread: tuple[str, ...] = ()
+    student: Callable[[Bundle, Codec, Any], Row] = student_row
+    others: Callable[[Bundle, Mapping[str, str | None]], Mapping[str, Bundle]] = beside_student
+    quick: Mapping[str, Any] = field(default_factory=lambda: QUICK)
+    place: Callable[[str, Mapping[str, Bundle], Any, str], Any] = bundled_rooms
 
 
 def clip_size(bundle: Bundle, codec: Codec, world: WorldSpec) -> tuple[int, int]:
@@ -141,15 +156,8 @@ def clip_size(bundle: Bundle, codec: Codec, world: WorldSpec) -> tuple[int, int]
 def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, glance: bool = False) -> Judgement:
     """Figures of `real` and every row on the clips of a split."""
     first = next(iter(bundles.values()))
-    source, world = world_of(first.name, first.record)
-    for bundle in bundles.values():
-        if source_of(bundle.record) not in (source, None) or suite.name not in world.suites:
-            raise ValueError(
-                f"{bundle.name} did not learn from a world of the suite {suite.name} that judges {first.name} but from "
-                f"{source_of(bundle.record)}; leave the choice of the suite to `vidistill eval {bundle.name}`"
-            )
+    rooms = suite.place(suite.name, bundles, cfg, split)
     codec: Codec = first.net if first.kind == "codec" else checkpoint.load_codec(first)
-    rooms = Rooms(source, world, split, cfg.first_seed)
     data = suite.data(first, codec, rooms, cfg)
     makers = {"student": suite.student, "teacher": teacher_row, "codec": lambda bundle, *_: codec_row(bundle.net)}
     rows: dict[str, Row] = {row: makers[bundle.kind](bundle, codec, cfg) for row, bundle in bundles.items()}
