@@ -71,6 +71,7 @@ OPTIONAL = {
     "torchao": Extra("int8"),
     "gymnasium": Extra("gym", ("data/importers/*", "worlds/drive/*")),
     "pygame": Extra("gym", ("worlds/drive/*",)),
+    "pyarrow": Extra("lerobot", ("data/importers/*",)),
     "minari": Extra("minari", ("data/importers/*",)),
     "espeakng_loader": Extra("audio"),
     "soundfile": Extra("audio"),
@@ -86,7 +87,7 @@ PICKLES = {"pickle", "dill", "joblib", "cloudpickle"}
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2007,
+    "data": 2297,
     "training": 1680,
     "evaluation": 2074,
     "worlds": 1370,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 IMPORTERS: Mapping[str, str] = {
     "videos": "folders and lists of video files, with captions, actions, poses and sound",
     "gym": "episodes of any Gymnasium environment",
+    "lerobot": "LeRobot data sets: a camera, actions and states, tasks as captions",
     "minari": "Minari data sets whose observations are pictures",
     "latents": "frames that are there already, encoded by a codec",
 }
