@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import threading
 import time
 import weakref
@@ -17,8 +18,9 @@ from hostile import bloated_png, broken_pictures, connected, frame, upgraded
 
 from vidistill.conditioning.audio import AudioConfig, Track
 from vidistill.serve import protocol
-from vidistill.serve.app import Seats, ServeConfig, run
+from vidistill.serve.app import REQUESTS_AT_ONCE, REQUESTS_S, Seats, ServeConfig, run
 from vidistill.serve.gate import PIECE, WATCH_S, Budget, Gates, Limits, address_of
+from vidistill.serve.log import LINES, Few
 from vidistill.serve.outbox import MAX_NOTES
 from vidistill.serve.player import Player
 from vidistill.serve.recorder import Recordings
@@ -445,6 +447,81 @@ def test_the_seat_of_a_flooder_who_left_is_free_soon():
                     stream.sendall(frame(reset))
         wait_until(lambda: fake.sessions[0].closed, 10)
     assert len(fake.sessions[0].starts) < 2000
+
+
+def test_requests_that_do_not_wait_for_answers_are_answered_at_a_bounded_rate():
+    """Of two connections that send 20,000 requests each, and of what another one asks for meanwhile."""
+    ask = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answers, began = [0, 0], time.monotonic()
+
+    def count(stream, which):
+        with contextlib.suppress(OSError):
+            while said := stream.recv(65536):
+                answers[which] += said.count(b"HTTP/1.1 200")
+
+    def flood(stream):
+        with contextlib.suppress(OSError):
+            stream.sendall(ask * 20_000)
+
+    with running(FakeWorld().world) as address, connected(address) as one, connected(address) as two:
+        for which, stream in enumerate((one, two)):
+            threading.Thread(target=flood, args=(stream,), daemon=True).start()
+            threading.Thread(target=count, args=(stream, which), daemon=True).start()
+        wait_until(lambda: sum(answers) > REQUESTS_AT_ONCE, 20)
+        with connected(address) as honest:
+            honest.sendall(ask)
+            assert b"200" in honest.recv(4096)
+        assert sum(answers) <= REQUESTS_AT_ONCE + REQUESTS_S * (time.monotonic() - began) + 10
+        assert min(answers) > REQUESTS_AT_ONCE / 4, answers
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def test_few_records_of_a_place_are_written_and_the_next_says_how_many_were_not(caplog):
+    now = [0.0]
+    few, log = Few(lambda: now[0]), logging.getLogger("few")
+    caplog.handler.addFilter(few)
+    try:
+        for i in range(1000 + LINES):
+            now[0] = 61.0 * (i >= 500 + LINES)
+            log.warning("broken by %s", i)
+        log.warning("something else")
+    finally:
+        caplog.handler.removeFilter(few)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[LINES - 1 :] == [
+        f"broken by {LINES - 1}",
+        f"broken by {500 + LINES} (and 500 more like it)",
+        "something else",
+    ]
+
+
+def test_connections_that_are_refused_all_day_do_not_fill_the_log(caplog):
+    disconnected = pytest.importorskip("starlette.websockets").WebSocketDisconnect
+    with served(FakeWorld()) as app:
+        for _ in range(3 * LINES):
+            with (
+                pytest.raises(disconnected),
+                app.websocket_connect("ws://localhost:8000/stream", headers={"origin": "http://elsewhere"}),
+            ):
+                pass
+    assert sum("refused a connection" in record.getMessage() for record in caplog.records) == LINES
+
+
+def test_what_breaks_a_connection_again_and_again_does_not_fill_the_log(caplog, monkeypatch):
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    def breaks(self, data):
+        raise RuntimeError("inside")
+
+    monkeypatch.setattr(H11Protocol, "data_received", breaks)
+    with running(FakeWorld().world) as address:
+        for _ in range(3 * LINES):
+            with connected(address) as stream:
+                stream.sendall(b"GET / HTTP/1.1\r\n")
+                assert ends(stream)
+    assert len([record for record in caplog.records if record.exc_info]) == LINES
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import io
 import ipaddress
-import itertools
 import logging
 import os
 import socket as sockets
@@ -23,6 +22,7 @@ from vidistill.checkpoint import start_pictures
 from vidistill.io import PICTURES, picture_files, read_image
 from vidistill.serve import protocol
 from vidistill.serve.gate import Budget, Gates, Limits, address_of
+from vidistill.serve.log import few_lines
 from vidistill.serve.recorder import Recordings
 from vidistill.serve.viewer import Bye, Viewer, ViewerConfig, World
 from vidistill.streaming.runtime import SpeedConfig, load_fast
@@ -43,7 +43,8 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 SESSIONS_S = 4  # sessions that are opened a second on average: whoever comes and goes costs the others little
-SAID = 20  # refusals that the log tells of: whoever is refused without end does not fill it
+REQUESTS_S = 100  # requests that are answered a second on average, of all connections: also of one that never waits
+REQUESTS_AT_ONCE = 200
 COOKIE = "vidistill_token"
 OURSELVES = ("localhost", "127.0.0.1", "::1")
 
@@ -159,25 +160,28 @@ def create_app(world: World, cfg: ServeConfig | None = None, ready: Callable[[],
 
     @asynccontextmanager
     async def lifespan(app: Any):
-        if ready is not None:
-            ready()
-        yield
+        with few_lines():
+            if ready is not None:
+                ready()
+            yield
         recordings.close()
 
     app = FastAPI(title="vidistill", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    _guard(app, cfg)
+    requests = Budget(REQUESTS_S, REQUESTS_AT_ONCE)
+    _guard(app, cfg, requests)
     _add_files(app, world, recordings)
-    _add_stream(app, world, cfg, recordings, seats)
+    _add_stream(app, world, cfg, recordings, seats, requests)
     return app
 
 
-def _guard(app: Any, cfg: ServeConfig) -> None:
-    """Answers only to its own name, and tells browsers to load nothing from elsewhere."""
+def _guard(app: Any, cfg: ServeConfig, requests: Budget) -> None:
+    """Answers only to its own name, so many requests a second, and tells browsers to load nothing from elsewhere."""
     from fastapi import Request
     from fastapi.responses import PlainTextResponse
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Any:
+        await asyncio.sleep(requests.take())
         host = request.headers.get("host", "")
         if not host_allowed(host, cfg):
             answer = PlainTextResponse(f"This server does not answer to {host!r}; name it with --origin.\n", 403)
@@ -225,11 +229,12 @@ def _png(px: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings, seats: Seats) -> None:
+def _add_stream(
+    app: Any, world: World, cfg: ServeConfig, recordings: Recordings, seats: Seats, requests: Budget
+) -> None:
     from fastapi import WebSocket
 
     leaving: set[asyncio.Task] = set()
-    refused = itertools.count()
     decoding = asyncio.Lock()
     opening = Budget(SESSIONS_S, 2 * cfg.max_viewers)
 
@@ -243,10 +248,10 @@ def _add_stream(app: Any, world: World, cfg: ServeConfig, recordings: Recordings
 
     @app.websocket("/stream")
     async def stream(socket: WebSocket) -> None:
+        await asyncio.sleep(requests.take())
         host, origin = socket.headers.get("host", ""), socket.headers.get("origin")
         if not host_allowed(host, cfg) or not origin_allowed(origin, host, cfg):
-            level = logging.WARNING if next(refused) < SAID else logging.DEBUG
-            log.log(level, "refused a connection to %.80r from the page of %.80r; allow it with --origin", host, origin)
+            log.warning("refused a connection to %.80r from the page of %.80r; allow it with --origin", host, origin)
             return await socket.close(1008)
         if not knows_token(socket, cfg):
             return await socket.close(1008)
