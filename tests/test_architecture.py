@@ -94,7 +94,7 @@ BUDGETS = {
     "bench": 1220,
     "ops": 1180,
     "cli": 1060,
-    "serve": 1040,
+    "serve": 1081,
     "interop": 1020,
     "conditioning": 735,
     "streaming": 680,

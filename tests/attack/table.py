@@ -47,6 +47,10 @@ def forever(*pieces: bytes) -> Callable[[socket.socket], None]:
     return flood
 
 
+def leave(stream: socket.socket) -> None:
+    """Goes at once; the sender comes back."""
+
+
 def slowly(piece: bytes) -> Callable[[socket.socket], None]:
     def drip(stream: socket.socket) -> None:
         while True:
@@ -84,6 +88,8 @@ ATTACKS = {
     "an endless body": Attack(forever(b"1\r\nx\r\n"), False, POST),
     "1,400 dripping requests": Attack(slowly(b"a"), False, b"GET / HTTP/1.1\r\nX: ", 1400),
     "requests without end": Attack(forever(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"), False),
+    "connections that come and go": Attack(leave, False, streams=8),
+    "32 streams that come and go": Attack(leave, streams=32),
 }
 
 

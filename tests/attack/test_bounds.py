@@ -19,7 +19,7 @@ from hostile import bloated_png, broken_pictures, connected, frame, upgraded
 from vidistill.conditioning.audio import AudioConfig, Track
 from vidistill.serve import protocol
 from vidistill.serve.app import REQUESTS_AT_ONCE, REQUESTS_S, Seats, ServeConfig, run
-from vidistill.serve.gate import PIECE, WATCH_S, Budget, Gates, Limits, address_of
+from vidistill.serve.gate import LINGER_S, PIECE, WATCH_S, Budget, Gates, Limits, address_of
 from vidistill.serve.log import LINES, Few
 from vidistill.serve.outbox import MAX_NOTES
 from vidistill.serve.player import Player
@@ -251,7 +251,7 @@ class Transport:
     """Of a connection from `host`; remembers what was done to it."""
 
     def __init__(self, host="127.0.0.1"):
-        self.host, self.reading, self.gone = host, True, False
+        self.host, self.reading, self.gone, self.closed = host, True, False, False
 
     def get_extra_info(self, name):
         return {"peername": (self.host, 1), "socket": SimpleNamespace(fileno=lambda: -1)}.get(name)
@@ -267,6 +267,9 @@ class Transport:
 
     def abort(self):
         self.gone = True
+
+    def close(self):
+        self.closed = True
 
 
 class Loop:
@@ -310,6 +313,11 @@ class Inner:
 
     def connection_lost(self, error):
         pass
+
+    def pause_writing(self):
+        pass
+
+    resume_writing = pause_writing
 
 
 @pytest.fixture
@@ -355,6 +363,28 @@ def test_a_protocol_that_takes_no_more_is_given_no_more(gated):
     gate._inner.transport.resume_reading()
     loop.run(5.1)
     assert len(gate._inner.pieces) == 3 and transport.reading
+
+
+def test_who_takes_no_answers_is_not_read(gated):
+    loop, [(gate, transport)] = gated(Limits(request_s=1e9), ["127.0.0.1"])
+    gate.pause_writing()
+    gate.data_received(bytes(3 * PIECE))
+    gate._inner.transport.pause_reading()
+    gate._inner.transport.resume_reading()  # of messages there are few
+    loop.run(5.0)
+    assert not gate._inner.pieces and not transport.reading
+    gate.resume_writing()
+    loop.run(5.1)
+    assert len(gate._inner.pieces) == 3 and transport.reading
+
+
+def test_what_nobody_takes_from_a_closed_connection_is_thrown_away(gated):
+    loop, [(gate, transport)] = gated(Limits(request_s=1e9), ["127.0.0.1"])
+    gate._inner.transport.close()
+    loop.run(LINGER_S - 0.1)
+    assert transport.closed and not transport.gone
+    loop.run(LINGER_S + 0.1)
+    assert transport.gone
 
 
 def test_who_has_left_is_not_read_to_the_end(gated, monkeypatch):

@@ -12,6 +12,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 PIECE = 4096  # bytes that are parsed at once; of the smallest frames they cost milliseconds
+LINGER_S = 5.0  # after a connection is closed, how long what was written waits to be taken
 WATCH_S = 0.25  # how often a connection that is not read is asked whether somebody is still there
 POLLRDHUP = getattr(select, "POLLRDHUP", 0)  # of Linux; elsewhere the first write that fails tells
 
@@ -101,11 +102,12 @@ class Gate(asyncio.Protocol):
     def __init__(self, gates: Gates, inner: Any) -> None:
         self._gates, self._inner, self._loop = gates, inner, asyncio.get_running_loop()
         self._waiting = bytearray()  # not parsed yet: no more than one read, as reading stops until it is
-        self._held = False  # the protocol behind takes no more for now
+        self._holds: set[str] = set()  # why no more is parsed for now
         self._admitted = self.upgraded = False
         self._next: asyncio.TimerHandle | None = None  # when to look again
         self._ready_at = 0.0  # when the next piece may be parsed
         self._due: asyncio.TimerHandle | None = None  # when a request must have been answered
+        self._closing: asyncio.TimerHandle | None = None  # when it is over
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -131,14 +133,14 @@ class Gate(asyncio.Protocol):
         self._next = None
         if self.transport.is_closing():
             return
-        if not self._held and self._loop.time() >= self._ready_at:
+        if not self._holds and self._loop.time() >= self._ready_at:
             if not self._waiting:
                 self._gates.busy.discard(self)
                 return self.transport.resume_reading()
             self._parse()
         if hung_up(self.transport.get_extra_info("socket")):  # who has left is not read to the end
             return self.drop()
-        wait = WATCH_S if self._held else min(WATCH_S, self._ready_at - self._loop.time())
+        wait = WATCH_S if self._holds else min(WATCH_S, self._ready_at - self._loop.time())
         self._next = self._loop.call_later(max(0.0, wait), self._go_on)
 
     def _parse(self) -> None:
@@ -154,10 +156,14 @@ class Gate(asyncio.Protocol):
         spent = (self._gates.clock() - began) * len(self._gates.busy)
         self._ready_at = self._loop.time() + spent * (1 / self._gates.limits.share - 1)
 
-    def hold(self, on: bool) -> None:
-        """The protocol behind takes no more for now, or goes on."""
-        self._held = on
-        if not on and self._next is not None:
+    def hold(self, why: str) -> None:
+        """Parse no more for now."""
+        self._holds.add(why)
+
+    def release(self, why: str) -> None:
+        """Go on, unless it is held for another reason."""
+        self._holds.discard(why)
+        if not self._holds and self._next is not None:
             self._next.cancel()
             self._next = self._loop.call_at(self._ready_at, self._go_on)
 
@@ -176,8 +182,14 @@ class Gate(asyncio.Protocol):
     def drop(self) -> None:
         self.transport.abort()
 
+    def close(self) -> None:
+        """Close once what was written is taken, or after a while: it is kept in memory until then."""
+        self.transport.close()
+        if self._closing is None:
+            self._closing = self._loop.call_later(LINGER_S, self.drop)
+
     def connection_lost(self, error: Exception | None) -> None:
-        for timer in (self._next, self._due):
+        for timer in (self._next, self._due, self._closing):
             if timer is not None:
                 timer.cancel()
         self._gates.open.pop(self, None)
@@ -189,10 +201,12 @@ class Gate(asyncio.Protocol):
         return self._inner.eof_received() if self._admitted else None
 
     def pause_writing(self) -> None:
+        self.hold("answers")  # nobody takes them: what would be answered to more waits as well
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
         self._inner.resume_writing()
+        self.release("answers")
 
 
 class Through:
@@ -208,11 +222,14 @@ class Through:
         self._gate.expect()
         self._gate.transport.write(data)
 
+    def close(self) -> None:
+        self._gate.close()
+
     def pause_reading(self) -> None:
-        self._gate.hold(True)
+        self._gate.hold("messages")
 
     def resume_reading(self) -> None:
-        self._gate.hold(False)
+        self._gate.release("messages")
 
     def set_protocol(self, protocol: Any) -> None:
         self._gate.upgrade(protocol)
