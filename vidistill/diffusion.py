@@ -35,9 +35,9 @@ class NoiseSchedule:
         """Noise behind a level that is told to a network: itself here; published tables round it."""
         return timestep
 
-    def sample(self, b: int, f: int, rng: torch.Generator, lo: float = 0.0, hi: float = 1.0) -> Tensor:
+    def sample(self, b: int, f: int, rng: "AnyGenerator", lo: float = 0.0, hi: float = 1.0) -> Tensor:
         """Random training levels [b, f] between `warp(lo)` and `warp(hi)`; logit-normal or uniform before the warp."""
-        z = torch.randn(b, f, generator=rng).sigmoid() if self.logit_normal else torch.rand(b, f, generator=rng)
+        z = draw(torch.randn, (b, f), rng).sigmoid() if self.logit_normal else draw(torch.rand, (b, f), rng)
         u = lo + (hi - lo) * z
         return self.shift * u / (1 + (self.shift - 1) * u)
 
@@ -58,10 +58,52 @@ def derived_seed(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**63  # what a generator takes
 
 
-def randn_like(x: Tensor, rng: torch.Generator | Draws) -> Tensor:
-    """Standard normal noise of the shape, device and dtype of `x`, drawn from `rng` (which lives on the CPU).
+class RowGenerator:
+    """Random numbers for rows of a batch: those of a row depend on `generator` and its number in the whole batch alone.
 
-    `rng` may also be recorded draws, a function that hands out the next one for `x`.
+    So a batch trains the same however it is split, and each process draws its own rows only, noise where it is used.
+    `first`: number of the first of the `count` rows here.
+    """
+
+    def __init__(self, generator: torch.Generator, first: int, count: int) -> None:
+        self.generator, self.first, self.count = generator, first, count
+
+    def of(self, generator: torch.Generator) -> "RowGenerator":
+        """Other random numbers for the same rows."""
+        return RowGenerator(generator, self.first, self.count)
+
+    def draw(self, func: Any, size: Sequence[int], *args: Any, device: torch.device | None = None) -> Tensor:
+        """`func(*args, size)` [B, ...], B a multiple of the rows; ValueError for other sizes."""
+        each, rest = divmod(size[0], self.count)
+        if rest:
+            raise ValueError(f"a draw of {tuple(size)} is not for {self.count} rows")
+        key, own = decide(2**62, self.generator), torch.Generator(device or "cpu")
+        seeds = (derived_seed(key, row) for row in range(self.first, self.first + self.count))
+        rows = [func(*args, (each, *size[1:]), generator=own.manual_seed(s), device=own.device) for s in seeds]
+        return torch.cat(rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Standard normal noise like `x`."""
+        return self.draw(torch.randn, x.shape, device=x.device).to(x.dtype)
+
+
+AnyGenerator = torch.Generator | RowGenerator
+
+
+def draw(func: Any, size: Sequence[int], rng: AnyGenerator, *args: Any) -> Tensor:
+    """`func(*args, size)` of random numbers from `rng`, on the CPU."""
+    return rng.draw(func, size, *args) if isinstance(rng, RowGenerator) else func(*args, tuple(size), generator=rng)
+
+
+def decide(high: int, rng: AnyGenerator) -> int:
+    """A whole number below `high`, the same for all rows."""
+    return int(torch.randint(high, (1,), generator=rng.generator if isinstance(rng, RowGenerator) else rng))
+
+
+def randn_like(x: Tensor, rng: torch.Generator | Draws) -> Tensor:
+    """Standard normal noise of the shape, device and dtype of `x`, drawn from `rng` (a generator lives on the CPU).
+
+    `rng` may also be a RowGenerator, or recorded draws: a function that hands out the next one for `x`.
     """
     if not isinstance(rng, torch.Generator):
         return rng(x)

@@ -83,7 +83,7 @@ class Part:
 
     def draws(self, rows: int) -> AbstractContextManager[Any]:
         """Inside, random numbers for the `rows` rows of this part are those that they get in the global batch."""
-        return nullcontext() if self.count == 1 else RowDraws(self, rows)
+        return nullcontext() if self.count == 1 else BatchDraws(self, rows)
 
 
 def parts(batch: int, accumulate: int, sequence: int = 1) -> list[Part]:
@@ -120,10 +120,11 @@ def sequence_group(sequence: int) -> SequenceGroup | None:
     return SequenceGroup.of(mesh["sequence"].get_group())
 
 
-class RowDraws(TorchFunctionMode):
+class BatchDraws(TorchFunctionMode):
     """Draws from a passed generator are made for the global batch, and the rows of one part are handed out.
 
-    So a batch trains the same however it is split. A draw of a single integer is a decision, the same everywhere.
+    So a batch trains the same however it is split, and every process draws for all. A draw of a single integer is a
+    decision, the same everywhere. Rows that draw for themselves (`diffusion.RowGenerator`) do not need it.
     """
 
     def __init__(self, part: Part, rows: int) -> None:
@@ -190,9 +191,13 @@ def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
         g.copy_(total.view_as(g) / world_size())
 
 
-def shard(net: nn.Module, units: Iterable[list[nn.Module]], gather: torch.dtype = torch.float32) -> None:
+def shard(
+    net: nn.Module, units: Iterable[list[nn.Module]], gather: torch.dtype = torch.float32, group: int = 0
+) -> None:
     """Spread the parameters of `net` over all ranks, in place, gathered unit by unit; alone, nothing.
 
+    `group` neighbouring ranks, those of a node, hold one copy among them, and gradients are summed over all copies
+    (HSDP): weights are then gathered inside a node only. 0: one copy among all; ValueError where it does not divide.
     Modules of a unit run one after the other, and units lie in `net`, inner ones first. What is left of it is gathered
     by its own forward, through which it must be called. Weights are gathered in `gather`: in bfloat16 half as much is
     sent, and all that a pass computes outside autocast sees rounded weights too; gradients are summed in float32.
@@ -208,7 +213,11 @@ def shard(net: nn.Module, units: Iterable[list[nn.Module]], gather: torch.dtype 
     if gather != torch.float32:  # inputs keep their type: a noise level in bfloat16 would be another one
         policy = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=torch.float32, cast_forward_inputs=False)
     where = accelerator().type
+    if world_size() % (group or 1):
+        raise ValueError(f"shard_group {group} does not divide {world_size()} processes: choose a divisor, or 0")
     mesh = init_device_mesh(where, (world_size(),))
+    if 0 < group < world_size():
+        mesh = init_device_mesh(where, (world_size() // group, group), mesh_dim_names=("copies", "shards"))
     # keys of a prompt are views; nothing here writes into what a layer returns
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
     for unit in (*units, [net]):

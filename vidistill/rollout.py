@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from vidistill.conditioning.condition import Condition
-from vidistill.diffusion import Randomness, add_noise, derived_seed, randn_like, renoise, x0_from_v
+from vidistill.diffusion import (
+    AnyGenerator,
+    Randomness,
+    RowGenerator,
+    add_noise,
+    derived_seed,
+    randn_like,
+    renoise,
+    x0_from_v,
+)
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
 from vidistill.schedules import Pass, ScheduleConfig, endless, finite
@@ -196,8 +205,13 @@ def replay(
             yield record.run.chunk, x0
 
 
-def chunk_noise(student: CausalStudent, batch: int, seed: int, given: Tensor | None = None) -> Noise:
-    """Noise of each chunk from (seed, chunk) alone; chunks inside `given` [B, F, C, H, W] return it instead."""
+def chunk_noise(
+    student: CausalStudent, batch: int, seed: int, given: Tensor | None = None, rows: AnyGenerator | None = None
+) -> Noise:
+    """Noise of each chunk from (seed, chunk) alone; chunks inside `given` [B, F, C, H, W] return it instead.
+
+    `rows`: a RowGenerator whose rows of a larger batch these are.
+    """
     shape = student.shape
     given_frames = 0 if given is None else given.shape[1]
 
@@ -208,8 +222,8 @@ def chunk_noise(student: CausalStudent, batch: int, seed: int, given: Tensor | N
             return given[:, start:stop]
         mixed = (derived_seed(seed, chunk) * 2_654_435_761 + 97) % 2**63  # never the seed of a caller's own draws
         rng = torch.Generator().manual_seed(mixed)
-        x = torch.randn(batch, stop - start, shape.channels, shape.height, shape.width, generator=rng)
-        return x.to(student.net.device)
+        x = torch.empty(batch, stop - start, shape.channels, shape.height, shape.width, device=student.net.device)
+        return randn_like(x, rows.of(rng) if isinstance(rows, RowGenerator) else rng)
 
     return noise
 

@@ -20,6 +20,7 @@ from vidistill.checkpoint import read_tensors, save_tensors
 from vidistill.conditioning.condition import Condition
 from vidistill.data.prompts import open_data
 from vidistill.data.shards import write_shards
+from vidistill.diffusion import RowGenerator, decide, draw, randn_like
 from vidistill.distributed import Part, parts
 from vidistill.teachers.ltx import LTX
 from vidistill.teachers.wan import Experts
@@ -63,23 +64,91 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_rows_of_a_part_see_what_they_see_in_the_global_batch():
-    def draw(rng, rows):
-        integers = torch.randint(9, (rows, 3), generator=rng)
-        return [torch.rand(rows, generator=rng), torch.randn((rows, 2, 5), generator=rng), integers]
+def drawn(rng, rows):
+    """What stages draw for so many rows: a decision, then levels, noise and choices."""
+    size = (rows, 3)
+    numbers = [
+        draw(torch.rand, (rows,), rng),
+        randn_like(torch.zeros(rows, 2, 5), rng),
+        draw(torch.randint, size, rng, 9),
+    ]
+    return [decide(2**31, rng), *numbers, draw(torch.randn, (2 * rows, 2), rng)]
 
-    def decision(rng):
-        return torch.randint(2**31, (1,), generator=rng)
 
+def test_rows_draw_the_same_numbers_however_a_batch_is_split():
+    def generator(first, count):
+        return RowGenerator(torch.Generator().manual_seed(1), first, count)
+
+    whole = drawn(generator(0, 4), 4)
+    for x in whole[1:]:
+        assert len({tuple(row.flatten().tolist()) for row in x}) == len(x), "two rows draw the same"
+    assert abs(float(draw(torch.randn, (4, 10_000), generator(0, 4)).std()) - 1) < 0.02
+    for index, part in [(k, Part(k, 4)) for k in range(4)] + [(2 * k, Part(k, 2)) for k in range(2)]:
+        seen = drawn(generator(index, 4 // part.count), 4 // part.count)
+        assert seen[0] == whole[0] and all(
+            torch.equal(a, part.rows(b)) for a, b in zip(seen[1:], whole[1:], strict=True)
+        )
+    assert not torch.equal(whole[1], drawn(generator(4, 4), 4)[1])
+
+
+def test_a_draw_that_is_not_for_the_rows_is_refused():
+    with pytest.raises(ValueError, match="not for 2 rows"):
+        draw(torch.rand, (3,), RowGenerator(torch.Generator(), 0, 2))
+
+
+def test_draws_of_the_whole_batch_give_a_part_its_rows():
     rng = torch.Generator().manual_seed(1)
-    whole = [decision(rng), *draw(rng, 4), *draw(rng, 8)]
+    whole = drawn(rng, 4)
     for index in range(4):
         part, rng = Part(index, 4), torch.Generator().manual_seed(1)
         with part.draws(1):
-            seen = [decision(rng), *draw(rng, 1), *draw(rng, 2)]
+            seen = drawn(rng, 1)
             torch.randn(3)  # no generator was passed: not a part of the training's randomness
-        assert torch.equal(seen[0], whole[0])
+        assert seen[0] == whole[0]
         assert all(torch.equal(a, part.rows(b)) for a, b in zip(seen[1:], whole[1:], strict=True))
+
+
+def test_a_run_of_whole_batch_draws_goes_on_with_them(root):
+    cfg = STAGES["flow"](root, steps=2, draws="batch", name="kept")
+    Trainer(cfg).run()
+    row = Trainer(replace(cfg, steps=4, draws="row"))
+    row.run()
+    assert row.cfg.draws == "batch"
+    once = Trainer(replace(cfg, steps=4, name="once"))
+    once.run()
+    kept, whole = (checkpoint.load(str(root / "runs" / n / n)).net.state_dict() for n in ("kept", "once"))
+    assert all(torch.equal(x, whole[name]) for name, x in kept.items())
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "codec"])
+def test_batches_that_are_read_ahead_train_the_same(root, stage):
+    make = {**STAGES, **MORE}[stage]
+    assert_same(
+        result(make(root, name="ahead", loader_workers=1), 3, root / "ahead"), result(make(root), 3, root / "asked")
+    )
+
+
+def test_a_process_reads_its_own_rows(root):
+    cfg = STAGES["flow"](root, accumulate=2)
+    trainer = Trainer(cfg)
+    whole = trainer.batch(0)
+    trainer.parts = [Part(1, 4)]
+    own = trainer.next_batch(trainer.cfg.turn(0, trainer.loss))
+    assert torch.equal(own.x, whole.x[1:2]) and len(whole.x) == 4
+
+
+@pytest.mark.timeout(600)
+def test_four_processes_in_two_copies_of_two_shards_equal_one(root):
+    make = STAGES["dmd"]
+    one = result(make(root, name="one"), 3, root / "one")
+    cfg = make(root, name="four", parallel="shard", shard_group=2)
+    four = result(cfg, 3, root / "four", count=4)
+    assert_same(four, one)
+    more = result(cfg, 2, root / "more", count=2)  # one copy of two shards goes on
+    once = result(make(root, name="one"), 2, root / "once")
+    assert_same(more, once)
+    with pytest.raises(AssertionError):  # every process ends with the error
+        result(make(root, name="odd", parallel="shard", shard_group=3), 1, root / "odd", count=2)
 
 
 def test_alone_a_run_has_one_part_and_no_group():
@@ -105,6 +174,8 @@ def test_a_batch_that_cannot_be_split_is_refused(root):
         ({"parallel": "shard", "objective": "codec"}, "for transformers"),
         ({"sequence": 0}, "sequence must be at least 1"),
         ({"sequence": 2, "objective": "codec"}, "set sequence=1"),
+        ({"shard_group": 2}, "parallel=shard"),
+        ({"draws": "none"}, "draws"),
         ({"offload": True}, "dit.checkpoint=true"),
     ],
 )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vidistill.codecs.frames import check_latents, check_px, check_sides, to_latent_frames, to_px_frames
+from vidistill.diffusion import AnyGenerator, randn_like
 
 Ints = tuple[int, ...]
 State = tuple[Tensor, ...]  # last input frame of every MemBlock [B, D, h, w]; last shown frame [B, 3, H, W] if smooth
@@ -198,9 +199,7 @@ class TinyCodec(nn.Module):
         px = (one_filter if torch.compiler.is_compiling() else filtered)(px, shown, smooth)
         return px, (*state, px[:, -1].clone())
 
-    def forward(
-        self, px: Tensor, noise_std: float = 0.0, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, px: Tensor, noise_std: float = 0.0, rng: AnyGenerator | None = None) -> tuple[Tensor, Tensor]:
         """(reconstruction, raw latents) of a whole clip, for training: the reconstruction is not clamped.
 
         Gaussian noise of `noise_std` is added to the normalised latents, so that the decoder tolerates small errors.
@@ -209,8 +208,7 @@ class TinyCodec(nn.Module):
         raw = self._encode_raw(px)
         latents = self._normalise(raw)
         if noise_std > 0:
-            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-            latents = latents + noise_std * noise
+            latents = latents + noise_std * (torch.randn_like(latents) if rng is None else randn_like(latents, rng))
         return self._decode_raw(self._denormalise(latents), None)[0], raw
 
     def _encode_raw(self, px: Tensor) -> Tensor:

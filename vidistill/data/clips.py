@@ -22,6 +22,7 @@ from vidistill.conditioning.condition import (
 from vidistill.data.shards import DataError, read_meta, read_shards
 from vidistill.data.types import ENDS, Batch, count_episodes, row_lengths, unpack_rows
 
+EVERY = slice(None)  # rows of a batch
 Ranges = Mapping[str, tuple[float, float]]  # measure of a clip -> what it may be
 
 
@@ -204,30 +205,31 @@ class Clips:
         """`cond` of clips [B, F, C, H, W], told their first picture where a reference is asked for."""
         return replace(cond, channels=reference_channels(x[:, :1], 0, x.shape[1])) if self.reference else cond
 
-    def frames(self, batch: int, length: int, seed: int, step: int) -> Tensor:
-        """Pixels [B, length, 3, H, W] in [0, 1] of random windows of a frame dataset."""
+    def frames(self, batch: int, length: int, seed: int, step: int, rows: slice = EVERY) -> Tensor:
+        """Pixels [B, length, 3, H, W] in [0, 1] of random windows of a frame dataset, of which only `rows` are read."""
         self.need("frames")
-        windows = self.windows(batch, length, seed, step, "frames")
+        windows = self.windows(batch, length, seed, step, "frames")[rows]
         picked = [self.episode("frames", e)[s : s + length] for e, s in windows]
         return torch.stack(picked).permute(0, 1, 4, 2, 3).float() / 255
 
-    def latents(self, batch: int, length: int, seed: int, step: int) -> Batch:
+    def latents(self, batch: int, length: int, seed: int, step: int, rows: slice = EVERY) -> Batch:
         """Windows of a latent dataset that start from a picture: latent 0 is the codec's latent of one frame.
 
-        Where the data are trajectories the teacher's samples are the clips.
+        Only `rows` of the batch are read. Where the data are trajectories the teacher's samples are the clips.
         """
         if self.kind == "trajectories":
-            whole = self.trajectories(batch, seed, step)
+            whole = self.trajectories(batch, seed, step, rows)
             if whole.x.shape[2] != length:
                 raise DataError(f"{self.folder} holds clips of {whole.x.shape[2]} latents, not {length}")
             return replace(whole, x=whole.x[:, -1])
         self.need("latents")
-        return self.gather(self.windows(batch, length, seed, step, "latents"), length)
+        return self.gather(self.windows(batch, length, seed, step, "latents")[rows], length)
 
-    def trajectories(self, batch: int, seed: int, step: int) -> Batch:
+    def trajectories(self, batch: int, seed: int, step: int, rows: slice = EVERY) -> Batch:
         """Teacher trajectories: x [B, K + 1, F, C, H, W] holds the states at K levels, falling, then the sample."""
         self.need("trajectories")
-        picked = [self.kept[k] for k in np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)]
+        drawn = np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)[rows]
+        picked = [self.kept[k] for k in drawn]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
         cond = self.condition(((k, 0) for k in picked), states.shape[2])
         return Batch(states, self.begun(cond, states[:, -1]), self.given)

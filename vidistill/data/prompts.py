@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition
-from vidistill.data.clips import Clips, Ranges
+from vidistill.data.clips import EVERY, Clips, Ranges
 from vidistill.data.shards import META, DataError, read_meta
 from vidistill.data.types import Batch
 from vidistill.io import read_text, write_text
@@ -94,12 +94,17 @@ class Prompts:
             raise DataError(f"{path} is missing or damaged ({error}); run `vidistill data prompts` again") from error
         return torch.nn.functional.pad(tokens, (0, 0, 0, self.meta["text"]["length"] - len(tokens)))
 
-    def batch(self, batch: int, frames: int, size: tuple[int, int, int], seed: int, step: int) -> Batch:
-        """Clips [B, frames, *size] of zeros under random prompts; batch number `step` depends on (seed, step) alone."""
-        picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch)
+    def batch(
+        self, batch: int, frames: int, size: tuple[int, int, int], seed: int, step: int, rows: slice = EVERY
+    ) -> Batch:
+        """Clips [B, frames, *size] of zeros under random prompts; batch number `step` depends on (seed, step) alone.
+
+        Only `rows` of it are read.
+        """
+        picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch)[rows]
         tokens = torch.stack([self.tokens(self.names[k]) for k in picked])
         negative = self.tokens(self.meta["negative_name"])[None].expand_as(tokens)
-        return Batch(torch.zeros(()).expand(batch, frames, *size), Condition(tokens, negative=negative))
+        return Batch(torch.zeros(()).expand(len(picked), frames, *size), Condition(tokens, negative=negative))
 
 
 def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512, fps: float = WORLD["fps"]) -> str:

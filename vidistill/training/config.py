@@ -11,7 +11,7 @@ from vidistill import distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE, check_pictured
-from vidistill.diffusion import derived_seed
+from vidistill.diffusion import AnyGenerator, RowGenerator, derived_seed
 from vidistill.models.layers import DiTConfig
 from vidistill.models.lora import LoraConfig
 from vidistill.models.student import StudentConfig
@@ -32,12 +32,14 @@ CHOICES: Mapping[str, Collection[str]] = {
     "export_dtype": EXPORTS,
     "gather": DTYPES,
     "gradient_sync": ("micro_batch", "step"),
+    "draws": ("row", "batch"),
     "backend": ("auto", *BACKENDS),
 }
 EVERY = ("log_every", "save_every")
 COUNTS = ("steps", "batch", "accumulate", "sequence", "frames", "critic_steps", "critic_reuse", *EVERY)
-OPTIONS = ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames", "sample_every", "export_every")
-LEAST = {**dict.fromkeys((*COUNTS, "ema_warmup"), 1), **dict.fromkeys((*OPTIONS, "init_plateau"), 0)}
+OPTIONS = ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames", "loader_workers", "shard_group")
+SOMETIMES = ("sample_every", "export_every")
+LEAST = {**dict.fromkeys((*COUNTS, "ema_warmup"), 1), **dict.fromkeys((*OPTIONS, *SOMETIMES, "init_plateau"), 0)}
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,16 @@ class Turn:
     restart: bool  # whether a stream starts anew
     loss: LossConfig
     seed: int
+    rows: tuple[int, int] | None = None  # first and number of the rows that draw for themselves; None: all as one
 
     @property
     def of_student(self) -> bool:
         return self.role == "student"
 
-    def rng(self, step: int | None = None) -> torch.Generator:
+    def rng(self, step: int | None = None) -> AnyGenerator:
         """Fresh randomness of this turn, or of the turn at `step`."""
-        return torch.Generator().manual_seed(derived_seed(self.seed, self.step if step is None else step))
+        rng = torch.Generator().manual_seed(derived_seed(self.seed, self.step if step is None else step))
+        return RowGenerator(rng, *self.rows) if self.rows else rng
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class TrainConfig:
     sequence: int = 1  # under torchrun: so many processes share the tokens of every frame, and work on the same clips
     offload: bool = False  # inputs of recomputed blocks (dit.checkpoint) wait in host memory for their backward pass
     gather: str = "fp32"  # of shards: the precision that weights are gathered in, fp32 or bf16
+    draws: str = "row"  # random numbers: every row's its own, or those of the whole `batch`, as runs once did
+    loader_workers: int = 0  # processes that read coming batches; 0: this one, when it needs them
+    shard_group: int = 0  # of shards: so many processes hold one copy of the weights (HSDP); 0: all of them
     gradient_sync: str = "micro_batch"  # of shards: when gradients are summed; once a `step` keeps whole ones
     frames: int = 22  # latent frames of a clip (pixel frames for a codec)
     curriculum: tuple[tuple[int, int], ...] = ()  # (step, frames): clips of so many latents from this step on
@@ -160,6 +167,8 @@ class TrainConfig:
             raise ValueError("weights gathered in bf16 need precision=bf16 around them; set gather=fp32")
         if self.parallel == "shard" and (self.objective == "codec" or self.optim.muon or self.critic_optim.muon):
             raise ValueError("parallel=shard is for transformers and AdamW; clear optim.muon or set parallel=replicate")
+        if self.shard_group and self.parallel != "shard":
+            raise ValueError(f"shard_group {self.shard_group} is of shards: set parallel=shard, or leave it 0")
         if self.objective == "codec" and self.sequence > 1:
             raise ValueError("a codec has no tokens to share; set sequence=1")
         if self.offload and not self.dit.checkpoint:

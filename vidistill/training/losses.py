@@ -11,7 +11,17 @@ from torch import Tensor
 
 from vidistill import metrics
 from vidistill.conditioning.condition import Condition, branches
-from vidistill.diffusion import Denoiser, NoiseSchedule, add_noise, expand, randn_like, v_from, x0_from_v
+from vidistill.diffusion import (
+    AnyGenerator,
+    Denoiser,
+    NoiseSchedule,
+    add_noise,
+    draw,
+    expand,
+    randn_like,
+    v_from,
+    x0_from_v,
+)
 from vidistill.models.student import CausalStudent
 from vidistill.sampling import guided
 from vidistill.training.motion import DISTANCES, motion, motion_gradient, motion_pull, motion_weights
@@ -162,7 +172,7 @@ def hold(sigma: Tensor, given: int) -> Tensor:
     return sigma
 
 
-def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def reconstruction(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """L1, gradients in space and changes in time of the error of reconstructed pixels `x0` [B, f, 3, H, W]."""
     out, raw = roles.student(x0, cfg.latent_noise, rng)
     error = out - x0
@@ -202,21 +212,21 @@ def changing(error: Tensor) -> Tensor:
     return moved.abs().mean() + metrics.blocks(moved).abs().mean()
 
 
-def flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """Flow matching of a bidirectional network, one level per clip, with condition dropout. Source: 2210.02747."""
     b, f = x0.shape[:2]
     sigma = hold(cfg.noise.sample(b, 1, rng).expand(b, f).to(x0.device), batch.given)
     eps = randn_like(x0, rng)
     cond = batch.cond
     if cfg.drop:
-        cond = cond.drop(torch.rand(b, generator=rng) >= cfg.drop)
+        cond = cond.drop(draw(torch.rand, (b,), rng) >= cfg.drop)
     if cfg.drop_audio:
-        cond = cond.mute(torch.rand(b, generator=rng) >= cfg.drop_audio)
+        cond = cond.mute(draw(torch.rand, (b,), rng) >= cfg.drop_audio)
     v = roles.student.velocity(add_noise(x0, eps, sigma), sigma, cond)
     return Loss(masked_mse(v, v_from(x0, eps), batch.given, channels=cfg.channel_weights))
 
 
-def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """Flow matching of every chunk given the true, clean history, in one masked forward. Source: 2412.07772.
 
     With `noisy_chunks` the chunks before the last so many are only history, compressed as the memory says.
@@ -230,7 +240,7 @@ def teacher_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: 
     return Loss(masked_mse(v, v_from(x0, eps), max(batch.given, first), channels=cfg.channel_weights))
 
 
-def diffusion_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def diffusion_forcing(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """Flow matching under the block-causal mask with an independent level per chunk. Source: 2407.01392.
 
     With `noisy_chunks` the chunks before the last so many are clean, and compressed as the memory says: what RELIC
@@ -250,7 +260,7 @@ def clean_frames(student: CausalStudent, frames: int, cfg: LossConfig) -> int:
     return student.first_frame(max(0, student.num_chunks(frames) - cfg.noisy_chunks)) if cfg.noisy_chunks else 0
 
 
-def chunk_levels(student: CausalStudent, noise: NoiseSchedule, b: int, f: int, rng: torch.Generator) -> Tensor:
+def chunk_levels(student: CausalStudent, noise: NoiseSchedule, b: int, f: int, rng: AnyGenerator) -> Tensor:
     """Independent random levels per chunk, one per frame [b, f]."""
     chunk = student.chunk_of_frames(f)
     return noise.sample(b, int(chunk[-1]) + 1, rng)[:, chunk]
@@ -278,7 +288,7 @@ def forced(
 
 
 def regression(
-    roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, index: Tensor | None = None
+    roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator, index: Tensor | None = None
 ) -> Loss:
     """Regression of x0 from points of stored teacher trajectories, one level a chunk.
 
@@ -291,7 +301,7 @@ def regression(
     target, (b, k, f) = batch.x[:, -1], batch.x.shape[:3]
     if index is None:
         chunk = student.chunk_of_frames(f)
-        index = torch.randint(k - 1, (b, int(chunk[-1]) + 1), generator=rng)[:, chunk]
+        index = draw(torch.randint, (b, int(chunk[-1]) + 1), rng, k - 1)[:, chunk]
     index = index.to(target.device)
     noisy = torch.gather(batch.x, 1, index[:, None, :, None, None, None].expand(-1, 1, -1, *batch.x.shape[3:]))[:, 0]
     sigma = hold(torch.tensor((*cfg.levels, 0.0), device=target.device)[index], batch.given)
@@ -304,21 +314,21 @@ def regression(
     return Loss(error[sigma > 0].mean())
 
 
-def noised_sample(student: CausalStudent, batch: Any, levels: tuple[float, ...], rng: torch.Generator) -> Tensor:
+def noised_sample(student: CausalStudent, batch: Any, levels: tuple[float, ...], rng: AnyGenerator) -> Tensor:
     """The student's prediction [B, F, C, H, W] from real latents at an independent level a chunk, no rollout.
 
     What CausVid trains on instead of the student's own rollout. Source: 2412.07772, algorithm 1.
     """
     b, f = batch.x.shape[:2]
     chunk = student.chunk_of_frames(f)
-    index = torch.randint(len(levels), (b, int(chunk[-1]) + 1), generator=rng)[:, chunk]
+    index = draw(torch.randint, (b, int(chunk[-1]) + 1), rng, len(levels))[:, chunk]
     sigma = hold(torch.tensor(levels)[index].to(batch.x.device), batch.given)
     noisy = add_noise(batch.x, randn_like(batch.x, rng), sigma)
     v = student.block_causal(noisy, sigma, batch.cond)
     return x0_from_v(noisy, v, sigma)
 
 
-def score_level(x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Tensor:
+def score_level(x: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Tensor:
     """One random noise level per clip for the scores, as [B, F], 0 on given frames."""
     b, f = x.shape[:2]
     sigma = cfg.score_noise.sample(b, 1, rng).clamp(cfg.sigma_min, cfg.sigma_max)
@@ -340,7 +350,7 @@ def predict(
 
 
 def both_scores(
-    roles: Roles, x: Tensor, timestep: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator
+    roles: Roles, x: Tensor, timestep: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The noise level [B, F] that is told as `timestep`, and what critic and teacher predict from `x` noised to it."""
     sigma = hold(cfg.score_noise.level(timestep), batch.given)
@@ -354,7 +364,7 @@ def both_scores(
 
 @torch.no_grad()
 def score_difference(
-    roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator, timestep: Tensor | None = None
+    roles: Roles, x: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator, timestep: Tensor | None = None
 ) -> dict[str, Tensor]:
     """What DMD is made of: the noise level, both predictions, and the normalised gradient (fake - real) on `x`.
 
@@ -376,7 +386,7 @@ def pull(x: Tensor, grad: Tensor, given: int, mask: Tensor | None = None) -> Ten
     return 0.5 * (error if mask is None else error[mask[:, given:]]).square().mean()
 
 
-def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def dmd(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """Distribution matching: pull the rollout `x0` along the difference of the scores. Source: 2311.18828, 2506.08009.
 
     Motion and regression terms are added where their weights are not zero. Source: Diagonal Distillation 2603.09488.
@@ -431,7 +441,7 @@ def valid_rollouts(x: Tensor, real: Tensor, given: int) -> Tensor:
     return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * wanted[1]) & (changes < FLICKER * wanted[2])).to(x)
 
 
-def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """Score identity distillation, gradients through both scores. Source: 2404.04057, eq. 23; 2506.08009."""
     timestep = score_level(x0, batch, cfg, rng)
     _, fake, real = both_scores(roles, x0, timestep, batch, cfg, rng)
@@ -442,7 +452,7 @@ def sid(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Genera
     return Loss(value[:, g:].mean(), {"sid_gap": gap[:, g:].abs().mean().detach()})
 
 
-def critic_flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: torch.Generator) -> Loss:
+def critic_flow(roles: Roles, x0: Tensor, batch: Any, cfg: LossConfig, rng: AnyGenerator) -> Loss:
     """Flow matching of the critic on the student's samples `x0`, at the levels the scores are taken at."""
     timestep = score_level(x0, batch, cfg, rng)
     sigma = hold(cfg.score_noise.level(timestep), batch.given)

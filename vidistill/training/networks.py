@@ -78,7 +78,7 @@ def prepare(cfg: TrainConfig, roles: Roles, device: torch.device) -> None:
             if group is not None and isinstance(part, VideoDiT):
                 part.split_sequence(group)
         if cfg.parallel == "shard":
-            distributed.shard(inner, inner.units, DTYPES[cfg.gather])
+            distributed.shard(inner, inner.units, DTYPES[cfg.gather], cfg.shard_group)
         if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
             inner.compile_regions()
     if roles.motion is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vidistill.conditioning.condition import VIEW_SITE, Condition, branches, concat
 from vidistill.data.clips import start_of_clip
 from vidistill.data.types import Batch
-from vidistill.diffusion import Denoiser, NoiseSchedule
+from vidistill.diffusion import AnyGenerator, Denoiser, NoiseSchedule, decide, randn_like
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
 from vidistill.rollout import Record, chunk_noise, replay, rollout
@@ -61,7 +61,7 @@ class Rollout:
 class Sampler(Protocol):
     """Makes the sample of a turn, and takes the gradient of its loss to the network whose turn it is."""
 
-    def __call__(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Sample: ...
+    def __call__(self, batch: Batch, rng: AnyGenerator, turn: Turn) -> Sample: ...
 
     def backward(self, loss: Tensor, sample: Any) -> None: ...
 
@@ -72,7 +72,7 @@ class DataSampler:
     def __init__(self, student: Any, levels: tuple[float, ...] = ()) -> None:
         self.student, self.levels = student, levels
 
-    def __call__(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Clip:
+    def __call__(self, batch: Batch, rng: AnyGenerator, turn: Turn) -> Clip:
         if not self.levels:
             return Clip(batch.x, batch)
         with torch.set_grad_enabled(turn.of_student):
@@ -139,17 +139,17 @@ class LongRollout:
         return max(chunk, (frames - chunk) // chunk * chunk)
 
     def __call__(
-        self, batch: Batch, rng: torch.Generator, *, grad: bool, restart: bool = False, record: bool = False
+        self, batch: Batch, rng: AnyGenerator, *, grad: bool, restart: bool = False, record: bool = False
     ) -> Rollout:
         """The next sample; `grad` keeps the graph of its new frames, `record` what `replayed_backward` needs."""
-        draw = Random(int(torch.randint(2**31, (1,), generator=rng)))
+        draw = Random(decide(2**31, rng))
         frames = batch.x.shape[1]
         extend = self.length + self.new_frames(frames)
         if self.tail is None or restart or extend > self.limit:
             return self.start_stream(batch, draw, rng, grad=grad, record=record)
         return self.continue_stream(batch, draw, rng, grad=grad, record=record)
 
-    def start_stream(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
+    def start_stream(self, batch: Batch, draw: Random, rng: AnyGenerator, *, grad: bool, record: bool) -> Rollout:
         student, (b, frames) = self.student, batch.x.shape[:2]
         passes = training(self.schedule, student.num_chunks(frames), draw)
         self.memory = student.new_memory(b, dtype=self.dtype)
@@ -161,7 +161,7 @@ class LongRollout:
             self.memory = None  # nothing goes on from here: a replay has a memory of its own
         return out
 
-    def continue_stream(self, batch: Batch, draw: Random, rng: torch.Generator, *, grad: bool, record: bool) -> Rollout:
+    def continue_stream(self, batch: Batch, draw: Random, rng: AnyGenerator, *, grad: bool, record: bool) -> Rollout:
         assert self.tail is not None and self.memory is not None
         self.memory.clear_cache()  # what was read for an earlier graph carries that graph
         student, frames = self.student, batch.x.shape[1]
@@ -197,12 +197,12 @@ class LongRollout:
         )
 
     def roll(
-        self, passes: Any, batch: Batch, start: int, cond: Condition, rng: torch.Generator, grad: bool, record: bool
+        self, passes: Any, batch: Batch, start: int, cond: Condition, rng: AnyGenerator, grad: bool, record: bool
     ) -> Rollout:
         """Run `passes` from latent `start` of the stream on."""
         assert self.memory is not None
         given = batch.x[:, : batch.given] if batch.given else None
-        noise = chunk_noise(self.student, batch.x.shape[0], self.seed, given)
+        noise = chunk_noise(self.student, batch.x.shape[0], self.seed, given, rng)
         records: list[Record] | None = [] if record else None
         before = self.memory.fork() if record else self.memory
         # Only the emitted predictions carry gradient (`Pass.grad`): what a chunk becomes at its next level, and what is
@@ -221,12 +221,12 @@ class LongRollout:
             x0 = torch.cat(list(chunks), dim=1)
         return Rollout(x0, batch, before, cond, start, start, records or [])
 
-    def noise_of(self, sample: Rollout, rng: torch.Generator) -> Tensor:
+    def noise_of(self, sample: Rollout, rng: AnyGenerator) -> Tensor:
         """The noise [B, F, C, H, W] that a sample's new frames began with, fresh noise where it overlaps older ones."""
-        noise = chunk_noise(self.student, sample.x0.shape[0], self.seed)
+        noise = chunk_noise(self.student, sample.x0.shape[0], self.seed, rows=rng)
         first, last = whole_chunks(self.student, sample.first), whole_chunks(self.student, self.length)
         own = torch.cat([noise(c) for c in range(first, last)], dim=1)
-        overlap = torch.randn(sample.x0[:, own.shape[1] :].shape, generator=rng).to(own.device)
+        overlap = randn_like(own.new_empty(sample.x0[:, own.shape[1] :].shape), rng)
         return torch.cat((overlap, own), dim=1)
 
 
@@ -262,7 +262,7 @@ class OnPolicySampler:
         self.teacher, self.noise = teacher, noise or NoiseSchedule()
         self.kept: tuple[int, Rollout] | None = None  # step it was drawn at, for the critic turns that share it
 
-    def __call__(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Rollout:
+    def __call__(self, batch: Batch, rng: AnyGenerator, turn: Turn) -> Rollout:
         if self.kept is None or self.kept[0] != turn.drawn:  # the first to use it, or a run resumed in between
             own = turn.drawn == turn.step
             self.kept = turn.drawn, self.roll(batch, rng if own else turn.rng(turn.drawn), turn)
@@ -273,7 +273,7 @@ class OnPolicySampler:
             sample.batch = replace(sample.batch, target=self.target(sample, turn.loss, rng))
         return sample
 
-    def roll(self, batch: Batch, rng: torch.Generator, turn: Turn) -> Rollout:
+    def roll(self, batch: Batch, rng: AnyGenerator, turn: Turn) -> Rollout:
         """A new rollout for the condition and given frames of `batch`, with gradient where it is the student's turn."""
         recorded = turn.of_student and self.replay
         grad = turn.of_student and not recorded
@@ -282,7 +282,7 @@ class OnPolicySampler:
             sample.x0 = sample.x0.detach().requires_grad_()
         return sample
 
-    def target(self, sample: Rollout, cfg: LossConfig, rng: torch.Generator) -> Tensor:
+    def target(self, sample: Rollout, cfg: LossConfig, rng: AnyGenerator) -> Tensor:
         """The teacher's sample [B, F, C, H, W] for the noise, condition and given frames of a rollout."""
         assert self.teacher is not None
         batch, noise = sample.batch, self.rollouts.noise_of(sample, rng)

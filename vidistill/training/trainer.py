@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vidistill import checkpoint, distributed
 from vidistill.codecs.tiny import TinyCodec
-from vidistill.data.clips import Clips
+from vidistill.data.clips import EVERY, Clips
+from vidistill.data.loader import read_ahead
 from vidistill.data.ode_pairs import LEVEL_TOLERANCE
 from vidistill.data.prompts import NAMES, PROMPTS, Prompts, open_data
 from vidistill.data.types import Batch
@@ -85,6 +86,7 @@ class Trainer:
         self.critic = None if critic is None else TrainState(critic, cfg.critic_optim, max(1, cfg.steps - updates))
         self.motion = None if motion is None else TrainState(motion, cfg.optim, updates)
         self.samplers = [self.make_sampler() for _ in self.parts]  # one a micro-batch: each continues its own streams
+        self.coming: tuple[int, Iterator[Batch]] | None = None  # step of the next batch, and batches from there on
         self.held: validation.HeldOut | None = None
         if cfg.validation.every or cfg.validation.diagnose_every:
             clips = Clips(cfg.validation.data, reference=cfg.reference, camera=cfg.camera)
@@ -139,24 +141,45 @@ class Trainer:
         rollouts = LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
         return OnPolicySampler(rollouts, cfg.replay, self.roles.teacher, self.teacher_noise)
 
-    def batch(self, step: int) -> Batch:
-        """The global batch of a step."""
+    def batch(self, step: int, rows: slice = EVERY) -> Batch:
+        """The global batch of a step, or these rows of it."""
         cfg = self.cfg
         if cfg.objective == "codec":
-            return Batch(self.clips.frames(cfg.batch, cfg.frames, cfg.seed, step))
+            return Batch(self.clips.frames(cfg.batch, cfg.frames, cfg.seed, step, rows))
         if cfg.objective == "regression":
-            return self.clips.trajectories(cfg.batch, cfg.seed, step)
+            return self.clips.trajectories(cfg.batch, cfg.seed, step, rows)
         if isinstance(self.data, Prompts) and self.shape is not None:
             size = (self.shape.channels, self.shape.height, self.shape.width)
-            return self.data.batch(cfg.batch, cfg.frames_at(step), size, cfg.seed, step)
-        return self.clips.latents(cfg.batch, cfg.frames_at(step), cfg.seed, step)
+            return self.data.batch(cfg.batch, cfg.frames_at(step), size, cfg.seed, step, rows)
+        return self.clips.latents(cfg.batch, cfg.frames_at(step), cfg.seed, step, rows)
+
+    @property
+    def rows(self) -> slice:
+        """Rows of a batch that this process reads: its own, or all where a rollout is judged beside all clips."""
+        if self.loss.invalid_weight < 1:
+            return EVERY
+        size = self.cfg.batch // self.parts[0].count
+        return slice(self.parts[0].index * size, (self.parts[-1].index + 1) * size)
+
+    def next_batch(self, turn: Turn) -> Batch:
+        """The rows of the batch of a turn, read ahead where the config asks for it."""
+        if self.coming is None or self.coming[0] != self.step_count:
+            drawn = [self.cfg.turn(s, self.loss).drawn for s in range(self.step_count, self.cfg.steps)]
+            self.coming = self.step_count, read_ahead(self.read_rows, drawn or [turn.drawn], self.cfg.loader_workers)
+        batches = self.coming[1]
+        self.coming = self.step_count + 1, batches
+        return next(batches)
+
+    def read_rows(self, step: int) -> Batch:
+        return self.batch(step, self.rows)
 
     def micro_batch(self, whole: Batch, part: distributed.Part) -> Batch:
-        """One part of a global batch, on this process's device."""
+        """One part of the rows that this process has read, on its device."""
         recorded = (
             whole.x.to(self.device) if self.loss.invalid_weight < 1 else None
         )  # a rollout is judged beside all recorded clips
-        mine = replace(whole, x=part.rows(whole.x), cond=whole.cond.map(part.rows), whole=recorded)
+        own = part if self.rows == EVERY else distributed.Part(part.index - self.parts[0].index, len(self.parts))
+        mine = replace(whole, x=own.rows(whole.x), cond=whole.cond.map(own.rows), whole=recorded)
         return mine.to(self.device)
 
     def step(self) -> dict[str, float]:
@@ -165,13 +188,19 @@ class Trainer:
         states, logs = self.trained(turn), []
         for state in states:
             state.zero_grad()
-        whole, loss_of = self.batch(turn.drawn), self.objective.loss_of(turn.role)
+        whole, loss_of = self.next_batch(turn), self.objective.loss_of(turn.role)
         for sampler, part in zip(self.samplers, self.parts, strict=True):  # micro-batches
             last = part is self.parts[-1]
             distributed.sync_gradients([core(s.net) for s in states], last or self.cfg.gradient_sync == "micro_batch")
-            batch, rng = self.micro_batch(whole, part), turn.rng()
-            waiting = kept_on_host(self.cfg.offload, self.device)
-            with autocast(self.cfg.precision, self.device, self.caching), part.draws(len(batch.x)), waiting:
+            batch = self.micro_batch(whole, part)
+            size = len(batch.x)
+            draws: AbstractContextManager[Any] = nullcontext()
+            if self.cfg.draws == "row":
+                turn = replace(turn, rows=(part.index * size, size))
+            else:
+                draws = part.draws(size)
+            rng, waiting = turn.rng(), kept_on_host(self.cfg.offload, self.device)
+            with autocast(self.cfg.precision, self.device, self.caching), draws, waiting:
                 sample = sampler(batch, rng, turn)
                 loss = loss_of(self.roles, sample.x0, sample.batch, turn.loss, rng)
                 sampler.backward(loss.value, sample)
@@ -344,7 +373,10 @@ class Trainer:
                     f"{name} {now[name]!r} would change nothing: {path} started from {before!r}. Leave {name} as it "
                     "was, or choose another name="
                 )
-            self.step_count, self.spent = state.step, state.seconds
+            self.step_count, self.spent, self.coming = state.step, state.seconds, None
+            if (draws := state.config.get("draws", "batch")) != self.cfg.draws:
+                log.info("%s goes on with draws=%s, as it began", self.cfg.name, draws)
+                self.cfg = replace(self.cfg, draws=draws)
             self.losses, self.peak = list(state.losses), state.peak
             note = f"; changed since: {', '.join(changed)}" if changed else ""
             log.info("%s resumes at step %d%s", self.cfg.name, self.step_count, note)
