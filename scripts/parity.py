@@ -29,12 +29,12 @@ TOLERANCE = 1e-4
 class Golden:
     """One folder: what was given, what the original made of it, and the comparison with ours."""
 
-    def __init__(self, folder: Path, tolerance: float | None = None) -> None:
+    def __init__(self, folder: Path, tolerance: float | None = None, device: str = "cpu") -> None:
         self.folder = folder
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.io = load_file(folder / "io.safetensors")
+        self.io = load_file(folder / "io.safetensors", device)
         weights = folder / "weights.safetensors"
-        self.weights = load_file(weights) if weights.exists() else {}
+        self.weights = load_file(weights, device) if weights.exists() else {}
         self.tolerance = tolerance or float(self.config.get("tolerance", self.config.get("atol", TOLERANCE)))
         self.results: dict[str, tuple[str, float, str]] = {}  # output -> outcome, max abs, reason
 
@@ -66,7 +66,7 @@ class Golden:
         if got.shape != want.shape:
             self.results[name] = ("differs", math.inf, f"shape {list(got.shape)} != {list(want.shape)}")
             return
-        worst = float((got.detach().double() - want.double()).abs().max()) if got.numel() else 0.0
+        worst = float((got.detach().cpu().double() - want.cpu().double()).abs().max()) if got.numel() else 0.0
         good = worst <= self.tolerance  # False for nan
         self.results[name] = ("ok" if good else "differs", worst, "")
 
@@ -127,9 +127,9 @@ def cases() -> dict[str, Callable[[Golden], None]]:
     }
 
 
-def check(folder: Path, tolerance: float | None = None) -> Golden:
-    """Run the case of `folder`; raises ValueError for a case nobody knows or a folder that records nothing."""
-    golden = Golden(folder, tolerance)
+def check(folder: Path, tolerance: float | None = None, device: str = "cpu") -> Golden:
+    """Run the case of `folder` on a device; ValueError for a case nobody knows or a folder that records nothing."""
+    golden = Golden(folder, tolerance, device)
     known = cases()
     case = golden.config["case"]
     if case not in known:
