@@ -133,7 +133,7 @@ def test_a_process_reads_its_own_rows(root):
     trainer = Trainer(cfg)
     whole = trainer.batch(0)
     trainer.parts = [Part(1, 4)]
-    own = trainer.next_batch(trainer.cfg.turn(0, trainer.loss))
+    own = trainer.next_batch()
     assert torch.equal(own.x, whole.x[1:2]) and len(whole.x) == 4
 
 

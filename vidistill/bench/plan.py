@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidistill import checkpoint
-from vidistill.bench import cost
+from vidistill.bench import cost, step_time
 from vidistill.conditioning.condition import Condition, branches
 from vidistill.data import clips, shards
 from vidistill.data import prompts as prompts_module
@@ -398,7 +398,8 @@ def checked(cfg: TrainConfig, roles: Mapping[str, Role], gpus: int, gpu_memory: 
             f"{cfg.name} takes {gb(found['peak_bytes'])} on each of {gpus} GPUs, a clip at a time, and "
             f"{gb(found['usable_bytes'])} of {gpu_memory:g} GB can be used. What fits: {fits}"
         )
-    return found
+    dits = {name: r.dit for name, r in roles.items()}
+    return {**found, **step_time.estimate(cfg, dits, size, seen_frames(cfg), gpus)}
 
 
 def true_size(cfg: TrainConfig, roles: Mapping[str, Role]) -> dict[str, Any]:
@@ -455,6 +456,11 @@ def report(row: Mapping[str, Any], accumulate: int) -> list[str]:
     ]
     for phase, sizes in row["clip_bytes"].items():
         lines.append(f"  {phase:8s}" + ", ".join(f"{name} {gb(size)}" for name, size in sizes.items()) + " a clip")
+    if "hours" in row:
+        lines.append(
+            f"  time    about {row['seconds_per_step']:.3g} s a step, {row['hours']:.3g} hours, at "
+            f"{row['utilisation']:.0%} of an H100's bfloat16 peak"
+        )
     return lines
 
 

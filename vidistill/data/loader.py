@@ -1,6 +1,6 @@
 """Batches read before they are needed, by processes of their own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +22,7 @@ def _same(batch: Any) -> Any:
     return batch
 
 
-def read_ahead(read: Callable[[int], Batch], steps: Sequence[int], workers: int) -> Iterator[Batch]:
+def read_ahead(read: Callable[[int], Batch], steps: Iterable[int], workers: int) -> Iterator[Batch]:
     """`read(step)` for each of `steps`, in order; `workers` processes read ahead, none reads when asked.
 
     Workers are forked: `read` and what it holds (mapped shards) are shared with them, not sent.

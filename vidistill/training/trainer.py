@@ -1,5 +1,6 @@
 """Training stages: alternation of student and critic, EMA, logging, exact resume. No maths."""
 
+import itertools
 import json
 import logging
 import shutil
@@ -161,11 +162,11 @@ class Trainer:
         size = self.cfg.batch // self.parts[0].count
         return slice(self.parts[0].index * size, (self.parts[-1].index + 1) * size)
 
-    def next_batch(self, turn: Turn) -> Batch:
-        """The rows of the batch of a turn, read ahead where the config asks for it."""
+    def next_batch(self) -> Batch:
+        """The rows of the batch of this step, read ahead where the config asks for it."""
         if self.coming is None or self.coming[0] != self.step_count:
-            drawn = [self.cfg.turn(s, self.loss).drawn for s in range(self.step_count, self.cfg.steps)]
-            self.coming = self.step_count, read_ahead(self.read_rows, drawn or [turn.drawn], self.cfg.loader_workers)
+            drawn = (self.cfg.turn(step, self.loss).drawn for step in itertools.count(self.step_count))
+            self.coming = self.step_count, read_ahead(self.read_rows, drawn, self.cfg.loader_workers)
         batches = self.coming[1]
         self.coming = self.step_count + 1, batches
         return next(batches)
@@ -188,7 +189,7 @@ class Trainer:
         states, logs = self.trained(turn), []
         for state in states:
             state.zero_grad()
-        whole, loss_of = self.next_batch(turn), self.objective.loss_of(turn.role)
+        whole, loss_of = self.next_batch(), self.objective.loss_of(turn.role)
         for sampler, part in zip(self.samplers, self.parts, strict=True):  # micro-batches
             last = part is self.parts[-1]
             distributed.sync_gradients([core(s.net) for s in states], last or self.cfg.gradient_sync == "micro_batch")
