@@ -87,11 +87,11 @@ PICKLES = {"pickle", "dill", "joblib", "cloudpickle"}
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2297,
-    "training": 1680,
+    "data": 2314,
+    "training": 1687,
     "evaluation": 2074,
     "worlds": 1370,
-    "bench": 1220,
+    "bench": 1267,
     "ops": 1180,
     "cli": 1060,
     "serve": 1081,
@@ -110,7 +110,7 @@ BUDGETS = {
     "record": 134,
     "rollout": 110,
     "metrics": 95,
-    "diffusion": 85,
+    "diffusion": 99,
     "tensors": 75,
     "progress": 50,
     "sampling": 40,
