@@ -35,9 +35,12 @@ def _allowed(seen, rows, columns, row_end, column_end, frames, TOKENS: tl.conste
 
 
 @triton.jit
-def _any(allowed):
-    """Whether a tile has anything to compute."""
-    return tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
+def _any(allowed, MASKED: tl.constexpr):
+    """Whether a tile has anything to compute; without a mask every tile has, which costs no test."""
+    if MASKED:
+        return tl.max(tl.max(allowed.to(tl.int32), 1), 0) > 0
+    else:
+        return True
 
 
 @triton.jit
@@ -77,12 +80,7 @@ def _forward(
     for start in range(0, sk, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         allowed = _allowed(seen, rows, columns, sq, sk, frames, TOKENS, MASKED)
-        if MASKED:
-            if _any(allowed):
-                acc, top, total = _forward_step(
-                    acc, top, total, x, k, v, columns, dims, allowed, k_s, v_s, sk, scale, D, WIDEN, PRECISION
-                )
-        else:
+        if _any(allowed, MASKED):
             acc, top, total = _forward_step(
                 acc, top, total, x, k, v, columns, dims, allowed, k_s, v_s, sk, scale, D, WIDEN, PRECISION
             )
@@ -129,12 +127,7 @@ def _backward_queries(
     for start in range(0, sk, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         allowed = _allowed(seen, rows, columns, sq, sk, frames, TOKENS, MASKED)
-        if MASKED:
-            if _any(allowed):
-                acc = _queries_step(
-                    acc, x, g, level, offset, k, v, columns, dims, allowed, k_s, v_s, sk, scale, D, WIDEN, PRECISION
-                )
-        else:
+        if _any(allowed, MASKED):
             acc = _queries_step(
                 acc, x, g, level, offset, k, v, columns, dims, allowed, k_s, v_s, sk, scale, D, WIDEN, PRECISION
             )
@@ -182,13 +175,7 @@ def _backward_keys(
     for start in range(0, sq, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         allowed = _allowed(seen, rows, columns, sq, sk, frames, TOKENS, MASKED)
-        if MASKED:
-            if _any(allowed):
-                acc_k, acc_v = _keys_step(
-                    acc_k, acc_v, keys, values, q, grad, lse, delta, rows, dims, allowed, q_s, o_s, sq, scale,
-                    D, WIDEN, PRECISION,
-                )  # fmt: skip
-        else:
+        if _any(allowed, MASKED):
             acc_k, acc_v = _keys_step(
                 acc_k, acc_v, keys, values, q, grad, lse, delta, rows, dims, allowed, q_s, o_s, sq, scale,
                 D, WIDEN, PRECISION,
