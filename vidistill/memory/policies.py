@@ -53,6 +53,21 @@ def sink_times(kept: Sequence[int], start: int, cfg: "MemoryConfig") -> dict[int
     return {f: first - len(sinks) + i for i, f in enumerate(sinks)}
 
 
+@cache
+def kept_before(cfg: "MemoryConfig", lengths: tuple[int, ...]) -> tuple[tuple[range, tuple[int, ...]], ...]:
+    """Frames of each chunk of a clip, and the earlier ones that its memory holds in full when the chunk starts.
+
+    `lengths` are those of the chunks. Masks of every training pass ask for it, of few lengths in a run.
+    """
+    kept, start, found = tuple[int, ...](), 0, []
+    for length in lengths:
+        dropped = POLICIES[cfg.policy](kept, length, cfg)
+        kept, own = tuple(f for f in kept if f not in dropped), range(start, start + length)
+        found.append((own, kept))
+        kept, start = (*kept, *own), start + length
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class MemoryConfig:
     """Layout x policy of a memory.

@@ -11,7 +11,7 @@ from vidistill.conditioning.condition import Condition, concat
 from vidistill.diffusion import LatentShape
 from vidistill.memory.cache import KVMemory
 from vidistill.memory.history import Again, ClipHistory, EntryRecorder
-from vidistill.memory.policies import POLICIES, MemoryConfig, sink_times
+from vidistill.memory.policies import MemoryConfig, kept_before, sink_times
 from vidistill.memory.pooling import Pooling
 from vidistill.memory.spec import CacheSpec
 from vidistill.models.dit import VideoDiT
@@ -118,22 +118,14 @@ class CausalStudent(nn.Module):
             self.net(small, timestep, part, start=start + i, memory=sketch, factor=factor, output=False)
             memory.sketch(start + i, sketch.entries)
 
+    def lengths(self, frames: int) -> tuple[int, ...]:
+        """Latent frames of each chunk of a clip; raises ValueError if it does not end with a chunk."""
+        return tuple(self.first_frame(c + 1) - self.first_frame(c) for c in range(self.num_chunks(frames)))
+
     def chunk_of_frames(self, frames: int) -> Tensor:
         """Chunk index [F] of every latent frame."""
-        chunks = self.num_chunks(frames)
-        lengths = [self.first_frame(c + 1) - self.first_frame(c) for c in range(chunks)]
-        return torch.repeat_interleave(torch.arange(chunks), torch.tensor(lengths))
-
-    def kept_before(self, frames: int) -> list[tuple[range, list[int]]]:
-        """Frames of each chunk of a clip, and the earlier ones that its memory holds in full when the chunk starts."""
-        policy, kept, out = POLICIES[self.cfg.memory.policy], list[int](), []
-        for c in range(self.num_chunks(frames)):
-            own = range(self.first_frame(c), self.first_frame(c + 1))
-            dropped = policy(kept, len(own), self.cfg.memory)
-            kept = [f for f in kept if f not in dropped]
-            out.append((own, kept))
-            kept = [*kept, *own]
-        return out
+        lengths = self.lengths(frames)
+        return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
     def causal_mask(self, frames: int) -> Tensor:
         """Block-causal frame mask [F, F] with the reach of this student's memory, whatever its policy.
@@ -141,14 +133,14 @@ class CausalStudent(nn.Module):
         Source: Self Forcing 2506.08009, section 3; CausVid 2412.07772.
         """
         seen = torch.zeros(frames, frames, dtype=torch.bool)
-        for own, kept in self.kept_before(frames):
+        for own, kept in kept_before(self.cfg.memory, self.lengths(frames)):
             seen[own.start : own.stop, [*kept, *own]] = True
         return seen
 
     def sink_shift(self, frames: int) -> Tensor:
         """How many frames later than written [F] the sinks lie that a frame sees."""
         shift = torch.zeros(frames, dtype=torch.long)
-        for own, kept in self.kept_before(frames):
+        for own, kept in kept_before(self.cfg.memory, self.lengths(frames)):
             times = sink_times(kept, own.start, self.cfg.memory)
             shift[own.start : own.stop] = next((time - sink for sink, time in times.items()), 0)
         return shift
@@ -175,11 +167,11 @@ class CausalStudent(nn.Module):
         form, and where sinks move with the window it sees them there, as it will when streaming.
         Source: RELIC 2512.04040, hybrid forcing.
         """
-        memory, frames = self.cfg.memory, older.shape[1]
-        again = self.compressed(older, times) if memory.remembers else self.moved_sinks(seen, times, frames)
-        if again and not memory.remembers:  # who sees a sink elsewhere does not see it where it was written
-            seen = seen.clone()
-            seen[self.sink_shift(frames)[times] > 0, : memory.sinks] = False
+        memory = self.cfg.memory
+        if memory.remembers:
+            again = self.compressed(older, times)
+        else:
+            seen, again = self.moved_sinks(seen, self.sink_shift(older.shape[1])[times])
         if not again:
             return self.net(x, sigma, cond, start=times.to(x.device), causal=seen.to(x.device))
         pooling = self.pooling(memory) if memory.remembers else Pooling("average", self.shape.grid)
@@ -195,14 +187,17 @@ class CausalStudent(nn.Module):
             by_factor.setdefault(self.cfg.memory.factor(f), []).append(f)
         return [Again(fs, times[fs], older[:, fs], factor) for factor, fs in sorted(by_factor.items())]
 
-    def moved_sinks(self, seen: Tensor, times: Tensor, frames: int) -> list[Again]:
-        """The sinks at every other place where a chunk of the clip finds them: right before its window."""
-        shift, sinks = self.sink_shift(frames)[times], list(range(self.cfg.memory.sinks))
-        return [
-            Again(sinks, torch.tensor(sinks) + by, seen[:, sinks] & (shift == by)[:, None])
+    def moved_sinks(self, seen: Tensor, shift: Tensor) -> tuple[Tensor, list[Again]]:
+        """`seen` without the sinks that a frame finds `shift` [N] frames later, and these at each of those places."""
+        sinks = torch.arange(self.cfg.memory.sinks)
+        again = [
+            Again(sinks.tolist(), sinks + by, seen[:, sinks] & (shift == by)[:, None])
             for by in shift.unique().tolist()
             if by
         ]
+        still = seen.clone()
+        still[shift > 0, : len(sinks)] = False
+        return still, again
 
     def block_causal(self, x: Tensor, sigma: Tensor, cond: Condition) -> Tensor:
         """Velocity of a clip [B, F, C, H, W] whose chunks see the chunks before them as far as the memory reaches."""
