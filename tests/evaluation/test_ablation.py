@@ -2,6 +2,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 import yaml
 from tiny_text import write_world
 
@@ -114,6 +115,14 @@ def test_every_stage_trains_on_captions(recipe):
         (recipe / "stage.yaml").write_text(yaml.safe_dump(stage))
         path = trainer.train(load_config(TrainConfig, recipe / "stage.yaml"))
         record = checkpoint.read_record(path.with_suffix(""))
+        encode, stage_of = checkpoint.text_encoder(record), load_config(TrainConfig, recipe / "stage.yaml")
+        own = trainer.Trainer(stage_of)
+        batch, words = own.batch(0), [clip["caption"] for clip in own.data.meta["described"]]
+        places = [(batch.cond.tokens - tokens).abs().flatten(1).amax(1) < 0.01 for tokens in encode(words)]
+        assert torch.stack(places).any(0).all(), "each clip is told a caption, as the encoder of streams reads it"
+        old, new = (checkpoint.load(p).net.state_dict() for p in (recipe / "teacher", path))
+        name = next(n for n in old if "text" in n and n.endswith("weight"))
+        assert not torch.equal(old[name], new[next(n for n in new if n.endswith(name))]), "what reads captions learns"
         assert record["text"]["kind"] == "ngrams" and record["given_frames"] == 0
     (recipe / "stage.yaml").write_text(yaml.safe_dump({**stage, "init": None, "dit": {"channels": 4, "text_dim": 9}}))
     with pytest.raises(ValueError, match="9 numbers a token"):

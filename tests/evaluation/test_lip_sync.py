@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from vidistill.cli.main import main
 from vidistill.evaluation import lip_sync, report, suite
 from vidistill.evaluation.clips import Batch, Data
 from vidistill.evaluation.lip_sync import METRICS, SUITE, LipSyncConfig, apart, identity, identity_drift, reader
+from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.suite import measure
 from vidistill.io import to_float
+from vidistill.worlds import WORLDS
 from vidistill.worlds.talker.recorder import TalkerConfig, record
 
 
@@ -94,10 +98,16 @@ def test_a_stream_that_never_looked_like_its_picture_has_no_drift_that_could_cou
 
 
 def test_people_who_are_judged_are_none_of_those_a_checkpoint_was_chosen_on():
-    chosen = range(64)  # data/talker-heldout, see configs/talker
-    clips = range(lip_sync.CLIP_ROOMS, lip_sync.CLIP_ROOMS + LipSyncConfig().clips)
-    long = range(lip_sync.LONG_ROOMS, lip_sync.LONG_ROOMS + LipSyncConfig().streams)
-    assert not set(chosen) & set(clips) and not set(clips) & set(long)
+    cfg, rooms = LipSyncConfig(), {split: Rooms("talker", WORLDS["talker"], split) for split in ("validation", "test")}
+    chosen = set(WORLDS["talker"].seeds("validation", 10_000))
+    for split, own in rooms.items():
+        clips = own.seeds(lip_sync.CLIP_ROOMS, cfg.clips)
+        long = own.seeds(lip_sync.LONG_ROOMS, cfg.streams)
+        assert len({*clips, *long}) == cfg.clips + cfg.streams
+        assert (not chosen & {*clips, *long}) == (split == "test")
+    recorded = Path("scripts/reproduce_talker.sh").read_text()
+    few = [int(n) for n in re.findall(r"--split (?:held_out|validation) --episodes (\d+)", recorded)]
+    assert few and max(few) <= lip_sync.CLIP_ROOMS, "a training is watched on the first rooms of validation"
 
 
 def test_sync_is_the_best_mean_correlation_and_its_shift():

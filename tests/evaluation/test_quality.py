@@ -103,6 +103,21 @@ def test_every_fault_shows_in_its_own_measure(rows):
     assert all(rows[name]["frechet_paired"] > 0.5 for name in ("blurred", "grey", "repeat", "mirrored"))
 
 
+def test_the_other_half_is_that_of_the_other_episodes():
+    """Even and odd episodes of either row lie around means of their own; each is held against the other's."""
+    rng = torch.Generator().manual_seed(0)
+    episodes = torch.arange(40) % 2
+
+    def row(even, odd):
+        middle = torch.where(episodes == 0, even, odd)[:, None, None]
+        return {"episodes": episodes, "features": middle + torch.randn(40, 50, 2, generator=rng)}
+
+    real = row(5.0, 4.0)
+    assert quality.other_half(real, real) == pytest.approx(2 * 1.0, rel=0.1)
+    assert quality.other_half(row(0.0, 3.0), real) == pytest.approx(2 * (4.0**2 + 2.0**2) / 2, rel=0.1)
+    assert quality.frechet(row(5.0, 4.0), real) == pytest.approx(0, abs=0.02)
+
+
 def test_flat_stuck_and_returning_frames_are_counted(rows):
     for name in ("flat_frames", "stuck_frames", "returns"):
         assert rows["real"][name] == rows["same"][name] == 0, name

@@ -76,6 +76,7 @@ def steps(trainer, num):
 def test_six_steps_equal_three_then_save_load_and_three(root, stage):
     cfg = STAGES[stage](root)
     whole = Trainer(replace(cfg, name="whole"))
+    start = {k: v.clone() for k, v in whole.student_state.state("student").items()}
     rows = steps(whole, 6)
     first = Trainer(replace(cfg, name="halves"))
     steps(first, 3)
@@ -87,6 +88,11 @@ def test_six_steps_equal_three_then_save_load_and_three(root, stage):
     a, b = state_of(whole), state_of(second)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])][:5]
+    moved = [k for k in start if not torch.equal(start[k], a[k])]  # two runs that stand still agree as well
+    assert len(moved) > 0.5 * len(start) and any(".ema." in k for k in moved)
+    for role in {key.split("/")[0] for row in rows for key in row}:
+        losses = [row[f"{role}/loss"] for row in rows if f"{role}/loss" in row]
+        assert len(set(losses)) == len(losses), f"the {role} sees the same sample twice"
 
 
 def test_compiled_blocks_train_the_same_networks_but_for_a_student_that_rolls_out(root, monkeypatch):
