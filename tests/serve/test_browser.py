@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fake_world import FakeWorld, png, running
 from PIL import Image
 
 from vidistill.checkpoint import zoo_names
+from vidistill.cli.main import parser
 from vidistill.conditioning.audio import to_pcm16
+from vidistill.data.clips import Clips
 from vidistill.serve.app import load_world
+from vidistill.serve.environment import Real
 from vidistill.worlds.talker.face import read_mouth
 from vidistill.worlds.talker.speech import RATE, say
 
@@ -281,3 +285,31 @@ def test_fingers_walk_on_a_phone(browser):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     OUT.mkdir(exist_ok=True)
     picture.save(OUT / "play-phone.png")
+
+
+def test_a_real_environment_is_driven_by_its_page_and_kept(browser, tmp_path):
+    options = ["--env", "ale_py:ALE/Pong-v5", "--option", "frameskip=1", "--size", "96x72", "--crop", "34,16,0,0"]
+    args = parser().parse_args(["serve", *options, "--record", str(tmp_path / "out"), "--resize", "stretch"])
+    args.policy = "random"
+    real = Real.of(args, args.record)
+    with running(real.world()) as address, opened(browser, address) as page:
+        wait_for_pictures(page)
+        assert "no model" in page.inner_text("#tagline").lower()
+        page.evaluate(WATCH)
+        up = page.locator("[data-action=right]")  # what Pong calls moving the paddle up
+        up.hover()
+        page.mouse.down()
+        wait(page, "window.seen.filter((frame) => frame.input > 0).length >= 24", 60.0)
+        OUT.mkdir(exist_ok=True)
+        page.screenshot(path=OUT / "play-environment.png")
+        page.mouse.up()
+        page.click("#restart")
+        wait(page, "window.seen.at(-1).index < 10")
+    real.finish()
+    clips = Clips(tmp_path / "out" / "train")
+    held_up = clips.episode("actions", 0)[:, clips.meta["actions"].index("right")]
+    frames = clips.episode("frames", 0).int()
+    green = (frames[..., 1] > frames[..., 0] + 20).float().sum(2)  # of the paddle, by row
+    rows = (green * torch.arange(96)).sum(1) / green.sum(1)
+    assert held_up.sum() >= 20
+    assert rows[held_up.nonzero()[-1]] < rows[held_up.nonzero()[0]] - 10

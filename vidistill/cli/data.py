@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidistill.cli.options import (
+    OPTION_TYPES,
     Arguments,
     Parser,
     add_command,
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from vidistill.conditioning.condition import Encode
 
 SPLITS = ("train", "validation", "test", "held_out")
-OPTION_TYPES = {  # by the names that importers know them by
-    "count": positive_int,
-    "number": non_negative_int,
-    "numbers": numbers,
-    "rate": positive_float,
-    "fraction": fraction,
-    "size": height_x_width,
-}
 FOLDER: Arguments = {"out": {"type": Path, "help": "folder to write"}}
 TOKENS: Arguments = {
     "--tokens": {"type": positive_int, "default": 512, "help": "tokens a prompt is padded to (default: 512, Wan's)"}

@@ -46,6 +46,14 @@ def height_x_width(text: str) -> tuple[int, int]:
     return side(height), side(width)
 
 
+OPTION_TYPES = {  # by the names that importers know them by
+    "count": positive_int,
+    "number": non_negative_int,
+    "numbers": numbers,
+    "rate": positive_float,
+    "fraction": fraction,
+    "size": height_x_width,
+}
 STUDENT: Arguments = {"name": {"help": "a bundled name or the path of a student"}}
 JSON: Arguments = {"--json": {"action": "store_true", "help": "one JSON object as the last line"}}
 GAIN: Arguments = {
@@ -101,9 +109,10 @@ def add_command(
     help: str,
     description: str | None = None,
     epilog: str | None = None,
-) -> None:
-    """Add the subcommand `name`, which calls `run` with its parsed `arguments`."""
+) -> argparse.ArgumentParser:
+    """Add the subcommand `name`, which calls `run` with its parsed `arguments`; returns its parser."""
     p = commands.add_parser(name, help=help, description=description, epilog=epilog)
     for flags, settings in arguments.items():
         p.add_argument(*flags.split(), **settings)
     p.set_defaults(run=run)
+    return p

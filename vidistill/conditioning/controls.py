@@ -103,6 +103,24 @@ class Network:
         return max(0, self.factor * (start - 1) + 1), self.factor * (stop - 1) + 1
 
 
+def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
+    """One value in [0, 1] for each of the named actions; those a mapping leaves out are 0. ValueError for others."""
+    if isinstance(value, Mapping):
+        if unknown := [name for name in value if name not in names]:
+            raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join((*names, 'still'))}")
+        values = [value.get(name, 0.0) for name in names]
+    elif isinstance(value, Iterable):
+        values = list(value)
+    else:
+        raise ValueError(f"action must be an object of names and numbers, got {value!r}")
+    if len(values) != len(names):
+        raise ValueError(f"action has {len(values)} values, one is needed for each of {list(names)}")
+    for name, number in zip(names, values, strict=True):
+        if not isinstance(number, int | float | np.number) or not 0 <= number <= 1:  # NaN is neither
+            raise ValueError(f"action {name!r} must be a number from 0 to 1, got {number!r}")
+    return tuple(float(v) for v in values)
+
+
 class Actions(Modality):
     """Named actions, each held at 0 to 1."""
 
@@ -127,20 +145,7 @@ class Actions(Modality):
 
     def read(self, value: Mapping[str, float] | Sequence[float]) -> tuple[float, ...]:
         """One value in [0, 1] per action; those a mapping leaves out are 0."""
-        if isinstance(value, Mapping):
-            if unknown := [name for name in value if name not in self.names]:
-                raise ValueError(f"action {unknown[0]!r} is unknown; actions are {', '.join((*self.names, 'still'))}")
-            values = [value.get(name, 0.0) for name in self.names]
-        elif isinstance(value, Iterable):
-            values = list(value)
-        else:
-            raise ValueError(f"action must be an object of names and numbers, got {value!r}")
-        if len(values) != len(self.names):
-            raise ValueError(f"action has {len(values)} values, one is needed for each of {list(self.names)}")
-        for name, number in zip(self.names, values, strict=True):
-            if not isinstance(number, int | float | np.number) or not 0 <= number <= 1:  # NaN is neither
-                raise ValueError(f"action {name!r} must be a number from 0 to 1, got {number!r}")
-        return tuple(float(v) for v in values)
+        return held_values(value, self.names)
 
     def condition(self, values: Values, start: int, stop: int) -> Condition:
         action = torch.tensor(values["action"], device=self.net.device)

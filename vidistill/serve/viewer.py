@@ -34,7 +34,8 @@ class World:
 
     `starts`: pictures a run can begin from, uint8 [H, W, 3], the first one by default; the user may bring another.
     None: it begins from noise, and takes no picture. `given`: px frames it begins with; more than one: a still clip.
-    `speak` makes audio of words. What else it takes, its sessions say.
+    `speak` makes audio of words; `about` says what is seen, where no model generates it. What else it takes, its
+    sessions say.
     """
 
     name: str
@@ -43,6 +44,7 @@ class World:
     starts: Mapping[str, np.ndarray] | None = None
     given: int = 1
     speak: Callable[[str], np.ndarray] | None = None
+    about: str = ""
 
     def __post_init__(self) -> None:
         if self.starts is not None and not self.starts:
@@ -314,6 +316,7 @@ class Viewer:
             "hello",
             protocol=protocol.VERSION,
             name=self.world.name,
+            about=self.world.about,
             takes=session.takes,
             speaks=self.world.speak is not None,
             starts=None if self.world.starts is None else list(self.world.starts),

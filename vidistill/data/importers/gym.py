@@ -19,6 +19,7 @@ from PIL import Image
 from vidistill import checkpoint
 from vidistill.config import settings
 from vidistill.data.importers.actions import ActionMap, action_map
+from vidistill.data.importers.options import add_world_options
 from vidistill.data.importers.write import PER_SHARD, Clip, Part, shard_of, write_split
 from vidistill.data.shards import DataError, Shard
 from vidistill.data.types import HELD_OUT_SEED, in_order
@@ -75,12 +76,19 @@ class GymConfig:
 # --- the environment --------------------------------------------------------------------------------------------------
 
 
+def look_here() -> None:
+    """Find modules where the command is run, as `python -m` does: there lie environments and policies of one's own."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+
+
 def made(cfg: GymConfig) -> Any:
     """The environment, ready to be reset. ImportError without Gymnasium, ValueError for one that shows no picture."""
     try:
         import gymnasium
     except ImportError as error:
         raise ImportError("recording environments needs Gymnasium: pip install 'vidistill[gym]'") from error
+    look_here()
     try:
         env = gymnasium.make(cfg.env, render_mode="rgb_array", **cfg.options)
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
@@ -204,8 +212,7 @@ def policy_of(cfg: GymConfig, env: Any, named: ActionMap, rng: np.random.Generat
     if cfg.policy in POLICIES:
         return POLICIES[cfg.policy](env, named, rng)
     module, _, function = cfg.policy.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: a policy lies where the command is run
+    look_here()
     try:
         act = getattr(importlib.import_module(module), function)(env, rng)
     except (ImportError, AttributeError) as error:
@@ -218,22 +225,31 @@ def policy_of(cfg: GymConfig, env: Any, named: ActionMap, rng: np.random.Generat
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-def play(env: Any, cfg: GymConfig, named: ActionMap, seed: int, num: int, choose: Choose) -> Clip:
-    """The episode that `choose` plays from the start of a seed, of `num` frames or as many as there are."""
+def begin(env: Any, cfg: GymConfig, named: ActionMap, seed: int) -> tuple[Any, bool]:
+    """Start an episode: what is observed at its first frame, and whether it is over already."""
     observation, _ = env.reset(seed=seed)
     env.action_space.seed(seed)
-    idle, over = named.to_env(np.zeros(len(named.names), np.float32)), False
-    for _ in range(cfg.start):
-        observation, _, terminated, truncated, _ = env.step(idle)
-        over = over or terminated or truncated
+    if not cfg.start:
+        return observation, False
+    return advance(env, named, np.zeros(len(named.names), np.float32), cfg.start)
+
+
+def advance(env: Any, named: ActionMap, numbers: np.ndarray, steps: int) -> tuple[Any, bool]:
+    """Hold the numbers of actions for some steps, or until the episode is over: what is observed then, and whether."""
+    for _ in range(steps):
+        observation, _, terminated, truncated, _ = env.step(named.to_env(numbers))
+        if terminated or truncated:
+            return observation, True
+    return observation, False
+
+
+def play(env: Any, cfg: GymConfig, named: ActionMap, seed: int, num: int, choose: Choose) -> Clip:
+    """The episode that `choose` plays from the start of a seed, of `num` frames or as many as there are."""
+    observation, over = begin(env, cfg, named, seed)
     frames, actions = [shot(env, cfg)], [np.zeros(len(named.names), np.float32)]
     while len(frames) < num and not over:
         numbers = choose(observation)
-        for _ in range(cfg.repeat):
-            observation, _, terminated, truncated, _ = env.step(named.to_env(numbers))
-            over = over or terminated or truncated
-            if over:
-                break
+        observation, over = advance(env, named, numbers, cfg.repeat)
         frames.append(shot(env, cfg))
         actions.append(numbers)
     return Clip(np.stack(frames), {"seed": seed}, actions=np.stack(actions))
@@ -328,6 +344,15 @@ def asked(args: argparse.Namespace) -> tuple[GymConfig, float, ActionMap, dict[s
     return cfg, (rate or RATES[0] * repeat) / repeat, named, keys
 
 
+def noted(
+    cfg: GymConfig, fps: float, named: ActionMap, keys: Mapping[str, list[str]], true: bool, codec: str | None = None
+) -> dict[str, Any]:
+    """What is noted of recorded episodes."""
+    meta = {"source": "gym", "config": asdict(cfg), "fps": fps, "actions": list(named.names), "keys": keys, "given": 1}
+    meta |= {"px_size": cfg.size[0] if cfg.size[0] == cfg.size[1] else list(cfg.size), "codec": codec}
+    return meta | {"deterministic": true}
+
+
 def run(args: argparse.Namespace) -> str:
     """`vidistill data gym`: record the splits; says what was recorded and whether seeds bring it back."""
     cfg, fps, named, keys = asked(args)
@@ -336,9 +361,7 @@ def run(args: argparse.Namespace) -> str:
     if codec is not None:
         codec.latent_shape(1, *cfg.size)
     true = is_deterministic(cfg)
-    meta = {"source": "gym", "config": asdict(cfg), "fps": fps, "actions": list(named.names), "keys": keys, "given": 1}
-    meta |= {"px_size": cfg.size[0] if cfg.size[0] == cfg.size[1] else list(cfg.size), "codec": args.codec}
-    meta["deterministic"] = true
+    meta = noted(cfg, fps, named, keys, true, args.codec)
     save_png(
         out / "sheet.png", contact_sheet([record(cfg, s, min(cfg.num_frames, 97)).frames for s in range(4)], every=12)
     )
@@ -380,28 +403,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "example: vidistill data gym data/drive --env CarRacing-v3 --names steer,gas,brake --crop 0,50,0,0 --start 50"
     )
     p.add_argument("out", type=Path, help="folder to write: train, validation, test and sheet.png")
-    p.add_argument("--env", required=True, help="id, e.g. CarRacing-v3, or PACKAGE:ID, e.g. ale_py:ALE/Breakout-v5")
-    p.add_argument(
-        "--option", nargs="+", default=[], metavar="key=value", help="options of the environment, e.g. frameskip=1"
-    )
+    add_world_options(p, required=True)
     p.add_argument("--episodes", type="count", default=256, help="to train on (default: 256)")
     p.add_argument("--validation", type="number", default=16, help="episodes held out while training (default: 16)")
     p.add_argument("--test", type="number", default=32, help="episodes held out for evaluation (default: 32)")
-    p.add_argument("--frames", type="count", default=321, help="frames of an episode at most (default: 321)")
-    p.add_argument("--min-frames", type="count", default=17, help="frames of an episode at least (default: 17)")
     p.add_argument("--policy", default="random", help="random, sticky, or MODULE:FUNCTION called with (env, generator)")
-    p.add_argument(
-        "--rate", type="rate", help="steps a second (default: what the environment says, which may be wrong)"
-    )
-    p.add_argument("--repeat", type="count", help="steps a frame (default: for 12 to 18 frames a second)")
-    p.add_argument("--start", type="number", default=0, help="idle steps before the first frame (default: 0)")
-    p.add_argument("--size", type="size", default=(64, 64), help="pixels of a frame (default: 64x64)")
-    p.add_argument("--crop", type="numbers", default=(0, 0, 0, 0), help="pixels cut off first: TOP,BOTTOM,LEFT,RIGHT")
-    p.add_argument("--resize", choices=("crop", "fit", "stretch"), default="crop", help="into the size (default: crop)")
-    p.add_argument("--names", help="of actions, with commas: one an axis of a Box, one a value else")
-    p.add_argument(
-        "--keys", nargs="+", default=[], metavar="ACTION=KEY", help="keys of the page, e.g. steer_minus=ArrowLeft"
-    )
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
     p.add_argument("--workers", type="count", default=2, help="processes that record (default: 2)")
     p.add_argument("--part", default="1/1", help="share of the work that this process does, e.g. 2/4 (default: all)")

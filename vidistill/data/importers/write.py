@@ -23,6 +23,7 @@ from vidistill.data.shards import (
     write_shard,
 )
 from vidistill.data.types import pack_rows
+from vidistill.io import write_text
 
 PER_SHARD = 32
 LOCK = ".lock"
@@ -118,6 +119,23 @@ def write_split(
         for note in (*(path.name for path in notes), SETTINGS):
             (folder / note).unlink(missing_ok=True)
     return True
+
+
+def append_clip(folder: Path, clip: Clip, meta: Mapping[str, Any]) -> None:
+    """Add a clip to a data folder as a shard of its own; what was there stays complete, whatever happens.
+
+    DataError where the folder holds clips of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        there = (folder / META).is_file()
+        record = read_meta(folder) if there else {**json.loads(json.dumps(meta)), "shards": 0, "described": []}
+        check_same(folder, record, meta)
+        tensors, described = shard_of([clip])
+        write_shard(folder / f"shard-{record['shards']:05d}.safetensors", tensors)
+        record |= {"shards": record["shards"] + 1, "described": [*record["described"], *described]}
+        write_text(folder / META, json.dumps({**record, "episodes": len(record["described"])}))
 
 
 def begun(folder: Path, settings: Mapping[str, Any]) -> Path:

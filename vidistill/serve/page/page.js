@@ -77,7 +77,7 @@ const NOTES = {
     $("name").textContent = said.name;
     document.title = `${said.name} · vidistill`;
     const kinds = Object.values(said.takes).map((input) => input.kind);
-    $("tagline").textContent = TAGLINES[["sound", "hold", "text"].find((kind) => kinds.includes(kind))] ?? "";
+    $("tagline").textContent = said.about || (TAGLINES[["sound", "hold", "text"].find((kind) => kinds.includes(kind))] ?? "");
     canvas.width = said.width;
     canvas.height = said.height;
     canvas.style.aspectRatio = `${said.width} / ${said.height}`;
