@@ -87,14 +87,14 @@ PICKLES = {"pickle", "dill", "joblib", "cloudpickle"}
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2314,
+    "data": 2321,
     "training": 1687,
     "evaluation": 2074,
     "worlds": 1370,
     "bench": 1267,
     "ops": 1180,
-    "cli": 1060,
-    "serve": 1081,
+    "cli": 1075,
+    "serve": 1195,
     "interop": 1020,
     "conditioning": 735,
     "streaming": 680,
