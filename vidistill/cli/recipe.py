@@ -21,6 +21,7 @@ from vidistill.training.config import TrainConfig
 MUON = "conv|^(encoder|decoder)[.][1-9][0-9]*[.]weight"
 LEVELS = [1.0, 0.9375, 0.8333, 0.625]
 SHORT, LONG = 7, 22  # latents of a clip: most of a teacher's steps, and all that comes after
+LONGER = 4  # clips that a stream lasts on which the last student is trained
 WARM = {"codec": "doom-codec", "teacher": "doom-teacher"}  # bundled, trained longest
 SIZES: Mapping[str, tuple[int, int, int]] = {"small": (160, 5, 480), "base": (224, 6, 672), "large": (320, 8, 960)}
 TOKENS = 48  # of a latent frame, at most: what a laptop streams
@@ -359,18 +360,24 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
         ),
         "tf",
     )
+    stream = LONGER * choice.clips
+    told = {"guidance": 1.3, "guidance_floor": 0.8} if world.actions and not world.text_dim else {}
     diagonal = Stage(
         "diagonal",
-        "Diagonal Distillation: 4, 3, then 2 steps a chunk, memory as the last step left it.",
+        "Diagonal Distillation: 4, 3, then 2 steps a chunk, memory as the last step left it, on streams that go on.",
         (
             Row("name", "diagonal"),
             Row("init", "runs/selfforcing/selfforcing"),
             Row("schedule", {"pattern": "4322222", "context": "last_step", "exit": "per_chunk", "rewarm": 2}),
-            Row("loss", {"motion": 0.2}, "motion matched in distribution, or few steps make slow pictures"),
+            Row(
+                "long_frames",
+                stream,
+                f"streams of {world.factor * stream / world.fps:.0f} s: what comes only after a while is in no clip",
+            ),
+            Row("loss", {"motion": 0.2, **told}, "motion matched in distribution, or few steps make slow pictures"),
             Row("optim", {"lr": 5e-5}),
             Row("critic_optim", {"lr": 2e-4}),
-            Row("critic_steps", 6, "two rollouts of three critic updates each: a critic must keep near its student"),
-            Row("critic_reuse", 3),
+            Row("critic_steps", 4, "a critic must keep near its student"),
         ),
         "selfforcing",
     )
