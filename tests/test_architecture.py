@@ -96,7 +96,7 @@ BUDGETS = {
     "cli": 1075,
     "serve": 1195,
     "interop": 1020,
-    "conditioning": 735,
+    "conditioning": 736,
     "streaming": 680,
     "models": 596,
     "memory": 566,

@@ -74,13 +74,15 @@ class FakeWorld:
 
     session = FakeSession
 
-    def __init__(self, pictures=True, prompts=False, **options):
-        self.sessions, self.options, self.prompts = [], options, prompts
+    def __init__(self, pictures=True, prompts=False, keys=None, **options):
+        self.sessions, self.options, self.prompts, self.keys = [], options, prompts, keys
         self.starts = {"blocks": blocks(np.random.default_rng(9), 8), "red": picture(200, 30, 30)} if pictures else None
         self.world = World("fake", (SIZE, SIZE), self.open, self.starts)
 
     def open(self, seed, image):
         self.sessions.append(self.session(seed, image, **self.options))
+        if self.keys:
+            self.sessions[-1].takes["action"]["keys"] = self.keys
         if self.prompts:
             self.sessions[-1].takes["prompt"] = {"kind": "text", "switches": ["keep", "recache"]}
         return self.sessions[-1]

@@ -163,6 +163,19 @@ def test_left_and_right_turn_the_picture_opposite_ways(browser, name):
     assert all(float(figure) > 0 for figure in figures.values()), figures
 
 
+def test_keys_that_a_world_names_hold_its_actions(browser):
+    keys = {"turn_left": ["d"], "turn_right": ["ArrowLeft"], "forward": ["w", "d"]}
+    with running(FakeWorld(fps=16.0, chunk_s=0.05, keys=keys).world) as address, opened(browser, address) as page:
+        wait_for_pictures(page)
+        page.evaluate(WATCH)
+        left, right = flow(held(page, "ArrowRight")), flow(held(page, "KeyA"))
+        places = page.eval_on_selector_all(
+            ".pad [data-action]", "(all) => all.map((b) => b.style.gridArea.split(' ')[0])"
+        )
+    assert np.median(left) > 0 > np.median(right), (left, right)
+    assert places == ["right", "left", "up", "down"]
+
+
 def test_a_world_that_remembers_draws_its_map_and_leads_back(browser):
     drawn = """() => {
       const sheet = document.getElementById("map"), pen = sheet.getContext("2d");

@@ -595,6 +595,13 @@ def test_threads_without_workers_are_refused():
         StreamConfig(pipelined=False, threads=1)
 
 
+def test_keys_are_named_for_actions_that_there_are(session, bundle):
+    keys = {ACTIONS[0]: ["a"]}
+    assert session(world={**bundle.record["world"], "keys": keys}).takes["action"]["keys"] == keys
+    with pytest.raises(ValueError, match=r"world\.keys"):
+        WorldConfig(actions=("left",), keys={"right": ("d",)})
+
+
 def test_a_session_tells_its_numbers(session):
     stream = session()
     assert stream.fps == 17.5

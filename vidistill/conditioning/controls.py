@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -138,7 +138,8 @@ class Actions(Modality):
 
     @property
     def described(self) -> Mapping[str, Any]:
-        return {"kind": "hold", "names": list(self.names)}
+        keys = {name: list(keys) for name, keys in self.net.record.played.keys.items()}
+        return {"kind": "hold", "names": list(self.names), **({"keys": keys} if keys else {})}
 
     def initial(self) -> tuple[float, ...]:
         return (0.0,) * len(self.names)
@@ -300,10 +301,14 @@ MODALITIES: dict[Callable[[Network], Modality], Callable[[Network], bool]] = {
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """The world a network was trained on: px frames a second and of one latent, what can be done, px a side, camera."""
+    """The world a network was trained on: px frames a second and of one latent, what can be done, px a side, camera.
+
+    `keys`: which of a keyboard are held for an action, by its name: a letter, or a code such as ArrowLeft.
+    """
 
     fps: float | None = None
     actions: tuple[str, ...] = ()
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     px_size: int | tuple[int, int] | None = None
     temporal: int | None = None
     camera: CameraConfig | None = None
@@ -311,6 +316,8 @@ class WorldConfig:
     def __post_init__(self) -> None:
         if len(set(self.actions)) < len(self.actions):
             raise ValueError(f"world.actions names one twice: {', '.join(self.actions)}")
+        if unknown := sorted(self.keys.keys() - set(self.actions)):
+            raise ValueError(f"world.keys names {unknown[0]!r}; actions are {', '.join(self.actions) or 'none'}")
 
 
 @dataclass(frozen=True)

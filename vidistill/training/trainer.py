@@ -423,7 +423,7 @@ class Trainer:
             return {"card": card}
         assert self.shape is not None
         meta = self.data.meta
-        world: dict[str, Any] = {k: meta[k] for k in ("fps", "actions", "px_size", "temporal") if k in meta}
+        world: dict[str, Any] = {k: meta[k] for k in ("fps", "actions", "keys", "px_size", "temporal") if k in meta}
         if cfg.camera is not None:
             world["camera"] = asdict(cfg.camera)
         return {

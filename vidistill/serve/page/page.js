@@ -3,11 +3,17 @@
 const HEADER_BYTES = 20, VERSION = 2, FRAME = 1, SOUND = 2, PICTURE = 1, INPUT = 2, RAW = 0;
 const FIRST = 1, RECORDING = 4;
 const WINDOW_MS = 2000; // frames a second are counted over this time
+const PAD = { // an arrow -> all keys like it, where its button stands, its sign
+  ArrowLeft: { codes: ["ArrowLeft", "KeyA"], area: "left", sign: "←" },
+  ArrowRight: { codes: ["ArrowRight", "KeyD"], area: "right", sign: "→" },
+  ArrowUp: { codes: ["ArrowUp", "KeyW"], area: "up", sign: "↑" },
+  ArrowDown: { codes: ["ArrowDown", "KeyS"], area: "down", sign: "↓" },
+};
 const KEYS = { // action -> its keys, where its button stands, what the button says
-  turn_left: { codes: ["ArrowLeft", "KeyA"], area: "left", sign: "←", text: "turn left" },
-  turn_right: { codes: ["ArrowRight", "KeyD"], area: "right", sign: "→", text: "turn right" },
-  forward: { codes: ["ArrowUp", "KeyW"], area: "up", sign: "↑", text: "forward" },
-  backward: { codes: ["ArrowDown", "KeyS"], area: "down", sign: "↓", text: "backward" },
+  turn_left: { ...PAD.ArrowLeft, text: "turn left" },
+  turn_right: { ...PAD.ArrowRight, text: "turn right" },
+  forward: { ...PAD.ArrowUp, text: "forward" },
+  backward: { ...PAD.ArrowDown, text: "backward" },
   strafe_left: { codes: ["KeyQ"], sign: "⇠", text: "Q  step left" },
   strafe_right: { codes: ["KeyE"], sign: "⇢", text: "E  step right" },
 };
@@ -239,10 +245,18 @@ function buildInputs() {
   });
 }
 
-function buildButtons(card, input, { names }) {
+// What holds an action: the key that the world names for it, else the page's own, else a digit.
+function keyOf(name, [key, ...more] = [], digit) {
+  const own = KEYS[name] ?? { codes: [`Digit${digit}`], sign: digit, text: name.replaceAll("_", " ") };
+  if (!key || more.length) return own;
+  const code = key === " " ? "Space" : /^[a-z]$/i.test(key) ? `Key${key.toUpperCase()}` : /^\d$/.test(key) ? `Digit${key}` : key;
+  const arrow = Object.values(PAD).find(({ codes }) => codes.includes(code));
+  return { codes: [code], sign: key.toUpperCase(), ...arrow, text: own.text };
+}
+
+function buildButtons(card, input, { names, keys = {} }) {
   names.forEach((name, i) => {
-    const digit = String((i + 1) % 10);
-    const key = KEYS[name] ?? { codes: [`Digit${digit}`], sign: digit, text: name.replaceAll("_", " ") };
+    const key = keyOf(name, keys[name], String((i + 1) % 10));
     for (const code of key.codes) actions.set(code, name);
     holders.set(name, input);
     const button = document.createElement("button");
