@@ -125,7 +125,8 @@ class Plan:
 
     def script(self, frames: str) -> str:
         """run.sh."""
-        action = f" --action {self.world.actions[-1]}:24,still:12" if self.world.actions else ""
+        held = ",".join(f"{name}:24" for name in self.world.actions)
+        action = f" --action {held},still:12" if held else ""
         return SCRIPT.format(frames=frames, action=action, budget=f"{self.budget / 3600:.2g} h")
 
 
