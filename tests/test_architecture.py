@@ -101,7 +101,7 @@ BUDGETS = {
     "models": 596,
     "memory": 566,
     "codecs": 495,
-    "io": 310,
+    "io": 325,
     "teachers": 265,
     "checkpoint": 247,
     "distributed": 235,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 
@@ -29,9 +29,13 @@ STALE_S = 600  # seconds without a change after which a temporary file of an unk
 MAX_JSON = 2**30  # bytes of a JSON file that is read
 MAX_SIDE = 4096  # pixels along a side of a picture that is read
 MAX_CHUNKS = 1000  # parts of a PNG; a picture of millions of empty ones takes seconds to walk through
+PLAYLISTS = ("concat", "hls", "dash", "sdp")  # of ffmpeg: lists of other files
 MAX_SOUND_S = 3600  # seconds of a recording that is read
 MAX_FPS = 1000
 SUFFIXES = (".mp4", ".mkv", ".mov", ".avi")  # of videos that are written
+MAX_PICTURE = 2**29  # bytes of a picture file that are read
+# Decoders that are tried, as Pillow names them: others start programs, or read what is no picture.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 _writes = itertools.count()
@@ -142,13 +146,8 @@ def to_float(frames: np.ndarray) -> torch.Tensor:
     """Returns float32 [..., 3, H, W] in [0, 1] from uint8 [..., H, W, 3]."""
     if frames.dtype != np.uint8 or frames.ndim < 3 or frames.shape[-1] != 3:
         raise ValueError(f"frames is {frames.dtype} {list(frames.shape)}; needed is uint8 [..., H, W, 3]")
-    return (
-        torch.from_numpy(np.ascontiguousarray(frames))
-        .movedim(-1, -3)
-        .to(torch.float32, copy=True)
-        .contiguous()
-        .div_(255)
-    )
+    px = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3)
+    return px.to(torch.float32, copy=True).contiguous().div_(255)
 
 
 def to_uint8(px: torch.Tensor) -> np.ndarray:
@@ -315,10 +314,12 @@ def read_sound(path: str | Path, rate: int) -> np.ndarray:
         raise FileNotFoundError(f"there is no recording {path}")
     try:
         with av.open(str(path)) as file:
-            if not file.streams.audio:
+            if file.format.name in PLAYLISTS or not file.streams.audio:
                 raise ValueError("it holds no sound")
             stream = file.streams.audio[0]
             said = _wav_seconds(path) or float((stream.duration or 0) * (stream.time_base or 0))
+            if said > MAX_SOUND_S:
+                raise ValueError(f"it is longer than {MAX_SOUND_S} s")
             pcm = np.concatenate([np.zeros(0, np.float32), *_decode_sound(file, rate)])
     except Exception as error:
         raise ValueError(f"{path} cannot be read as sound: {error or type(error).__name__}") from error
@@ -354,14 +355,17 @@ def _decode_sound(file: Any, rate: int) -> Iterator[np.ndarray]:
     """Pieces of float32 sound at `rate` of an opened file."""
     import av
 
-    resampler, total = av.AudioResampler("fltp", None, rate), 0
+    # packed: PyAV finds the planes of no more than 8 channels, and reads beside the others
+    resampler, total = av.AudioResampler("flt", None, rate), 0
     for frame in itertools.chain(file.decode(audio=0), [None]):  # None empties the resampler
         for piece in resampler.resample(frame):
-            pcm = piece.to_ndarray().mean(0)
+            pcm = piece.to_ndarray().reshape(piece.samples, -1).mean(1)
             total += len(pcm)
+            if not np.isfinite(pcm).all():
+                raise ValueError("it holds numbers that are not finite")
             if total > MAX_SOUND_S * rate:
                 raise ValueError(f"it is longer than {MAX_SOUND_S} s")
-            yield pcm
+            yield pcm.clip(-1, 1)
 
 
 def picture_files(folder: str | Path) -> list[Path]:
@@ -379,6 +383,8 @@ def read_image(source: str | Path, size: tuple[int, int], formats: tuple[str, ..
         raise ValueError(f"{path} is a folder; name a picture")
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path}; name one that is there")
+    if path.stat().st_size > MAX_PICTURE:
+        raise ValueError(f"{path} holds {path.stat().st_size:,} bytes; at most {MAX_PICTURE:,} of a picture are read")
     return read_image_bytes(path.read_bytes(), size, formats, where=str(path))
 
 
@@ -391,15 +397,17 @@ def read_image_bytes(
 ) -> np.ndarray:
     """The picture in `data` as uint8 [H, W, 3] of `size` (height, width), cropped to its shape, turned upright.
 
-    What is transparent becomes white; a mode of more than 8 bits is scaled by its own range. formats: the only ones
-    tried, as Pillow names them; default all. pixels: the most that are read. ValueError, whatever the decoder says.
+    What is transparent becomes white; a mode of more than 8 bits is scaled by its own range; colours of a profile
+    become those of sRGB. formats: the only ones tried, as Pillow names them; default FORMATS. pixels: the most that
+    are read. ValueError, whatever the decoder says.
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and _has_many_chunks(data):
         raise ValueError(f"{where} has more than {MAX_CHUNKS} parts; save it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of sizes and tags: what matters is checked here
-            with Image.open(io.BytesIO(data), formats=formats) as picture:
+            Image.init()
+            with Image.open(io.BytesIO(data), formats=[f for f in formats or FORMATS if f in Image.OPEN]) as picture:
                 if max(picture.size) > MAX_SIDE or picture.width * picture.height > pixels:
                     said = f"at most {MAX_SIDE} a side and {pixels:,} pixels are read"
                     raise Image.DecompressionBombError(f"it is {picture.width}x{picture.height}; {said}")
@@ -433,14 +441,29 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     if picture.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(picture, np.float64), posinf=0.0, neginf=0.0).clip(0)
+        clear = values == picture.info.get("transparency", -1.0)
         top = float(values.max())
         ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
         values *= 255 / next((r for r in ranges if top <= r), top)
+        values[clear] = 255
         return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
-    return picture.convert("RGB")
+        return Image.alpha_composite(ground, to_srgb(picture.convert("RGBA"))).convert("RGB")
+    return to_srgb(picture.convert("RGB") if picture.mode in ("P", "YCbCr") else picture).convert("RGB")
+
+
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """`picture` in the colours of sRGB; as it is without a profile, or with one that cannot be used."""
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture
+    mode = picture.mode if picture.mode == "RGBA" else "RGB"
+    try:
+        own, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(picture, own, srgb, outputMode=mode) or picture
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of another kind of picture: what viewers do then
+        return picture
 
 
 def contact_sheet(

@@ -2,6 +2,7 @@
 
 import io as bytes_io
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -214,6 +215,66 @@ def test_what_is_transparent_is_white_in_every_mode():
     assert np.abs(read_image_bytes(encoded(Image.fromarray(half)), (8, 8))[0, 0] - [255.0, 127, 255]).max() < 2
 
 
+def profile(red, green, blue):
+    """The bytes of an ICC profile whose primaries have these XYZ and whose values are linear."""
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(x * 65536) for x in values))
+
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"x\0" + bytes(90 - 14)
+    tags = {b"desc": text, b"cprt": b"text\0\0\0\0x\0\0\0", b"wtpt": xyz((0.9642, 1, 0.8249))}
+    tags |= {b"rXYZ": xyz(red), b"gXYZ": xyz(green), b"bXYZ": xyz(blue)}
+    tags |= {name: b"curv" + bytes(8) for name in (b"rTRC", b"gTRC", b"bTRC")}
+    table, body, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">2I", at + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">I4sI4s4s4s", at + len(body), bytes(4), 0x02100000, b"mntr", b"RGB ", b"XYZ ") + bytes(12)
+    head += b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+RED, GREEN, BLUE = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)  # of sRGB, seen at D50
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_colours_are_those_that_the_profile_of_a_picture_means(mode, kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+
+    def plain(*colour):
+        picture = Image.new("RGB", (16, 16), colour)
+        return picture.quantize(2) if mode == "P" else picture.convert(mode)
+
+    picture = plain(255, 0, 0)
+    swapped = read_image_bytes(encoded(picture, kind, **options, icc_profile=profile(GREEN, RED, BLUE)), (8, 8))
+    assert np.abs(swapped - [0.0, 255, 0]).max() < 8
+    grey = read_image_bytes(encoded(plain(55, 55, 55), kind, **options, icc_profile=profile(RED, GREEN, BLUE)), (8, 8))
+    assert np.abs(grey - 128.0).max() < 4  # 0.5 of sRGB is 0.214 of light
+    damaged = read_image_bytes(encoded(picture, kind, **options, icc_profile=b"junk"), (8, 8))
+    assert np.abs(damaged - [255.0, 0, 0]).max() < 8
+
+
+def test_a_page_of_postscript_is_no_picture_and_starts_no_program(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kw: pytest.fail("a program was started"))
+    with pytest.raises(ValueError, match="it is none"):
+        read_image_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n", (8, 8))
+
+
+def test_a_file_that_is_too_large_for_a_picture_is_refused_unread(tmp_path):
+    with open(tmp_path / "x.png", "wb") as file:
+        file.truncate(3 * 2**30)
+    with pytest.raises(ValueError, match=r"x\.png holds 3,221,225,472 bytes"):
+        read_image(tmp_path / "x.png", (8, 8))
+
+
+def test_the_transparent_grey_of_a_picture_of_16_bits_is_white():
+    grey = np.full((16, 16), 0x1234, np.uint16)
+    grey[:8] = 0x8000
+    out = read_image_bytes(encoded(Image.fromarray(grey), transparency=0x1234), (16, 16))
+    assert (out[12] == 255).all() and (np.abs(out[2] - 128.0) < 2).all()
+
+
 def ramps():
     ramp = np.linspace(0, 1, 64)[None].repeat(64, 0)
     yield "8-bit grey", encoded(Image.fromarray((255 * ramp).astype(np.uint8)))
@@ -349,6 +410,55 @@ def test_files_without_sound_are_refused_by_name(tmp_path, data):
     write_video(tmp_path / "mute.mp4", clip(), fps=12)
     with pytest.raises(ValueError, match=r"mute\.mp4 .*no sound"):
         read_sound(tmp_path / "mute.mp4", 16_000)
+
+
+def wav(kind=1, channels=1, rate=16_000, bits=16, data=bytes(3200), said=None):
+    """A WAV file of any fields."""
+    row = channels * bits // 8
+    fields = struct.pack("<HHIIHH", kind, channels, rate, rate * row % 2**32, row % 2**16, bits)
+    body = b"WAVEfmt " + struct.pack("<I", len(fields)) + fields
+    body += b"data" + struct.pack("<I", len(data) if said is None else said) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 8, 9, 16, 24, 64])
+def test_any_number_of_channels_is_averaged(tmp_path, channels):
+    rows = np.tile(np.linspace(-0.9, 0.5, channels, dtype=np.float32), 1600)
+    (tmp_path / "a.wav").write_bytes(wav(3, channels, bits=32, data=rows.tobytes()))
+    heard = read_sound(tmp_path / "a.wav", 16_000)
+    assert len(heard) == 1600 and np.abs(heard - rows[:channels].mean()).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (wav(channels=0), "cannot be read as sound"),
+        (wav(channels=255, data=bytes(255 * 200)), "cannot be read as sound"),
+        (wav(rate=0), "cannot be read as sound"),
+        (wav(rate=2**31 - 1), "cannot be read as sound"),
+        (wav(bits=0), "cannot be read as sound"),
+        (wav(kind=0xFFFF), "cannot be read as sound"),
+        (wav(data=b""), "it is empty"),
+        (wav(data=b"\1"), "cannot be read as sound"),
+        (wav(3, bits=32, data=np.array([0, np.nan] * 800, np.float32).tobytes()), "not finite"),
+        (wav(3, bits=32, data=np.array([0, -np.inf] * 800, np.float32).tobytes()), "not finite"),
+        (wav(rate=1, data=bytes(2 * 3700)), "longer than 3600 s"),
+        (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:1/x.ts\n#EXT-X-ENDLIST\n", "cannot be read as sound"),
+        (b"ffconcat version 1.0\nfile b.wav\n", "cannot be read as sound"),
+    ],
+)
+def test_sound_of_impossible_fields_is_refused_by_name(tmp_path, data, says):
+    (tmp_path / "b.wav").write_bytes(wav())
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"a\.wav .*{says}"):
+        read_sound(tmp_path / "a.wav", 16_000)
+
+
+def test_a_single_sample_is_sound_and_louder_than_all_is_cut_off(tmp_path):
+    (tmp_path / "a.wav").write_bytes(wav(data=b"\0\x40"))
+    assert read_sound(tmp_path / "a.wav", 16_000).tolist() == [0.5]
+    (tmp_path / "a.wav").write_bytes(wav(3, bits=32, data=np.array([100, -100] * 800, np.float32).tobytes()))
+    assert set(read_sound(tmp_path / "a.wav", 16_000)) == {1.0, -1.0}
 
 
 def test_a_recorder_that_did_not_know_its_length_is_read_to_the_end(tmp_path):
