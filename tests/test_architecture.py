@@ -84,6 +84,10 @@ NETWORK = ("requests", "urllib.request", "http.client", "httpx", "aiohttp", "hug
 DYNAMIC = {"importlib.import_module", "import_module", "__import__"}
 PICKLES = {"pickle", "dill", "joblib", "cloudpickle"}
 
+# Three plain words in a row, of which none is part of a name, a path, an option or a command.
+WORD = r"(?:[a-z]{2,}|a)"
+SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
+
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
@@ -361,6 +365,29 @@ def check(rule, sources: list[Source]) -> None:
         pytest.fail("\n".join(found), pytrace=False)
 
 
+def prose(source: Source) -> Iterator[str]:
+    """Patterns of errors that hold a sentence: another wording, which says the same, would break them."""
+    for function in (n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)):
+        matched = [
+            k.value for n in ast.walk(function) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "match"
+        ]
+        names = {value.id for value in matched if isinstance(value, ast.Name)}
+        tables = [d for d in function.decorator_list if isinstance(d, ast.Call) and called(d).endswith("parametrize")]
+        matched += [value for table in tables for name in names for value in column(table, name)]
+        for text in (n for value in matched for n in ast.walk(value) if isinstance(n, ast.Constant)):
+            if found := SENTENCE.search(str(text.value)):
+                yield source.at(text.lineno, f"match names of fields, values or files, not the words '{found[0]}'.")
+
+
+def column(table: ast.Call, name: str) -> Iterator[ast.expr]:
+    """The values that `parametrize` gives an argument, as far as they are written out."""
+    names = ast.unparse(table.args[0]).strip("()'\"").replace("'", "").replace(" ", "").split(",")
+    if name in names and isinstance(table.args[1], ast.List | ast.Tuple):
+        for row in table.args[1].elts:
+            cells = row.args if isinstance(row, ast.Call) else row.elts if isinstance(row, ast.Tuple) else [row]
+            yield cells[names.index(name)]
+
+
 # --- the project ------------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +434,10 @@ def test_rooms_keep_their_budget_of_statements():
     assert not over, (
         f"{over} are over { ({room: BUDGETS[room] for room in over}) }: make room, or raise BUDGETS on purpose"
     )
+
+
+def test_patterns_of_errors_hold_no_sentence():
+    check(prose, [source for source in PYTHON if source.path.startswith("tests/")])
 
 
 def test_nothing_guesses_at_attributes():
@@ -467,6 +498,14 @@ BROKEN = [
     (pickles, "checkpoint", "torch.load(path, weights_only=False)", "weights_only=True"),
     (pickles, "data", "import pickle", "can run code"),
     (machine_paths, "data", "cache = '" + "/tm" + "p/cache'", "a path of one machine"),
+    (prose, "t", "def test():\n    raises(E, match=r'x.json is damaged or cut short')", "is damaged or"),
+    (prose, "t", "@parametrize('said', ['a thing is wrong'])\ndef test(said): raises(E, match=said)", "a thing is"),
+    (
+        prose,
+        "t",
+        "@parametrize(('n', 'm'), [(1, 'a thing is wrong')])\ndef test(n, m): raises(E, match=m)",
+        "a thing is",
+    ),
     (machine_paths, "data", "# see " + "/ho" + "me/me/notes", "a path of one machine"),
 ]
 
@@ -484,6 +523,8 @@ SOUND = [
     (network, "teachers/wan", "def f():\n    from huggingface_hub import snapshot_download"),
     (network, "data/shards", "from urllib.parse import quote"),
     (sizes, "dit", "def forward(self):\n" + "    x = 1\n" * 39),
+    (prose, "t", "@parametrize(('n', 'm'), [('it is so', 'dit.width.*0')])\ndef test(n, m): raises(E, match=m)"),
+    (prose, "t", "def test():\n    raises(E, match=r'no checkpoint .*gone|dit\\\\.heads is 1')"),
     (guesses, "dit", "getattr(cfg, name)\ngetattr(torch, 'float8', None)"),
     (pickles, "interop/wan", "torch.load(path, map_location='cpu', weights_only=True)"),
     (machine_paths, "serve/app", "f'{base}" + "/ho" + "me'; 'https://example.org" + "/ho" + "me'; 'out/work'"),

@@ -295,15 +295,15 @@ def test_network_and_decoder_of_a_rival_are_compiled_too(student, tiny_teacher_p
 def test_a_rival_that_cannot_run_alike_is_refused(student, tiny_teacher_path):
     teacher = replace(load(tiny_teacher_path), net=torch.nn.Linear(1, 1))
     own = StreamTimer(student, load_codec(student), SHORT, None, SpeedConfig(linears="packed"))
-    with pytest.raises(ValueError, match=r"teacher is a Linear.*leave --compile and --linears out, or bench without"):
+    with pytest.raises(ValueError, match=r"teacher.*Linear.*--compile.*--linears"):
         baseline_of(own, teacher, SHORT, None)
 
 
 def test_a_codec_is_no_opponent(student, tiny_codec_path, monkeypatch):
-    with pytest.raises(ValueError, match="is a codec; a student is held against"):
+    with pytest.raises(ValueError, match=r"codec.*held against"):
         bench(student, SHORT, vs=load(tiny_codec_path))
     monkeypatch.setattr(StreamTimer, "warm_up", lambda timer: pytest.fail("ran"))
-    with pytest.raises(ValueError, match="is a codec; a student is held against"):
+    with pytest.raises(ValueError, match=r"codec.*held against"):
         bench(student, SHORT, vs=tiny_codec_path)
 
 
@@ -311,7 +311,7 @@ def test_nothing_is_timed_when_the_stream_differs_from_its_rollout(student, monk
     reference = StreamSession.reference
     monkeypatch.setattr(StreamSession, "reference", lambda self, chunks: reference(self, chunks) + 1e-6)
     monkeypatch.setattr(StreamTimer, "round", lambda self, number: pytest.fail("timed"))
-    with pytest.raises(ConsistencyError, match="differ from its rollout; nothing was timed"):
+    with pytest.raises(ConsistencyError, match=r"rollout.*timed"):
         bench(student, SHORT)
 
 
@@ -326,10 +326,10 @@ def test_the_gate_sees_memory_forget(student, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"rounds": 0}, "bench.rounds must be at least 1, got 0"),
-        ({"inputs": -1}, "bench.inputs must be at least 0, got -1"),
-        ({"growth_minutes": (1.0, 0.0)}, "growth_minutes must be positive"),
-        ({"growth_run": math.nan}, "bench.growth_run must be at least 0, got nan"),
+        ({"rounds": 0}, "bench.rounds.*least 1, got 0"),
+        ({"inputs": -1}, "bench.inputs.*least 0, got -1"),
+        ({"growth_minutes": (1.0, 0.0)}, "growth_minutes.*positive"),
+        ({"growth_run": math.nan}, "bench.growth_run.*least 0, got nan"),
     ],
 )
 def test_impossible_settings_are_refused(changed, message):
@@ -454,14 +454,14 @@ def test_random_numbers_from_a_file_make_the_latents_that_they_make_elsewhere(tm
         with pytest.raises(ValueError, match=message):
             cfg.recorded()
     path.write_bytes(b"cut short")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="whole safetensors"):
         cfg.recorded()
 
 
 def test_weights_that_do_not_fit_the_shape_name_the_shape_they_have():
     net = random_dit(SMALL.bundle().net.net.cfg)
     assert torch.equal(SMALL.bundle(net).net.net.head.head.weight, net.head.head.weight)
-    with pytest.raises(ValueError, match=r"layers 2 and the shape says 3.*dim=24 layers=2"):
+    with pytest.raises(ValueError, match=r"layers 2.*shape.*3.*dim=24 layers=2"):
         replace(SMALL, layers=3).bundle(net)
 
 
@@ -476,12 +476,12 @@ def test_a_shape_is_read_from_the_command_line():
     [
         ("depth=3", r"random_weights\.depth"),
         ("dim", "'dim'"),
-        ("dim=big", r"random_weights\.dim must be int, got 'big'"),
-        ("layers=0", "layers must be at least 1, got 0"),
-        ("growth_run=long", r"random_weights\.growth_run must be a finite number, got 'long'"),
-        ("growth_run=-1", "growth_run must not be negative, got -1.0"),
-        ("latent=16x16", "latent must be CHANNELSxHEIGHTxWIDTH, got '16x16'"),
-        ("text=512x0", "text must be TOKENSxWIDTH"),
+        ("dim=big", r"random_weights\.dim.*got 'big'"),
+        ("layers=0", "layers.*1, got 0"),
+        ("growth_run=long", r"random_weights\.growth_run.*number.*'long'"),
+        ("growth_run=-1", "growth_run.*negative.*-1.0"),
+        ("latent=16x16", "latent.*CHANNELSxHEIGHTxWIDTH, got '16x16'"),
+        ("text=512x0", "text.*TOKENSxWIDTH"),
     ],
 )
 def test_a_shape_that_makes_no_sense_is_refused(item, message):

@@ -110,6 +110,6 @@ def test_a_clip_that_processes_share_costs_each_its_part(tmp_path):
     for name in ("activation_bytes_per_pass", "history_bytes", "memory_bytes"):
         assert whole[name] // 2 == half[name] // 1 > 0, name
     assert whole["tokens_per_pass"] == half["tokens_per_pass"]
-    with pytest.raises(ValueError, match="sequence 3 does not divide"):
+    with pytest.raises(ValueError, match=r"sequence 3.*not divide"):
         plan.true_size(replace(cfg, sequence=3), roles)
     assert dry_run.rehearse(replace(cfg, sequence=2))["done"]  # in one process all the same

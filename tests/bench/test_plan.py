@@ -130,7 +130,7 @@ def test_what_does_not_fit_says_what_would(stage):
     least = planner.plan(replace(cfg, accumulate=8), 8, 1e-6)["peak_bytes"] / 1e9
     found = list(planner.remedies(cfg, 8, least))
     assert any("sequence=" in words for words in found) and any("on 16 GPUs" in words for words in found)
-    with pytest.raises(ValueError, match=r"wan-selfforcing takes .* What fits: nothing that was tried"):
+    with pytest.raises(ValueError, match=r"wan-selfforcing.*What fits: nothing"):
         plan.checked(cfg, planner.roles, 1, 1e-6)
 
 

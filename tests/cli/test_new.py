@@ -151,7 +151,7 @@ def test_a_project_runs_from_clips_to_a_student(tmp_path, quick, monkeypatch, ca
 def test_a_check_stops_what_is_bad(tmp_path, monkeypatch):
     (tmp_path / "plan.json").write_text(json.dumps({"gates": planning.GATES}))
     monkeypatch.setattr(planning, "check_codec", lambda *rest: {"psnr": 30.0, "sharpness": 1.0, "moving": 0.1})
-    with pytest.raises(ValueError, match="codec is not good enough in moving"):
+    with pytest.raises(ValueError, match=r"codec.*moving"):
         planning.check(tmp_path, "codec", lenient=False)
     assert "moving would stop a real run" in planning.check(tmp_path, "codec", lenient=True)
     with pytest.raises(FileNotFoundError, match="no project"):

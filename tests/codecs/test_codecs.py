@@ -187,7 +187,7 @@ def test_wrong_lengths_and_sides_name_what_is_allowed(codec):
         with pytest.raises(ValueError, match=rf"1 \+ {t} \* k"):
             codec.latent_shape(t, 64, 64)
         state = codec.encode_stream(px[:, :1])[1]
-        with pytest.raises(ValueError, match=rf"later chunk of a stream needs {t} \* k"):
+        with pytest.raises(ValueError, match=rf"later chunk.*{t} \* k"):
             codec.encode_stream(px[:, : 1 + t], state)
     with pytest.raises(ValueError, match="1 \\+"):
         codec.encode(px[:, :0])

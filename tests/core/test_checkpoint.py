@@ -67,14 +67,14 @@ def test_weights_that_half_precision_cannot_hold_are_not_written(tmp_path, value
     export(tmp_path / "t", net, {})
     with torch.no_grad():
         net.head.head.weight[0, 0] = value
-    with pytest.raises(CheckpointError, match=r"head\.head\.weight is not finite"):
+    with pytest.raises(CheckpointError, match=r"head\.head\.weight.*not finite"):
         export(tmp_path / "t", net, {})
     load(tmp_path / "t")
 
 
 def test_an_unknown_name_suggests_a_known_one(monkeypatch):
     monkeypatch.setattr(checkpoint, "zoo_names", lambda: {"doom-teacher": "doom-teacher", "doom": "doom-selfforcing"})
-    with pytest.raises(CheckpointError, match=r"no checkpoint 'doom-techer'.*did you mean doom-teacher"):
+    with pytest.raises(CheckpointError, match=r"'doom-techer'.*mean doom-teacher"):
         load("doom-techer")
     with pytest.raises(CheckpointError, match="bundled names: doom-teacher, doom"):
         load("qqqq")
@@ -84,19 +84,19 @@ def test_an_unknown_name_suggests_a_known_one(monkeypatch):
 def test_a_file_cut_short_is_named(path, size):
     file = checkpoint.with_extension(path, ".safetensors")
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"student\.safetensors is damaged or cut short"):
+    with pytest.raises(CheckpointError, match=r"student\.safetensors.*damaged"):
         load(path)
 
 
 def test_a_file_of_noise_is_named(path):
     checkpoint.with_extension(path, ".safetensors").write_bytes(os.urandom(5000))
-    with pytest.raises(CheckpointError, match="is damaged or cut short"):
+    with pytest.raises(CheckpointError, match=r"student\.safetensors.*damaged"):
         load(path)
 
 
 def test_missing_weights_are_an_error_of_the_checkpoint(path):
     checkpoint.with_extension(path, ".safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*student\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint.*student\.safetensors"):
         load(path)
 
 
@@ -110,13 +110,13 @@ def test_a_damaged_record_is_named(path, text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "has format 99; this version reads 1"),
+        ({"format": 99}, "format 99"),
         ({"kind": "probe"}, "is a 'probe'"),
         ({"kind": ...}, "is a None"),
-        ({"dit": ...}, "dit is missing"),
-        ({"dit": {"widht": 8}}, r"unknown key dit\.widht; did you mean dit\.width"),
+        ({"dit": ...}, "dit.*missing"),
+        ({"dit": {"widht": 8}}, r"unknown key dit\.widht.*mean dit\.width"),
         ({"shape": {"frames": 0, "channels": 4, "height": 4, "width": 4}}, r"shape\.frames is 0"),
-        ({"student": 3}, "student must hold keys and values"),
+        ({"student": 3}, "student.*got 3"),
     ],
 )
 def test_a_record_that_cannot_be_built_is_named(path, changes, message):
@@ -128,7 +128,7 @@ def test_a_record_that_cannot_be_built_is_named(path, changes, message):
 
 
 def test_the_wrong_kind_is_refused(path):
-    with pytest.raises(CheckpointError, match="is a student, a codec is needed here"):
+    with pytest.raises(CheckpointError, match=r"student.*codec.*needed"):
         load(path, "codec")
 
 
@@ -164,7 +164,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tensors, "save_file", full)
-    with pytest.raises(OSError, match=r"x.safetensors: .*No space left on device.*untouched"):
+    with pytest.raises(OSError, match=r"x.safetensors: .*No space.*device.*untouched"):
         save_tensors(file, {"w": torch.ones(3)}, {"step": 2})
     assert read_tensors(file)[1] == {"step": 1} and os.listdir(tmp_path) == ["x.safetensors"]
 
@@ -178,7 +178,7 @@ def test_a_codec_lies_beside_its_student_or_has_a_full_path(path, tiny_codec_pat
     edit(path, codec=str(tiny_codec_path))
     assert checkpoint.load_codec(load(path)).cfg == codec.cfg
     edit(path, codec=None)
-    with pytest.raises(CheckpointError, match="names no codec"):
+    with pytest.raises(CheckpointError, match="no codec"):
         checkpoint.load_codec(load(path))
 
 
@@ -211,7 +211,7 @@ def test_a_student_of_another_size_is_not_silently_accepted(path):
     edit(path, student={"chunk": 2}, shape={**vars(replace(SHAPE, frames=4))})
     assert load(path).net.cfg.chunk == 2
     edit(path, student={"chunk": 99})
-    with pytest.raises(CheckpointError, match="cannot hold 0 sinks and a chunk"):
+    with pytest.raises(CheckpointError, match=r"cannot hold 0.*chunk"):
         load(path)
 
 

@@ -68,33 +68,33 @@ def test_bases_that_go_in_a_circle_are_refused(tmp_path):
 
 def test_a_missing_file_names_its_neighbour(tmp_path):
     write(tmp_path, "teacher.yaml")
-    with pytest.raises(FileNotFoundError, match=r"did you mean teacher\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"mean teacher\.yaml"):
         load_config(Outer, tmp_path / "techer.yaml")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: x\nrte: 1", "unknown key rte; did you mean rate"),
-        ("name: x\ninner: {widht: 1}", r"unknown key inner.widht; did you mean inner\.width"),
-        ("name: x\nzzz: 1", "unknown key zzz; known keys: name, rate"),
-        ("rate: 1", "name is required"),
-        ("name: null", "name must be str, got None"),
-        ("name: x\nrate: fast", "rate must be a finite number, got 'fast'"),
-        ("name: x\nrate: .nan", "rate must be a finite number"),
-        ("name: x\nrate: true", "rate must be a finite number, got True"),
-        ("name: x\nsteps: 1.5", "steps must be int, got 1.5"),
-        ("name: x\nsteps: true", "steps must be int, got True"),
-        ("name: x\nactive: 1", "active must be bool, got 1"),
-        ("name: x\ninner: 3", "inner must hold keys and values, got 3"),
-        ("name: x\ninner: {rates: 3}", r"inner\.rates must be a list, got 3"),
-        ("name: x\ninner: {rates: [a]}", r"inner\.rates\[0\] must be a finite number"),
+        ("name: x\nrte: 1", "rte.*rate"),
+        ("name: x\ninner: {widht: 1}", r"unknown key inner.widht.*mean inner\.width"),
+        ("name: x\nzzz: 1", "zzz.*name, rate"),
+        ("rate: 1", "name.*required"),
+        ("name: null", "name.*None"),
+        ("name: x\nrate: fast", "rate.*'fast'"),
+        ("name: x\nrate: .nan", "rate.*nan"),
+        ("name: x\nrate: true", "rate.*True"),
+        ("name: x\nsteps: 1.5", "steps.*1.5"),
+        ("name: x\nsteps: true", "steps.*True"),
+        ("name: x\nactive: 1", "active.*1"),
+        ("name: x\ninner: 3", "inner must.*got 3"),
+        ("name: x\ninner: {rates: 3}", r"inner\.rates.*list.*3"),
+        ("name: x\ninner: {rates: [a]}", r"inner\.rates\[0\].*number"),
         ("name: x\ninner: {pair: [1]}", r"inner\.pair must hold 2 values, got 1"),
-        ("name: x\ninner: {width: 0}", "inner: width must be at least 1, got 0"),
-        ("name: x\nsites: {qk: {width: -1}}", r"sites\.qk: width must be at least 1"),
-        ("name: x\nsites: 1", "sites must hold keys and values"),
-        ("name: [x", "is not valid YAML"),
-        ("- a\n- b", "do not merge|must hold keys"),
+        ("name: x\ninner: {width: 0}", "width.*1, got 0"),
+        ("name: x\nsites: {qk: {width: -1}}", r"sites\.qk: width.*1"),
+        ("name: x\nsites: 1", "sites.*got 1"),
+        ("name: [x", "not valid YAML"),
+        ("- a\n- b", "not merge|must hold"),
         ("name: ${nowhere}", "nowhere"),
     ],
 )
@@ -107,9 +107,9 @@ def test_a_wrong_file_is_told_what_is_wrong(tmp_path, text, message):
     ("override", "message"),
     [
         ("rate", "key=value"),
-        ("rat=1", "did you mean rate"),
+        ("rat=1", "mean rate"),
         ("rate=[1", "not valid YAML"),
-        ("inner=1", "keys and values"),
+        ("inner=1", "inner.*got 1"),
     ],
 )
 def test_a_wrong_override_is_told_what_is_wrong(override, message):
@@ -150,7 +150,7 @@ def test_former_names_of_fields_are_read_and_both_names_of_one_are_refused():
         TrainConfig, {"name": "x", "objective": "dmd", "data": "d", "teacher": "t", **old, "watch": {"judge_every": 0}}
     )
     assert cfg.schedule.timesteps == ((0.9, 0.4),) and cfg.loss.invalid_weight == 0.5 and cfg.validation.every == 0
-    with pytest.raises(ConfigError, match=r"schedule\.told is the former name of schedule\.timesteps"):
+    with pytest.raises(ConfigError, match=r"schedule\.told.*former.*schedule\.timesteps"):
         build(TrainConfig, {"name": "x", "objective": "flow", "data": "d", "schedule": {"told": [], "timesteps": []}})
 
 

@@ -94,7 +94,7 @@ def test_a_student_streams_where_it_is_asked_to(tmp_path, tiny_student_path, tin
 
 @pytest.mark.parametrize("name", ["mps", "hpu", "vulkan", "privateuseone", "tpu", "cuda:99", "cuda:-1", ""])
 def test_a_device_that_is_not_here_is_refused_in_a_line(name):
-    with pytest.raises(ValueError, match=f"device '{name}' is not on this machine.*choose auto, cpu or cuda") as error:
+    with pytest.raises(ValueError, match=f"device '{name}'.*auto, cpu") as error:
         SpeedConfig(device=name)
     assert "\n" not in str(error.value) and len(str(error.value)) < 150
 

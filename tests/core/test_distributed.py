@@ -159,20 +159,20 @@ def test_alone_a_run_has_one_part_and_no_group():
 
 
 def test_a_batch_that_cannot_be_split_is_refused(root):
-    with pytest.raises(ValueError, match=r"batch 4 cannot be split among 1 processes x 3 micro-batches"):
+    with pytest.raises(ValueError, match=r"batch 4.*among 1 processes x 3 micro-batches"):
         Trainer(STAGES["flow"](root, accumulate=3))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"accumulate": 0}, "accumulate.*1"),
         ({"parallel": "magic"}, "'magic' is unknown"),
         ({"gather": "bf16"}, "precision=bf16"),
         ({"gradient_sync": "never"}, "gradient_sync"),
         ({"parallel": "shard", "optim": OPTIM}, "clear optim.muon"),
         ({"parallel": "shard", "objective": "codec"}, "for transformers"),
-        ({"sequence": 0}, "sequence must be at least 1"),
+        ({"sequence": 0}, "sequence.*least 1"),
         ({"sequence": 2, "objective": "codec"}, "set sequence=1"),
         ({"shard_group": 2}, "parallel=shard"),
         ({"draws": "none"}, "draws"),
@@ -370,7 +370,7 @@ def test_a_run_goes_on_with_another_number_of_processes(root, parallel, first, t
 def test_shards_of_another_network_are_refused(root):
     cfg = STAGES["flow"](root, parallel="shard")
     result(cfg, 1, root / "out", count=2)
-    with pytest.raises(RuntimeError, match="other networks than this config"):
+    with pytest.raises(RuntimeError, match="other networks"):
         Trainer(replace(cfg, dit=replace(DIT, ffn=64))).resume()
 
 

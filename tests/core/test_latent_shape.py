@@ -12,7 +12,7 @@ def test_tokens_follow_from_size_and_patch():
     ("kw", "message"),
     [
         ({"frames": 0}, "frames"),
-        ({"height": 5}, "multiple of the patch"),
+        ({"height": 5}, "5x4.*2x2"),
         ({"patch": (2, 2, 2)}, r"patch\[0\]"),
     ],
 )

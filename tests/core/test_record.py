@@ -257,7 +257,7 @@ def test_weights_saved_with_another_network_are_told_apart(tmp_path, tiny_studen
         shutil.copy(f"{tiny_student_path}{end}", tmp_path / f"m{end}")
     record = json.loads((tmp_path / "m.json").read_text())
     (tmp_path / "m.json").write_text(json.dumps(change(record, "dit.heads", 1)))
-    with pytest.raises(CheckpointError, match=r"dit\.heads is 1 there and 2 in the weights"):
+    with pytest.raises(CheckpointError, match=r"dit\.heads is 1 there and 2.*weights"):
         checkpoint.load(tmp_path / "m")
 
 
@@ -289,7 +289,7 @@ def test_gigabytes_of_json_are_refused_unread(tmp_path):
 
 def test_a_record_that_cannot_be_played_is_not_written(tmp_path, tiny_student_path):
     bundle = checkpoint.load(tiny_student_path)
-    with pytest.raises(CheckpointError, match=r"is not written: schedule\.given_chunks 50"):
+    with pytest.raises(CheckpointError, match=r"not written: schedule\.given_chunks 50"):
         checkpoint.export(
             tmp_path / "m", bundle.net, {**bundle.record, "schedule": {"levels": [1.0], "given_chunks": 50}}
         )

@@ -96,7 +96,7 @@ def test_damaged_data_is_named(tmp_path):
     folder = write_latents(tmp_path / "d")
     shard = folder / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"shard-00000.safetensors is missing, damaged"):
+    with pytest.raises(DataError, match=r"shard-00000.safetensors.*damaged"):
         Clips(folder)
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-00000.safetensors is missing"):
@@ -109,9 +109,9 @@ def test_damaged_data_is_named(tmp_path):
 def test_data_of_another_kind_is_refused(tmp_path, latents):
     frames = Clips(write_frames(tmp_path / "frames"))
     assert frames.kind == "frames" and Clips(latents).kind == "latents"
-    with pytest.raises(DataError, match="holds frames, latents are needed here"):
+    with pytest.raises(DataError, match="frames, latents"):
         frames.latents(1, 2, 0, 0)
-    with pytest.raises(DataError, match="holds latents, trajectories are needed here"):
+    with pytest.raises(DataError, match="latents, trajectories"):
         Clips(latents).trajectories(1, 0, 0)
 
 
@@ -147,7 +147,7 @@ def test_levels_that_do_not_fall_from_noise_are_refused(levels):
 
 
 def test_levels_on_no_sampler_name_the_nearest():
-    with pytest.raises(DataError, match=r"lie on no sampler of 2 to 8 steps .* nearest of 2 steps are \[1.0, 0.6667\]"):
+    with pytest.raises(DataError, match=r"no sampler.*2 to 8 steps .* nearest of 2 steps are \[1.0, 0.6667\]"):
         sampler_levels(NOISE, 2, (1.0, 0.61))
 
 
@@ -211,7 +211,7 @@ def test_partial_trajectories_of_other_settings_are_neither_mixed_in_nor_lost(tm
     partial.mkdir()
     (partial / shards.SETTINGS).write_text(json.dumps({"seed": 9}))
     (partial / "shard-00000.safetensors").write_bytes(b"old")
-    with pytest.raises(DataError, match=r"of other settings .*seed"):
+    with pytest.raises(DataError, match=r"settings .*seed"):
         paths(tmp_path / "paths", latents)
     assert (partial / "shard-00000.safetensors").read_bytes() == b"old"
 
@@ -230,11 +230,11 @@ def test_a_regression_stage_trains_on_trajectories(tmp_path, latents):
     assert trainer.loss.levels == tuple(clips.meta["levels"])
     losses = [trainer.step()["student/loss"] for _ in range(2)]
     assert all(np.isfinite(losses)) and trainer.shape.channels == SHAPE.channels
-    with pytest.raises(ValueError, match="are not those of"):
+    with pytest.raises(ValueError, match=r"loss.levels.*not those"):
         Trainer(replace(cfg, loss=LossConfig()))
-    with pytest.raises(ValueError, match="frames 4 are not those of"):
+    with pytest.raises(ValueError, match=r"frames 4.*not those"):
         Trainer(replace(cfg, frames=4))
-    with pytest.raises(ValueError, match="trajectories are needed here"):
+    with pytest.raises(ValueError, match="latents, trajectories"):
         Trainer(replace(cfg, data=str(latents)))
 
 

@@ -119,7 +119,7 @@ def test_a_second_call_encodes_nothing_and_a_missing_embedding_is_named(wan, pro
     (tmp_path / "meta.json").write_text((prompts / "meta.json").read_text())
     with pytest.raises(DataError, match="run `vidistill data prompts` again"):
         Prompts(tmp_path).tokens("x.safetensors")
-    with pytest.raises(DataError, match="give at least one"):
+    with pytest.raises(DataError, match=r"prompts.*give"):
         (tmp_path / "empty.txt").write_text("\n")
         prompts_module.prompts(tmp_path / "e", tmp_path / "empty.txt", str(wan))
 
@@ -216,10 +216,10 @@ def test_a_stream_that_goes_on_reads_its_prompt_and_levels_with_the_weights_of_n
     ("settings", "message"),
     [
         ({"latent_size": (0, 0)}, "set latent_size"),
-        ({"objective": "teacher_forcing", "teacher": None}, "holds prompts alone, clips are needed"),
-        ({"on_policy": False}, "holds prompts alone, clips are needed"),
-        ({"loss": LossConfig(forcing=1.0)}, "need recorded clips"),
-        ({"latent_size": (3, 6)}, "in patches of"),
+        ({"objective": "teacher_forcing", "teacher": None}, "alone, clips"),
+        ({"on_policy": False}, "alone, clips"),
+        ({"loss": LossConfig(forcing=1.0)}, "recorded clips"),
+        ({"latent_size": (3, 6)}, "patches of"),
         ({"teacher_precision": "bf16"}, "needs precision=bf16"),
         ({"schedule": ScheduleConfig(levels=LEVELS, given_chunks=1)}, "given_chunks must be 0"),
     ],
@@ -233,11 +233,11 @@ def test_text_of_another_width_is_refused(wan, prompts, tmp_path):
     from tiny_wan import transformer
 
     transformer(text_dim=12).save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="12 numbers a token"):
+    with pytest.raises(ValueError, match="12 numbers"):
         Trainer(stage(tmp_path, prompts, tmp_path))
-    with pytest.raises(DataError, match="listens to text"):
+    with pytest.raises(DataError, match=r"listens.*12 numbers"):
         ode_pairs.trajectories(tmp_path / "t", str(tmp_path), prompts, clips=1, frames=3, size=(32, 32))
-    with pytest.raises(DataError, match="whole latents of 8 pixels"):
+    with pytest.raises(DataError, match=r"latents.*8 pixels"):
         ode_pairs.trajectories(tmp_path / "t", str(wan), prompts, clips=1, frames=3, size=(30, 32))
 
 
@@ -253,11 +253,11 @@ def test_a_folder_is_a_teacher_and_a_codec_of_the_same_door_as_our_own_checkpoin
     assert not any(p.requires_grad for p in bundle.net.parameters())
     with pytest.raises(checkpoint.CheckpointError, match="vidistill convert"):
         checkpoint.load(wan, "student")
-    with pytest.raises(checkpoint.CheckpointError, match="neither safetensors files"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"safetensors.*transformer"):
         checkpoint.load(tmp_path, "teacher")
-    with pytest.raises(checkpoint.CheckpointError, match="holds no codec"):
+    with pytest.raises(checkpoint.CheckpointError, match="no codec"):
         checkpoint.load(tmp_path, "codec")
-    with pytest.raises(checkpoint.CheckpointError, match="which is not bundled"):
+    with pytest.raises(checkpoint.CheckpointError, match="not bundled"):
         checkpoint.load_codec(replace(bundle, record={"codec": "wan"}))
 
 
@@ -280,7 +280,7 @@ def test_a_teacher_of_two_experts_needs_one_network_for_the_critic_and_then_trai
     for seed, name in enumerate(("transformer", "transformer_2")):
         transformer(seed).save_pretrained(tmp_path / name)
     cfg = stage(tmp_path, prompts, tmp_path / "runs", init=str(wan), codec=None)
-    with pytest.raises(ValueError, match="name one in critic_init"):
+    with pytest.raises(ValueError, match=r"name.*critic_init"):
         Trainer(cfg)
     logs = Trainer(replace(cfg, critic_init=str(wan))).step()
     assert np.isfinite(logs["student/loss"]) and logs["student/grad_norm"] > 0

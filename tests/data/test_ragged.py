@@ -59,7 +59,7 @@ def test_every_window_that_fits_is_as_likely_as_any_other(tmp_path):
     assert min(counts.values()) > 0.75 * np.mean(list(counts.values()))
     assert clips.windows(8, 9, 3, 4, "frames") == Clips(tmp_path / "d").windows(8, 9, 3, 4, "frames")
     assert {s for step in range(50) for _, s in clips.windows(8, 5, 0, step, "frames", stride=4)} == {0, 4, 8}
-    with pytest.raises(DataError, match="15 frames do not fit episodes of 14"):
+    with pytest.raises(DataError, match=r"15 frames.*episodes of 14"):
         clips.windows(1, 15, 0, 0, "frames")
 
 

@@ -62,9 +62,9 @@ def test_cells_are_tuned_equally_from_one_checkpoint_and_the_rest_is_labelled(re
 
     monkeypatch.setattr(ablation, "train", again)
     assert ablation.frontier(recipe / "frontier.yaml")["cells"] == result["cells"]
-    with pytest.raises(ValueError, match="trained with other loss; remove that folder"):
+    with pytest.raises(ValueError, match=r"321.*other loss"):
         ablation.frontier(recipe / "frontier.yaml", ["settings=[loss.motion=0.4]"])
-    with pytest.raises(ValueError, match="trained with other steps"):
+    with pytest.raises(ValueError, match=r"321.*other steps"):
         ablation.frontier(recipe / "frontier.yaml", ["steps=3"])
 
 
@@ -76,7 +76,7 @@ def test_a_frontier_refuses_what_its_yaml_names(recipe, capsys):
 def test_cells_of_unknown_weights_and_recipes_without_training_are_refused():
     with pytest.raises(ValueError, match="weights of 'x'"):
         AblationConfig("base.yaml", 1, {"a": ablation.Cell(), "b": ablation.Cell(weights="x")})
-    with pytest.raises(ValueError, match="a cell that is trained"):
+    with pytest.raises(ValueError, match=r"frontier.*cell"):
         AblationConfig("base.yaml", 1, {"a": ablation.Cell(weights="shared")})
 
 
@@ -125,7 +125,7 @@ def test_every_stage_trains_on_captions(recipe):
         assert not torch.equal(old[name], new[next(n for n in new if n.endswith(name))]), "what reads captions learns"
         assert record["text"]["kind"] == "ngrams" and record["given_frames"] == 0
     (recipe / "stage.yaml").write_text(yaml.safe_dump({**stage, "init": None, "dit": {"channels": 4, "text_dim": 9}}))
-    with pytest.raises(ValueError, match="9 numbers a token"):
+    with pytest.raises(ValueError, match="9 numbers"):
         trainer.train(load_config(TrainConfig, recipe / "stage.yaml"))
 
 

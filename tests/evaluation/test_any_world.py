@@ -185,11 +185,11 @@ def changed(folder, to, **meta):
 @pytest.mark.parametrize(
     ("meta", "says"),
     [
-        ({"source": "videos"}, "learned from source gym, .* has source videos"),
+        ({"source": "videos"}, "source gym, .*source videos"),
         ({"config": {"env": "Pong"}}, "environment tiny_env:Tiny-v0, .* has environment Pong"),
-        ({"fps": 30.0}, r"frames a second 15.0, .* has frames a second 30.0"),
-        ({"actions": ["up", "down"]}, "actions left, right, .* has actions up, down"),
-        ({"split": "train"}, "holds clips of split 'train'; judged here is test"),
+        ({"fps": 30.0}, "15.0, .*30.0"),
+        ({"actions": ["up", "down"]}, "left, right, .*up, down"),
+        ({"split": "train"}, "split 'train'.*test"),
     ],
 )
 def test_clips_that_say_nothing_about_a_student_are_refused(world, tmp_path, meta, says):
@@ -210,13 +210,13 @@ def test_clips_of_another_size_or_codec_are_refused(world, tmp_path):
 
 def test_a_missing_split_too_few_episodes_and_missing_training_clips_are_said_before_any_work(world, tmp_path):
     student = str(world / "student")
-    with pytest.raises(DataError, match=r"has no test split .splits there are train"):
+    with pytest.raises(DataError, match=r"test split.*train"):
         shutil.copytree(world / "data" / "train", tmp_path / "some" / "train")
         suite.evaluate(SUITE, student, protocol(world, data=str(tmp_path / "some")), quick=True)
-    with pytest.raises(DataError, match=r"has 3 episodes of at least 25 frames \(of 3\); an interval needs at least 8"):
+    with pytest.raises(DataError, match=r"3 episodes.*25 frames.*8"):
         suite.evaluate(SUITE, student, protocol(world), split="validation", quick=True)
     shutil.copytree(world / "data" / "test", tmp_path / "alone" / "test")
-    with pytest.raises(DataError, match="features are learned from the training clips beside"):
+    with pytest.raises(DataError, match=r"features.*training clips"):
         suite.evaluate(SUITE, student, protocol(world, data=str(tmp_path / "alone")), quick=True)
     with pytest.raises(ValueError, match=r"eval.data"):
         suite.evaluate(SUITE, student, protocol(world, data=""), quick=True)

@@ -196,12 +196,12 @@ def test_a_checkpoint_is_judged_by_the_world_it_learned_from_alone(cfg, tiny_stu
     assert evaluation.suite_of("codec", codec.record) is SUITE  # trained by somebody else: its card names no data
     for record in (student.record, codec.record):
         record["card"] = {"data": {"source": "cats"}}
-        with pytest.raises(ValueError, match=r"learned from cats \(card.data.source\)"):
+        with pytest.raises(ValueError, match=r"cats \(card.data.source\)"):
             evaluation.suite_of("somebody", record)
     with pytest.raises(ValueError, match="cats"):
         suite.glance(SUITE, student, cfg)
     student.record["card"] = {}
-    with pytest.raises(ValueError, match="a world its card does not name"):
+    with pytest.raises(ValueError, match=r"card.*not name"):
         evaluation.suite_of("student", student.record)
     student.record["card"] = {"data": {"source": "shapes"}}
     with pytest.raises(ValueError, match="suite quality"):
@@ -211,7 +211,7 @@ def test_a_checkpoint_is_judged_by_the_world_it_learned_from_alone(cfg, tiny_stu
 def test_a_teacher_of_another_world_is_refused(cfg, tiny_student_path, tiny_teacher_path):
     student, teacher = checkpoint.load(tiny_student_path), checkpoint.load(tiny_teacher_path)
     teacher.record["card"] = {"data": {"source": "shapes"}}
-    with pytest.raises(ValueError, match="teacher did not learn"):
+    with pytest.raises(ValueError, match=r"teacher.*not learn"):
         suite.judge(SUITE, {"student": student, "teacher": teacher}, cfg, "test")
 
 
@@ -308,7 +308,7 @@ def test_missing_episodes_are_recorded_with_seeds_of_their_split(tmp_path, split
     assert len(asked) == 3
     with pytest.raises(ValueError, match="needed are 4 of 25"):
         rooms.episodes(data, "frames", (4, 30), (4, 25), offset=5)
-    with pytest.raises(ValueError, match=f"begins with room {seed}"):
+    with pytest.raises(ValueError, match=f"begins.*room {seed}"):
         rooms.episodes(data, "frames", (3, 30), (2, 25))
     replace(rooms, first=40).episodes(data, "frames", (2, 30), (2, 25))
     assert asked[3:] == [seed + 35, seed + 36]
@@ -388,7 +388,7 @@ def test_the_teacher_is_found_through_the_card_or_asked_for(tiny_student_path, t
     student.record["card"] = {"parents": [str(tiny_teacher_path)]}
     assert suite.teacher_of(student).name == "teacher"
     student.record["card"] = {}
-    with pytest.raises(checkpoint.CheckpointError, match="names no teacher"):
+    with pytest.raises(checkpoint.CheckpointError, match="no teacher"):
         suite.teacher_of(student)
 
 

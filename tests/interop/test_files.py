@@ -144,8 +144,8 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, zipped):
     [
         ({1: torch.zeros(3)}, "the key 1, .*optimiser"),
         (torch.zeros(3), "holds a Tensor"),
-        ({"generator": {}}, "holds no tensors under 'generator'"),
-        ({**weights(), "step": 3}, r"no tensor among its weights: step \(int\)"),
+        ({"generator": {}}, "no tensors.*'generator'"),
+        ({**weights(), "step": 3}, r"no tensor.*\(int\)"),
         ({"optimizer": {"state": {}}}, "optimizer"),
     ],
 )
@@ -179,16 +179,16 @@ def test_training_states_of_others_say_how_one_file_is_made_of_them(tmp_path):
 
 
 def test_our_own_checkpoint_is_used_as_it_is(checkpoints):
-    with pytest.raises(ValueError, match="one of our own"):
+    with pytest.raises(ValueError, match=r"codec\.safetensors.*our own"):
         read(next(checkpoints.glob("*.safetensors")))
 
 
 def test_two_keys_of_one_parameter_are_an_error(tmp_path):
     state = {**weights(), "model.head.head.bias": torch.zeros(64)}
-    with pytest.raises(ValueError, match=r"head\.head\.bias and model\.head\.head\.bias mean the same parameter"):
+    with pytest.raises(ValueError, match=r"head\.head\.bias and model\.head\.head\.bias.*parameter"):
         read(publish(tmp_path / "x.safetensors", state, prefix=""))
     theirs = {**weights(), "blocks.0.attn1.to_q.bias": torch.zeros(64)}
-    with pytest.raises(ValueError, match=r"attn1\.to_q\.bias and .*self_attn\.q\.bias mean the same"):
+    with pytest.raises(ValueError, match=r"attn1\.to_q\.bias and .*self_attn\.q\.bias.*same"):
         read(publish(tmp_path / "y.safetensors", theirs, prefix=""))
 
 
@@ -200,7 +200,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
     folder = shards(tmp_path / "s", ".safetensors", "m.safetensors.index.json")
     save_file(weights(), tmp_path / "base.safetensors")
     (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ValueError, match="outside its folder"):
+    with pytest.raises(ValueError, match="outside its"):
         read(folder)
 
 
@@ -210,7 +210,7 @@ def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
 def test_a_damaged_index_is_refused(tmp_path, text):
     folder = shards(tmp_path / "s", ".safetensors", "m.safetensors.index.json")
     (folder / "m.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"weight_map|names of files"):
+    with pytest.raises(ValueError, match="weight_map"):
         read(folder)
 
 
@@ -318,7 +318,7 @@ def test_a_file_of_scales_lacks_none_and_fits_its_weights(tmp_path):
     scale = {LAYER.replace("weight", "scale_weight"): torch.ones(1)}
     with pytest.raises(ValueError, match=r"none for model\.blocks\.1\.ffn\.0\.weight"):
         read(publish(tmp_path / "x.safetensors", {**weights(), **small, **scale}))
-    with pytest.raises(ValueError, match="one number or one a row"):
+    with pytest.raises(ValueError, match=r"scale_weight is \[3\]"):
         wrong = {LAYER: small[LAYER], LAYER.replace("weight", "scale_weight"): torch.ones(3)}
         read(publish(tmp_path / "y.safetensors", {**weights(), **wrong}))
 
@@ -337,7 +337,7 @@ def test_a_note_on_the_format_of_a_weight_is_read(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint at .*gone\.pt"):
+    with pytest.raises(ValueError, match=r"no checkpoint.*gone\.pt"):
         read_file(tmp_path / "gone.pt")
     np.save(tmp_path / "x.npy", np.zeros(3))
     with pytest.raises(ValueError, match="numpy"):

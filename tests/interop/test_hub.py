@@ -154,7 +154,7 @@ def test_a_token_without_rights_and_none_at_all_are_named(tmp_path, hub, monkeyp
         publish(source, REPO, licence="apache-2.0", endpoint=hub.address)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="hf auth login"):
+    with pytest.raises(ValueError, match="auth login"):
         publish(source, REPO, licence="apache-2.0", endpoint=hub.address)
     assert not hub.files
 

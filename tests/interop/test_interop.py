@@ -185,7 +185,7 @@ def test_pickles_are_opened_only_when_allowed_and_then_weights_only(tmp_path):
     with pytest.raises(ValueError, match="--allow-pickle"):
         read_student(path, "self-forcing", heads=4)
     torch.save({"generator": Path("x")}, tmp_path / "code.pt")
-    with pytest.raises(ValueError, match="cannot be read weights-only"):
+    with pytest.raises(ValueError, match="read weights-only"):
         read_student(tmp_path / "code.pt", "self-forcing", allow_pickle=True)
 
 
@@ -218,9 +218,9 @@ def test_a_lora_is_merged_into_its_base(tmp_path):
     half = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
     twice = merge_lora(to_ours(weights()), Adapter(half, alpha=6.0))
     assert torch.allclose(twice[f"{layer}.weight"], weights()[f"{layer}.weight"] + 2 * b @ a, atol=1e-5)
-    with pytest.raises(ValueError, match="which the base checkpoint does not have"):
+    with pytest.raises(ValueError, match=r"blocks\.9.*base checkpoint"):
         merge_lora(to_ours(weights()), Adapter({k.replace("blocks.1", "blocks.9"): x for k, x in half.items()}))
-    with pytest.raises(ValueError, match="it looks like a LoRA"):
+    with pytest.raises(ValueError, match="a LoRA"):
         publish(tmp_path / "only.safetensors", adapter, prefix="")
         read_student(tmp_path / "only.safetensors", "longlive", heads=4)
 
@@ -228,7 +228,7 @@ def test_a_lora_is_merged_into_its_base(tmp_path):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_file_of_another_kind_says_what_it_looks_like(tmp_path, name):
     other = weights("self_forcing_rollout" if name == "livetalk" else "livetalk_rollout")
-    with pytest.raises(ValueError, match=f"not family '{name}'; it looks like"):
+    with pytest.raises(ValueError, match=f"not family '{name}'; it looks"):
         read_student(publish(tmp_path / "x.safetensors", other), name, heads=2)
     save_file({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match=rf"is no {name} student.*codec"):
@@ -257,10 +257,10 @@ def test_a_width_that_does_not_say_its_heads_asks_for_them(tmp_path):
 def test_unknown_families_and_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="known: self-forcing"):
         family("sora")
-    with pytest.raises(ValueError, match="no checkpoint at"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         read_student(tmp_path / "none.pt", "causvid")
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 9)
-    with pytest.raises(ValueError, match="damaged or cut short"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors.*damaged"):
         read_student(tmp_path / "cut.safetensors", "causvid")
     (tmp_path / "weights.h5").write_bytes(b"\x89HDF\r\n")
     with pytest.raises(ValueError, match="HDF5"):

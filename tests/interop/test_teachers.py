@@ -365,11 +365,11 @@ def test_prompts_are_encoded_once_and_read_from_disk_afterwards(tmp_path):
 def test_what_cannot_be_loaded_says_why(tmp_path):
     with pytest.raises(ValueError, match="known: wan, ltx"):
         read_teacher("x", "sora")
-    with pytest.raises(FileNotFoundError, match="neither safetensors files"):
+    with pytest.raises(FileNotFoundError, match=r"safetensors.*transformer"):
         read_teacher(tmp_path)
     with pytest.raises(FileNotFoundError, match="offline"):
         read_teacher("nobody/no-such-model", offline=True)
-    with pytest.raises(ValueError, match="no torch dtype"):
+    with pytest.raises(ValueError, match=r"'float7'.*dtype"):
         read_teacher(tmp_path, dtype="float7")
 
 

@@ -82,13 +82,13 @@ def test_a_full_memory_says_what_to_do():
 def test_a_chunk_that_does_not_fit_beside_the_sinks_is_refused():
     memory = memory_of(MemoryConfig("window", frames=5, sinks=3))
     write(memory, 0, 3)
-    with pytest.raises(ValueError, match=r"do not fit memory.frames=5"):
+    with pytest.raises(ValueError, match=r"not fit memory\.frames=5"):
         memory.begin(3, 3)
 
 
 def test_chunks_come_in_order():
     memory = memory_of(MemoryConfig("full", frames=4))
-    with pytest.raises(ValueError, match="starts at frame 0, got 2"):
+    with pytest.raises(ValueError, match=r"starts.*0, got 2"):
         memory.begin(2, 1)
 
 

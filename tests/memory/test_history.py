@@ -370,7 +370,7 @@ def test_learned_pooling_needs_a_network_that_has_the_weights():
 
 def test_encoding_again_needs_latents_that_can_be_pooled():
     student = tiny_student(replace(COMPRESSED, pool="reencode", pattern=(4,)), text_dim=8)
-    with pytest.raises(ValueError, match="multiples of factor 4"), torch.no_grad():
+    with pytest.raises(ValueError, match=r"multiples.*4"), torch.no_grad():
         list(roll(student, finite(endless(SCHEDULE), 1), student.new_memory(1)))
 
 

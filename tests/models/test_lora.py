@@ -75,11 +75,11 @@ def test_a_merged_network_equals_the_adapted_one_and_is_plain_again():
 def test_impossible_loras_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"lora.rank"):
         LoraConfig(rank=-1)
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="regular expression"):
         LoraConfig(targets="(")
-    with pytest.raises(ValueError, match=r"lora.targets .* matches no linear layer"):
+    with pytest.raises(ValueError, match=r"lora.targets .*no linear"):
         add_lora(random_dit(DIT), LoraConfig(rank=2, targets="blocks.*attention"))
-    with pytest.raises(ValueError, match="a codec has no blocks"):
+    with pytest.raises(ValueError, match="no blocks"):
         flow_stage(tmp_path, objective="codec", lora=LORA)
 
 

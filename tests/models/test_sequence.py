@@ -168,12 +168,12 @@ def test_a_sequence_that_does_not_divide_the_heads_is_refused(size, message):
 def test_a_sequence_that_does_not_divide_the_tokens_is_refused():
     net = tiny_dit(replace(DIT, heads=3))
     net.split_sequence(SequenceGroup(None, 0, 3))
-    with pytest.raises(ValueError, match="sequence 3 does not divide the 4 tokens"):
+    with pytest.raises(ValueError, match=r"sequence 3.*not divide.*4 tokens"):
         net.velocity(clip(), torch.rand(1, 9), condition())
 
 
 def test_a_sequence_that_does_not_divide_the_processes_is_refused():
-    with pytest.raises(ValueError, match="sequence 2 does not divide 1 processes"):
+    with pytest.raises(ValueError, match=r"sequence 2.*not divide 1 processes"):
         distributed.sequence_group(2)
 
 

@@ -14,7 +14,7 @@ def test_only_the_first_chunk_may_be_shorter():
 
 
 def test_a_clip_that_does_not_end_with_a_chunk_names_the_nearest_lengths():
-    with pytest.raises(ValueError, match="nearest lengths are 6 and 9"):
+    with pytest.raises(ValueError, match=r"lengths.*6 and 9"):
         tiny_student().num_chunks(7)
 
 

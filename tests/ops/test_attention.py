@@ -127,7 +127,7 @@ def test_a_cpu_backend_has_the_gradients_of_the_reference(backend, name):
 
 def test_flex_says_that_it_has_no_backward_pass_on_a_cpu():
     q = random(1, 5, 1, 16).requires_grad_()
-    with pytest.raises(ValueError, match="no backward pass on a CPU"):
+    with pytest.raises(ValueError, match=r"no backward.*CPU"):
         ops.flex(q, q, q)
 
 
@@ -216,7 +216,7 @@ def test_a_frame_mask_spreads_over_tokens_in_every_form():
     assert mask.dense is mask.dense and mask.block is mask.block  # built once
     with pytest.raises(ValueError, match="bool tensor"):
         FrameMask(torch.ones(3, 3))
-    with pytest.raises(ValueError, match=r"FrameMask.widths names 2 key frames, seen 3"):
+    with pytest.raises(ValueError, match=r"FrameMask.widths names 2.*frames.*3"):
         FrameMask(torch.ones(3, 3, dtype=torch.bool), 7, (7, 7))
 
 
@@ -241,7 +241,7 @@ def test_the_choice_is_logged_once_with_its_reason(caplog):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("flash", "choose one of"), ("xformers", "CUDA only.*choose sdpa or auto"), ("triton", "TRITON_INTERPRET=1")],
+    [("flash", "unknown; choose"), ("xformers", "CUDA only.*choose.*auto"), ("triton", "TRITON_INTERPRET=1")],
 )
 def test_a_backend_that_cannot_run_says_what_to_do(name, message):
     q = random(1, 4, 1, 8)

@@ -157,7 +157,7 @@ def test_a_gain_is_for_students_that_are_told_how_far_they_go():
     world = load_world("doom-relic", gain=2.0)
     with world.open(0, next(iter(world.starts.values()))) as session:
         assert session.cfg.gain == 2.0
-    with pytest.raises(ValueError, match="gain has no effect"):
+    with pytest.raises(ValueError, match=r"gain.*no effect"):
         load_world("doom", gain=2.0)
 
 
@@ -466,7 +466,7 @@ def test_a_start_picture_may_not_be_called_as_the_visitors_own(tmp_path):
 
 def test_pictures_larger_than_the_page_sends_are_refused_before_they_are_read():
     assert protocol.read_picture(png(1000, 1000), (SIZE, SIZE)).shape == (SIZE, SIZE, 3)
-    with pytest.raises(protocol.MessageError, match="pixels are read"):
+    with pytest.raises(protocol.MessageError, match="2000x2000"):
         protocol.read_picture(png(2000, 2000), (SIZE, SIZE))
     assert protocol.read_picture(png(2000, 2000), (500, 500)).shape == (500, 500, 3)
 
@@ -488,7 +488,7 @@ def test_a_taken_port_is_said_before_anything_starts():
         door.bind(("127.0.0.1", 0))
         door.listen()
         port = door.getsockname()[1]
-        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}.*--port"):
+        with pytest.raises(ValueError, match=f"cannot listen.*127.0.0.1:{port}.*--port"):
             run(FakeWorld().world, ServeConfig(port=port))
 
 
@@ -507,7 +507,7 @@ def test_start_images_are_read_from_a_folder(tmp_path):
     starts = read_starts(tmp_path, (SIZE, SIZE))
     assert list(starts) == ["a", "b"] and starts["b"].shape == (SIZE, SIZE, 3)
     (tmp_path / "c.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"c\.png.*cannot be read"):
+    with pytest.raises(ValueError, match=r"c\.png.*cannot.*read"):
         read_starts(tmp_path, (SIZE, SIZE))
     with pytest.raises(ValueError, match="no folder"):
         read_starts(tmp_path / "none", (SIZE, SIZE))
@@ -527,11 +527,11 @@ def test_start_images_of_every_kind_and_spelling_are_read(tmp_path):
 
 
 def test_start_images_that_cannot_be_told_apart_or_are_not_there_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"--starts .* holds no picture"):
+    with pytest.raises(ValueError, match=r"--starts .*no picture"):
         read_starts(tmp_path, (SIZE, SIZE))
     for name in ("a.png", "a.PNG"):
         (tmp_path / name).write_bytes(png())
-    with pytest.raises(ValueError, match=r"a\.PNG and .*a\.png have one name"):
+    with pytest.raises(ValueError, match=r"a\.PNG and .*a\.png.*name"):
         read_starts(tmp_path, (SIZE, SIZE))
 
 

@@ -99,7 +99,7 @@ def test_a_gain_scales_the_way():
                 next(latents)
             ends.append(np.array(stream.navigator.map["here"]))
     assert ends[1][:2] == pytest.approx(2.5 * ends[0][:2], abs=2e-3) and ends[1][2] == ends[0][2] != 0
-    with pytest.raises(ValueError, match="gain has no effect"):
+    with pytest.raises(ValueError, match=r"gain.*no effect"):
         session(camera=None, gain=2.0)
     with pytest.raises(ValueError, match=r"stream\.gain"):
         StreamConfig(gain=0.0)
@@ -123,7 +123,7 @@ def test_what_a_student_cannot_do_is_said():
         stream.navigator.show_history(False)
     with session(MemoryConfig("window", frames=6), camera=None) as stream:
         assert not stream.navigator.placed and not stream.navigator.map
-        with pytest.raises(ValueError, match="not told where it goes"):
+        with pytest.raises(ValueError, match="led back"):
             stream.navigator.return_to_start()
 
 

@@ -146,10 +146,10 @@ def test_cues_are_read_in_order_of_time_and_nonsense_is_refused():
     assert parse_cues(["9.5 cut: b: c", "a", "5: d"]) == [Cue(0, "a"), Cue(5, "d"), Cue(9.5, "b: c", "cut")]
     with pytest.raises(ValueError, match="says nothing"):
         parse_cues(["  "])
-    with pytest.raises(ValueError, match="'a' and 'b' are both said at 0 s"):
+    with pytest.raises(ValueError, match=r"'a' and 'b'.*both.*0 s"):
         parse_cues(["a", "5: c", "b"])
     with session(CLEAN) as stream, pytest.raises(ValueError, match="recache, cut"):
         stream.set(prompt=A, switch="forget")
     rolling = ScheduleConfig(name="rolling", levels=(1.0, 0.5))
-    with session(rolling) as stream, pytest.raises(ValueError, match="only switch is keep"):
+    with session(rolling) as stream, pytest.raises(ValueError, match=r"rolling.*keep"):
         stream.set(prompt=A, switch="recache")

@@ -215,7 +215,7 @@ def test_actions_by_name_and_by_order_are_the_same(session):
     ("action", "message"),
     [
         ({"jump": 1.0}, "'jump' is unknown; actions are turn_left"),
-        ({"forward": 1.5}, "'forward' must be a number from 0 to 1, got 1.5"),
+        ({"forward": 1.5}, "'forward'.*number.*0 to 1, got 1.5"),
         ({"forward": float("nan")}, "from 0 to 1, got nan"),
         ({"forward": "1"}, "from 0 to 1, got '1'"),
         ({"forward": None}, "from 0 to 1, got None"),
@@ -231,11 +231,11 @@ def test_a_wrong_action_is_refused_and_changes_nothing(session, action, message)
 
 def test_inputs_a_student_does_not_know_are_refused(session):
     stream = session()
-    with pytest.raises(ValueError, match="nothing to set"):
+    with pytest.raises(ValueError, match=r"nothing.*action"):
         stream.set()
-    with pytest.raises(ValueError, match="takes no prompt"):
+    with pytest.raises(ValueError, match="no prompt"):
         stream.set(prompt="a red ball")
-    with pytest.raises(ValueError, match="takes no tokens"):
+    with pytest.raises(ValueError, match="no tokens"):
         stream.set(tokens=torch.zeros(2, 8))
 
 
@@ -281,9 +281,9 @@ def test_tokens_switch_at_a_chunk_boundary():
     assert torch.equal(first.latents, expected[0].latents)
     assert not torch.equal(second.latents, expected[1].latents)
     assert (first.input_id, second.input_id) == (0, 1)
-    with pytest.raises(ValueError, match=r"tokens must be \[L >= 1, 8\], got \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"tokens.*\[L >= 1, 8\], got \(5, 7\)"):
         told.set(tokens=torch.ones(5, 7))
-    with pytest.raises(ValueError, match="takes no action"):
+    with pytest.raises(ValueError, match="no action"):
         told.set(action={"forward": 1.0})
 
 
@@ -370,7 +370,7 @@ def test_an_avatar_of_half_the_bytes_reads_hears_and_is_told_its_picture(tmp_pat
 
 
 def test_a_device_that_is_not_here_is_refused():
-    with pytest.raises(ValueError, match="choose auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="auto, cpu"):
         SpeedConfig(device="cuda:99")
     with pytest.raises(ValueError, match="precision 'fp4' is unknown"):
         SpeedConfig(precision="fp4")
@@ -530,7 +530,7 @@ def test_the_consumer_sets_the_pace(session, monkeypatch):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "starts from a picture"),
+        (None, "pass `image`"),
         (np.zeros((16, 8, 3), np.uint8), r"uint8 \[16, 8, 3\]; needed is uint8 \[1, 16, 16, 3\]"),
         (np.zeros((16, 16, 3), np.float32), "float32"),
         (np.zeros((2, 16, 16, 3), np.uint8), r"\[2, 16, 16, 3\]"),
@@ -542,13 +542,13 @@ def test_a_start_picture_that_does_not_fit_is_refused(bundle, codec, image, mess
 
 
 def test_a_student_from_noise_takes_no_picture(codec, tiny_image):
-    with pytest.raises(ValueError, match="starts from noise"):
+    with pytest.raises(ValueError, match="from noise"):
         StreamSession(noise_bundle(replace(DIT, sites={})), codec, INLINE, image=tiny_image)
 
 
 def test_a_session_without_codec_has_latents_but_no_frames():
     stream = StreamSession(noise_bundle(replace(DIT, sites={})), None, INLINE)
-    with pytest.raises(ValueError, match="has no frames"):
+    with pytest.raises(ValueError, match="no frames"):
         next(stream.frames())
     assert next(stream.latents()).shape == (1, 3, 4, 4, 4)
 
@@ -556,7 +556,7 @@ def test_a_session_without_codec_has_latents_but_no_frames():
 def test_frames_and_latents_are_not_mixed(session):
     stream = session()
     next(stream.frames())
-    with pytest.raises(ValueError, match="already gives frames"):
+    with pytest.raises(ValueError, match="gives frames"):
         next(stream.latents())
 
 
@@ -570,15 +570,15 @@ def test_what_cannot_stream_says_why(bundle, codec, tiny_teacher_path, tiny_imag
     def opening(other: Bundle, cfg: StreamConfig = INLINE):
         return StreamSession(other, codec, cfg, image=tiny_image)
 
-    with pytest.raises(ValueError, match="is a teacher; only a student streams"):
+    with pytest.raises(ValueError, match="student streams"):
         opening(load(tiny_teacher_path))
     with pytest.raises(ValueError, match=r"world\.fps"):
         opening(with_record(bundle, world={}))
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="belong together"):
         opening(with_record(bundle, world={"fps": 10, "actions": ["left", "right"]}))
     with pytest.raises(ValueError, match="condition channels"):
         opening(noise_bundle(replace(DIT, extra_channels=4)))
-    with pytest.raises(ValueError, match="cannot hold 2 sinks and a chunk of 3"):
+    with pytest.raises(ValueError, match=r"cannot hold 2.*chunk.*3"):
         opening(bundle, replace(INLINE, memory=MemoryConfig("window", frames=4, sinks=2)))
     wide = noise_bundle(replace(DIT, sites={"modulation": SiteConfig(5)}))
     assert not StreamSession(wide, None, INLINE).takes
@@ -586,7 +586,7 @@ def test_what_cannot_stream_says_why(bundle, codec, tiny_teacher_path, tiny_imag
 
 @pytest.mark.parametrize("name", ["queue_frames", "threads", "decode_threads"])
 def test_negative_settings_are_refused(name):
-    with pytest.raises(ValueError, match=f"stream.{name} must not be negative, got -1"):
+    with pytest.raises(ValueError, match=f"stream.{name}.*got -1"):
         StreamConfig(**{name: -1})
 
 

@@ -490,7 +490,7 @@ def test_channel_weights_scale_what_each_channel_teaches(student, fn):
 
 
 def test_channel_weights_are_one_a_channel(student):
-    with pytest.raises(ValueError, match=f"the latents have {SHAPE.channels} channels"):
+    with pytest.raises(ValueError, match=f"latents have {SHAPE.channels} channels"):
         flow(Roles(student.net), clip().x, clip(), replace(CFG, channel_weights=(1.0,)), rng())
 
 

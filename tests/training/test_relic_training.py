@@ -60,7 +60,7 @@ def test_trajectories_are_told_what_the_camera_did_and_a_regression_on_them_too(
 
 
 def test_a_camera_needs_recorded_poses(root):
-    with pytest.raises(DataError, match="has no poses"):
+    with pytest.raises(DataError, match="no poses"):
         Clips(root / "plain", camera=CAMERA).latents(1, FRAMES, 0, 0)
 
 
@@ -109,7 +109,7 @@ def test_poses_turn_queries_and_keys_and_moves_are_added_after_self_attention():
 
 def test_a_stream_of_other_clips_actions_tells_no_poses(root):
     camera = replace(CAMERA, sites=("view",))
-    with pytest.raises(ValueError, match="whose poses begin elsewhere"):
+    with pytest.raises(ValueError, match=r"long_frames.*poses"):
         dmd_stage(root, long_frames=13, camera=CAMERA)
     assert dmd_stage(root, long_frames=13, camera=camera).long_frames == 13
 
@@ -248,9 +248,7 @@ def test_a_replayed_step_keeps_what_one_chunk_needs_however_long_the_clip(root):
     assert peaks[79] < 1.3 * peaks[19]  # the rest is the history itself, which the backward pass reads
 
 
-@pytest.mark.parametrize(
-    ("curriculum", "message"), [(((1, 7),), "from step 0"), (((0, 7), (2, 4)), "must end with the longest")]
-)
+@pytest.mark.parametrize(("curriculum", "message"), [(((1, 7),), "from step 0"), (((0, 7), (2, 4)), "longest")])
 def test_impossible_curricula_say_what_is_wrong(root, curriculum, message):
     with pytest.raises(ValueError, match=message):
         flow_stage(root, curriculum=curriculum)

@@ -135,7 +135,7 @@ def test_a_second_trainer_is_refused_and_a_dead_ones_folder_is_taken_over(tmp_pa
     child = started(train_for_ever, cfg)
     try:
         wait_until(lambda: read_holder(lock), child)
-        with pytest.raises(TrainingError, match=rf"process {child.pid} on .* choose another name="):
+        with pytest.raises(TrainingError, match=rf"process {child.pid} on .*name="):
             train(cfg)
         assert read_holder(lock)["pid"] == child.pid
     finally:
@@ -197,7 +197,7 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing(tmp_path):
     other = {**trainer.lock.mine, "pid": 1, "token": "another"}
     (trainer.folder / LOCK).write_text(json.dumps(other))
     trainer.step()
-    with pytest.raises(TrainingError, match="taken over by process 1"):
+    with pytest.raises(TrainingError, match=r"taken over.*process 1"):
         trainer.save()
     trainer.lock.release()
     assert (trainer.folder / STATE).read_bytes() == before and read_holder(trainer.folder / LOCK) == other

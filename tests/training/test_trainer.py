@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(ro
     trainer.save()
     trainer.step()
     before = {k: v.clone() for k, v in trainer.student_state.state("x").items()}
-    with pytest.raises(TrainingError, match=r"not finite at step 3 .*nothing was updated.*state.safetensors"):
+    with pytest.raises(TrainingError, match=r"not finite.*3 .*nothing was updated.*state.safetensors"):
         trainer.loop(FakeBar(), Interruption())
     after = trainer.student_state.state("x")
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -227,7 +227,7 @@ def test_a_full_disk_keeps_the_last_saved_state(root, monkeypatch):
 
     monkeypatch.setattr(tensors, "save_file", full)
     trainer.step()
-    with pytest.raises(OSError, match=r"No space left on device.*untouched"):
+    with pytest.raises(OSError, match=r"No space.*device.*untouched"):
         trainer.save()
     assert read_tensors(trainer.folder / STATE)[1]["step"] == 1
     assert not list(trainer.folder.glob(".*.tmp"))
@@ -261,7 +261,7 @@ def test_the_hours_of_a_run_are_those_of_all_its_processes(root):
 def test_resuming_with_another_network_says_so(root):
     trainer = Trainer(flow_stage(root))
     trainer.save()
-    with pytest.raises(TrainingError, match="other networks than this config"):
+    with pytest.raises(TrainingError, match="other networks"):
         Trainer(flow_stage(root, dit=replace(DIT, layers=1))).resume()
 
 
@@ -340,7 +340,7 @@ def test_a_decoder_trains_on_latents_that_stay_as_they_are(root, tiny_codec_path
 
 
 def test_training_nothing_is_refused():
-    with pytest.raises(ValueError, match="leaves nothing to train"):
+    with pytest.raises(ValueError, match="leaves nothing"):
         TrainState(nn.Linear(2, 2), OptimConfig(only="^encoder"), 1)
 
 
@@ -427,7 +427,7 @@ def test_gradient_of_a_continued_stream_stays_in_its_new_frames(root):
     sample = rolled(trainer, grad=True)
     seen = torch.autograd.grad(sample.x0.sum(), sample.x0, retain_graph=True)[0]
     assert seen.abs().min() > 0 and sample.x0[:, 4:].requires_grad
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(RuntimeError, match="require grad"):
         trainer.samplers[0].rollouts.tail.sum().backward()
 
 
@@ -489,30 +489,30 @@ COARSE = kept("compressed", frames=4, history=12, pattern=(2,), pool="reencode")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch": -1}, "batch must be at least 1, got -1"),
-        ({"frames": 0}, "frames must be at least 1"),
-        ({"episodes": -1}, "episodes must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"steps": 0}, "steps.*1, got 0"),
+        ({"batch": -1}, "batch.*1, got -1"),
+        ({"frames": 0}, "frames.*least 1"),
+        ({"episodes": -1}, "episodes.*0, got -1"),
+        ({"seed": -1}, "seed.*0"),
         ({"ema": 1.0}, r"ema in \[0, 1\)"),
         ({"ema_warmup": 0.5}, "ema_warmup"),
         ({"export_dtype": "fp8"}, "export_dtype"),
-        ({"name": ""}, "needs a name"),
+        ({"name": ""}, "a name"),
         ({"objective": "gan"}, "'gan' is unknown"),
         ({"precision": "fp8"}, "'fp8' is unknown"),
         ({"objective": "dmd"}, "needs a `teacher`"),
         ({"replay": True}, "replay and long_frames need rollouts"),
-        ({"objective": "dmd", "teacher": "t", "long_frames": 99}, "99 latents do not fit .*policy=window"),
-        ({"objective": "dmd", "teacher": "t", "student": kept("full", frames=6)}, "7 latents do not fit"),
-        ({"objective": "dmd", "teacher": "t", "student": kept("compressed", frames=3, history=3)}, "7 latents do not"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 99}, "99 latents.*policy=window"),
+        ({"objective": "dmd", "teacher": "t", "student": kept("full", frames=6)}, "7 latents"),
+        ({"objective": "dmd", "teacher": "t", "student": kept("compressed", frames=3, history=3)}, "7 latents"),
         (
             {"objective": "dmd", "teacher": "t", "loss": TARGETS, "on_policy": False},
             "on_policy=true",
         ),
-        ({"objective": "teacher_forcing", "student": COARSE}, "choose another pool"),
+        ({"objective": "teacher_forcing", "student": COARSE}, "another pool"),
         ({"objective": "dmd", "teacher": "t", "student": COARSE, "loss": LossConfig(forcing=1.0)}, "another pool"),
-        ({"objective": "dmd", "teacher": "t", "long_frames": 3}, "at least frames 7"),
-        ({"objective": "dmd", "teacher": "t", "long_frames": 9, "frames": 3}, "longer than a chunk of 3"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 3}, "frames 7"),
+        ({"objective": "dmd", "teacher": "t", "long_frames": 9, "frames": 3}, "longer.*3"),
     ],
 )
 def test_impossible_stages_are_refused(root, settings, message):
@@ -521,7 +521,7 @@ def test_impossible_stages_are_refused(root, settings, message):
 
 
 def test_terms_of_another_objective_are_refused(root):
-    with pytest.raises(ValueError, match="belong to objective 'dmd'"):
+    with pytest.raises(ValueError, match="objective 'dmd'"):
         flow_stage(root, loss=replace(flow_stage(root).loss, motion=1.0))
 
 
@@ -531,7 +531,7 @@ def test_terms_of_another_objective_are_refused(root):
         ({"lr": 0.0}, "lr > 0"),
         ({"clip": 0.0}, "clip > 0"),
         ({"betas": (0.9, 1.0)}, "betas in"),
-        ({"muon": "("}, "no regular expression"),
+        ({"muon": "("}, "regular expression"),
     ],
 )
 def test_impossible_optimisers_are_refused(settings, message):
@@ -541,16 +541,16 @@ def test_impossible_optimisers_are_refused(settings, message):
 
 def test_data_that_does_not_fit_the_network_is_refused(root):
     write_latents(root / "wide", channels=6)
-    with pytest.raises(ValueError, match=r"dit takes latents of 4 channels .* holds 6 x 4 x 4"):
+    with pytest.raises(ValueError, match=r"dit.*4 channels .* holds 6 x 4 x 4"):
         Trainer(flow_stage(root, data=str(root / "wide")))
     with pytest.raises(ValueError, match="patches of"):
         Trainer(flow_stage(root, dit=replace(DIT, patch=(1, 3, 3))))
     site = replace(DIT.sites["modulation"], dim=5)
     with pytest.raises(ValueError, match="actions of 5 numbers"):
         Trainer(flow_stage(root, dit=replace(DIT, sites={"modulation": site})))
-    with pytest.raises(ValueError, match="holds latents, frames are needed"):
+    with pytest.raises(ValueError, match="latents, frames"):
         Trainer(codec_stage(root, data=str(root / "latents"))).step()
-    with pytest.raises(ValueError, match="do not fit episodes of 16"):
+    with pytest.raises(ValueError, match="episodes of 16"):
         Trainer(flow_stage(root, frames=17)).step()
 
 
@@ -568,7 +568,7 @@ def test_the_teachers_sample_starts_from_the_noise_of_the_new_frames(root):
 def test_a_teacher_of_another_world_is_refused(root):
     write_latents(root / "wide", channels=6)
     write_teacher(root / "teacher")
-    with pytest.raises(ValueError, match="teacher takes latents of 4 channels"):
+    with pytest.raises(ValueError, match=r"teacher.*4 channels"):
         Trainer(dmd_stage(root, data=str(root / "wide")))
 
 
