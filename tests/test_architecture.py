@@ -93,7 +93,7 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 BUDGETS = {
     "data": 2321,
     "training": 1687,
-    "evaluation": 2074,
+    "evaluation": 2298,
     "worlds": 1370,
     "bench": 1267,
     "ops": 1180,

@@ -89,15 +89,15 @@ def horizontal_flow(before: Tensor, after: Tensor) -> Tensor:
     return torch.where(shift > width / 2, shift - width, shift).squeeze(-1)
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
+def frechet(a: Tensor, b: Tensor, most: int = MAX_FEATURES) -> float:
     """Frechet distance between Gaussians fitted to features [N, D] and [M, D]: |mean|^2 + tr(A + B - 2 (A B)^1/2).
 
     Float64; the root is taken of the symmetric A^1/2 B A^1/2, so rank-deficient covariances are no problem. D is at
-    most 64. Small samples bias it upwards: compare only equal sizes. Source: Heusel et al. 1706.08500, eq. 6.
+    most `most`. Small samples bias it upwards: compare only equal sizes. Source: Heusel et al. 1706.08500, eq. 6.
     """
     for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] > MAX_FEATURES:
-            raise ValueError(f"features {name} are {tuple(x.shape)}; needed is [at least 2, at most {MAX_FEATURES}]")
+        if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] > most:
+            raise ValueError(f"features {name} are {tuple(x.shape)}; needed is [at least 2, at most {most}]")
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"features {name} are not finite")
     a, b = a.double(), b.double()

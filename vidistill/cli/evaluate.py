@@ -41,6 +41,14 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--first-seed", type=non_negative_int, help="the first room of the split (default: 0)")
     p.add_argument("--quick", action="store_true", help="fewer clips of the checkpoint alone, with wide intervals")
     p.add_argument("--glance", action="store_true", help="the student's validation clips alone, no report")
+    p.add_argument(
+        "--metric",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="published metrics on local weights: lpips, fvd, vbench.subject_consistency and others",
+    )
+    p.add_argument("--allow-pickle", action="store_true", help="read those weights from .pt files too, weights only")
     p.add_argument("--out", type=Path, help="folder of the report (default: out/eval)")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
     p.set_defaults(run=run_eval)
@@ -61,7 +69,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
-    given |= {"--data": args.data}
+    given |= {"--data": args.data, "--metric": args.metric}
     given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
@@ -94,6 +102,8 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
         "paths" if memory else "clips": args.clips,
         "out": args.out and str(args.out),
         "data": args.data and str(args.data),
+        "metrics": dict(item.partition("=")[::2] for item in args.metric),
+        "allow_pickle": args.allow_pickle,
     }
     settings = {key: value for key, value in asked.items() if value}
     if not args.glance:

@@ -1,6 +1,7 @@
 """What every protocol of an evaluation says."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 from vidistill.ops.precision import PRECISIONS
 
@@ -29,6 +30,8 @@ class SuiteConfig:
     out: str = "out/eval"
     probe: str | None = None  # None: the bundled one
     precision: str = "auto"
+    metrics: Mapping[str, str] = field(default_factory=dict)  # published ones: name -> path of local weights
+    allow_pickle: bool = False  # of those weights
 
     def __post_init__(self) -> None:
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in MAY_BE_ZERO):

@@ -20,6 +20,7 @@ from vidistill.codecs import Codec
 from vidistill.evaluation import report
 from vidistill.evaluation.clips import Data, Row, Tally, codec_row, real_row, student_row, teacher_row
 from vidistill.evaluation.intervals import add_intervals, bootstrap, compare, mean_of
+from vidistill.evaluation.published import published
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import CURVES, StreamTally, curve_drifts
@@ -233,6 +234,12 @@ def add_certainty(
         result["difference"] = difference
 
 
+def extended(suite: Suite, cfg: Any) -> Suite:
+    """The suite with the published metrics that are asked for."""
+    missing = {name: path for name, path in cfg.metrics.items() if name.replace(".", "_") not in suite.metrics}
+    return replace(suite, metrics={**suite.metrics, **published(missing, cfg.allow_pickle)}) if missing else suite
+
+
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +253,7 @@ def evaluate(
     report is written; ImportError if it could not be drawn.
     """
     began, cfg = time.time(), cfg or suite.config()
+    suite = extended(suite, cfg)
     if cfg.out:
         report.check_plots()
     first = checkpoint.load(name)
@@ -275,7 +283,9 @@ def glance(suite: Suite, name: str | Bundle, cfg: Any = None) -> dict[str, Any]:
     """Figures of a student's clips against real video, without teacher, long streams or report: to watch a training and
     to choose, and so of validation alone."""
     student = name if isinstance(name, Bundle) else checkpoint.load(name, "student")
-    found = judge(suite, {"student": student}, cfg or suite.config(), "validation", glance=True).result["student"]
+    cfg = cfg or suite.config()
+    suite = extended(suite, cfg)
+    found = judge(suite, {"student": student}, cfg, "validation", glance=True).result["student"]
     parts = {key: value for name in suite.spread for key, value in found.pop(name).items()}
     plain: dict[str, Any] = report.plain({**found, **parts})
     return plain
@@ -286,6 +296,7 @@ def run(
 ) -> dict[str, Any]:
     """Judge a checkpoint by the protocol of a suite; table and targets go to stderr."""
     cfg = suite.config(**{**(suite.quick if quick else {}), **settings})
+    suite = extended(suite, cfg)
     result = evaluate(suite, name, cfg, split, quick, **named)
     report.show(suite.metrics, result, suite.targets(result), cfg.out and report.folder_of(result, suite.name, cfg.out))
     return result
