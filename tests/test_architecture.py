@@ -93,11 +93,11 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 BUDGETS = {
     "data": 2321,
     "training": 1687,
-    "evaluation": 2298,
+    "evaluation": 2339,
     "worlds": 1370,
     "bench": 1267,
     "ops": 1180,
-    "cli": 1075,
+    "cli": 1081,
     "serve": 1195,
     "interop": 1020,
     "conditioning": 736,

@@ -10,6 +10,7 @@ from vidistill import checkpoint, cli
 from vidistill.conditioning.text import Ngrams
 from vidistill.data.shards import captioned_shards, write_shards
 from vidistill.evaluation import SUITES, probes, prompt_adherence, report, suite
+from vidistill.evaluation.clips import Data, Tally
 from vidistill.evaluation.probes import Reading
 from vidistill.evaluation.prompt_adherence import METRICS, SUITE, AdherenceConfig, accuracy, right_of
 from vidistill.evaluation.rooms import Rooms
@@ -36,11 +37,18 @@ def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
     assert set(result["switch"]) == {"keep", "recache", "cut"}
     for row in (result["teacher"], *result["switch"].values()):
         assert all(0 <= row[part][name] <= 1 for part in ("before", "after") for name in (*ATTRIBUTES, "asked"))
-    assert result["real"]["motion_ratio"] == 1 and result["real"]["frechet_paired"] == pytest.approx(0, abs=1e-4)
+    assert result["real"]["motion_ratio"] == 1 and "frechet_paired" not in result["real"]
+    assert set(result["codec"]["confusion"]) == set(ATTRIBUTES) == set(result["student"]["confusion"])
     assert result["student"]["sharpness_drift"] > 0 and result["student"]["frechet_paired"] > 0
     assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "switches.png", "index.html"}
     table = report.table(METRICS, result)
-    assert [c.header for c in table.columns[1:]] == ["real", "teacher", "student", *(f"switch: {p}" for p in SWITCHES)]
+    assert [c.header for c in table.columns[1:]] == [
+        "real",
+        "codec",
+        "teacher",
+        "student",
+        *(f"switch: {p}" for p in SWITCHES),
+    ]
     assert table.row_count > 20
 
 
@@ -98,6 +106,42 @@ def test_the_command_line_knows_a_student_that_listens(world, monkeypatch, capsy
     story = ["generate", str(world / "student"), "-o", str(tmp_path / "a.mp4"), "--seconds", "3", "--scale", "1"]
     assert cli.main([*story, "--prompt", "a red ring", "--prompt", "1 cut: a blue ring"]) == 0
     assert (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_a_confusion_says_what_is_taken_for_what_scene_by_scene():
+    heads = {"shape": ("ring", "cross", "square"), "ground": ("white", "black")}
+    asked = torch.tensor([[[0, 1]], [[0, 1]], [[1, 0]], [[1, 0]]])
+    read = torch.tensor([[[0, 1]], [[2, 1]], [[2, 0]], [[2, 1]]])
+    found = prompt_adherence.confusion(read, asked, heads)
+    assert found["shape"] == {
+        "ring": {"ring": 0.5, "cross": 0.0, "square": 0.5},
+        "cross": {"ring": 0.0, "cross": 0.0, "square": 1.0},
+    }
+    assert found["ground"] == {"white": {"white": 0.5, "black": 0.5}, "black": {"white": 0.0, "black": 1.0}}
+
+
+def test_clips_of_one_combination_of_attributes_are_one_scene():
+    clips = prompt_adherence.scenes(Rooms("shapes", WORLDS["shapes"]), 256)
+    numbers = prompt_adherence.scene_numbers(WORLDS["shapes"], clips)
+    labels = [tuple(clip.labels.values()) for clip in clips]
+    assert len(set(numbers.tolist())) == len(set(labels)) < 80
+    assert all((numbers == n).sum() == labels.count(label) for n, label in zip(numbers.tolist(), labels))
+    share = prompt_adherence.halves(numbers.unique()).double().mean()
+    assert 0.35 < share < 0.65 and AdherenceConfig().clips == 256
+
+
+def test_intervals_of_confusions_and_switches_are_over_scenes():
+    scene = torch.arange(12)
+    shown, asked = (torch.zeros(12, 1, 1, dtype=torch.long) for _ in range(2))
+    shown[:3] = 1
+    tally = Tally(Data([], 12.0))
+    tally.parts = {"read": [shown], "asked": [asked], "rooms": [scene]}
+    found = prompt_adherence.confused([tally], {"shape": ("ring", "cross")}, 200)
+    low, high = found["confusion_interval"]["shape/ring/cross"]
+    assert found["confusion"]["shape"]["ring"]["cross"] == 0.25 and 0 <= low < 0.1 and 0.35 < high < 0.6
+    (title, lines), *_ = report.confusions({"student": found})
+    assert title == "student: shape asked for, and read" and lines[0] == ["", "ring", "cross"]
+    assert lines[1][2].startswith("0.250 (")
 
 
 def test_impossible_protocols_are_named():

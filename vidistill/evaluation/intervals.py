@@ -75,6 +75,13 @@ def add_intervals(row: dict[str, Any], draws: Sequence[Draw], path: str) -> None
             row[f"{key}_interval"] = found[f"{path}/{key}"]
 
 
+def certain(rooms: Tensor, compute: Callable[[Tensor], Mapping[str, Any]], count: int) -> dict[str, Any]:
+    """Figures `compute(index of items)` of all items, with their intervals over rooms [N]."""
+    found = dict(compute(torch.arange(len(rooms))))
+    add_intervals(found, bootstrap(rooms, lambda index, rng: {"own": compute(index)}, count), "own")
+    return found
+
+
 def badness(best: str, value: float) -> float:
     """How far a figure is from what it should be, lower is better."""
     return {"low": value, "high": -value, "one": abs(value - 1)}[best]

@@ -3,23 +3,25 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidistill import checkpoint, metrics
+from vidistill import checkpoint
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning.condition import Condition
 from vidistill.conditioning.script import Cue
 from vidistill.data.types import Captioned
 from vidistill.diffusion import derived_seed
-from vidistill.evaluation.clips import DRIFTS, Batch, Data, Tally, picture_ratios, read_parts, teacher_row
+from vidistill.evaluation import quality
+from vidistill.evaluation.clips import DRIFTS, Batch, Data, Tally, codec_row, picture_ratios, read_parts, teacher_row
 from vidistill.evaluation.config import SuiteConfig
-from vidistill.evaluation.probes import Reading, load_probe, read
+from vidistill.evaluation.intervals import certain
+from vidistill.evaluation.probes import Reading, load_probe
 from vidistill.evaluation.report import Metric, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, streamed
@@ -37,12 +39,10 @@ SECOND_SEEDS = 100_000  # rooms of the split whose captions streams are switched
 
 @dataclass(frozen=True)
 class AdherenceConfig(SuiteConfig):
-    """`clips` held-out captions, each streamed for `before` s, then switched to another for `after` s.
+    """`clips` held-out captions; the first `switched` of them are streamed for `before` s, then switched to another for
+    `after` s. `window`: seconds at the end of both parts that are judged."""
 
-    `window`: seconds at the end of both parts that are judged.
-    """
-
-    clips: int = 96
+    switched: int = 64
     streams: int = 8
     before: float = 5.0
     after: float = 8.0
@@ -77,11 +77,23 @@ def caption_condition(clips: Sequence[Captioned], bundle: Bundle, codec: Codec, 
     return Condition(encode([clip.caption for clip in clips]))
 
 
+def scene_numbers(world: WorldSpec, clips: Sequence[Captioned]) -> Tensor:
+    """A number for each combination of attributes [N]: clips of one are alike, and drawn together for an interval."""
+    asked, number = asked_of(world, clips)[:, 0], torch.zeros(len(clips), dtype=torch.long)
+    for i, words in enumerate(world.heads.values()):
+        number = number * len(words) + asked[:, i]
+    return number
+
+
 def batch_of(world: WorldSpec, clips: Sequence[Captioned], seed: int) -> Batch:
-    px = torch.stack([to_float(clip.frames) for clip in clips])
-    return Batch(
-        px, partial(caption_condition, clips), seed, False, facts={"asked": asked_of(world, clips, px.shape[1])}
-    )
+    px, numbers = torch.stack([to_float(clip.frames) for clip in clips]), scene_numbers(world, clips)
+    facts = {"asked": asked_of(world, clips, px.shape[1]), "episodes": halves(numbers)}
+    return Batch(px, partial(caption_condition, clips), seed, False, rooms=numbers, facts=facts)
+
+
+def halves(numbers: Tensor) -> Tensor:
+    """0 or 1 for each number [N], about as often; the same number gets the same."""
+    return (numbers * 2_654_435_761 >> 16) % 2
 
 
 def captions(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: AdherenceConfig, first: int = 0) -> Data:
@@ -124,12 +136,27 @@ def time_to_adherence(
     return {"median_s": statistics.median(found) if found else math.nan, "reached": len(found) / len(right)}
 
 
+def confusion(read: Tensor, asked: Tensor, heads: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Share of readings [N, n, heads] that show each word: by attribute, word asked for, word read."""
+    found: dict[str, Any] = {}
+    for i, (name, words) in enumerate(heads.items()):
+        own = [(word, read[..., i][asked[..., i] == k]) for k, word in enumerate(words)]
+        found[name] = {
+            word: {other: float((shown == k).double().mean()) for k, other in enumerate(words)}
+            for word, shown in own
+            if len(shown)
+        }
+    return found
+
+
 METRICS = {
-    "frechet_paired": Metric(
-        "Frechet distance of probe features, against drawn clips of the same captions",
-        lambda row, real: metrics.frechet(row["features"].flatten(0, 1), real["features"].flatten(0, 1)),
-        read_parts(),
-        best="low",
+    "frechet_paired": replace(
+        quality.METRICS["frechet_paired"],
+        text="Frechet distance of probe features, against drawn clips of the same captions",
+        parts=read_parts() | {"episodes": lambda v: v.batch.facts["episodes"]},
+    ),
+    "frechet_unpaired": replace(
+        quality.METRICS["frechet_unpaired"], text="the same to drawn clips of other captions, half as many"
     ),
     **picture_ratios(),
     "before": Metric(
@@ -160,20 +187,30 @@ def switches(judged: Judgement) -> None:
     student, heads = judged.bundles.get("student"), list(data.heads)
     if student is None:
         return
-    first, second = scenes(rooms, cfg.clips), scenes(rooms, cfg.clips, SECOND_SEEDS)
+    count, words = min(cfg.switched, cfg.clips), rooms.world.heads
+    for row in ("real", "codec", "teacher", "student"):
+        judged.result[row] |= confused(judged.tallies[row], words, cfg.draws)
+    first, second = scenes(rooms, count), scenes(rooms, count, SECOND_SEEDS)
     made, later = teacher_row(judged.bundles["teacher"], codec, cfg), Tally(data)
-    for batch in captions(student, codec, rooms, cfg, SECOND_SEEDS).batches:
+    for batch in captions(student, codec, rooms, replace(cfg, clips=count), SECOND_SEEDS).batches:
         later.add(read_parts(), made(batch), batch)
-    judged.result["teacher"]["after"] = accuracy(later["read"] == later["asked"], heads)
+    right = later["read"] == later["asked"]
+    judged.result["teacher"] |= certain(later["rooms"], lambda at: {"after": accuracy(right[at], heads)}, cfg.draws)
     streams = {
         p: switched(student, codec, first, second, p, cfg) for p in SWITCHES if p not in refused_switches(student)
     }
-    asked = asked_of(rooms.world, first), asked_of(rooms.world, second)
-    judged.result["switch"] = {p: judge_switch(px, *asked, data, cfg) for p, px in streams.items()}
+    asked, scene = (asked_of(rooms.world, first), asked_of(rooms.world, second)), scene_numbers(rooms.world, second)
+    judged.result["switch"] = {p: judge_switch(px, *asked, scene, data, cfg) for p, px in streams.items()}
     shown = {policy: to_uint8(px[:2]) for policy, px in streams.items()}
     judged.pictures.sheets.append(Sheet.beside("switches", shown, "Every switch policy.", "stream", data.fps / 2))
     if cfg.long_seconds:
         judged.add_streams(long_streams(student, codec, rooms, data, cfg))
+
+
+def confused(runs: Sequence[Tally], words: Mapping[str, Sequence[str]], draws: int) -> dict[str, Any]:
+    """The confusion of all runs of a row, with intervals over scenes."""
+    shown, asked, scene = (torch.cat([tally[part] for tally in runs]) for part in ("read", "asked", "rooms"))
+    return certain(scene, lambda at: {"confusion": confusion(shown[at], asked[at], words)}, draws)
 
 
 def switched(
@@ -187,16 +224,24 @@ def switched(
     return torch.stack(out)
 
 
-def judge_switch(px: Tensor, first: Tensor, second: Tensor, data: Data, cfg: AdherenceConfig) -> dict[str, Any]:
-    """Accuracy before and after the switch, and the time it takes; first, second [B, 1, heads] are asked for."""
+def judge_switch(
+    px: Tensor, first: Tensor, second: Tensor, scene: Tensor, data: Data, cfg: AdherenceConfig
+) -> dict[str, Any]:
+    """Accuracy before and after the switch, and the time it takes, with intervals over scenes [B]; first, second
+    [B, 1, heads] are asked for."""
     at, n, heads = round(cfg.before * data.fps), round(cfg.window * data.fps), list(data.heads)
-    assert data.probe is not None
-    before, after, whole = (read(data.probe, x, cfg.stride) for x in (px[:, at - n : at], px[:, -n:], px))
-    return {
-        "before": accuracy(right_of(before, first, heads), heads),
-        "after": accuracy(right_of(after, second, heads), heads),
-        "time_to_adherence": time_to_adherence(right_of(whole, second, heads), whole.times, heads, at, data.fps),
-    }
+    whole = data.read(px)
+    before = right_of(data.read(px[:, at - n : at]), first, heads)
+    after, all_ = right_of(data.read(px[:, -n:]), second, heads), right_of(whole, second, heads)
+
+    def figures(index: Tensor) -> dict[str, Any]:
+        return {
+            "before": accuracy(before[index], heads),
+            "after": accuracy(after[index], heads),
+            "time_to_adherence": time_to_adherence(all_[index], whole.times, heads, at, data.fps),
+        }
+
+    return certain(scene, figures, cfg.draws)
 
 
 def long_streams(student: Bundle, codec: Codec, rooms: Rooms, data: Data, cfg: Any) -> dict[str, StreamTally]:
@@ -218,5 +263,6 @@ SUITE = Suite(
     METRICS,
     targets,
     switches,
+    {"codec": codec_row},
     spread=("before",),
 )

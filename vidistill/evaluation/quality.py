@@ -159,8 +159,11 @@ def frechet(row: Tally, real: Tally) -> float | None:
 
 
 def other_half(row: Tally, real: Tally) -> float:
-    """Distance of the clips of even episodes to real ones of odd episodes and the other way round, the mean."""
+    """Distance of the clips of even episodes to real ones of odd episodes and the other way round, the mean; nan where
+    all are even, or odd."""
     odd = real["episodes"] % 2 == 1
+    if odd.all() or not odd.any():
+        return math.nan
     pairs = ((row["features"][half].flatten(0, 1), real["features"][~half].flatten(0, 1)) for half in (~odd, odd))
     return sum(metrics.frechet(a, b) for a, b in pairs) / 2
 

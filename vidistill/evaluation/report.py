@@ -80,7 +80,11 @@ def number(row: Mapping[str, Any] | None, key: str) -> str:
         return value
 
     first, *rest = key.split("/")
-    value, edges = found([first, *rest]), found([f"{first}_interval", *rest])
+    return cell(found([first, *rest]), found([f"{first}_interval", *rest]))
+
+
+def cell(value: float | None, edges: Sequence[float] | None) -> str:
+    """A figure and its interval."""
     return "-" if value is None else f"{value:.3f}" + (" ({:.3f} to {:.3f})".format(*edges) if edges else "")
 
 
@@ -110,6 +114,19 @@ def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     for key, _, cells in lines(numbers, columns):
         out.add_row(key.replace("/", " "), *cells)
     return out
+
+
+def confusions(result: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    """(title, lines of cells) of every confusion table: what was asked for downwards, what is read across."""
+    for name, row in columns_of(result).items():
+        for attribute, told in row.get("confusion", {}).items():
+            edges = row.get("confusion_interval", {})
+            words = list(dict.fromkeys(word for shares in told.values() for word in shares))
+            body = [
+                [asked, *(cell(shares[word], edges.get(f"{attribute}/{asked}/{word}")) for word in words)]
+                for asked, shares in told.items()
+            ]
+            yield f"{name}: {attribute} asked for, and read", [["", *words], *body]
 
 
 def differences(result: Mapping[str, Any]) -> list[str]:
@@ -274,6 +291,12 @@ def page(
         f"<tr><td>{key}<br><small>{html.escape(text)}</small></td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         for key, text, cells in lines(numbers, columns)
     )
+    tables = "".join(
+        f"<h3>{html.escape(title)}</h3><table>"
+        + "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>" for line in rows)
+        + "</table>"
+        for title, rows in confusions(result)
+    )
     goals = "".join(f'<li class="{"met" if t.met else "missed"}">{html.escape(str(t))}</li>' for t in targets)
     apart = "".join(f"<li>{html.escape(line)}</li>" for line in differences(result))
     shown = "".join(
@@ -283,7 +306,7 @@ def page(
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<table><tr><th></th>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{body}</table>"
+        f"<table><tr><th></th>{''.join(f'<th>{name}</th>' for name in columns)}</tr>{body}</table>{tables}"
         f"<h2>Targets</h2><ul>{goals}</ul><h2>Differences</h2><ul>{apart}</ul><h2>Pictures</h2>{shown}"
         f"<h2>Protocol</h2><pre>{html.escape(json.dumps(result['protocol'], indent=1))}</pre></html>\n"
     )
