@@ -93,8 +93,8 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 BUDGETS = {
     "data": 2321,
     "training": 1687,
-    "evaluation": 2339,
-    "worlds": 1370,
+    "evaluation": 2438,
+    "worlds": 1464,
     "bench": 1267,
     "ops": 1180,
     "cli": 1081,

@@ -1,5 +1,6 @@
 """The memory benchmark: paths come back, need memory, and are judged against the engine's own pictures."""
 
+import itertools
 import json
 from dataclasses import asdict, replace
 
@@ -17,93 +18,140 @@ from vidistill.data.shards import frame_shards, write_shards
 from vidistill.data.types import Episode
 from vidistill.diffusion import LatentShape
 from vidistill.evaluation import SUITES, suite
-from vidistill.evaluation.clips import Data
-from vidistill.evaluation.probes import load_probe
+from vidistill.evaluation import spatial_memory as sm
+from vidistill.evaluation.probes import load_probe, read
 from vidistill.evaluation.report import table
-from vidistill.evaluation.spatial_memory import (
-    METRICS,
-    SUITE,
-    PoseReader,
-    SpatialMemoryConfig,
-    batch_of,
-    contenders,
-    repeat_last,
-)
+from vidistill.evaluation.rooms import Rooms
+from vidistill.evaluation.spatial_memory import METRICS, SUITE, PoseReader, SpatialMemoryConfig, batch_of, contenders
 from vidistill.evaluation.suite import measure
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import CausalStudent, StudentConfig
-from vidistill.worlds.doom.paths import (
-    KINDS,
-    LEFT,
-    RIGHT,
-    counted,
-    full_turn,
-    look_away,
-    make_path,
-    returns,
-    walk_out,
-)
+from vidistill.worlds import WORLDS
+from vidistill.worlds.doom import paths as pt
+from vidistill.worlds.doom.paths import KINDS, LEFT, REVISITS, RIGHT, Plan, Script, counted, keys, paths_of, returns
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
-CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=2, seeds=1)
+CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=8, seeds=1)
 
 
 @pytest.mark.parametrize("frames", [35, 88, 175, 350])
-def test_every_script_ends_where_it_began_to_turn(frames):
-    look = look_away(frames, LEFT, DOOM, 1.0)
-    assert look.shape == (frames, 4) and look[:, LEFT].sum() == look[:, RIGHT].sum() > 10
-    turned = (look[:, LEFT] - look[:, RIGHT]).cumsum() * DOOM.turn_degrees
-    assert 85 < turned[frames // 2] < 180
-    round_ = full_turn(frames, RIGHT, DOOM, 1.0)
-    out = walk_out(frames, LEFT, DOOM, 1.0)
-    if frames < 64:
-        assert round_ is None and out is None
-    else:
-        assert round_[:, RIGHT].sum() * DOOM.turn_degrees == 360
-        assert out[:, LEFT].sum() * DOOM.turn_degrees == 360 and out[:, 2].sum() % 2 == 0
-        assert set(np.unique(round_)) | set(np.unique(out)) == {0, 1}  # what the engine plays exactly
-
-
 @pytest.mark.parametrize("kind", [*KINDS])
-def test_paths_return_in_the_real_engine_and_the_floor_does_not(kind):
+def test_scripts_end_with_the_heading_that_they_say(kind, frames):
+    for reach, side in itertools.product(pt.REACHES, (LEFT, RIGHT)):
+        script = KINDS[kind](frames, side, DOOM, reach)
+        if script is None:
+            assert frames < 150 or reach < 1  # there is time, and reach, for every kind
+            continue
+        assert script.actions.shape == (frames, 4) and set(np.unique(script.actions)) <= {0, 1}  # played exactly
+        heading = (script.actions[:, LEFT] - script.actions[:, RIGHT]).cumsum() * DOOM.turn_degrees
+        first = heading[script.first] if script.first >= 0 else 0.0
+        assert (heading[-1] - first) % 360 == 0
+        if kind != "straight":
+            assert abs((heading[script.between] - first + 180) % 360 - 180) > 60
+        for again, seen, between in script.repeats:
+            assert (heading[again] - heading[seen]) % 360 == 0 and (heading[between] - heading[seen]) % 360 == 180
+
+
+@pytest.fixture(scope="module")
+def played():
+    """A path of every kind, by kind."""
     pytest.importorskip("vizdoom")
-    cfg, seconds = CFG, 2.0 if kind == "look" else 5.0
-    paths = (make_path(cfg, DOOM, kind, seconds, seed, 12) for seed in range(1_000_097, 1_000_103))
-    path = next(p for p in paths if p is not None)
-    poses = path.walk.poses
-    assert returns(poses, 0, path.judged[-1]) and not returns(poses, 0, path.away)
-    assert (len(path.walk.frames) - 1) % 12 == 0
-    probe = load_probe()
-    batch = batch_of([path], 2.0, 1, 0)
-    wanted = {key: metric for key, metric in METRICS.items() if key.startswith("revisit")}
-    tallies = measure(wanted, {"floor": repeat_last}, Data([batch], DOOM.fps, probe))
-    figures = {row: suite.figures(wanted, runs[0], runs[0]) for row, runs in tallies.items()}
-    assert figures["real"]["revisit_psnr"]["2"] > 25 and figures["real"]["revisit_texture_acc"]["2"] == 1
-    assert figures["floor"]["revisit_psnr"]["2"] < cfg.floor_psnr
-    assert figures["floor"]["revisit_texture_acc"]["2"] == 0
-    assert figures["real"]["revisit_feature_distance"]["2"] < figures["floor"]["revisit_feature_distance"]["2"]
+    found = paths_of(CFG, DOOM, 10.0, 12, seeds("validation", 160)[96:])
+    return {path.kind: path for path in found}
+
+
+def test_every_kind_is_played_in_the_real_engine_as_it_says(played):
+    assert played.keys() == KINDS.keys()
+    for kind, path in played.items():
+        poses, end = path.walk.poses, path.judged[-1]
+        assert (len(path.walk.frames) - 1) % 12 == 0 and end + 1 < len(path.walk.frames)
+        assert returns(poses, 0, end) == (kind in REVISITS)
+        moved = np.linalg.norm(poses[end, :2] - poses[0, :2])
+        if kind == "straight":
+            assert moved > 0.9 * pt.LEAST_STRAIGHT * DOOM.speed / 64
+            continue
+        for again, first, between in path.pairs:
+            assert returns(poses, first, again) and not returns(poses, first, between)
+        if kind == "elsewhere":
+            assert moved > pt.ELSEWHERE and pt.same_heading(poses, 0, end)
+
+
+def test_baselines_win_and_lose_where_they_should(played):
+    wanted = {key: metric for key, metric in METRICS.items() if "pose" not in metric.parts}
+    data = sm.Data([batch_of([*played.values()], 10.0, DOOM.speed, 0)], DOOM.fps, load_probe(), {}, stride=2)
+    tallies = measure(wanted, sm.ROWS, data)
+    found = {row: suite.figures(wanted, runs[0], tallies["real"][0]) for row, runs in tallies.items()}
+    real, last, start, near = (found[row] for row in ("real", "repeat_last", "paste_start", "paste_nearest"))
+    assert "revisit_psnr" not in real and real["revisit_texture_acc"]["10"] >= 0.8
+    assert start["revisit_psnr"]["10"] > 25 > CFG.floor_psnr > last["revisit_psnr"]["10"]
+    assert last["revisit_texture_acc"]["10"] == 0 < start["revisit_texture_acc"]["10"]
+    assert start["revisit_feature_distance"]["10"] < last["revisit_feature_distance"]["10"]
+    assert min(real["consistency_gain"].values()) > 20 and set(start["consistency_gain"].values()) == {0.0}
+    assert min(near["consistency_gain"].values()) > 20 and real["consistency_texture"] == 1.0
+    assert real["false_recall"] == {"elsewhere": 0.0, "straight": 0.0} == near["false_recall"]
+    assert start["false_recall"] == {"elsewhere": 1.0, "straight": 1.0}
+    assert real["returns"] == real["snap_back"] == 0.0
+    assert real["action_following"] > 0.9 > near["action_following"] > start["action_following"]
+    assert real["straight_following"] > 0.8 > near["straight_following"]
 
 
 def room(same=False):
     """A square room of four pictures; a walker in the middle looks east, then west."""
     walls = [[128, 128, 128, -128, 0], [-128, 128, 128, 128, 1], [-128, -128, -128, 128, 0 if same else 2]]
-    frames = np.zeros((40, 8, 8, 3), np.uint8)
+    frames = np.zeros((50, 8, 8, 3), np.uint8)
     frames[20:30] = 200
-    poses = np.zeros((40, 3), np.float32)
+    poses = np.zeros((50, 3), np.float32)
     poses[20:30, 2] = np.pi
-    return Episode(frames, np.zeros((40, 4), np.float32), poses, 0, {"walls": walls})
+    return Episode(frames, np.zeros((50, 4), np.float32), poses, 0, {"walls": walls})
 
 
 def test_a_path_counts_only_if_memory_is_needed():
-    judged = range(34, 38)
-    path = counted(CFG, "look", room(), judged, 25)
-    assert path is not None and path.label == 0
-    assert counted(CFG, "look", room(same=True), judged, 25) is None  # the same picture is there, too
+    plan = Plan("look", 0, Script(keys(30), between=17), 8, keys(50))
+    path = counted(CFG, DOOM, plan, room())
+    assert path is not None and path.label == 0 and path.away == 25 and [*path.judged] == [*range(43, 49)]
+    assert path.pairs.tolist() == [[t, 7, 25] for t in path.judged]
+    assert counted(CFG, DOOM, plan, room(same=True)) is None  # the same picture is there, too
     alike = room()
     alike.frames[20:30] = 20
-    assert counted(CFG, "look", alike, judged, 25) is None  # the last view resembles the true one
-    assert counted(replace(CFG, near=1.0), "look", room(), judged, 25) is None  # too far to tell
+    assert counted(CFG, DOOM, plan, alike) is None  # the last view resembles the true one
+    assert counted(replace(CFG, near=1.0), DOOM, plan, room()) is None  # too far to tell
+    astray = room()
+    astray.poses[30:, 0] = 0.2
+    assert counted(CFG, DOOM, plan, astray) is None  # the walker did not come back
+
+
+def test_an_elsewhere_path_counts_only_from_another_place_that_looks_another_way():
+    walk, plan = room(), Plan("elsewhere", 0, Script(keys(30), first=11, between=17), 8, keys(50))
+    walk.poses[4:20, 1] = walk.poses[30:, 1] = -1.5
+    walk.frames[4:20] = walk.frames[30:] = 100
+    walls = [[128, 128, 128, 0, 1], [128, 0, 128, -128, 0], *walk.walls["walls"][1:]]
+    assert counted(CFG, DOOM, plan, replace(walk, walls={"walls": walls})) is not None
+    assert counted(CFG, DOOM, plan, walk) is None  # the wall picture of the start
+    near = replace(walk, poses=walk.poses * np.float32([1, 0.1, 1]), walls={"walls": walls})
+    assert counted(CFG, DOOM, plan, near) is None
+
+
+def test_a_straight_path_counts_only_if_no_wall_stops_it():
+    walk = room()
+    plan = Plan("straight", 0, Script(keys(40, 2), between=20), 1, np.concatenate([keys(1), keys(40, 2), keys(9)]))
+    walk.frames[20:] = 200
+    walk.poses[:, 2] = 0
+    walk.poses[:, 0] = np.minimum(np.arange(50), 40) * DOOM.speed / 64
+    assert counted(CFG, DOOM, plan, walk) is not None
+    walk.poses[30:, 0] = walk.poses[30, 0]
+    assert counted(CFG, DOOM, plan, walk) is None
+
+
+def test_paths_of_choice_and_of_test_are_of_rooms_that_never_meet(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sm, "paths_of", lambda cfg, doom, seconds, chunked, rooms: asked.append(set(rooms)) or [])
+    monkeypatch.setattr(sm, "judged_on", lambda *args: None)
+    net = checkpoint.load("doom-relic", "student")
+    for split in ("validation", "test"):
+        sm.walks(net, TinyCodec(CODEC), Rooms("doom", WORLDS["doom"], split), CFG)
+    chosen, tested = asked
+    assert chosen and tested and not chosen & tested and min(tested) >= 1_700_000 > max(chosen)
 
 
 def student(folder, name, memory, codec):
@@ -137,10 +185,11 @@ def test_the_suite_end_to_end_on_tiny_random_students(bench):
     cfg = replace(CFG, data=str(bench / "data-{split}"), out=str(bench / "out"))
     result = suite.evaluate(SUITE, str(bench / "relic"), cfg)
     assert result["full"] is None
-    for row in ("student", "window", "repeat_last", "real"):
-        for key in ("revisit_psnr", "revisit_texture_acc"):
-            assert list(result[row][key]) == ["2"]
-    assert result["real"]["revisit_psnr"]["2"] > 25 > result["student"]["revisit_psnr"]["2"]
+    for row in ("student", "window", "repeat_last", "paste_start", "paste_nearest"):
+        assert list(result[row]["revisit_psnr"]) == list(result[row]["revisit_texture_acc"]) == ["2"]
+        assert list(result[row]["false_recall"]) == ["straight"]
+    assert result["paste_start"]["revisit_psnr"]["2"] > 25 > result["student"]["revisit_psnr"]["2"]
+    assert result["protocol"]["counted"]["2"] == dict.fromkeys(KINDS, 0) | {"look": 1, "straight": 1}
     assert result["student"]["memory_tokens"] < result["student"]["memory_bytes"]
     assert result["rpe_trans"] > 0 and result["rpe_rot"] > 0
     assert result["real"]["rpe_rot"] < result["student"]["rpe_rot"]
@@ -149,7 +198,8 @@ def test_the_suite_end_to_end_on_tiny_random_students(bench):
     files = {p.name for p in (bench / "out" / "relic-memory").iterdir()}
     assert files >= {"result.json", "index.html", "clips.png", "revisit_psnr.png"}
     assert json.loads((bench / "out" / "relic-memory" / "result.json").read_text()) == result
-    assert [c.header for c in table(METRICS, result).columns[1:]] == ["real", "student", "window", "repeat_last"]
+    rows = ["real", "student", "window", "repeat_last", "paste_start", "paste_nearest"]
+    assert [c.header for c in table(METRICS, result).columns[1:]] == rows
 
 
 def test_a_baseline_that_is_damaged_is_told_and_not_left_out(bench, tmp_path):
@@ -182,9 +232,9 @@ def test_motion_read_from_pictures_of_another_walk_is_near_the_truth(tmp_path):
     reader = PoseReader(load_probe(), clips, episodes=3)  # and judged on the fourth
     px = clips.tensors["frames"][3:].permute(0, 1, 4, 2, 3).float() / 255
     poses = clips.tensors["poses"][3:]
-    gone, turned = reader.error(px, poses)
-    lost, spun = reader.error(px[:, :1].expand_as(px), poses)
-    wrong = reader.error(px.flip(-1), poses)[1]
+    shown = (px, px[:, :1].expand_as(px), px.flip(-1))
+    true, still, mirrored = (reader.error(read(reader.probe, x, 4), poses) for x in shown)
+    (gone, turned), (lost, spun), wrong = true.unbind(-1), still.unbind(-1), mirrored[..., 1]
     assert gone.mean() < 0.7 * lost.mean() and turned.mean() < 0.7 * min(spun.mean(), wrong.mean())
     assert float(moves(planar(poses)).abs().max()) > 0.05
 

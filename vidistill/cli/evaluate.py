@@ -28,7 +28,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--clips",
         type=positive_int,
-        help="held-out clips or captions (default and protocol: 256; any world: 128), or paths for each time away (24)",
+        help="held-out clips or captions (default and protocol: 256; any world: 128), or paths of each kind (4)",
     )
     p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
     p.add_argument("--full", help="suite memory: the baseline that keeps everything (default: NAME-full)")

@@ -60,6 +60,7 @@ class Data:
     window: int | None = None
     reader: Any = None  # of camera motion, where a suite reads it
     fitted: bool = False
+    shown: int = SHOWN  # clips kept to look at
 
     def read(self, px: Tensor) -> Reading:
         """What the probe sees of clips px [B, T, 3, H, W]."""
@@ -112,7 +113,7 @@ class Tally:
         self.parts.setdefault("rooms", []).append(rooms)
         for name, measure in parts.items():
             self.parts.setdefault(name, []).append(measure(view))
-        few = min(batch.shown, SHOWN - len(self.shown))
+        few = min(batch.shown, self.data.shown - len(self.shown))
         self.shown += list(to_uint8(px[: max(0, few)]))
 
     def __getitem__(self, name: str) -> Tensor:

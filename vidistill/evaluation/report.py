@@ -14,7 +14,10 @@ from rich.table import Table
 
 from vidistill.io import contact_sheet, save_png
 
-ORDER = ("real", "codec", "teacher", "student", "window", "full", "repeat", "repeat_last")
+ORDER = (
+    *("real", "codec", "teacher", "student", "window", "full"),
+    *("repeat", "repeat_last", "paste_start", "paste_nearest"),
+)
 
 
 def plain(value: Any) -> Any:

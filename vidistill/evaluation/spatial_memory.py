@@ -1,12 +1,14 @@
-"""The memory benchmark: look away or walk off, come back, and compare what is there with what was there.
+"""The memory benchmark: leave a view and come back to it, go where it must not be seen again, and walk straight.
 
 Students are told the same actions as the real engine, and start from the same picture, on the paths of
-`worlds.doom.paths`.
+`worlds.doom.paths`. A student that pastes what it remembers wins some of the figures and loses others.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,19 +32,23 @@ from vidistill.conditioning.camera import (
 from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
-from vidistill.evaluation.clips import Batch, Data, Row, Tally, View
-from vidistill.evaluation.probes import Probe, Reading, load_probe, read
+from vidistill.evaluation.clips import Batch, Data, Row, Tally, View, repeat_row
+from vidistill.evaluation.probes import AFTER, BEFORE, Probe, Reading, load_probe, read
 from vidistill.evaluation.quality import walk_along, walk_condition
-from vidistill.evaluation.report import Metric
+from vidistill.evaluation.recall import false_recall, likeness, nearest, returns, snaps
+from vidistill.evaluation.report import Metric, Sheet
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.suite import Judgement, Suite
 from vidistill.io import to_float
 from vidistill.memory.policies import stream_memory
 from vidistill.ops.precision import PRECISIONS
-from vidistill.worlds.doom.paths import FIRST_ROOM, KINDS, PathConfig, Revisit, paths_of
+from vidistill.worlds.doom.labels import action_labels, visible_walks
+from vidistill.worlds.doom.paths import FIRST_ROOM, FORWARD, KINDS, REVISITS, Path, PathConfig, paths_of
 from vidistill.worlds.doom.recorder import ACTIONS
 
 BASELINES = ("window", "full")  # the same student with another memory: NAME-window, NAME-full
+HEADS = ("turn", "walk")  # of the probe, that actions are read from
+SAME_DB = 40.0  # beyond it no eye tells two pictures apart
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,11 @@ class PoseReader:
         """Features, what a rectifier makes of them, and a constant."""
         return torch.cat((features, F.relu(features), F.relu(-features), torch.ones_like(features[..., :1])), -1)
 
-    def error(self, px: Tensor, poses: Tensor) -> tuple[Tensor, Tensor]:
-        """(distance, angle in degrees) [B, n] between read and true motion a frame of clips px [B, T, 3, H, W]."""
-        reading = read(self.probe, px, 4)
+    def error(self, reading: Reading, poses: Tensor) -> Tensor:
+        """(distance, angle in degrees) [B, n, 2] between the motion that is read and that of poses [B, T, 3]."""
         got = self.inputs(reading.features).double() @ self.weights
         wrong = got - planar_motion(poses)[:, reading.times]
-        return wrong[..., :2].norm(dim=-1), wrong[..., 2].abs().rad2deg()
+        return torch.stack((wrong[..., :2].norm(dim=-1), wrong[..., 2].abs().rad2deg()), -1)
 
 
 def planar_motion(poses: Tensor) -> Tensor:
@@ -126,35 +131,44 @@ def recorded(rooms: Rooms, cfg: SpatialMemoryConfig) -> Clips:
     return Rooms(rooms.source, rooms.world).episodes(cfg.data, "frames", (64, 321), (1, 8))
 
 
-def revisits(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: SpatialMemoryConfig) -> Data:
-    """Batches of paths of one length. Their clips are what perfect memory of the start shows: the view from before the
-    walk in place of the revisit; fact "true" is what the engine showed."""
-    engine, probe = rooms.world.config(), load_probe(cfg.probe, rooms.world.probe)
-    chunked, batches = codec.temporal_factor * bundle.net.cfg.chunk, []
+def walks(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: SpatialMemoryConfig) -> Data:
+    """Batches of paths of one length, with the engine's pictures of them."""
+    engine, chunked, batches = rooms.world.config(), codec.temporal_factor * bundle.net.cfg.chunk, []
     for seconds in cfg.seconds:
-        paths = paths_of(cfg, engine, seconds, chunked, rooms.seeds(FIRST_ROOM, cfg.paths * cfg.tries))
+        seeds = rooms.seeds(FIRST_ROOM, cfg.paths * cfg.tries * len(KINDS))
+        paths = paths_of(cfg, engine, seconds, chunked, seeds)
         parts = [paths[i : i + cfg.batch] for i in range(0, len(paths), cfg.batch)]
-        batches += [batch_of(part, seconds, int(part is parts[0]), cfg.seed) for part in parts]
-    return Data(batches, engine.fps, probe, {}, reader=PoseReader(probe, recorded(rooms, cfg)))
+        batches += [batch_of(part, seconds, engine.speed, cfg.seed) for part in parts]
+    return judged_on(batches, rooms, cfg)
 
 
-def batch_of(paths: Sequence[Revisit], seconds: float, shown: int, seed: int) -> Batch:
-    walks, judged = [path.walk for path in paths], paths[0].judged
+def judged_on(batches: Sequence[Batch], rooms: Rooms, cfg: SpatialMemoryConfig) -> Data:
+    """The batches; of the first one with all kinds of path the first of each is kept to look at."""
+    probe, kinds = load_probe(cfg.probe, rooms.world.probe), [len(b.facts["kind"].unique()) for b in batches]
+    chosen = kinds.index(max(kinds))
+    batches = [replace(batch, shown=kinds[k] if k == chosen else 0) for k, batch in enumerate(batches)]
+    reader, fps = PoseReader(probe, recorded(rooms, cfg)), rooms.world.config().fps
+    return Data(batches, fps, probe, dict.fromkeys(HEADS, 3), stride=2, reader=reader, shown=kinds[chosen])
+
+
+def batch_of(paths: Sequence[Path], seconds: float, speed: float, seed: int) -> Batch:
+    walks = [path.walk for path in paths]
     frames, actions, poses = (np.stack([getattr(w, name) for w in walks]) for name in ("frames", "actions", "poses"))
-    true = to_float(frames)
-    px = true.clone()
-    px[:, judged.start - 2 : judged.stop + 1] = px[:, :1]
-    rows = {"label": [p.label for p in paths], "away": [p.away for p in paths], "kind": [*map(kind_of, paths)]}
-    facts = {"true": true, "actions": torch.from_numpy(actions), "poses": torch.from_numpy(poses)}
-    facts |= {name: torch.tensor(row) for name, row in rows.items()}
-    facts |= {"seconds": torch.full((len(paths),), seconds), "judged": torch.tensor([[judged.start, judged.stop]])}
-    rooms = torch.tensor([w.seed for w in walks])
-    condition = partial(walk_condition, facts["actions"], facts["poses"])
-    return Batch(px, condition, derived_seed(seed, walks[0].seed), facts=facts, shown=shown, rooms=rooms)
+    facts = {"actions": torch.from_numpy(actions), "poses": torch.from_numpy(poses)}
+    facts |= {name: torch.tensor([getattr(p, name) for p in paths]) for name in ("label", "away")}
+    facts["kind"] = torch.tensor([list(KINDS).index(p.kind) for p in paths])
+    facts["judged"] = torch.tensor([[p.judged.start, p.judged.stop] for p in paths])
+    facts["pairs"] = torch.from_numpy(np.stack([p.pairs for p in paths]))
+    facts["seconds"] = torch.full((len(paths),), seconds)
+    turn, walk = action_labels(facts["actions"])
+    facts["asked"] = torch.stack((turn, visible_walks(walk, facts["poses"], speed)), -1)
+    rooms, condition = torch.tensor([w.seed for w in walks]), partial(walk_condition, facts["actions"], facts["poses"])
+    return Batch(to_float(frames), condition, derived_seed(seed, walks[0].seed), facts=facts, rooms=rooms)
 
 
-def kind_of(path: Revisit) -> int:
-    return list(KINDS).index(path.kind)
+def is_kind(facts: Mapping[str, Tensor] | Tally, *kinds: str) -> Tensor:
+    """Which clips [N] are of some kinds."""
+    return torch.isin(facts["kind"], torch.tensor([list(KINDS).index(kind) for kind in kinds]))
 
 
 def played(bundle: Bundle, codec: Codec, cfg: SpatialMemoryConfig) -> Row:
@@ -169,9 +183,17 @@ def played(bundle: Bundle, codec: Codec, cfg: SpatialMemoryConfig) -> Row:
 
 
 def repeat_last(batch: Batch) -> Tensor:
-    """The last view that is not the revisited one, for ever."""
-    own = batch.facts["true"][torch.arange(len(batch.px)), batch.facts["away"]]
+    """The last view away from the one that comes back, for ever."""
+    own = batch.px[torch.arange(len(batch.px)), batch.facts["away"]]
     return own[:, None].expand_as(batch.px)
+
+
+def paste_nearest(batch: Batch) -> Tensor:
+    """Real video until it is away, from then on its frame of before that was seen from nearest: memory and no more."""
+    poses, away = batch.facts["poses"], batch.facts["away"]
+    times = torch.arange(poses.shape[1])
+    chosen = torch.where(times > away[:, None], nearest(poses, away + 1), times)
+    return batch.px[torch.arange(len(poses))[:, None], chosen]
 
 
 def contenders(student: Bundle, named: Mapping[str, str | None]) -> dict[str, Bundle]:
@@ -194,63 +216,151 @@ def judged_frames(view: View, px: Tensor, beyond: int = 0) -> Tensor:
     return px[:, start - 2 * beyond : stop + beyond]
 
 
-def readings(view: View) -> tuple[Reading, Reading]:
-    """What the probe sees of the judged frames of a row, and of the true ones."""
+def revisited(view: View) -> Tensor:
+    """Squared error, whether most frames show the wall picture that was there, and distance of features [B, 3] of the
+    start view after the return against the true one; nan for paths that do not return to it."""
     assert view.data.probe is not None
-    shown, true = (judged_frames(view, px, 1) for px in (view.px, view.batch.facts["true"]))
-    return read(view.data.probe, shown), read(view.data.probe, true)
+    shown, true = (read(view.data.probe, judged_frames(view, px, 1)) for px in (view.px, view.batch.px))
+    known = most(shown.labels["texture"]) == view.batch.facts["label"]
+    wrong = metrics.mse(judged_frames(view, view.px), judged_frames(view, view.batch.px)).mean(1)
+    found = torch.stack((wrong, known.float(), (shown.features - true.features).norm(dim=-1).mean(1)), -1)
+    return found.masked_fill(~is_kind(view.batch.facts, *REVISITS)[:, None], math.nan)
 
 
-def recognised(view: View) -> Tensor:
-    """Whether most judged frames [B] show the wall picture that was there."""
-    labels = readings(view)[0].labels["texture"]
-    return (F.one_hot(labels).sum(1).argmax(-1) == view.batch.facts["label"]).double()
+def most(labels: Tensor) -> Tensor:
+    """The class that most frames [B, n] show."""
+    return F.one_hot(labels).sum(1).argmax(-1)
 
 
-def distance(view: View) -> Tensor:
-    shown, true = readings(view)
-    return (shown.features - true.features).norm(dim=-1).mean(1)
+def consistent(view: View) -> Tensor:
+    """How a view that comes back agrees with what the same clip first showed of it [B, 2]: by how many dB it is nearer
+    to that than what was shown in between; whether it is the same wall picture again after another one."""
+    assert view.data.probe is not None
+    clips, pairs = torch.arange(len(view.px))[:, None], view.batch.facts["pairs"]
+    again, first, between = (view.px[clips, times] for times in pairs.unbind(-1))
+    gain = metrics.psnr(again, first).clamp_max(SAME_DB) - metrics.psnr(between, first).clamp_max(SAME_DB)
+    around = pairs[..., None] + torch.arange(-BEFORE, AFTER + 1)
+    stacks = view.px[clips[..., None, None], around].flatten(0, 2)
+    seen = view.data.probe(stacks)[1]["texture"].argmax(-1).view(pairs.shape)
+    now, then, meanwhile = (most(labels) for labels in seen.unbind(-1))
+    found = torch.stack((gain.mean(1), ((now == then) & (then != meanwhile)).float()), -1)
+    return found.masked_fill(is_kind(view.batch.facts, "straight")[:, None], math.nan)
 
 
-def error(view: View) -> Tensor:
-    return metrics.mse(judged_frames(view, view.px), judged_frames(view, view.batch.facts["true"])).mean(1)
+def recall_of(view: View) -> Tensor:
+    """Share of frames elsewhere that show the start picture, share that return to an earlier picture, and whether the
+    start picture comes back [B, 3]."""
+    own, true, poses = likeness(view.px), likeness(view.batch.px), view.batch.facts["poses"]
+    back = returns(own, true, poses).double().mean(1)
+    return torch.stack((false_recall(own, true, poses), back, snaps(own, true).any(1).double()), -1)
 
 
-def by_seconds(name: str, of: Callable[[Tensor], float] = float) -> Callable[[Tally, Tally], dict[str, float]]:
-    """The mean of a part for every time away."""
+def counts(view: View) -> Tensor:
+    """Which of the frames that the probe reads count [B, n]: of straight walks those in which the walker walks."""
+    ahead = view.batch.facts["actions"][:, view.reading.times, FORWARD] > 0
+    return ahead | ~is_kind(view.batch.facts, "straight")[:, None]
+
+
+def moved_wrong(view: View) -> Tensor:
+    """Error of the motion read back [B, 2]: map units / 64 and degrees a frame."""
+    wrong = view.data.reader.error(view.reading, view.batch.facts["poses"])
+    return wrong.masked_fill(~counts(view)[..., None], math.nan).nanmean(1)
+
+
+def followed(view: View) -> Tensor:
+    """How often each action was asked for and how often it was read [B, heads, classes, 2]."""
+    seen = torch.stack([view.reading.labels[name] for name in HEADS], -1)[..., None]
+    asked = view.batch.facts["asked"][:, view.reading.times][..., None]
+    each = (asked == torch.arange(3)) & counts(view)[..., None, None]
+    return torch.stack((each.sum(1), (each & (seen == asked)).sum(1)), -1)
+
+
+def by_seconds(column: int, of: Callable[[Tensor], Any] = float) -> Callable[[Tally, Tally], dict[str, float]]:
+    """The mean over revisits of the start view for every time away."""
 
     def figure(row: Tally, real: Tally) -> dict[str, float]:
-        values, away = row[name].double(), row["seconds"]
-        return {f"{float(s):g}": of(values[away == s].mean()) for s in away.unique()}
+        values, away = row["revisited"][:, column].double(), row["seconds"]
+        return {f"{float(s):g}": float(of(values[away == s].nanmean())) for s in away.unique()}
 
     return figure
 
 
+def by_kind(name: str, column: int, kinds: Sequence[str]) -> Callable[[Tally, Tally], dict[str, float]]:
+    """The mean for every kind of path."""
+
+    def figure(row: Tally, real: Tally) -> dict[str, float]:
+        own = {kind: row[name][is_kind(row, kind), column].double() for kind in kinds}
+        return {kind: float(values.nanmean()) for kind, values in own.items() if len(values)}
+
+    return figure
+
+
+def mean_of(name: str, column: int, *kinds: str) -> Callable[[Tally, Tally], float]:
+    """The mean over paths of some kinds."""
+    return lambda row, real: float(row[name][is_kind(row, *kinds or KINDS), column].double().nanmean())
+
+
+def following(*kinds: str) -> Callable[[Tally, Tally], float]:
+    """Balanced accuracy of turns and of steps, the mean, on paths of some kinds."""
+
+    def figure(row: Tally, real: Tally) -> float:
+        asked, got = row["followed"][is_kind(row, *kinds or KINDS)].sum(0).double().unbind(-1)
+        return float((got / asked).nanmean(-1).nanmean())
+
+    return figure
+
+
+SECONDS = {"seconds": lambda v: v.batch.facts["seconds"], "kind": lambda v: v.batch.facts["kind"]}
+REVISITED, CONSISTENT = {"revisited": revisited} | SECONDS, {"consistent": consistent} | SECONDS
+RECALL, FOLLOWED = {"recall": recall_of} | SECONDS, {"followed": followed} | SECONDS
+POSE = {"pose": moved_wrong} | SECONDS
 METRICS = {
     "revisit_psnr": Metric(
-        "PSNR of the revisited view in dB, by seconds away",
-        by_seconds("error", lambda x: float(metrics.decibels(x))),
-        {"error": error, "seconds": lambda v: v.batch.facts["seconds"]},
+        "PSNR of the start view after the return, in dB, by seconds away",
+        lambda row, real: None if row is real else by_seconds(0, metrics.decibels)(row, real),
+        REVISITED,
         best="high",
     ),
-    "revisit_texture_acc": Metric(
-        "share of wall pictures recognised", by_seconds("texture"), {"texture": recognised}, best="high"
+    "revisit_texture_acc": Metric("share of its wall pictures recognised", by_seconds(1), REVISITED, best="high"),
+    "revisit_feature_distance": Metric("distance of its probe features", by_seconds(2), REVISITED, best="low"),
+    "consistency_gain": Metric(
+        "dB by which a view that comes back is nearer to what it first was than the view in between, by kind of path",
+        by_kind("consistent", 0, [kind for kind in KINDS if kind != "straight"]),
+        CONSISTENT,
+        best="high",
     ),
-    "revisit_feature_distance": Metric(
-        "distance of probe features", by_seconds("distance"), {"distance": distance}, best="low"
+    "consistency_texture": Metric(
+        "share of views made by the student that show the same wall picture again, after another one",
+        mean_of("consistent", 1, "generated", "elsewhere"),
+        CONSISTENT,
+        best="high",
     ),
+    "false_recall": Metric(
+        "share of frames seen from another place that show the start picture",
+        by_kind("recall", 0, ("elsewhere", "straight")),
+        RECALL,
+        best="low",
+    ),
+    "returns": Metric(
+        "share of frames that show an earlier picture again although the pose is another one",
+        mean_of("recall", 1),
+        RECALL,
+        best="low",
+    ),
+    "snap_back": Metric(
+        "share of straight walks that are thrown back to the start picture",
+        mean_of("recall", 2, "straight"),
+        RECALL,
+        best="low",
+    ),
+    "action_following": Metric("balanced accuracy of actions a probe reads back", following(), FOLLOWED, best="high"),
+    "straight_following": Metric("the same on straight walks", following("straight"), FOLLOWED, best="high"),
     "rpe_trans": Metric(
-        "error of the motion that is read back, in map units / 64 a frame",
-        lambda row, _: row.mean("rpe_trans"),
-        {"rpe_trans": lambda v: v.data.reader.error(v.px, v.batch.facts["poses"])[0].mean(1)},
-        best="low",
+        "error of the motion that is read back, in map units / 64 a frame", mean_of("pose", 0), POSE, best="low"
     ),
-    "rpe_rot": Metric(
-        "the same of turns, in degrees a frame",
-        lambda row, _: row.mean("rpe_rot"),
-        {"rpe_rot": lambda v: v.data.reader.error(v.px, v.batch.facts["poses"])[1].mean(1)},
-        best="low",
-    ),
+    "rpe_rot": Metric("the same of turns, in degrees a frame", mean_of("pose", 1), POSE, best="low"),
+    "straight_rpe_trans": Metric("on straight walks", mean_of("pose", 0, "straight"), POSE, best="low"),
+    "straight_rpe_rot": Metric("on straight walks", mean_of("pose", 1, "straight"), POSE, best="low"),
 }
 
 
@@ -264,12 +374,26 @@ def details(judged: Judgement) -> None:
     camera, factor = student.record["world"].get("camera"), judged.codec.temporal_factor
     walks = recorded(judged.rooms, cfg)
     result["pose_error"] = pose_error(walks, build(CameraConfig, camera), factor) if camera else None
-    counted: dict[str, dict[str, int]] = {f"{s:g}": dict.fromkeys(KINDS, 0) for s in cfg.seconds}
-    for batch in judged.data.batches:
-        for kind in batch.facts["kind"]:
-            counted[f"{float(batch.facts['seconds'][0]):g}"][list(KINDS)[int(kind)]] += 1
     assert judged.data.probe is not None
-    judged.protocol |= {"counted": counted, "texture_chance": 1 / judged.data.probe.cfg.textures}
+    judged.protocol |= {"counted": counted(judged.data, cfg), "texture_chance": 1 / judged.data.probe.cfg.textures}
+    judged.pictures.sheets = [named(sheet, judged.data) for sheet in judged.pictures.sheets]
+
+
+def counted(data: Data, cfg: SpatialMemoryConfig) -> dict[str, dict[str, int]]:
+    """How many paths there are of every kind, by seconds away."""
+    out = {f"{s:g}": dict.fromkeys(KINDS, 0) for s in cfg.seconds}
+    for batch in data.batches:
+        for kind in batch.facts["kind"]:
+            out[f"{float(batch.facts['seconds'][0]):g}"][list(KINDS)[int(kind)]] += 1
+    return out
+
+
+def named(sheet: Sheet, data: Data) -> Sheet:
+    """The sheet of clips, with the kind of path of every line."""
+    kinds = [list(KINDS)[int(k)] for batch in data.batches for k in batch.facts["kind"][: batch.shown]]
+    rows = len(sheet.labels) // len(kinds)
+    labels = [f"{label.split(',')[0]}, {kinds[k // rows]}" for k, label in enumerate(sheet.labels)]
+    return replace(sheet, labels=labels, caption="The first path of every kind, one picture every 0.4 s.")
 
 
 def memory_of(bundle: Bundle) -> dict[str, int]:
@@ -279,15 +403,16 @@ def memory_of(bundle: Bundle) -> dict[str, int]:
     return {"memory_tokens": memory.tokens, "memory_bytes": memory.memory_bytes}
 
 
+ROWS = {"repeat_last": repeat_last, "paste_start": repeat_row, "paste_nearest": paste_nearest}
 SUITE = Suite(
     "memory",
     SpatialMemoryConfig,
-    revisits,
+    walks,
     METRICS,
     lambda result: [],
     details,
-    rows={"repeat_last": lambda codec: repeat_last},
+    rows={name: partial(lambda row, codec: row, row) for name, row in ROWS.items()},
     student=played,
     others=contenders,
-    quick={"paths": 12, "seconds": (5.0,), "seeds": 1, "draws": 100},
+    quick={"paths": 2, "seconds": (5.0,), "seeds": 1, "draws": 100},
 )

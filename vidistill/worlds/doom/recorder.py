@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,17 @@ from vidistill.worlds.doom.maps import (
     make_world,
 )
 
-__all__ = ["ACTIONS", "HELD_OUT_SEED", "DoomConfig", "centre_texture", "record", "record_many", "replay", "seeds"]
+__all__ = [
+    "ACTIONS",
+    "HELD_OUT_SEED",
+    "DoomConfig",
+    "centre_texture",
+    "record",
+    "record_many",
+    "replay",
+    "replay_many",
+    "seeds",
+]
 
 ACTIONS = ("turn_left", "turn_right", "forward", "backward")
 TICS_PER_SECOND = 35
@@ -315,9 +325,20 @@ def replay(cfg: DoomConfig, seed: int, actions: np.ndarray, num_frames: int | No
         )
     if actions.min() < 0 or actions.max() > 1:
         raise ValueError(f"actions reach from {actions.min()} to {actions.max()}; allowed is 0 to 1")
-    world = make_world(cfg.layouts, seed)
-    with _Engine(cfg, [world]) as engine:
-        return _play(engine, 0, world, seed, num, lambda t, pose: actions[t])
+    return next(_replay_some(cfg, [(seed, actions[:num])]))
+
+
+def replay_many(cfg: DoomConfig, walks: Sequence[tuple[int, np.ndarray]]) -> Iterator[Episode]:
+    """Yields `replay` of every (seed, actions), some of them from one engine."""
+    for i in range(0, len(walks), SEEDS_PER_ENGINE):
+        yield from _replay_some(cfg, walks[i : i + SEEDS_PER_ENGINE])
+
+
+def _replay_some(cfg: DoomConfig, walks: Sequence[tuple[int, np.ndarray]]) -> Iterator[Episode]:
+    worlds = [make_world(cfg.layouts, seed) for seed, _ in walks]
+    with _Engine(cfg, worlds) as engine:
+        for k, (seed, actions) in enumerate(walks):
+            yield _play(engine, k, worlds[k], seed, len(actions), lambda t, pose, actions=actions: actions[t])
 
 
 def palindrome(cfg: DoomConfig, episode: Episode, pivot: int) -> Episode:
