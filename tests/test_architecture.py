@@ -91,7 +91,7 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2321,
+    "data": 2338,
     "training": 1687,
     "evaluation": 2438,
     "worlds": 1464,
@@ -100,7 +100,7 @@ BUDGETS = {
     "cli": 1081,
     "serve": 1195,
     "interop": 1020,
-    "conditioning": 736,
+    "conditioning": 738,
     "streaming": 680,
     "models": 596,
     "memory": 566,
