@@ -71,12 +71,13 @@ def frame_shards(episodes: Iterable[Episode], per_shard: int = 64) -> Iterator[t
     """Shards of episodes of one length: frames uint8 [N, T, H, W, 3], actions [N, T, A], poses [N, T, 3 or 12]."""
     episodes = iter(episodes)
     while held := list(itertools.islice(episodes, per_shard)):
-        yield stacked(held, "frames", "actions", "poses"), [{"seed": e.seed, "walls": e.walls} for e in held]
+        yield arrays(held), [{"seed": e.seed, "walls": e.walls} for e in held]
 
 
-def stacked(clips: Sequence[Any], *names: str) -> dict[str, Tensor]:
-    """The arrays of clips under these names, [N, ...]."""
-    return {name: torch.from_numpy(np.stack([getattr(clip, name) for clip in clips])) for name in names}
+def arrays(clips: Sequence[Any]) -> dict[str, Tensor]:
+    """The arrays of clips [N, ...] by the names of their fields; those of a world's own kind of clip come along."""
+    named = [name for name, value in vars(clips[0]).items() if isinstance(value, np.ndarray)]
+    return {name: torch.from_numpy(np.stack([vars(clip)[name] for clip in clips])) for name in named}
 
 
 def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int = 64) -> Iterator[Shard]:
@@ -85,7 +86,7 @@ def captioned_shards(clips: Iterable[Captioned], encode: Encode, per_shard: int 
     while held := list(itertools.islice(clips, per_shard)):
         tokens = encode([c.caption for c in held]).half()
         yield (
-            {**stacked(held, "frames"), "tokens": tokens},
+            {**arrays(held), "tokens": tokens},
             [{"seed": c.seed, "caption": c.caption, **c.labels} for c in held],
         )
 
@@ -101,7 +102,7 @@ def talk_shards(
     clips = iter(clips)
     while held := list(itertools.islice(clips, per_shard)):
         heard = [clip_features(from_pcm16(c.pcm), len(c.frames), audio) for c in held]
-        tensors = {**stacked(held, "frames", "pcm", "mouth"), "audio": torch.from_numpy(np.stack(heard)).half()}
+        tensors = {**arrays(held), "audio": torch.from_numpy(np.stack(heard)).half()}
         tensors["tokens"] = encode([c.caption for c in held]).half()
         described = [{"seed": c.seed, "caption": c.caption, **c.labels, "measures": measure(c)} for c in held]
         yield tensors, described
