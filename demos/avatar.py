@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from vidistill.checkpoint import load_codec, load_student, start_pictures, takes_audio
-from vidistill.cli.options import non_negative_int
+from vidistill.cli.options import non_negative_int, print_anything
 from vidistill.io import check_video, contact_sheet, read_image, read_sound, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.worlds.talker import speech
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="a happy person talks in a lively way", help="how they speak")
     parser.add_argument("-o", "--out", type=Path, default=Path("avatar.mp4"))
     parser.add_argument("--seed", type=non_negative_int, default=0)
+    print_anything()
     args = parser.parse_args()
     try:
         speak(args)

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from vidistill.checkpoint import load_codec, load_student, takes_prompts
-from vidistill.cli.options import clip_seconds, non_negative_int, scale_factor
+from vidistill.cli.options import clip_seconds, non_negative_int, print_anything, scale_factor
 from vidistill.conditioning.script import parse_cues
 from vidistill.io import check_video, contact_sheet, read_text, save_png, write_video
 from vidistill.streaming.session import StreamConfig, StreamSession
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--switch", default="recache", help="what a prompt does to memory where the story does not say")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--scale", type=scale_factor, default=8, help="enlarge pixels by this factor")
+    print_anything()
     args = parser.parse_args()
     try:
         tell(args)

@@ -74,7 +74,7 @@ def main() -> None:
     for way in args.ways:
         for frames in args.frames:
             command = [sys.executable, __file__, args.config, "--frames", str(frames), "--one", way, "--set", *args.set]
-            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
             row = result.setdefault(way, {})[frames] = json.loads(out.splitlines()[-1])
             first = result[way][args.frames[0]]["peak_bytes"]
             print(

@@ -139,8 +139,8 @@ def git_commit() -> str | None:
     here = Path(__file__)
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=here.parent, check=True)
-        return done.stdout.strip()
+        done = subprocess.run(["git", *words], capture_output=True, cwd=here.parent, check=True)
+        return done.stdout.decode().strip()
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # else an installed package in somebody else's repository
@@ -170,7 +170,7 @@ def locate(name: str | Path) -> Path:
     names = zoo_names()
     if str(name) in names:
         return zoo_folder() / names[str(name)]
-    if str(name) in json.loads((zoo_folder() / "clone_only.json").read_text()):
+    if str(name) in read_json(zoo_folder() / "clone_only.json"):
         raise CheckpointError(f"{name} is a control that installed packages leave out; it is in a clone of the source")
     if not Path(name).name:
         raise CheckpointError(f"no checkpoint {str(name)!r}: give a bundled name, or the path of one")

@@ -69,7 +69,7 @@ def profile(run: Callable[[], object]) -> dict[str, float]:
 def resident_bytes() -> int:
     """Bytes of the process in memory now (where the system does not tell: the most there ever were)."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else peak_bytes()
+    return int(statm.read_bytes().split()[1]) * resource.getpagesize() if statm.is_file() else peak_bytes()
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
@@ -102,6 +102,6 @@ def environment(net: nn.Module) -> dict[str, Any]:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ from vidistill.cli.export import add_export, add_publish
 from vidistill.cli.generate import add_generate
 from vidistill.cli.info import add_info
 from vidistill.cli.new import add_new
-from vidistill.cli.options import Parser
+from vidistill.cli.options import Parser, print_anything
 from vidistill.cli.serve import add_serve
 from vidistill.cli.train import add_diagnose, add_train
 
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With -v an exception is raised as it is, whose traceback Python prints.
     """
+    print_anything()
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,6 +1,8 @@
 """Commands as tables of arguments, numbers as they are typed, and what several commands share."""
 
 import argparse
+import io
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,6 +90,13 @@ def speed_of(args: argparse.Namespace) -> Any:
 
     set_backend(args.backend)
     return SpeedConfig(args.linears, args.compile, args.device, args.precision)
+
+
+def print_anything() -> None:
+    """Let no name fail a command that has done its work, because the terminal's encoding lacks a letter of it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):

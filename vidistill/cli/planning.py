@@ -1,6 +1,5 @@
 """How a budget of time becomes steps: every stage is timed here, then each gets its share."""
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -31,6 +30,7 @@ from vidistill.codecs import visibility
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.data.clips import Clips
 from vidistill.data.shards import META, DataError, latent_shard, write_shards
+from vidistill.io import read_json, write_text
 from vidistill.models.dit import VideoDiT
 from vidistill.sampling import sample
 from vidistill.training.config import TrainConfig
@@ -288,7 +288,7 @@ def check(folder: Path, name: str, lenient: bool) -> str:
     path = folder / "plan.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no project of `vidistill new`: there is no {path}")
-    plan = json.loads(path.read_text())
+    plan = read_json(path)
     found = check_codec(folder, plan) if name == "codec" else check_teacher(folder, plan)
     gates = {key: plan["gates"][key] for key in found}
     bad = [key for key, (low, high) in gates.items() if not low <= found[key] <= high]
@@ -321,7 +321,7 @@ def check_codec(folder: Path, plan: Mapping[str, Any]) -> dict[str, float]:
         shown = visibility(codec, latents[:2], torch.Generator().manual_seed(0)).sqrt()
     weights = ", ".join(f"{w:.3g}" for w in (shown / shown.mean()).clamp_min(0.1).tolist())
     note = "# How much each latent channel of the trained codec shows, as `vidistill new . --check codec` measured it."
-    (folder / "measured.yaml").write_text(f"{note}\nloss: {{channel_weights: [{weights}]}}\n")
+    write_text(folder / "measured.yaml", f"{note}\nloss: {{channel_weights: [{weights}]}}\n")
     return {
         "psnr": float(metrics.psnr(decoded, px).mean()),
         "sharpness": float(metrics.sharpness(decoded).mean() / metrics.sharpness(px).mean().clamp_min(1e-6)),

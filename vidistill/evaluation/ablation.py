@@ -15,6 +15,7 @@ from vidistill.evaluation import report, suite_of
 from vidistill.evaluation.prompt_adherence import AdherenceConfig
 from vidistill.evaluation.quality import EvalConfig
 from vidistill.evaluation.suite import glance
+from vidistill.io import write_text
 from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.training.config import TrainConfig
 from vidistill.training.trainer import train
@@ -163,7 +164,7 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
     """The figures as JSON, as a table in Markdown, and as one plot."""
     report.save(folder, "frontier.json", result)
     heads, *rows = (f"| {' | '.join(row)} |" for row in rows_of(result))
-    (folder / "frontier.md").write_text("\n".join([heads, "|" + "---|" * heads.count(" |"), *rows]) + "\n")
+    write_text(folder / "frontier.md", "\n".join([heads, "|" + "---|" * heads.count(" |"), *rows]) + "\n")
 
     def paint(made: Any) -> None:
         axes = made.add_subplot()

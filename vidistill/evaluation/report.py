@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vidistill.io import contact_sheet, save_png
+from vidistill.io import contact_sheet, save_png, write_json, write_text
 
 ORDER = (
     *("real", "codec", "teacher", "student", "window", "full"),
@@ -193,7 +193,7 @@ class Pictures:
 def save(folder: Path, name: str, result: Mapping[str, Any]) -> None:
     """Figures as a file of JSON in `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(folder / name, result)
 
 
 def save_sheets(folder: Path, sheets: Sequence[Sheet]) -> list[tuple[str, str]]:
@@ -230,7 +230,7 @@ def write(
             for measure in pictures.curves["real"]
         }
         files.append(plot(folder / "drift.png", panels, text))
-    (folder / "index.html").write_text(page(numbers, result, targets, files))
+    write_text(folder / "index.html", page(numbers, result, targets, files))
 
 
 def canvas(width: float, height: float) -> Any:

@@ -1,6 +1,5 @@
 """Checkpoints of ours in the layouts that others read, tensor for tensor, and back."""
 
-import json
 import logging
 import os
 import shutil
@@ -21,6 +20,7 @@ from vidistill.interop.families import FAMILIES, Family
 from vidistill.interop.files import WEIGHTS, read_folder
 from vidistill.interop.formats import Published, write_student
 from vidistill.interop.keys import build, infer_config, to_original, to_ours
+from vidistill.io import write_json
 from vidistill.models.layers import DiTConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 
@@ -202,10 +202,6 @@ def scheduler_config(shift: float) -> dict[str, Any]:
         "flow_shift": shift,
         "num_train_timesteps": 1000,
     }
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def write_shards(folder: Path, stem: str, state: Mapping[str, Tensor], limit: int = SHARD_BYTES) -> None:

@@ -1,7 +1,6 @@
 """Weight files and folders of other people, recognised by what is in them and not by their names."""
 
 import argparse
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from vidistill.io import read_json
 
 INDEX = ".index.json"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -168,10 +169,7 @@ def folder_config(path: str | Path) -> dict[str, Any]:
     for folder in (Path(path), Path(path) / "transformer"):
         file = folder / "config.json"
         if file.is_file():
-            try:
-                said = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is damaged: {error}; download it again") from error
+            said = read_json(file)
             if not isinstance(said, dict):
                 raise ValueError(f"{file} is damaged: it holds no dictionary; download it again")
             return said
@@ -189,7 +187,7 @@ def check_complete(folder: Path, files: Iterable[Path]) -> None:
 def read_index(index: Path, *, allow_pickle: bool = False) -> Any:
     """The tensors that an index lists, each from the file it names; files outside its folder are refused."""
     try:
-        table: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table: Any = read_json(index)["weight_map"]
         names = sorted(set(table.values()))
         outside = [name for name in names if PurePosixPath(name).name != name or "\\" in name or name in ("", "..")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

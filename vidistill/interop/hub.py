@@ -1,7 +1,6 @@
 """Checkpoints of ours on the Hugging Face hub: what a model card says of them, and the upload."""
 
 import contextlib
-import json
 import re
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from vidistill import __version__, checkpoint
 from vidistill.checkpoint import CheckpointError, with_extension
 from vidistill.interop.export import LAYOUTS, export_as
 from vidistill.interop.families import LAYOUT, NON_COMMERCIAL
+from vidistill.io import read_json, write_json, write_text
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 LICENCES = {"Apache-2.0": "apache-2.0", NON_COMMERCIAL: "cc-by-nc-sa-4.0"}  # as cards here say it -> as the hub does
@@ -105,9 +105,8 @@ def stage(name: str | Path, to: str, folder: Path, card: str) -> None:
         for suffix in (".safetensors", ".json"):
             shutil.copyfile(with_extension(local, suffix), folder / f"{local.name}{suffix}")
     for record in folder.glob("*.json"):
-        said = json.loads(record.read_text(encoding="utf-8"))
-        record.write_text(json.dumps(portable(said), indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(record, portable(read_json(record)))
+    write_text(folder / "README.md", card)
 
 
 def portable(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vidistill.interop.files import WEIGHTS, listed
 from vidistill.interop.keys import State, bare, looks_like, ours, to_diffusers_key
+from vidistill.io import read_json
 
 CONFIG = "adapter_config.json"
 PEFT = "base_model.model."  # what peft puts before every name
@@ -91,10 +92,7 @@ def adapter_config(file: Path) -> dict[str, Any]:
     """peft's settings of the adapter in `file`: beside it, or in its header where diffusers keeps them."""
     beside = file.parent / CONFIG
     if file.stem == "adapter_model" and beside.is_file():
-        try:
-            found: Any = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{beside} is damaged: {error}; download it again") from error
+        found: Any = read_json(beside)
     elif file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:

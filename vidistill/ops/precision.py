@@ -50,7 +50,7 @@ def _error() -> float:
 def _maker() -> str:
     """Who made this CPU, as far as the system says; looked up for the name "GenuineIntel"."""
     try:
-        return Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         return platform.processor()
 

@@ -1,10 +1,10 @@
 """Which family a published teacher is of, and loading it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vidistill.io import read_json
 from vidistill.teachers import Teacher
 
 
@@ -27,7 +27,7 @@ CLASSES = {"LTXVideoTransformer3DModel": "ltx"}  # diffusers' class -> family; e
 def family_of(source: str | Path) -> str:
     """The family of the network in a local diffusers folder; `wan` for everything else."""
     path = Path(source) / "transformer" / "config.json"
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    said = read_json(path) if path.is_file() else {}
     return CLASSES.get(said.get("_class_name", ""), "wan")
 
 

@@ -1,6 +1,5 @@
 """Wan 2.1 and 2.2 as teachers: diffusers' folders and hub ids, and Wan's own folders, mapped into VideoDiT."""
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidistill import io
 from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.files import read_folder
@@ -138,7 +138,10 @@ def part_in(folder: Path) -> Part:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = io.read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no dictionary; download it again")
+    return found
 
 
 def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any], dict[str, Any]]:

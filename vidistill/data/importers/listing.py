@@ -4,11 +4,13 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from vidistill.data.importers.decode import PICTURES, VIDEOS, natural
 from vidistill.data.shards import DataError
+from vidistill.io import read_text
 
 CAPTIONS = ".txt"
 ACTIONS = (".actions.csv", ".actions.jsonl")
@@ -83,10 +85,7 @@ def stray(path: Path) -> str:
 
 
 def read_caption(path: Path) -> str:
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    return " ".join(read_text(path).split())
 
 
 def in_list(source: Path) -> Iterator[Item]:
@@ -116,19 +115,17 @@ def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 
 def csv_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with source.open(encoding="utf-8-sig", newline="") as file:
-        yield from enumerate(csv.DictReader(file), start=2)
+    yield from enumerate(csv.DictReader(StringIO(read_text(source), newline="")), start=2)
 
 
 def jsonl_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with source.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, checked(source, number, parsed(source, number, line))
+    for number, line in enumerate(read_text(source).split("\n"), start=1):
+        if line.strip():
+            yield number, checked(source, number, parsed(source, number, line))
 
 
 def json_rows(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    rows = parsed(source, 1, source.read_text(encoding="utf-8-sig"))
+    rows = parsed(source, 1, read_text(source))
     if not isinstance(rows, list):
         raise DataError(f"{source} must hold a list of videos with captions, got {type(rows).__name__}")
     for number, row in enumerate(rows, start=1):

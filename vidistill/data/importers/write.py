@@ -23,7 +23,7 @@ from vidistill.data.shards import (
     write_shard,
 )
 from vidistill.data.types import pack_rows
-from vidistill.io import write_text
+from vidistill.io import read_json, write_text
 
 PER_SHARD = 32
 LOCK = ".lock"
@@ -103,10 +103,10 @@ def write_split(
             tensors, described = make(i)
             if codec is not None:
                 tensors, described = latent_shard((tensors, described), codec)
-            path.with_suffix(".json").write_text(json.dumps(described))
+            write_text(path.with_suffix(".json"), json.dumps(described))
             write_shard(path, tensors)
         done(i)
-    with (folder.parent / LOCK).open("a") as lock:  # another process may finish at the same moment
+    with (folder.parent / LOCK).open("ab") as lock:  # another process may finish at the same moment
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / META).is_file():
             return True
@@ -114,7 +114,7 @@ def write_split(
         if not all(path.is_file() for path in paths):
             return False
         notes = [path.with_suffix(".json") for path in paths]
-        described = [clip for note in notes for clip in json.loads(note.read_text())]
+        described = [clip for note in notes for clip in read_json(note)]
         finish_shards(folder, shards, described, meta)
         for note in (*(path.name for path in notes), SETTINGS):
             (folder / note).unlink(missing_ok=True)
@@ -143,9 +143,9 @@ def begun(folder: Path, settings: Mapping[str, Any]) -> Path:
     partial, asked = partial_of(folder), json.loads(json.dumps(settings))
     partial.mkdir(parents=True, exist_ok=True)
     note = partial / SETTINGS
-    found = json.loads(note.read_text()) if note.is_file() else asked
+    found = read_json(note) if note.is_file() else asked
     check_same(partial, found, asked)
-    note.write_text(json.dumps(asked, sort_keys=True))
+    write_text(note, json.dumps(asked, sort_keys=True))
     return partial
 
 
