@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from vidistill import record as records
 from vidistill.codecs import GEOMETRIES, Codec, build_codec, codec_record, open_codec
@@ -23,14 +23,14 @@ from vidistill.conditioning.condition import Encode
 from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import ConfigError, build
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.io import is_ours, read_image, read_json, write_json
+from vidistill.io import is_ours, may_download, read_image, read_json, write_json
 from vidistill.models.dit import VideoDiT
 from vidistill.models.student import CausalStudent
 from vidistill.record import FORMAT, Record
 from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.teachers.load import read_teacher
 from vidistill.teachers.text_encoder import TextCache, cache_folder
-from vidistill.tensors import CheckpointError, check_header, load_into, read_tensors, save_tensors
+from vidistill.tensors import CheckpointError, check_header, checksum, load_into, read_tensors, save_tensors
 
 log = logging.getLogger("vidistill")
 
@@ -99,10 +99,11 @@ def export(
     """
     path = Path(path)
     tensors = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in net.state_dict().items()}
+    tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
     bad = [n for n, t in tensors.items() if not t.isfinite().all()]
     if bad:
         raise CheckpointError(f"{path} is not written: {', '.join(bad[:5])} is not finite in {dtype or 'the source'}")
-    full = {"format": FORMAT, **describe(net), **record}
+    full = {"format": FORMAT, **describe(net), **record, "sha256": checksum(tensors)}
     parse(json.loads(json.dumps(full)), f"{path} is not written", needs=False)
     info = {"format": FORMAT, "kind": full["kind"], **architecture(full)}
     save_tensors(with_extension(path, ".safetensors"), tensors, info)
@@ -212,24 +213,37 @@ def start_pictures(name: str | Path) -> list[Path]:
     return next((sorted(f.glob("*.png")) for f in folders if f.is_dir()), [])
 
 
-def load(name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.float32) -> Bundle:
+def load(
+    name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.float32, offline: bool = False
+) -> Bundle:
     """The network of a checkpoint, ready to run, its weights in `dtype`; CheckpointError names what is wrong with it.
 
     Published networks come through the same door: a folder (diffusers' layout, or Wan's own) or `hf://ORG/NAME` is a
-    teacher, or a codec if `kind` says so.
+    teacher, or a codec if `kind` says so. offline: the hub is not asked; see `load_named`.
     """
     if is_published(name):
-        return load_published(str(name), kind, dtype)
+        return load_published(str(name), kind, dtype, offline)
     path = locate(name)
     record = read_record(path)
     if kind and record["kind"] != kind:
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
-    tensors, info = read_tensors(with_extension(path, ".safetensors"), record.get("sha256"))
-    check_architecture(info, record, path)
+    tensors = read_weights(path, record)
     with torch.device("meta"):
         net = rebuild(record, f"{path}.json").to(dtype)
     load_into(net, tensors, str(path))
     return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
+
+
+def load_named(name: str | Path, kind: str | None = None) -> Bundle:
+    """What a record or the meta of data names, not the user: it is not downloaded, unless `io.may_download` says so."""
+    return load(name, kind, offline=not may_download())
+
+
+def read_weights(path: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the checkpoint at `path` (without suffix); CheckpointError unless they are those of its record."""
+    tensors, info = read_tensors(with_extension(path, ".safetensors"), record.get("sha256"))
+    check_architecture(info, record, path)
+    return tensors
 
 
 def check_architecture(info: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> None:
@@ -257,7 +271,7 @@ def is_published(name: str | Path) -> bool:
     return path.suffix == ".safetensors" and path.stem in GEOMETRIES and path.is_file()
 
 
-def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
+def load_published(name: str, kind: str | None, dtype: torch.dtype, offline: bool) -> Bundle:
     """A published teacher or codec as a bundle with the record that training and sampling read."""
     if kind == "student":
         raise CheckpointError(
@@ -265,11 +279,11 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype) -> Bundle:
         )
     try:
         if kind == "codec" or name.endswith(".safetensors"):
-            codec: Any = open_codec(name.removeprefix(HUB))
+            codec: Any = open_codec(name.removeprefix(HUB), offline)
             if codec is None:
                 raise CheckpointError(f"{name} holds no codec: no vae/config.json of diffusers")
             return Bundle(Path(name).name, "codec", codec.eval().requires_grad_(False), {"kind": "codec"})
-        teacher = read_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."))
+        teacher = read_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."), offline=offline)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     record = {
@@ -296,7 +310,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     parse({"format": None, **record} if isinstance(record, dict) else record, f"{path}.json")
-    return {**record, "world": record.get("world") or {}, "card": record.get("card") or {}}
+    return dict(record)
 
 
 def parse(record: Any, where: str, needs: bool = True) -> Record:
@@ -342,13 +356,17 @@ def load_codec(source: str | Path | Bundle) -> Codec:
             f"folder with `vae` or a file such as taew2_1.safetensors, as `codec` into {bundle.name}.json"
         )
     near = bundle.folder / name
-    return load_codec(near if with_extension(near, ".json").is_file() else name)
+    found: Codec = load_named(near if with_extension(near, ".json").is_file() else name, "codec").net
+    return found
 
 
-def text_encoder(record: Mapping[str, Any], folder: str | Path | None = None) -> Encode | None:
+def text_encoder(
+    record: Mapping[str, Any], folder: str | Path | None = None, offline: bool | None = None
+) -> Encode | None:
     """What reads prompts for the network of a record, None if it names no text encoder; nothing is loaded yet.
 
-    folder: where embeddings are kept (default: the user's cache, whatever the record says of it).
+    folder: where embeddings are kept (default: the user's cache, whatever the record says of it). offline: whether the
+    encoder has to be on this machine (default: yes, unless `io.may_download` says otherwise).
     """
     if not record.get("text"):
         return None
@@ -360,7 +378,8 @@ def text_encoder(record: Mapping[str, Any], folder: str | Path | None = None) ->
         return Ngrams(cfg).encode
     if cfg.folder and folder is None:
         log.warning("text.folder %s of the record is not used: embeddings are kept in %s", cfg.folder, cache_folder())
-    return TextCache(cfg.source, folder or cache_folder(), length=cfg.length).encode
+    offline = not may_download() if offline is None else offline
+    return TextCache(cfg.source, folder or cache_folder(), length=cfg.length, offline=offline).encode
 
 
 def takes_audio(name: str | Path) -> bool:
@@ -391,8 +410,8 @@ def summary(name: str | Path) -> dict[str, Any]:
         "kind": record["kind"],
         "parameters": sum(p.numel() for p in net.parameters()),
         "bytes": weights.stat().st_size,
-        "card": record["card"],
-        "world": record["world"],
+        "card": record.get("card") or {},
+        "world": record.get("world") or {},
     }
     if str(name) in zoo_names() and path.name != str(name):
         row["alias_of"] = path.name

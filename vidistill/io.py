@@ -38,7 +38,25 @@ MAX_PICTURE = 2**29  # bytes of a picture file that are read
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
+DOWNLOADS = "VIDISTILL_DOWNLOADS"  # environment variable: 1 lets the files of a checkpoint decide about downloads
+
 _writes = itertools.count()
+
+
+def may_download() -> bool:
+    """Whether what a file names, and not the user, may be fetched from the hub; else it has to be on this machine."""
+    return os.environ.get(DOWNLOADS, "0") not in ("", "0")
+
+
+def not_found(source: str | Path, what: str, error: Exception, offline: bool) -> FileNotFoundError:
+    """What to say, in one line, where `what` of a folder or hub id could not be read; `offline`: no hub was asked."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    here = f"{what} {str(source)!r} is not on this machine, and the hub was not asked (offline)"
+    there = f"{what} {str(source)!r} was found neither on this machine nor on the hub ({reason})"
+    hint = f"fetch it with `hf download {source}`, name its folder"
+    return FileNotFoundError(
+        f"{here}: {hint}, or set {DOWNLOADS}=1" if offline else f"{there}; if this machine is offline, {hint}"
+    )
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -54,8 +54,8 @@ def read_tensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tenso
             header = file.metadata() or {}
             info = json.loads(header.get(MARK, "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        known = [(header.get("checksum"), header.get(MARK, "")), (sha256, "")]
-        if any(said and said != checksum(tensors, text) for said, text in known):
+        said = sha256 or header.get("checksum")
+        if said and said != checksum(tensors, "" if sha256 else header.get(MARK, "")):
             raise ValueError("its checksum is another")
     except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); restore it or train again") from error

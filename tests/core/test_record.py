@@ -7,10 +7,13 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import build_hf_headers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -18,6 +21,7 @@ from safetensors.torch import save_file
 
 from vidistill import checkpoint
 from vidistill.checkpoint import CheckpointError
+from vidistill.conditioning.audio import clip_features
 from vidistill.conditioning.controls import LiveConditions
 
 NONSENSE = [
@@ -333,6 +337,65 @@ def test_a_record_does_not_choose_where_files_are_written(tmp_path, monkeypatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     encode = checkpoint.text_encoder({"text": {"kind": "umt5", "source": "a/b", "folder": "elsewhere"}})
     assert encode.__self__.folder == tmp_path / "vidistill" / "text" and "elsewhere" in caplog.text
+
+
+HUB_ID = "hf://nobody/none"
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """Sockets that are told of; returns what was asked for."""
+    asked = []
+
+    def refused(*args, **_):
+        asked.append(args)
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("socket.socket.connect", refused)
+    monkeypatch.setattr("socket.getaddrinfo", refused)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build_hf_headers()  # asks who asks, once a process, whatever is to be read
+    asked.clear()
+    return asked
+
+
+NAMED = {  # what a record may name -> what follows it
+    "codec": lambda bundle: checkpoint.load_codec(bundle),
+    "text": lambda bundle: checkpoint.text_encoder(bundle.record)(["a fox"]),
+    "audio": lambda bundle: clip_features(np.zeros(16_000, np.float32), 4, bundle.spec.audio),
+}
+SAID = {
+    "codec": HUB_ID,
+    "text": {"kind": "umt5", "source": HUB_ID},
+    "audio": {"kind": "wav2vec2", "source": HUB_ID, "fps": 16},
+}
+
+
+@pytest.mark.parametrize("field", NAMED)
+def test_a_record_downloads_nothing_unless_it_is_allowed_to(student, tmp_path, monkeypatch, no_network, field):
+    name, record = student
+    bundle = replace(checkpoint.load(name), record={**record, field: SAID[field]})
+    with pytest.raises((CheckpointError, OSError)) as caught:
+        NAMED[field](bundle)
+    said = str(caught.value)
+    assert not no_network and "\n" not in said and "nobody/none" in said
+    assert "offline" in said and "VIDISTILL_DOWNLOADS=1" in said and "hf download" in said
+
+
+def test_a_record_that_may_download_says_when_it_is_offline(student, monkeypatch, no_network):
+    name, record = student
+    monkeypatch.setenv("VIDISTILL_DOWNLOADS", "1")
+    asked = []
+
+    def unreachable(*_, local_files_only, **__):
+        asked.append(local_files_only)
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr("diffusers.AutoencoderKLWan.from_pretrained", unreachable)
+    with pytest.raises(CheckpointError, match=r"nobody/none.*offline.*hf download") as caught:
+        checkpoint.load_codec(replace(checkpoint.load(name), record={**record, "codec": HUB_ID}))
+    assert asked == [False] and "\n" not in str(caught.value)
 
 
 PROVENANCE = """

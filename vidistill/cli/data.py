@@ -265,7 +265,7 @@ def reader(text: dict[str, Any]) -> "Encode":
     """What reads captions, as the settings of --text say."""
     from vidistill import checkpoint
 
-    encode = checkpoint.text_encoder({"text": text}, text.get("folder"))
+    encode = checkpoint.text_encoder({"text": text}, text.get("folder"), offline=False)
     if encode is None:
         raise ValueError("--text names no encoder; say kind=ngrams or kind=umt5 source=FOLDER folder=CACHE")
     return encode

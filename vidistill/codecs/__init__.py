@@ -84,9 +84,11 @@ def build_codec(codec: str | Mapping[str, Any] | CodecConfig, weights: str | Pat
     return load(cfg, weights)
 
 
-def open_codec(source: str | Path) -> Codec | None:
+def open_codec(source: str | Path, offline: bool = False) -> Codec | None:
     """A published codec: a diffusers folder or hub id (the autoencoder itself, or what has it as `vae`), or a
     safetensors file named as its geometry, e.g. taew2_1.safetensors; None for a folder that holds none.
+
+    offline: a hub id is looked for in the local cache alone.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".safetensors" and path.stem in GEOMETRIES:
@@ -94,7 +96,7 @@ def open_codec(source: str | Path) -> Codec | None:
     if path.is_dir():
         inside = next((f for f in (path / "vae", path) if (f / "config.json").is_file()), None)
         return None if inside is None else WanCodec.from_pretrained(inside)
-    return WanCodec.from_pretrained(source, subfolder="vae")
+    return WanCodec.from_pretrained(source, "vae", offline)
 
 
 def codec_record(codec: Codec) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vidistill.codecs.frames import check_latents, check_px, check_sides, to_latent_frames, to_px_frames
+from vidistill.io import not_found
 
 State = tuple[Any, ...]  # one entry per causal convolution: its last input frames, None before, "Rep" (diffusers' mark)
 
@@ -107,9 +108,13 @@ class WanCodec(nn.Module):
         return codec
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, subfolder: str | None = None) -> "WanCodec":
+    def from_pretrained(cls, source: str | Path, subfolder: str | None = None, offline: bool = False) -> "WanCodec":
         """A codec from a diffusers folder or hub name; geometry, mean and std come from its config."""
-        vae = _diffusers_wan().AutoencoderKLWan.from_pretrained(str(source), subfolder=subfolder)
+        try:
+            wan: Any = _diffusers_wan().AutoencoderKLWan
+            vae = wan.from_pretrained(str(source), subfolder=subfolder, local_files_only=offline)
+        except OSError as error:
+            raise not_found(source, "the codec", error, offline) from error
         return cls(_read_config(vae.config), vae)
 
     @classmethod

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vidistill.io import may_download, not_found
+
 FLOOR = 1e-5  # power of silence: what is softer is not heard
 KEPT = 256  # px frames whose features a stream may ask for again
 LOUD = 6.0  # log power of speech above the floor at which features are 1
@@ -101,12 +103,17 @@ HEARING = threading.Lock()  # an encoder is shared by streams, and hooked while 
 
 @lru_cache(maxsize=2)
 def wav2vec2(source: str) -> Any:
-    """A published wav2vec 2.0 encoder."""
+    """A published wav2vec 2.0 encoder: a folder, or a hub id, which is downloaded where `io.may_download` says so."""
     try:
         from transformers import Wav2Vec2Model
     except ImportError as error:
         raise ImportError("wav2vec2 features need transformers: pip install 'vidistill[audio]'") from error
-    return Wav2Vec2Model.from_pretrained(source).eval().requires_grad_(False)
+    offline = not may_download()
+    try:
+        net = Wav2Vec2Model.from_pretrained(source.removeprefix("hf://"), local_files_only=offline)
+    except OSError as error:
+        raise not_found(source, "the audio encoder", error, offline) from error
+    return net.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -89,7 +89,8 @@ def tuned(cfg: AblationConfig, name: str) -> Bundle:
     path, stage = Path(cfg.out) / name / name, stage_of(cfg, name)
     if not checkpoint.with_extension(path, ".json").is_file():
         train(stage)
-    found, asked = (report.plain(kept) for kept in (checkpoint.read_record(path)["card"]["train"], asdict(stage)))
+    card = checkpoint.read_record(path).get("card") or {}
+    found, asked = (report.plain(kept) for kept in (card.get("train") or {}, asdict(stage)))
     changed = sorted(key for key in asked if found.get(key) != asked[key] and key not in WORKING)
     if changed:
         raise ValueError(f"{path} was trained with other {', '.join(changed)}; remove that folder, or change `out`")

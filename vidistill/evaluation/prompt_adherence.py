@@ -217,7 +217,7 @@ def switched(
     student: Bundle, codec: Codec, first: Sequence[Captioned], second: Sequence[Captioned], policy: str, cfg: Any
 ) -> Tensor:
     """Streams [B, T, 3, H, W] that are told a caption, and `cfg.before` seconds later another one."""
-    frames, out = round((cfg.before + cfg.after) * student.record["world"]["fps"]), []
+    frames, out = round((cfg.before + cfg.after) * (student.spec.played.fps or 0)), []
     for k, (a, b) in enumerate(zip(track(first, f"switch: {policy}", unit="stream"), second, strict=True)):
         cues = [Cue(0.0, a.caption), Cue(cfg.before, b.caption, policy)]
         out.append(streamed(student, codec, frames, cfg.seed + k, cues))

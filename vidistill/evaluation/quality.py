@@ -110,7 +110,7 @@ def walk_condition(
     """
     actions, factor = actions.clone(), codec.temporal_factor
     actions[:, 0] = 0.0
-    per_frame, camera = {ACTION_SITE: pack_actions(actions, factor)}, bundle.record["world"].get("camera")
+    per_frame, camera = {ACTION_SITE: pack_actions(actions, factor)}, (bundle.record.get("world") or {}).get("camera")
     if camera is not None:
         per_frame |= walked(poses[:, ::factor], build(CameraConfig, camera), factor)
     return Condition(per_frame=per_frame)

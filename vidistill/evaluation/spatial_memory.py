@@ -371,7 +371,7 @@ def details(judged: Judgement) -> None:
         result[row] |= memory_of(bundle)
     result |= {row: None for row in BASELINES if row not in result}
     result |= {key: result["student"][key] for key in ("rpe_trans", "rpe_rot")}
-    camera, factor = student.record["world"].get("camera"), judged.codec.temporal_factor
+    camera, factor = (student.record.get("world") or {}).get("camera"), judged.codec.temporal_factor
     walks = recorded(judged.rooms, cfg)
     result["pose_error"] = pose_error(walks, build(CameraConfig, camera), factor) if camera else None
     assert judged.data.probe is not None

@@ -79,9 +79,9 @@ def beside_student(student: Bundle, named: Mapping[str, str | None]) -> Mapping[
 def find(name: str) -> Bundle:
     """A parent by the path in a card, or bundled under its last part."""
     try:
-        return checkpoint.load(name)
+        return checkpoint.load_named(name)
     except CheckpointError:
-        return checkpoint.load(Path(name).name)
+        return checkpoint.load_named(Path(name).name)
 
 
 def teacher_of(bundle: Bundle) -> Bundle:

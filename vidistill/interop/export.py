@@ -52,7 +52,7 @@ def read_ours(name: str | Path, dtype: torch.dtype | None = None) -> Exported:
     with torch.device("meta"):
         net = checkpoint.rebuild(record, f"{path}.json")
     config = net.net.cfg if isinstance(net, CausalStudent) else net.cfg
-    tensors, _ = checkpoint.read_tensors(with_extension(path, ".safetensors"))
+    tensors = checkpoint.read_weights(path, record)
     prefix = "net." if isinstance(net, CausalStudent) else ""
     state = {
         key.removeprefix(prefix): x.to(dtype) if dtype and x.is_floating_point() else x for key, x in tensors.items()

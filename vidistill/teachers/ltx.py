@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vidistill.conditioning.condition import Condition
 from vidistill.diffusion import LatentShape, NoiseSchedule
+from vidistill.io import not_found
 from vidistill.teachers import Teacher
 
 SPATIAL, TEMPORAL = 32, 8  # pixels of a latent, a side and in time
@@ -77,7 +78,7 @@ def load(
             str(source), subfolder="transformer", torch_dtype=getattr(torch, dtype), local_files_only=offline
         )
     except OSError as error:
-        raise FileNotFoundError(f"{source!r} has no LTX-Video transformer to load: {error}") from error
+        raise not_found(source, "the LTX-Video transformer of", error, offline) from error
     channels: Any = net.config["in_channels"]
     shape = LatentShape(frames, channels, height // SPATIAL, width // SPATIAL, patch=(1, 1, 1))
     net = LTX(net.to(device).eval().requires_grad_(False), fps)

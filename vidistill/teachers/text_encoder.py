@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vidistill.io import write_atomic
+from vidistill.io import not_found, write_atomic
 
 log = logging.getLogger("vidistill")
 
@@ -115,6 +115,6 @@ class TextCache:
                 self.source, subfolder="text_encoder", dtype=self.dtype, local_files_only=self.offline
             )
         except OSError as error:
-            raise FileNotFoundError(f"{self.source!r} has no text_encoder and tokenizer to load: {error}") from error
+            raise not_found(self.source, "the text_encoder and tokenizer of", error, self.offline) from error
         self._models = (tokenizer, encoder.to(self.device).eval())
         return self._models

@@ -164,8 +164,7 @@ def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any],
             )
             parts.append(Part(net.state_dict(), dict(net.config)))
     except OSError as error:
-        where = "in the local cache (offline)" if cfg.offline else "on the hub"
-        raise FileNotFoundError(f"{source!r} is no local folder and was not found {where}: {error}") from error
+        raise io.not_found(source, "the teacher", error, cfg.offline) from error
     return parts, dict(index), dict(scheduler)
 
 

@@ -76,7 +76,7 @@ def same_codec(one: str, other: str) -> bool:
 @torch.no_grad()
 def latents_of_noise(name: str) -> Tensor:
     """The latents that a codec makes of a fixed random clip."""
-    codec = checkpoint.load(name, "codec").net
+    codec = checkpoint.load_named(name, "codec").net
     px = torch.rand(1, 1 + codec.temporal_factor, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     latents: Tensor = codec.encode(px)
     return latents.float()

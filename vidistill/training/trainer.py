@@ -74,7 +74,7 @@ class Trainer:
             )
         self.peak, self.losses = validation.EarlyStopping(), list[float]()  # best score; the loss of every logged row
         if cfg.init and cfg.init_plateau:
-            card = checkpoint.read_record(checkpoint.locate(cfg.init))["card"]
+            card = checkpoint.read_record(checkpoint.locate(cfg.init)).get("card") or {}
             validation.check_plateau(cfg.init, card, cfg.init_plateau)
         self.loss = cfg.loss if cfg.objective != "regression" else replace(cfg.loss, levels=self.levels())
         known.check(cfg, self.data.meta)

@@ -265,7 +265,8 @@ def run(args: argparse.Namespace) -> str:
         raise DataError(f"{said}\nno video can be used: see {out / PAGE}")
     if args.dry_run:
         return f"{said}\nnothing written yet: run it again without --dry-run"
-    encode = checkpoint.text_encoder({"text": text}, text.get("folder")) if text and job.captioned else None
+    captions = {"text": text if job.captioned else None}
+    encode = checkpoint.text_encoder(captions, (text or {}).get("folder"), offline=False)
     wanted = [split for split, share in zip(SPLITS, args.split, strict=True) if share]
     states = [write_one(out, split, job, str(args.source), encode, codec, part) for split in wanted]
     return "\n".join([said, *states])
