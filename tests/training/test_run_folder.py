@@ -22,7 +22,7 @@ from vidistill import tensors as weights
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.training.interruption import Interruption
 from vidistill.training.optim import TrainingError
-from vidistill.training.run_folder import LOCK, STATE, RunLock, RunState, parse_state, read_holder
+from vidistill.training.run_folder import LOCK, PREVIOUS, STATE, RunLock, RunState, parse_state, read_holder
 from vidistill.training.trackers import MetricsLog, read_rows
 from vidistill.training.trainer import METRICS, Trainer, train
 
@@ -325,6 +325,27 @@ def test_a_state_without_a_checksum_loads_and_one_with_a_wrong_one_does_not(tmp_
     again = Trainer(flow_stage(tmp_path))
     again.resume()
     assert again.step_count == 1
+
+
+def test_a_damaged_state_is_replaced_by_the_one_before_it_with_a_word(tmp_path, caplog):
+    trainer = Trainer(flow_stage(tmp_path))
+    for _ in range(3):
+        trainer.step()
+        trainer.save()
+    path = trainer.folder / STATE
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1
+    path.write_bytes(data)
+    again = Trainer(flow_stage(tmp_path))
+    again.resume()
+    assert again.step_count == 2 and "damaged" in caplog.text and "at step 2" in caplog.text
+    path.unlink()  # as where a save was cut off
+    again = Trainer(flow_stage(tmp_path))
+    again.resume()
+    assert again.step_count == 2
+    (trainer.folder / PREVIOUS).write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match=PREVIOUS):
+        Trainer(flow_stage(tmp_path)).resume()
 
 
 def test_a_state_that_is_not_what_was_meant_does_not_replace_the_one_before(tmp_path, monkeypatch):

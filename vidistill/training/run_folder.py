@@ -23,6 +23,7 @@ from vidistill.training.validation import EarlyStopping
 log = logging.getLogger("vidistill")
 
 STATE = "state.safetensors"
+PREVIOUS = "state-before.safetensors"  # what STATE was before: used where STATE is damaged
 LOCK = ".lock"
 BEAT_S = 15.0  # seconds between two signs of life of a run
 SILENT_BEATS = 4  # a holder on another host that gives no sign for so many is dead
@@ -182,6 +183,8 @@ def newest_state(folder: Path) -> Path | None:
     found = [(path, int(path.name.partition("-")[2])) for path in distributed.complete_shards(folder)]
     if (file := folder / STATE).is_file():
         found.append((file, step_of(file)))
+    elif not found and (file := folder / PREVIOUS).is_file():
+        return file
     return max(found, key=lambda pair: pair[1], default=(None, 0))[0]
 
 
@@ -201,14 +204,41 @@ def save_state(folder: Path, states: Mapping[str, TrainState], state: RunState) 
     tensors = {n: t for name, one in states.items() for n, t in one.state(name).items()}
     if any(distributed.is_sharded(t) for t in tensors.values()):
         distributed.save_shards(folder, tensors, state.info())
-        (folder / STATE).unlink(missing_ok=True)
+        for name in (STATE, PREVIOUS):
+            (folder / name).unlink(missing_ok=True)
     elif distributed.rank() == 0:
+        keep_previous(folder)
         checkpoint.save_tensors(folder / STATE, tensors, state.info())
         distributed.drop_shards(folder)
 
 
+def keep_previous(folder: Path) -> None:
+    """Give the present state a second name, under which it stays when the next one replaces it."""
+    (folder / PREVIOUS).unlink(missing_ok=True)
+    try:
+        os.link(folder / STATE, folder / PREVIOUS)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a file system without links: the next state is verified before it replaces this one
+        log.debug("%s keeps no state before the last: %s", folder, error)
+
+
 def load_state(path: Path, states: Mapping[str, TrainState]) -> RunState:
-    """Put the state at `path` into the networks; TrainingError if it is damaged or of others."""
+    """Put the state at `path`, or the one before it where it is damaged, into the networks; TrainingError if neither
+    can be used, and where it is of other networks."""
+    before = path.with_name(PREVIOUS)
+    try:
+        return restore_state(path, states)
+    except checkpoint.CheckpointError as error:
+        if path.name != STATE or not before.is_file():
+            raise
+        state = restore_state(before, states)
+        log.warning("%s; going on from the state before it, at step %d", error, state.step)
+        return state
+
+
+def restore_state(path: Path, states: Mapping[str, TrainState]) -> RunState:
+    """Put the state at `path` into the networks; CheckpointError if it is damaged, TrainingError if it is of others."""
     templates = {n: t for name, one in states.items() for n, t in one.state_template(name).items()}
     try:
         tensors: dict[str, Tensor]
