@@ -231,6 +231,7 @@ def load(
     with torch.device("meta"):
         net = rebuild(record, f"{path}.json").to(dtype)
     load_into(net, tensors, str(path))
+    record |= {"world": record.get("world") or {}, "card": record.get("card") or {}}
     return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
 
 
