@@ -14,6 +14,9 @@ stage() { # name config: train, then bundle
 
 frames() { vidistill data talker data/talker/frames --episodes 384; vidistill data talker data/talker-heldout/frames --split held_out --episodes 64; }
 codec() { stage talker-codec configs/talker/codec.yaml; }
+verifier() { # knows faces, for vidistill eval
+  [ -f vidistill/zoo/probes/talker-face.json ] || python -c 'from vidistill import checkpoint; from vidistill.evaluation.verifier import make_verifier; print(make_verifier("vidistill/zoo/probes/talker-face", checkpoint.load("talker-codec", "codec").net))'
+}
 latents() { # a fifth of the clips has something wrong, as collected video has
   vidistill data talker data/talker/latents --episodes 2048 --faults 0.2 --codec talker-codec
   vidistill data talker data/talker-heldout/latents --split held_out --episodes 64 --codec talker-codec
@@ -26,7 +29,7 @@ init() { train talker-init configs/talker/init.yaml; }
 selfforcing() { stage talker-selfforcing configs/talker/selfforcing.yaml; }
 talker() { stage talker configs/talker/talker.yaml; }
 
-stages="frames codec latents starts teacher init selfforcing talker"
+stages="frames codec verifier latents starts teacher init selfforcing talker"
 for name in "${@:-}"; do
   case " $stages  " in
     *" $name "*) for s in ${name:-$stages}; do echo "== $s"; $s; done ;;

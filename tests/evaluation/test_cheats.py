@@ -98,6 +98,20 @@ def still_mouths(px: Tensor, batch: Batch) -> Tensor:
     return torch.lerp(px, px[:, :1], 0.5)
 
 
+def melting(px: Tensor, batch: Batch) -> Tensor:
+    """An eye has run in the second half of the clip."""
+    out, at = px.clone(), px.shape[1] // 2
+    out[:, at:, :, 22:32, 20:32] = px[:, at:, :, 22:32, 20:32].mean(-2, keepdim=True)
+    return out
+
+
+def awake(px: Tensor, batch: Batch) -> Tensor:
+    """The eyes stay as they are in the first frame."""
+    out = px.clone()
+    out[..., 18:34, 14:50] = px[:, :1, :, 18:34, 14:50]
+    return out
+
+
 PICTURES: dict[str, tuple[Cheat, str]] = {
     "blurred": (blurred, "sharpness_ratio"),
     "over-sharpened": (sharpened, "sharpness_ratio"),
@@ -128,7 +142,9 @@ CHEATS: dict[str, dict[str, tuple[Cheat, str]]] = {
         "ignoring the sound": (elsewhere, "sync_corr"),
         "late": (late, "sync_offset_frames"),
         "mouth that hardly opens": (still_mouths, "mouth_motion_ratio"),
-        "another person's video": (elsewhere, "sync_corr"),
+        "another person's video": (elsewhere, "identity"),
+        "an eye that melts": (melting, "identity"),
+        "eyes that never close": (awake, "blink_ratio"),
     },
 }
 

@@ -19,6 +19,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", help="a bundled name or the path of a student, teacher or codec")
     p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
+    p.add_argument("--vs", help="another student beside it, such as its initialisation: paired differences are shown")
     p.add_argument(
         "--data",
         type=Path,
@@ -69,7 +70,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
-    given |= {"--data": args.data, "--metric": args.metric}
+    given |= {"--data": args.data, "--metric": args.metric, "--vs": args.vs}
     given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
@@ -83,17 +84,18 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     from vidistill import checkpoint
     from vidistill.evaluation import SUITES, suite, suite_of
 
-    memory, named = args.suite == "memory", {"teacher": args.teacher, "window": args.window, "full": args.full}
-    if memory and (args.glance or args.teacher):
-        raise ValueError("--glance and --teacher say nothing to --suite memory; leave them out, or the suite")
+    memory = args.suite == "memory"
+    named = {"teacher": args.teacher, "window": args.window, "full": args.full, "vs": args.vs}
+    if memory and (args.glance or args.teacher or args.vs):
+        raise ValueError("--glance, --teacher and --vs say nothing to --suite memory; leave them out, or the suite")
     if not memory and (args.window or args.full):
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
     if args.data and (memory or args.first_seed is not None):
         raise ValueError("--data names the clips that are judged: leave out --suite and --first-seed")
     if args.quick and (args.glance or any(named.values())):
-        raise ValueError("--quick shows the checkpoint alone: leave out --glance, --teacher, --window and --full")
-    if args.glance and (args.teacher or args.out):
-        option = "--teacher" if args.teacher else "--out"
+        raise ValueError("--quick shows the checkpoint alone: leave out --glance, --teacher, --vs, --window and --full")
+    if args.glance and (args.teacher or args.out or args.vs):
+        option = "--teacher" if args.teacher else "--vs" if args.vs else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
     chosen = "any_world" if args.data else "memory" if memory else ""
     own = SUITES[chosen] if chosen else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))

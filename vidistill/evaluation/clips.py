@@ -78,6 +78,13 @@ class View:
     px: Tensor
     batch: Batch
     data: Data
+    held: dict[str, Any] = field(default_factory=dict)
+
+    def kept(self, name: str, measure: "Callable[[View], Any]") -> Any:
+        """What is measured once for several parts."""
+        if name not in self.held:
+            self.held[name] = measure(self)
+        return self.held[name]
 
     @property
     def seen(self) -> Tensor:

@@ -1,8 +1,9 @@
 """Does a student that hears move its lips to the sound, and stay who it is? Judged beside teacher and real video."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +20,16 @@ from vidistill.conditioning.script import Cue
 from vidistill.config import build
 from vidistill.data.types import Talk
 from vidistill.diffusion import derived_seed
-from vidistill.evaluation.clips import Batch, Data, Tally, picture_ratios
+from vidistill.evaluation import quality
+from vidistill.evaluation.clips import Batch, Data, Tally, View, codec_row, picture_ratios, repeat_row
 from vidistill.evaluation.config import SuiteConfig
+from vidistill.evaluation.probes import Probe, load_probe
 from vidistill.evaluation.report import Metric, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import streamed
 from vidistill.evaluation.suite import Judgement, Suite, clip_size
-from vidistill.io import to_float
+from vidistill.evaluation.verifier import blinks, look_at
+from vidistill.io import to_float, to_uint8
 from vidistill.memory.policies import MemoryConfig
 from vidistill.progress import track
 from vidistill.worlds import WORLDS
@@ -82,6 +86,7 @@ def talks(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: LipSyncConfig) -> Dat
         few = clips[i : i + cfg.batch]
         px = torch.stack([to_float(c.frames) for c in few])
         facts = {"mouth": torch.stack([torch.from_numpy(c.mouth[:, 0]) for c in few])}
+        facts["episodes"] = i + torch.arange(len(few))
         batches.append(Batch(px, partial(talk_condition, few), derived_seed(cfg.seed, i), facts=facts))
     return Data(batches, rooms.world.config().fps)
 
@@ -95,6 +100,20 @@ def reader(name: str, px: Tensor) -> Tensor:
     return torch.stack([torch.from_numpy(x) for x in found])
 
 
+@functools.cache
+def verifier() -> Probe:
+    """The bundled network that knows faces."""
+    return load_probe(None, WORLDS["talker"].probe)
+
+
+FACE = ("same", "lids", "features")
+
+
+def seen(view: View) -> dict[str, Tensor]:
+    """What the verifier sees of every frame, beside the picture that the real clip begins with."""
+    return dict(zip(FACE, look_at(verifier(), view.px, view.batch.px[:, 0]), strict=True))
+
+
 def frozen(motion: Tensor, real_motion: float) -> float:
     """Share of steps [B, T] in passages that stand still, where real video never does."""
     still = motion < FROZEN * real_motion
@@ -105,38 +124,34 @@ def frozen(motion: Tensor, real_motion: float) -> float:
     return float(inside.double().mean())
 
 
-def identity(looks: Tensor, fps: float, window: float, others: float) -> list[float]:
-    """How much a stream, looks [T, D], is in each `window` seconds like its first picture: 1 the same person, 0 as
-    different as two people are on average (`others`)."""
+def identity(same: Tensor, fps: float, window: float) -> list[float]:
+    """Share of frames in each `window` seconds of a stream, likely `same` [T], that show who its picture shows."""
     n = max(1, round(window * fps))
-    parts = [looks[i : i + n].mean(0) for i in range(0, len(looks) - n + 1, n)]
-    return [1 - float((part - looks[0]).norm()) / others for part in parts]
+    return [float((same[i : i + n] > 0.5).double().mean()) for i in range(0, len(same) - n + 1, n)]
 
 
-def apart(looks: Tensor) -> float:
-    """Mean distance of the looks [B, T, D] of different people."""
-    means, count = looks.mean(1), len(looks)
-    return float(torch.cdist(means[None], means[None]).sum() / max(1, count * (count - 1))) or 1.0
-
-
-def identity_drift(streams: Sequence[Tensor], fps: float, window: float, others: float) -> tuple[float, list[float]]:
-    """How much less alike the last window is than the first, as a share of the first, and the mean curve; nan where the
-    first window is no more alike than two people are."""
-    curves = [identity(looks, fps, window, others) for looks in streams]
+def identity_drift(streams: Sequence[Tensor], fps: float, window: float) -> tuple[float, list[float]]:
+    """How much less often the last window shows the person than the first, as a share of the first, and the mean curve;
+    nan where the first never does."""
+    curves = [identity(same, fps, window) for same in streams]
     curve = [sum(values) / len(values) for values in zip(*curves, strict=True)]
     return (curve[0] - curve[-1]) / curve[0] if curve[0] > 0 else math.nan, curve
 
 
 def clip_drift(row: Tally, real: Tally) -> float:
     """`identity_drift` over clips, whose halves are the windows."""
-    looks, fps = row["looks"], row.data.fps
-    return identity_drift(
-        list(looks), fps, min(LipSyncConfig().window, looks.shape[1] / fps / 2), apart(real["looks"])
-    )[0]
+    same, fps = row["same"], row.data.fps
+    return identity_drift(list(same), fps, min(LipSyncConfig().window, same.shape[1] / fps / 2))[0]
+
+
+def blink_ratio(row: Tally, real: Tally) -> float:
+    """How often eyes close, against real."""
+    return metrics.ratio(*(float(blinks(own["lids"]).double().mean()) for own in (row, real)))
 
 
 MOUTH = {"mouth": lambda v: reader("mouth", v.px[:, 1:])[..., 0]}  # that of the given picture does not count
 TRUTH = {"truth": lambda v: v.batch.facts["mouth"][:, 1:]}
+SEEN = {name: lambda v, name=name: v.kept("face", seen)[name] for name in FACE}
 METRICS = {
     "sync_corr": Metric(
         "correlation of the mouth with the true one, at the best shift",
@@ -146,11 +161,26 @@ METRICS = {
     ),
     "sync_offset_frames": Metric("that shift", lambda row, _: metrics.sync(row["mouth"], row["truth"])[1]),
     "identity_drift": Metric(
-        "how much less the end looks like the first picture than the beginning, of long streams where there are any",
+        "how much less often the end shows the person of the first picture, of long streams where there are any",
         clip_drift,
-        {"looks": lambda v: reader("looks", v.px)},
+        SEEN,
         glance=False,
         best="low",
+    ),
+    "identity": Metric(
+        "share of frames that show the person of the first picture, whole",
+        lambda row, _: float((row["same"] > 0.5).double().mean()),
+        SEEN,
+        best="high",
+    ),
+    "blink_ratio": Metric("how often eyes close, against real", blink_ratio, SEEN, best="one"),
+    "frechet_paired": replace(
+        quality.METRICS["frechet_paired"],
+        text="Frechet distance of the features of that network to real video of the same people",
+        parts={**SEEN, "episodes": lambda v: v.batch.facts["episodes"]},
+    ),
+    "frechet_unpaired": replace(
+        quality.METRICS["frechet_unpaired"], text="the same to real video of other people, half as many clips"
     ),
     "black_frames": Metric(
         "share of black frames",
@@ -205,15 +235,18 @@ def long_identity(judged: Judgement) -> None:
         for row, memory in memories.items():
             px = streamed(student, judged.codec, length, cfg.seed + k, cues, clip.frames[0], sound, memory)
             made[row].append(px)
-    others, result = apart(judged.tallies["real"][0]["looks"]), judged.result
-    looks = {row: [reader("looks", px[None])[0] for px in streams] for row, streams in made.items()}
-    found = {row: identity_drift(x, fps, cfg.window, others) for row, x in looks.items()}
+    result, pictures = judged.result, [px[0] for px in made["real"]]
+    same = {
+        row: [look_at(verifier(), px[None], first[None])[0][0] for px, first in zip(streams, pictures, strict=True)]
+        for row, streams in made.items()
+    }
+    found = {row: identity_drift(x, fps, cfg.window) for row, x in same.items()}
     result["streams"] = {row: {"drift": drift, "curve": curve} for row, (drift, curve) in found.items()}
     for row in ("student", "real"):
         result[row]["identity_drift"] = found[row][0]
-    shown = {row: torch.stack(streams[:2]) for row, streams in made.items()}
-    pictures = {row: (px.movedim(2, -1) * 255).round().byte().numpy() for row, px in shown.items()}
-    judged.pictures.sheets.append(Sheet.beside("streams", pictures, "Long streams.", "stream", length / 12))
+    shown = {row: to_uint8(torch.stack(streams[:2])) for row, streams in made.items()}
+    judged.pictures.sheets.append(Sheet.beside("streams", shown, "Long streams.", "stream", length / 12))
 
 
-SUITE = Suite("lip_sync", LipSyncConfig, talks, METRICS, targets, long_identity)
+ROWS = {"codec": codec_row, "repeat": lambda codec: repeat_row}
+SUITE = Suite("lip_sync", LipSyncConfig, talks, METRICS, targets, long_identity, ROWS)

@@ -69,7 +69,7 @@ class Target:
 
 def folder_of(result: Mapping[str, Any], suite: str, out: str) -> Path:
     """Where the report of `result` lies under `out`: named after what was judged, a student alone also by what."""
-    names = [result[row]["name"] for row in ("student", "teacher", "codec") if "name" in result.get(row, {})]
+    names = [result[row]["name"] for row in ("student", "vs", "teacher", "codec") if "name" in result.get(row, {})]
     return Path(out) / "-".join([*names, *([suite] if "student" in result and len(names) == 1 else [])])
 
 

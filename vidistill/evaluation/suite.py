@@ -71,9 +71,10 @@ class Judgement:
 
 
 def beside_student(student: Bundle, named: Mapping[str, str | None]) -> Mapping[str, Bundle]:
-    """Its teacher: the one that is named, else the one in its card."""
-    name = named.get("teacher")
-    return {"teacher": checkpoint.load(name, "teacher") if name else teacher_of(student)}
+    """Its teacher, the one that is named or else the one in its card, and another student where one is named."""
+    name, other = named.get("teacher"), named.get("vs")
+    found = {"teacher": checkpoint.load(name, "teacher") if name else teacher_of(student)}
+    return found | ({"vs": checkpoint.load(other, "student")} if other else {})
 
 
 def find(name: str) -> Bundle:

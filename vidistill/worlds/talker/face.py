@@ -279,14 +279,3 @@ def around_the_middle(columns: np.ndarray, middle: np.ndarray) -> np.ndarray:
     left = np.where(bright & (at < tallest), at, -1).max(-1, keepdims=True)
     right = np.where(bright & (at > tallest), at, n).min(-1, keepdims=True)
     return columns * ((at > left) & (at < right))
-
-
-def likeness(px: np.ndarray, cells: int = 4) -> np.ndarray:
-    """What a person looks like [..., 3 cells^2]: mean colours over cells of pictures float [..., H, W, 3].
-
-    Averaged over some seconds, what moves (mouth, lids, head) counts little.
-    """
-    *lead, height, width, _ = px.shape
-    cut = px[..., : height // cells * cells, : width // cells * cells, :]
-    blocks = cut.reshape(*lead, cells, height // cells, cells, width // cells, 3).mean((-4, -2))
-    return blocks.reshape(*lead, -1)
