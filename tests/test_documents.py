@@ -50,6 +50,20 @@ def test_every_file_that_a_document_links_to_is_there():
                 assert (ROOT / name).parent.joinpath(target).exists(), f"{name} links to {target}"
 
 
+def test_every_kind_of_fault_is_held_by_tests_that_are_there():
+    rows = [
+        line.split("|") for line in (ROOT / "tests/README.md").read_text(encoding="utf-8").splitlines() if "|" in line
+    ]
+    assert len(rows) == 2 + 9, "a head and the kinds"
+    for _, kind, promise, tests, changes, _ in rows[2:]:
+        held, changed = re.findall(r"`(.+?)`", tests), re.findall(r"`(.+?)`", changes)
+        assert promise.strip() and held, kind
+        assert all("def test_" in (ROOT / name).read_text(encoding="utf-8") for name in held), kind
+        for name in changed:
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert "given(" in text and "1000" in text and "slow" in text, f"{name} changes nothing a thousand times"
+
+
 # --- names in code type -----------------------------------------------------------------------------------------------
 
 OUTSIDE = {"torch", "nn"}  # whose names are not ours

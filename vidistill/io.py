@@ -183,7 +183,7 @@ def upscale(frames: np.ndarray, factor: int) -> np.ndarray:
 
 def is_ours(path: Path) -> bool:
     """Whether one of our commands wrote the picture, video, weights or record at `path`."""
-    suffix = path.suffix.lower()
+    suffix = path.suffix.lower() if path.is_file() else ""  # a pipe would be waited for
     try:
         if suffix == ".png":
             with Image.open(path) as picture:

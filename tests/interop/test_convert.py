@@ -1,6 +1,7 @@
 """`vidistill convert`: families, bounds on what is asked for, and files whose every tensor is used or named."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -257,33 +258,28 @@ def examined(data, folder):
     except ValueError as error:
         said = str(error)
         assert str(path) in said and any(bare(name) in said for name in (named, key)), said
-        return
+        return change, "named"
     changed = load_file(path)
     want = to_ours({name: t for name, t in changed.items() if not name.endswith((".input_scale",))})
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name].double(), tensor.double()), name
+    return change, "used"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("changed")
+@pytest.mark.parametrize("examples", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_key_of_a_changed_file_is_used_or_named(tmp_path, examples):
+    hits = Counter()
 
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(st.data())
+    def change(data):
+        hits[examined(data, tmp_path)] += 1
 
-RELAXED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-
-
-@settings(max_examples=50, **RELAXED)
-@given(st.data())
-def test_every_key_of_a_changed_file_is_used_or_named(folder, data):
-    examined(data, folder)
-
-
-@pytest.mark.slow
-@settings(max_examples=1000, **RELAXED)
-@given(st.data())
-def test_every_key_of_a_thousand_changed_files_is_used_or_named(folder, data):
-    examined(data, folder)
+    change()
+    for (changed, outcome), number in sorted(hits.items()):
+        print(f"{number:6d} {changed} {outcome}")
+    assert {outcome for _, outcome in hits} == {"used", "named"}
 
 
 def test_every_family_has_a_schedule_and_a_memory_that_fit():
