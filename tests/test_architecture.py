@@ -93,11 +93,11 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 BUDGETS = {
     "data": 2338,
     "training": 1707,
-    "evaluation": 2581,
+    "evaluation": 2671,
     "worlds": 1464,
     "bench": 1267,
     "ops": 1180,
-    "cli": 1088,
+    "cli": 1107,
     "serve": 1195,
     "interop": 1020,
     "conditioning": 743,

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CODEC
 from tiny_walks import walk, write_walks
 
 from vidistill import checkpoint, evaluation
+from vidistill.cli.main import main
+from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import walked
 from vidistill.data.clips import Clips
@@ -400,3 +403,71 @@ def test_plain_numbers_fit_json():
 def test_a_target_says_whether_it_is_met(value, met):
     target = report.Target("motion", value, 0.8, 1.2)
     assert target.met is met and ("met" if met else "missed") in str(target) and "0.8 to 1.2" in str(target)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(cfg, tiny_student_path, monkeypatch):
+    whole = suite.evaluate(SUITE, str(tiny_student_path), replace(cfg, cache=""), quick=True)
+    made, plain = [], suite.add_row
+
+    def stopping(tally, parts, row, batch):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(batch)
+        plain(tally, parts, row, batch)
+
+    monkeypatch.setattr(suite, "add_row", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        suite.evaluate(SUITE, str(tiny_student_path), cfg, quick=True)
+    kept = Path(cfg.cache) / "unfinished"
+    assert len(list(kept.iterdir())) == 5
+    made.clear()
+    monkeypatch.setattr(suite, "add_row", lambda *told: (made.append(told), plain(*told)))
+    result = suite.evaluate(SUITE, str(tiny_student_path), cfg, quick=True)
+    assert len(made) == 2 * 5 - 5 and not list(kept.iterdir())
+    assert {row: result[row] for row in ("real", "student", "codec")} == {
+        row: whole[row] for row in ("real", "student", "codec")
+    }
+    made.clear()
+    suite.evaluate(SUITE, str(tiny_student_path), cfg, quick=True)
+    assert len(made) == 10
+
+
+def test_the_filter_of_the_decoder_is_told_by_ratios_without_it(cfg, tmp_path, tiny_student_path, tiny_teacher_path):
+    codec = TinyCodec(replace(CODEC, smooth=0.3))
+    codec.load_state_dict(checkpoint.load_codec(checkpoint.load(tiny_student_path)).state_dict())
+    checkpoint.export(tmp_path / "codec", codec, {"card": {}})
+    student = checkpoint.load(tiny_student_path)
+    record = {**student.record, "codec": str(tmp_path / "codec")}
+    checkpoint.export(tmp_path / "student", student.net, record)
+    teacher = checkpoint.load(tiny_teacher_path)
+    checkpoint.export(tmp_path / "teacher", teacher.net, {**teacher.record, "codec": str(tmp_path / "codec")})
+    result = suite.evaluate(SUITE, str(tmp_path / "student"), cfg, teacher=str(tmp_path / "teacher"))
+    plain = suite.evaluate(SUITE, str(tiny_student_path), cfg, quick=True)
+    bare = result["codec"]["unfiltered"]
+    assert bare["sharpness_ratio"] == pytest.approx(plain["codec"]["sharpness_ratio"], rel=1e-4)
+    assert result["codec"]["sharpness_ratio"] < 0.98 * bare["sharpness_ratio"]
+    assert {"unfiltered"} <= set(result["student"]) & set(result["teacher"]) and "unfiltered" not in plain["codec"]
+
+
+def test_guidance_is_chosen_on_validation_and_the_reasons_are_written(
+    world, cfg, tiny_teacher_path, monkeypatch, tmp_path, capsys
+):
+    own = replace(SUITE, config=lambda **how: replace(cfg, **how))
+    monkeypatch.setitem(evaluation.SUITES, SUITE.name, own)
+    opened = []
+    monkeypatch.setattr(Rooms, "episodes", record_split(opened, Rooms.episodes))
+    command = ["eval", str(tiny_teacher_path), "--choose-guidance", "1,3", "--out", str(tmp_path / "out"), "--json"]
+    assert main(command) == 0 and set(opened) == {"validation"}
+    found = json.loads((tmp_path / "out" / "teacher-guidance.json").read_text())
+    assert found == json.loads(capsys.readouterr().out.splitlines()[-1])
+    figures = {float(scale): row["frechet_paired"] for scale, row in found["scales"].items()}
+    assert set(figures) == {1.0, 3.0} and found["guidance"] == min(figures, key=figures.get)
+    assert "on validation" in found["why"] and found["split"] == "validation" and len(found["lost"]) == 1
+
+
+def record_split(opened, plain):
+    def episodes(self, *args):
+        opened.append(self.split)
+        return plain(self, *args)
+
+    return episodes

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidistill.cli.options import non_negative_int, positive_int
+from vidistill.cli.options import non_negative_int, numbers, positive_float, positive_int
 
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:
@@ -20,6 +20,13 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("--frontier", type=Path, help="YAML of schedules and contexts to tune equally, run and compare")
     p.add_argument("--teacher", help="the teacher beside it (default: the one in its card)")
     p.add_argument("--vs", help="another student beside it, such as its initialisation: paired differences are shown")
+    p.add_argument("--guidance", type=positive_float, help="of the teacher (default: what its record says)")
+    p.add_argument(
+        "--choose-guidance",
+        type=numbers,
+        metavar="G1,G2,...",
+        help="of these the teacher's best on validation: written with the reasons to OUT/NAME-guidance.json",
+    )
     p.add_argument(
         "--data",
         type=Path,
@@ -59,7 +66,8 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 def run_eval(args: argparse.Namespace) -> None:
     if not args.name and not args.frontier:
         raise ValueError("name a checkpoint, or give --frontier")
-    result = run_frontier(args) if args.frontier else run_suite(args)
+    made = run_frontier if args.frontier else run_guidance if args.choose_guidance else run_suite
+    result = made(args)
     if args.json:
         print(json.dumps(result))
 
@@ -71,12 +79,31 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
     given |= {"--data": args.data, "--metric": args.metric, "--vs": args.vs}
+    given |= {"--guidance": args.guidance, "--choose-guidance": args.choose_guidance}
     given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
     report.check_plots()
     result = ablation.frontier(args.frontier)
     console().print(ablation.table(result))
+    return result
+
+
+def run_guidance(args: argparse.Namespace) -> dict[str, Any]:
+    from vidistill import checkpoint
+    from vidistill.evaluation import SUITES, suite, suite_of
+    from vidistill.io import write_json
+
+    own = (
+        SUITES["any_world"] if args.data else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
+    )
+    asked = {"clips": args.clips, "data": args.data and str(args.data), "out": str(args.out or own.config().out)}
+    cfg = own.config(**{key: value for key, value in asked.items() if value})
+    result = suite.choose_guidance(own, args.name, args.choose_guidance, cfg)
+    path = Path(cfg.out) / f"{result['teacher']}-guidance.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"guidance {result['guidance']:g}: {result['why']} ({path})")
     return result
 
 
@@ -106,6 +133,7 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
         "data": args.data and str(args.data),
         "metrics": dict(item.partition("=")[::2] for item in args.metric),
         "allow_pickle": args.allow_pickle,
+        "guidance": args.guidance,
     }
     settings = {key: value for key, value in asked.items() if value}
     if not args.glance:

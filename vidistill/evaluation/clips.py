@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,8 @@ from vidistill.io import to_uint8
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.rollout import roll_out
 from vidistill.sampling import sample
+
+log = logging.getLogger("vidistill")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,17 @@ class Tally:
             self.parts.setdefault(name, []).append(measure(view))
         few = min(batch.shown, self.data.shown - len(self.shown))
         self.shown += list(to_uint8(px[: max(0, few)]))
+
+    @property
+    def last(self) -> dict[str, Tensor]:
+        """What was measured of the clips that came last."""
+        return {name: parts[-1].clone() for name, parts in self.parts.items()}
+
+    def take(self, parts: Mapping[str, Tensor], shown: Sequence[np.ndarray]) -> None:
+        """Clips that were measured before, as `last` gave them."""
+        for name, x in parts.items():
+            self.parts.setdefault(name, []).append(x)
+        self.shown += shown
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.cat(self.parts[name])
@@ -253,8 +267,47 @@ def cached(folder: str, key: str, make: Callable[[], Tensor]) -> Tensor:
         return checkpoint.read_tensors(path)[0]["x"].float()
     x = make().half()
     if folder:
+        if any(Path(folder).glob("*.safetensors")):
+            log.info("%s keeps samples of other settings or clips; these are sampled anew", folder)
         checkpoint.save_tensors(path, {"x": x}, {"key": key})
     return x.float()
+
+
+SHOWN_KEY = "clips to look at"
+
+
+class Unfinished:
+    """What an evaluation has measured, batch by batch, in `folder` ("": nowhere) until it is done: one that was stopped
+    goes on from there. Names hold a hash of the clips and of `settings`: all that figures depend on."""
+
+    def __init__(self, folder: str, settings: str) -> None:
+        self.folder, self.settings = folder, settings
+        self.held: list[Path] = []
+
+    def add(self, row: str, make: Callable[[], None], tally: Tally, batch: Batch) -> None:
+        """Let `make` measure a batch into a tally, or take what it measured before."""
+        if not self.folder:
+            return make()
+        name = digest({"px": batch.px}, self.settings, row, str(batch.seed))
+        path = Path(self.folder) / "unfinished" / f"{name}.safetensors"
+        if path.is_file():
+            parts = checkpoint.read_tensors(path)[0]
+            tally.take(parts, list(parts.pop(SHOWN_KEY, torch.empty(0)).numpy()))
+        else:
+            before = len(tally.shown)
+            make()
+            shown = tally.shown[before:]
+            more = {SHOWN_KEY: torch.from_numpy(np.stack(shown))} if shown else {}
+            checkpoint.save_tensors(path, {**tally.last, **more}, {"row": row})
+        self.held.append(path)
+
+    def done(self) -> None:
+        """Forget what was kept."""
+        for path in self.held:
+            path.unlink(missing_ok=True)
+
+
+NOWHERE = Unfinished("", "")
 
 
 def student_row(student: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from vidistill.ops.precision import PRECISIONS
 
-MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "draws", "threads", "allow_pickle")
+MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "draws", "threads", "allow_pickle", "unfiltered")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """A walker judged on held-out walks: student, teacher, codec and real video side by side, on the same episodes."""
 
+import copy
+import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from vidistill import metrics
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
+from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, Condition, pack_actions, walked
 from vidistill.config import build
@@ -27,13 +30,15 @@ from vidistill.evaluation.clips import (
     picture_ratios,
     read_parts,
     repeat_row,
+    student_row,
+    teacher_row,
 )
 from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.probes import load_probe
 from vidistill.evaluation.report import Metric, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import FLAT, StreamTally, pieces
-from vidistill.evaluation.suite import Judgement, Suite
+from vidistill.evaluation.suite import QUICK, Judgement, Suite, add_certainty, measure, run_figures
 from vidistill.io import to_float
 from vidistill.progress import track
 from vidistill.worlds.spec import WorldSpec
@@ -55,6 +60,7 @@ class EvalConfig(SuiteConfig):
     stride: int = 2  # the probe reads every `stride`-th frame
     episodes: int = 64
     data: str = "data/doom-{split}"
+    unfiltered: int = 64  # clips that are also judged without the decoder's filter
     threads: int = 0  # 0: as torch chooses
 
     @property
@@ -244,6 +250,7 @@ METRICS = {
     ),
     "psnr": Metric(None, psnr, best="high"),
     "psnr_by_horizon": Metric("PSNR in dB after so many seconds", psnr_by_horizon, ERROR, best="high"),
+    "unfiltered": Metric("ratios of the first clips without the filter of the decoder"),
     **DRIFTS,
 }
 
@@ -277,6 +284,32 @@ def targets(result: Mapping[str, Any]) -> list[Target]:
 
 
 # --- long streams -----------------------------------------------------------------------------------------------------
+
+
+def beside_clips(judged: Judgement) -> None:
+    """What is judged beside clips: pictures as the decoder gives them without its filter, and long walks."""
+    without_filter(judged)
+    long_walks(judged)
+
+
+def without_filter(judged: Judgement) -> None:
+    """The picture ratios of the first clips, of a codec whose filter is off: what it hides."""
+    cfg, codec = judged.cfg, judged.codec
+    if not isinstance(codec, TinyCodec) or not codec.cfg.smooth or not cfg.unfiltered:
+        return
+    bare = copy.copy(codec)
+    bare.cfg = replace(codec.cfg, smooth=0.0)
+    makers = {"student": student_row, "teacher": teacher_row}
+    rows = {row: makers[b.kind](b, bare, cfg) for row, b in judged.bundles.items() if b.kind in makers}
+    few = itertools.islice(judged.data.batches, -(-min(cfg.unfiltered, cfg.clips) // cfg.batch))
+    wanted, data = picture_ratios(), replace(judged.data, batches=list(few))
+    tallies = measure(wanted, {**rows, "codec": codec_row(bare)}, data)
+    result = {name: run_figures(wanted, own, tallies["real"][0]) for name, own in tallies.items()}
+    add_certainty(wanted, result, tallies, {}, cfg.draws)
+    for name in (*rows, "codec"):
+        edges = {key: result[name][f"{key}_interval"] for key in wanted if f"{key}_interval" in result[name]}
+        judged.result[name]["unfiltered"] = {key: result[name][key] for key in wanted}
+        judged.result[name] |= {"unfiltered_interval": edges} if edges else {}
 
 
 @torch.inference_mode()
@@ -345,4 +378,4 @@ def walk_along(
 
 
 ROWS = {"codec": codec_row, "repeat": lambda codec: repeat_row}
-SUITE = Suite("quality", EvalConfig, held_out, METRICS, targets, long_walks, ROWS)
+SUITE = Suite("quality", EvalConfig, held_out, METRICS, targets, beside_clips, ROWS, quick={**QUICK, "unfiltered": 0})

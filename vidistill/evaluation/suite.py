@@ -4,21 +4,35 @@ A suite is data, what a network is told of it, a table of metrics and a list of 
 names the suite that judges its students.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidistill import checkpoint, metrics
 from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
 from vidistill.evaluation import report
-from vidistill.evaluation.clips import Data, Row, Tally, codec_row, real_row, student_row, teacher_row
+from vidistill.evaluation.clips import (
+    NOWHERE,
+    Batch,
+    Data,
+    Row,
+    Tally,
+    Unfinished,
+    codec_row,
+    digest,
+    real_row,
+    student_row,
+    teacher_row,
+)
 from vidistill.evaluation.intervals import add_intervals, bootstrap, compare, mean_of
 from vidistill.evaluation.published import published
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
@@ -50,6 +64,7 @@ class Judgement:
     result: dict[str, Any]
     pictures: Pictures
     protocol: dict[str, Any] = field(default_factory=dict)
+    unfinished: Unfinished = NOWHERE
 
     def add_streams(self, tallies: Mapping[str, StreamTally]) -> None:
         """The drift, curves and pictures of long streams, `real` and `student`."""
@@ -167,7 +182,9 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
         rows |= {name: make(codec) for name, make in suite.rows.items()}
     wanted = {key: m for key, m in suite.metrics.items() if m.figure and (m.glance or not glance)}
     runs = {"student": 1 if glance else cfg.seeds, "teacher": cfg.teacher_seeds}
-    tallies = measure(wanted, rows, data, {row: runs.get(bundle.kind, 1) for row, bundle in bundles.items()})
+    kept = Unfinished("" if glance else cfg.cache, "" if glance else fingerprint(bundles, codec, cfg, wanted))
+    counts = {row: runs.get(bundle.kind, 1) for row, bundle in bundles.items()}
+    tallies = measure(wanted, rows, data, counts, kept)
     result = {name: run_figures(wanted, own, tallies["real"][0]) for name, own in tallies.items()}
     if not glance:
         add_certainty(wanted, result, tallies, bundles, cfg.draws)
@@ -178,12 +195,26 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
         if "motion" in tallies["real"][0].parts:
             quarter = report.quarter(data.fps)
             pictures.motion = {name: metrics.curve(own[0]["motion"], quarter) for name, own in tallies.items()}
-    return Judgement(bundles, codec, rooms, cfg, data, tallies, result, pictures)
+    return Judgement(bundles, codec, rooms, cfg, data, tallies, result, pictures, unfinished=kept)
+
+
+def fingerprint(bundles: Mapping[str, Bundle], codec: Codec, cfg: Any, wanted: Mapping[str, Metric]) -> str:
+    """All that the measurements of clips depend on, but the clips."""
+    told = {row: {k: v for k, v in bundle.record.items() if k != "card"} for row, bundle in bundles.items()}
+    nets = {row: digest(bundle.net.state_dict()) for row, bundle in bundles.items()}
+    shown = digest(codec.state_dict()) if isinstance(codec, nn.Module) else ""
+    return json.dumps(
+        [told, nets, shown, {**asdict(cfg), "out": ""}, sorted(wanted), checkpoint.git_commit()], default=str
+    )
 
 
 @torch.inference_mode()
 def measure(
-    wanted: Mapping[str, Metric], rows: Mapping[str, Row], data: Data, runs: Mapping[str, int] = {}
+    wanted: Mapping[str, Metric],
+    rows: Mapping[str, Row],
+    data: Data,
+    runs: Mapping[str, int] = {},
+    unfinished: Unfinished = NOWHERE,
 ) -> dict[str, list[Tally]]:
     """Tallies for `real` and for every row over all clips, one for each of its `runs` with noise of its own."""
     parts = {name: part for metric in wanted.values() for name, part in metric.parts.items()}
@@ -194,9 +225,14 @@ def measure(
                 bar.describe(f"clips: {name}")
                 for k, tally in enumerate(tallies[name]):
                     own = replace(batch, seed=batch.seed + k * RUN_STEP)
-                    tally.add(parts, row(own), own)
+                    unfinished.add(f"{name} {k}", partial(add_row, tally, parts, row, own), tally, own)
                     bar.update()
     return tallies
+
+
+def add_row(tally: Tally, parts: Mapping[str, Callable[..., Tensor]], row: Row, batch: Batch) -> None:
+    """Measure the clips that a row shows for a batch."""
+    tally.add(parts, row(batch), batch)
 
 
 def figures(wanted: Mapping[str, Metric], row: Tally, real: Tally) -> dict[str, Any]:
@@ -273,6 +309,7 @@ def evaluate(
     judged.result |= {"schema": 2, "renamed": RENAMED}
     judged.result["protocol"] = {**asdict(cfg), "split": split, **judged.protocol, **taken}
     plain: dict[str, Any] = report.plain(judged.result)
+    judged.unfinished.done()
     if cfg.out:
         report.write(
             report.folder_of(plain, suite.name, cfg.out), suite.metrics, plain, judged.pictures, suite.targets(plain)
@@ -289,6 +326,30 @@ def glance(suite: Suite, name: str | Bundle, cfg: Any = None) -> dict[str, Any]:
     found = judge(suite, {"student": student}, cfg, "validation", glance=True).result["student"]
     parts = {key: value for name in suite.spread for key, value in found.pop(name).items()}
     plain: dict[str, Any] = report.plain({**found, **parts})
+    return plain
+
+
+def choose_guidance(suite: Suite, name: str, scales: Sequence[float], cfg: Any) -> dict[str, Any]:
+    """The guidance scale at which a teacher is nearest to real video of the validation split, and why it is that one.
+
+    The least `frechet_paired` is chosen; the rest are told with their intervals and the paired difference to it.
+    """
+    suite, teacher = extended(suite, cfg), checkpoint.load(name, "teacher")
+    codec: Codec = checkpoint.load_codec(teacher)
+    data = suite.data(teacher, codec, suite.place(suite.name, {"teacher": teacher}, cfg, "validation"), cfg)
+    rows = {f"{scale:g}": teacher_row(teacher, codec, replace(cfg, guidance=scale)) for scale in scales}
+    wanted = {key: m for key, m in suite.metrics.items() if m.figure and m.glance}
+    tallies = measure(wanted, rows, data)
+    found = {scale: run_figures(wanted, tallies[scale], tallies["real"][0]) for scale in rows}
+    best = min(found, key=lambda scale: found[scale]["frechet_paired"])
+    result: dict[str, Any] = {"student": found[best], **found}
+    add_certainty(wanted, result, {**tallies, "student": tallies[best]}, dict.fromkeys(["student", *found]), cfg.draws)
+    lost = {scale: result["difference"][f"student - {scale}"]["frechet_paired"] for scale in found if scale != best}
+    clear = [scale for scale, d in lost.items() if d.get("verdict") == "better"]
+    why = f"least frechet_paired ({found[best]['frechet_paired']:.3g}) of {', '.join(found)} on validation; clearly "
+    why += f"less than at {', '.join(clear)}" if clear else "less than at none"
+    own = {"teacher": teacher.name, "split": "validation", "clips": cfg.clips, "steps": cfg.steps}
+    plain: dict[str, Any] = report.plain({**own, "guidance": float(best), "why": why, "scales": found, "lost": lost})
     return plain
 
 
