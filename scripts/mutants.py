@@ -16,6 +16,7 @@ Exits with 1 if a mutant survives that EQUIVALENT does not explain.
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -34,10 +35,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-import hypothesis  # noqa: F401  # forked processes need not import them again
-import numpy  # noqa: F401
 import pytest
-import torch  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutation_rules import EQUIVALENT, NAMED, Site, sites
@@ -52,7 +50,10 @@ TRAINING = (
 HEARD = ("tests/training/test_talker_training.py", "tests/streaming/test_session.py")
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files of the package, and files of tests
     "schedules": (("schedules.py", "diffusion.py"), (*CORE, "tests/core/test_diffusion.py")),
-    "rollout": (("rollout.py", "sampling.py"), (*CORE, "tests/streaming/test_prompt_switch.py")),
+    "rollout": (
+        ("rollout.py", "sampling.py"),
+        (*CORE, "tests/core/test_api.py", "tests/streaming/test_prompt_switch.py"),
+    ),
     "memory": (("memory/*.py",), (*CORE, "tests/memory/*.py", "tests/models/test_student.py")),
     "conditioning": (
         ("conditioning/*.py",),
@@ -158,7 +159,10 @@ def in_child(tree: Path, work: Callable[[], Any], cpu: float) -> Any:
                 os.chdir(tree)
                 os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
                 sys.path.insert(0, str(tree))
-                answer.write_text(json.dumps(work()))
+                before = set(sys.modules)
+                found = work()
+                new = [name for name in set(sys.modules) - before if is_foreign(sys.modules[name], tree)]
+                answer.write_text(json.dumps({"found": found, "modules": new}))
             os._exit(0)
         deadline = time.monotonic() + WALL
         while not os.waitpid(pid, os.WNOHANG)[0]:
@@ -169,7 +173,18 @@ def in_child(tree: Path, work: Callable[[], Any], cpu: float) -> Any:
             time.sleep(0.05)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)  # what the tests have started
-        return json.loads(answer.read_text()) if answer.exists() else None
+        if not answer.exists():
+            return None
+        told = json.loads(answer.read_text())
+        for name in told["modules"]:  # so that the next process need not import them again
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        return told["found"]
+
+
+def is_foreign(module: Any, tree: Path) -> bool:
+    """Whether a module comes from another package than the one that is changed, or its tests."""
+    return bool(file := getattr(module, "__file__", None)) and not file.startswith(f"{tree}/")
 
 
 def pytest_in(files: Sequence[str], plugin: Any, *options: str) -> None:

@@ -3,7 +3,18 @@ import itertools
 import pytest
 import torch
 
-from vidistill.diffusion import NoiseSchedule, add_noise, euler, randn_like, renoise, v_from, v_from_blend, v_from_x0
+from vidistill.diffusion import (
+    NoiseSchedule,
+    RowGenerator,
+    add_noise,
+    decide,
+    euler,
+    randn_like,
+    renoise,
+    v_from,
+    v_from_blend,
+    v_from_x0,
+)
 from vidistill.diffusion import x0_from_v as to_x0
 
 
@@ -89,3 +100,18 @@ def test_recorded_draws_take_the_place_of_a_generator():
 def test_a_shift_must_be_positive():
     with pytest.raises(ValueError, match="shift"):
         NoiseSchedule(shift=0)
+
+
+def test_a_row_draws_the_same_wherever_a_batch_is_cut():
+    whole, second = (RowGenerator(torch.Generator().manual_seed(3), first, n) for first, n in ((0, 4), (2, 2)))
+    a, b = whole.draw(torch.randn, (4, 3, 5)), second.draw(torch.randn, (2, 3, 5))
+    assert torch.equal(a[2:], b) and len({float(x) for x in a.flatten()}) == a.numel()
+    twice = RowGenerator(torch.Generator().manual_seed(3), 0, 2).draw(torch.randn, (6, 5))  # three a row
+    assert twice.shape == (6, 5) and len({float(x) for x in twice.flatten()}) == 30
+    with pytest.raises(ValueError, match="2 rows"):
+        second.draw(torch.randn, (3, 2))
+
+
+def test_what_all_rows_share_is_drawn_from_the_generator_itself():
+    plain, rows = (torch.Generator().manual_seed(5) for _ in range(2))
+    assert [decide(10**6, plain) for _ in range(3)] == [decide(10**6, RowGenerator(rows, 1, 2)) for _ in range(3)]

@@ -237,6 +237,15 @@ def test_the_noise_of_a_chunk_does_not_depend_on_the_others():
     assert torch.equal(a(3), b(3)) and not torch.equal(a(3), a(4))
 
 
+def test_every_chunk_of_every_seed_has_noise_of_its_own():
+    student, firsts = tiny_student(), set()
+    for seed in (0, 1, 2, 1000):
+        noise = chunk_noise(student, 1, seed)
+        firsts |= {noise(chunk).flatten()[0].item() for chunk in range(200)}
+        firsts.add(torch.randn(1, generator=torch.Generator().manual_seed(seed)).item())  # a caller's own draws
+    assert len(firsts) == 4 * 201
+
+
 def test_writing_finished_frames_again_under_the_same_prompt_keeps_the_newest_chunk_whole():
     """A chunk of its own sees only itself, so that one pass over it writes what the rollout wrote."""
     student = tiny_student(MemoryConfig("window", frames=3))

@@ -52,6 +52,11 @@ def test_a_pattern_may_be_written_with_dashes_and_its_last_number_never_ends():
     assert evaluations(many, 5) == [13, 3, 3, 3, 3]
 
 
+def test_a_chunk_of_fewer_steps_keeps_the_first_levels_and_the_last():
+    cfg = ScheduleConfig(levels=(1.0, 0.8, 0.6, 0.4), pattern="4321")
+    assert cfg.lists == ((1.0, 0.8, 0.6, 0.4), (1.0, 0.8, 0.4), (1.0, 0.4), (1.0,))
+
+
 def test_the_chunks_after_a_switch_walk_the_first_lists_again():
     assert evaluations(replace(DIAGONAL, rewarm=2), 9, switches=(4,)) == [4, 3, 2, 2, 4, 3, 2, 2, 2]
     assert evaluations(replace(DIAGONAL, rewarm=1), 9, switches=(4, 7)) == [4, 3, 2, 2, 4, 2, 2, 4, 2]

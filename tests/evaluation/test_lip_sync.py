@@ -120,6 +120,14 @@ def test_identity_is_lost_by_windows_of_a_stream():
     assert math.isnan(identity_drift([1 - same], 16.0, 1.0)[0])
 
 
+def test_a_passage_is_frozen_from_four_still_steps_on():
+    for still, share in ((3, 0.0), (4, 0.4), (10, 1.0)):
+        motion = torch.ones(1, 10)
+        motion[:, :still] = 0.0
+        assert lip_sync.frozen(motion, 1.0) == pytest.approx(share)
+    assert lip_sync.frozen(torch.zeros(1, 4), 1.0) == 1.0 and lip_sync.frozen(torch.zeros(1, 3), 1.0) == 0.0
+
+
 def test_people_who_are_judged_are_none_of_those_a_checkpoint_was_chosen_on():
     cfg, rooms = LipSyncConfig(), {split: Rooms("talker", WORLDS["talker"], split) for split in ("validation", "test")}
     chosen = set(WORLDS["talker"].seeds("validation", 10_000))
@@ -139,6 +147,7 @@ def test_sync_is_the_best_mean_correlation_and_its_shift():
     a = torch.cat((torch.zeros(3, 2), b[:, :-2]), dim=1)
     assert metrics.sync(a, b) == (pytest.approx(1.0), 2) and metrics.sync(b, b) == (pytest.approx(1.0), 0)
     assert metrics.sync(torch.zeros(3, 60), b)[0] == 0
+    assert metrics.sync(b[:, :15], b[:, :15]) == (pytest.approx(1.0), 0)  # the fewest frames
     with pytest.raises(ValueError, match="sync compares"):
         metrics.sync(b[:, :10], b[:, :10])
 

@@ -121,6 +121,38 @@ def test_the_other_half_is_that_of_the_other_episodes():
     assert quality.frechet(row(5.0, 4.0), real) == pytest.approx(0, abs=0.02)
 
 
+def test_targets_stand_where_the_protocol_says():
+    real, codec = {"action_following": 0.8}, {"psnr": 31.0, "sharpness_ratio": 0.9, "frechet_unpaired": 1.5}
+    ahead = {"psnr_by_horizon": {"0.5": 20.0}}
+    teacher = {"action_following": 0.8, "sharpness_ratio": 1.0, "frechet_unpaired": 4.0, "frechet_paired": 2.0, **ahead}
+    student = {"frechet_paired": 2.4, "action_following": 0.73, "sharpness_ratio": 1.1, "motion_ratio": 0.7}
+    rows = {"real": real, "codec": codec, "teacher": teacher, "student": student, "repeat": ahead}
+    found = [(t.low, t.high, t.met) for t in quality.targets(rows)]
+    want = [
+        (30, math.inf, True),
+        (0.85, math.inf, True),
+        (pytest.approx(0.95 * 0.8), math.inf, True),
+        (0.85, 1.15, True),
+        (-math.inf, pytest.approx(4.5), True),
+        (20.0, math.inf, True),
+        (-math.inf, pytest.approx(2.5), True),
+        (pytest.approx(0.9 * 0.8), math.inf, True),
+        (0.8, 1.2, True),
+        (0.8, 1.2, False),
+    ]
+    assert found == want
+
+
+def test_pictures_that_cannot_be_drawn_are_known_before_the_work(cfg, tiny_codec_path, monkeypatch):
+    def missing():
+        raise ImportError("no matplotlib")
+
+    monkeypatch.setattr(report, "check_plots", missing)
+    monkeypatch.setattr(suite, "judge", lambda *rest: pytest.fail("judged first"))
+    with pytest.raises(ImportError, match="matplotlib"):
+        suite.evaluate(SUITE, str(tiny_codec_path), cfg)
+
+
 def test_flat_stuck_and_returning_frames_are_counted(rows):
     for name in ("flat_frames", "stuck_frames", "returns"):
         assert rows["real"][name] == rows["same"][name] == 0, name

@@ -239,6 +239,13 @@ def test_motion_read_from_pictures_of_another_walk_is_near_the_truth(tmp_path):
     assert float(moves(planar(poses)).abs().max()) > 0.05
 
 
+def test_judged_frames_are_those_of_the_revisit_and_what_the_probe_needs_around_them():
+    px = torch.arange(20.0).view(1, 20, 1, 1, 1)
+    view = sm.View(px, sm.Batch(px, None, 0, facts={"judged": torch.tensor([[8, 12]])}), None)
+    assert sm.judged_frames(view, px).flatten().tolist() == [8, 9, 10, 11]
+    assert sm.judged_frames(view, px, 1).flatten().tolist() == [6, 7, 8, 9, 10, 11, 12]
+
+
 @pytest.mark.parametrize("kw", [{"seconds": ()}, {"judged": 12}, {"paths": 0}])
 def test_impossible_protocols_say_what_is_wrong(kw):
     with pytest.raises(ValueError, match="revisit"):

@@ -307,7 +307,7 @@ def test_of_frames_seen_from_nearly_one_pose_the_newer_goes():
         for layer in range(2):
             memory.segments(layer, raw, turn(raw, frame_positions(torch.tensor([start]), (1, 2)), False), raw)
         memory.commit()
-    assert [s.frame for s in memory.stored] == [0, 1, 3, 5]
+    assert [s.frame for s in memory.stored] == sorted(memory.poses) == [0, 1, 3, 5]
     memory.begin(6, 1, poses_of((7, 7)))
     _, values = memory.past(0)
     assert values[0, ::2, 0, 0].tolist() == [0, 3, 5]  # 0 and 1 were nearest
@@ -360,6 +360,12 @@ def test_a_needle_seen_from_the_same_pose_is_found_long_after():
 def test_impossible_histories_say_what_is_wrong(kw, message):
     with pytest.raises(ValueError, match=message):
         MemoryConfig(**kw)
+
+
+def test_the_least_history_is_one_frame():
+    assert MemoryConfig("compressed", history=1).remembers
+    with pytest.raises(ValueError, match="no history"):
+        MemoryConfig("window", history=1)
 
 
 def test_learned_pooling_needs_a_network_that_has_the_weights():

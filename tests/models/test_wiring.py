@@ -89,3 +89,11 @@ def test_memory_gets_the_pose_of_every_frame_with_its_entries():
             memory.commit()
     assert list(memory.poses) == list(range(6))
     assert all(torch.equal(pose, cond.per_frame["qk"][:, frame]) for frame, pose in memory.poses.items())
+
+
+def test_taking_down_what_a_network_makes_of_frames_changes_nothing():
+    net, cond, recorder = tiny_dit(), condition(3), EntryRecorder()
+    with torch.no_grad():
+        plain, recorded = (net(clip(3), torch.full((1, 3), 0.5), cond, memory=m) for m in (None, recorder))
+    torch.testing.assert_close(recorded, plain)
+    assert list(recorder.entries) == list(range(len(net.blocks)))

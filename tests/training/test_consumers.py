@@ -12,7 +12,8 @@ from vidistill.diffusion import expand
 from vidistill.training import samples, validation
 from vidistill.training.losses import LossConfig
 from vidistill.training.optim import OptimConfig, TrainState
-from vidistill.training.trainer import Trainer
+from vidistill.training.trackers import read_rows
+from vidistill.training.trainer import METRICS, Trainer
 from vidistill.training.validation import ValidationConfig
 
 
@@ -151,6 +152,10 @@ def test_what_is_judged_and_kept_as_the_best_is_the_average(watched):
     assert same(seen["judge"], average) and same(seen["diagnose"], live)
     assert same(exported(trainer.folder / "best"), average)
     assert same(copied(trainer.roles.student), live)
+    assert read_rows(trainer.folder / METRICS) == [
+        {"step": 3, "diagnosis": {}},
+        {"step": 3, "error": 1.0, "best_step": 3},
+    ]
 
 
 def test_what_a_run_ends_with_is_the_average_and_live_weights_stay(watched):

@@ -241,6 +241,7 @@ def test_broken_rollouts_are_told_from_sound_ones_and_teach_less(tmp_path):
         )
         (grad,) = torch.autograd.grad(found.value, x0)
         norms.append(float(grad.norm()))
+        assert found.numbers().get("invalid", 1.0) == 1.0  # all clips stand still beside these
     assert norms[1] == pytest.approx(0.25 * norms[0], rel=1e-4)
 
 
@@ -295,6 +296,10 @@ def test_the_error_score_prefers_the_recorded_clip(tmp_path):
         Clips(tmp_path / "talks", reference=True), ValidationConfig(clips=2), 7, torch.device("cpu")
     )
     assert held.mouth.shape == (2, 25, 2)
+    clips = Clips(tmp_path / "talks", reference=True)
+    for x, mouth, (e, start) in zip(held.batch.x, held.mouth, clips.windows(2, 7, 0, 0, "latents"), strict=True):
+        assert torch.equal(mouth, clips.episode("mouth", e)[4 * start : 4 * start + 25].float())
+        assert torch.equal(x[1:], clips.episode("latents", e)[start + 1 : start + 7].float())
     assert validation.error_score(held.batch.x, held, None) == 0 > validation.error_score(held.batch.x + 1, held, None)
 
 

@@ -25,7 +25,7 @@ from tiny_training import (
 )
 from torch import nn
 
-from vidistill import checkpoint, tensors
+from vidistill import checkpoint, distributed, tensors
 from vidistill.checkpoint import read_tensors
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import StudentConfig
@@ -284,6 +284,31 @@ def test_critic_updates_in_a_row_learn_from_one_rollout_until_the_student_moves(
 def test_learning_rates_end_at_zero_for_student_and_critic(root):
     trainer = Trainer(dmd_stage(root, steps=12, critic_steps=2))
     assert trainer.student_state.steps == 4 and trainer.critic.steps == 8
+
+
+def test_learning_rates_rise_stay_and_fall_in_a_line():
+    cfg = OptimConfig(warmup=3, decay=0.4)
+    rates = [cfg.factor(step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert {OptimConfig(warmup=0, decay=0.0).factor(step, 10) for step in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize(("when", "summed"), [("micro_batch", [True, True, True]), ("step", [False, False, True])])
+def test_gradients_are_summed_over_processes_when_it_was_asked_for(root, monkeypatch, when, summed):
+    cfg = flow_stage(root, batch=3, accumulate=3, gradient_sync=when)
+    trainer, told = Trainer(cfg), []
+    monkeypatch.setattr(distributed, "sync_gradients", lambda nets, now: told.append(now))
+    trainer.step()
+    assert told == summed
+
+
+def test_a_row_of_the_log_says_how_long_the_rest_will_take(root, caplog):
+    trainer = Trainer(flow_stage(root, steps=6))
+    trainer.step_count = 2
+    trainer.folder.mkdir(parents=True)
+    with caplog.at_level("INFO", logger="vidistill"):
+        trainer.write_log({"step": 2, "s_per_step": 45.0})
+    assert "(3 min left)" in caplog.text
 
 
 @pytest.mark.parametrize("warmup", [10.0, 1.0])
