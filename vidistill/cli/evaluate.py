@@ -7,6 +7,8 @@ from typing import Any
 
 from vidistill.cli.options import non_negative_int, numbers, positive_float, positive_int
 
+COUNTED = {"quality": "clips", "memory": "paths", "minutes": "streams"}  # suites, and what --clips counts
+
 
 def add_eval(commands: Any) -> argparse.ArgumentParser:
     p = commands.add_parser(
@@ -32,14 +34,17 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
         type=Path,
         help="held-out clips of a world of one's own: a folder of splits, or one split beside its train folder",
     )
-    p.add_argument("--suite", choices=("quality", "memory"), default="quality", help="what to judge (default: quality)")
+    p.add_argument("--suite", choices=COUNTED, default="quality", help="what to judge (default: quality)")
     p.add_argument(
         "--clips",
         type=positive_int,
-        help="held-out clips or captions (default and protocol: 256; any world: 128), or paths of each kind (4)",
+        help="held-out clips or captions (default and protocol: 256; any world: 128), paths of each kind (4), or "
+        "walks of minutes (64)",
     )
     p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")
     p.add_argument("--full", help="suite memory: the baseline that keeps everything (default: NAME-full)")
+    p.add_argument("--write-paths", type=Path, help="suite memory, no name: a new folder of paths for another system")
+    p.add_argument("--videos", type=Path, help="suite memory, no name: judge the videos that it put into that folder")
     p.add_argument(
         "--split",
         choices=("test", "validation"),
@@ -64,12 +69,41 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    if not args.name and not args.frontier:
+    outside = args.write_paths or args.videos
+    if not args.name and not args.frontier and not outside:
         raise ValueError("name a checkpoint, or give --frontier")
-    made = run_frontier if args.frontier else run_guidance if args.choose_guidance else run_suite
-    result = made(args)
+    inside = run_frontier if args.frontier else run_guidance if args.choose_guidance else run_suite
+    result = (run_outside if outside else inside)(args)
     if args.json:
         print(json.dumps(result))
+
+
+def run_outside(args: argparse.Namespace) -> dict[str, Any]:
+    """The memory benchmark of other systems: its paths written, or their videos judged."""
+    from vidistill.evaluation import SUITES, benchmark, report
+
+    given = {"NAME": args.name, "--frontier": args.frontier, "--teacher": args.teacher, "--data": args.data}
+    given |= {"--window": args.window, "--full": args.full, "--glance": args.glance, "--metric": args.metric}
+    given |= {"--vs": args.vs, "--guidance": args.guidance, "--choose-guidance": args.choose_guidance}
+    if args.videos:  # its paths say the rest
+        given |= {"--write-paths": args.write_paths, "--clips": args.clips, "--first-seed": args.first_seed}
+        given |= {"--split": args.split != "test", "--quick": args.quick}
+    if foreign := [key for key, value in given.items() if value]:
+        option = "--videos" if args.videos else "--write-paths"
+        raise ValueError(f"{', '.join(foreign)} say nothing to {option}; leave them out")
+    if args.suite != "memory":
+        raise ValueError("--write-paths and --videos are of the memory benchmark; add --suite memory")
+    memory = SUITES["memory"]
+    asked = {"first_seed": args.first_seed, "paths": args.clips, "out": args.out and str(args.out)}
+    settings = {key: value for key, value in asked.items() if value}
+    cfg = memory.config(**{**(memory.quick if args.quick else {}), **settings})
+    if args.write_paths:
+        written: dict[str, Any] = benchmark.write_paths(args.write_paths, cfg, args.split)
+        print(f"{len(written['paths'])} paths in {args.write_paths}; videos belong into {args.write_paths / 'videos'}")
+        return written
+    result: dict[str, Any] = benchmark.judge_videos(args.videos, cfg)
+    report.show(memory.metrics, result, [], cfg.out and benchmark.report_folder(args.videos, cfg.out))
+    return result
 
 
 def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +111,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
     from vidistill.progress import console
 
     given = {"name": args.name, "--clips": args.clips, "--glance": args.glance, "--teacher": args.teacher}
-    given |= {"--window": args.window, "--full": args.full, "--suite": args.suite == "memory", "--out": args.out}
+    given |= {"--window": args.window, "--full": args.full, "--suite": args.suite != "quality", "--out": args.out}
     given |= {"--data": args.data, "--metric": args.metric, "--vs": args.vs}
     given |= {"--guidance": args.guidance, "--choose-guidance": args.choose_guidance}
     given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
@@ -111,24 +145,27 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     from vidistill import checkpoint
     from vidistill.evaluation import SUITES, suite, suite_of
 
-    memory = args.suite == "memory"
+    memory, minutes = args.suite == "memory", args.suite == "minutes"
     named = {"teacher": args.teacher, "window": args.window, "full": args.full, "vs": args.vs}
-    if memory and (args.glance or args.teacher or args.vs):
-        raise ValueError("--glance, --teacher and --vs say nothing to --suite memory; leave them out, or the suite")
+    if minutes and (args.glance or args.metric or args.vs):
+        raise ValueError("--glance, --metric and --vs say nothing to --suite minutes; --quick takes fewer walks")
+    if memory and (args.glance or args.teacher or args.metric or args.vs):
+        options = "--glance, --teacher, --metric and --vs"
+        raise ValueError(f"{options} say nothing to --suite memory; leave them out, or the suite")
     if not memory and (args.window or args.full):
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
-    if args.data and (memory or args.first_seed is not None):
+    if args.data and (memory or minutes or args.first_seed is not None):
         raise ValueError("--data names the clips that are judged: leave out --suite and --first-seed")
     if args.quick and (args.glance or any(named.values())):
         raise ValueError("--quick shows the checkpoint alone: leave out --glance, --teacher, --vs, --window and --full")
     if args.glance and (args.teacher or args.out or args.vs):
         option = "--teacher" if args.teacher else "--vs" if args.vs else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
-    chosen = "any_world" if args.data else "memory" if memory else ""
+    chosen = "any_world" if args.data else args.suite if args.suite != "quality" else ""
     own = SUITES[chosen] if chosen else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
     asked = {
         "first_seed": args.first_seed,
-        "paths" if memory else "clips": args.clips,
+        COUNTED[args.suite]: args.clips,
         "out": args.out and str(args.out),
         "data": args.data and str(args.data),
         "metrics": dict(item.partition("=")[::2] for item in args.metric),

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vidistill.evaluation import any_world, lip_sync, prompt_adherence, quality, spatial_memory
+from vidistill.evaluation import any_world, lip_sync, minutes, prompt_adherence, quality, spatial_memory
 from vidistill.evaluation.suite import Suite, world_of
 
 SUITES = {
-    module.SUITE.name: module.SUITE for module in (quality, prompt_adherence, lip_sync, spatial_memory, any_world)
+    module.SUITE.name: module.SUITE
+    for module in (quality, prompt_adherence, lip_sync, spatial_memory, minutes, any_world)
 }
 
 

@@ -64,6 +64,9 @@ class Data:
     reader: Any = None  # of camera motion, where a suite reads it
     fitted: bool = False
     shown: int = SHOWN  # clips kept to look at
+    names: Sequence[str] = ()  # of those, if they have any
+    every: float = 0.4  # seconds between two pictures of them
+    windows: Mapping[str, range] = field(default_factory=dict)  # of frames, where figures are by time
 
     def read(self, px: Tensor) -> Reading:
         """What the probe sees of clips px [B, T, 3, H, W]."""

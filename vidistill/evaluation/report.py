@@ -15,9 +15,11 @@ from rich.table import Table
 from vidistill.io import contact_sheet, save_png, write_json, write_text
 
 ORDER = (
-    *("real", "codec", "teacher", "student", "window", "full"),
+    *("real", "codec", "teacher", "student", "student_unfiltered", "videos", "window", "full"),
     *("repeat", "repeat_last", "paste_start", "paste_nearest"),
 )
+
+COUNTS = ("clips", "paths", "streams")  # what a protocol counts
 
 
 def plain(value: Any) -> Any:
@@ -110,7 +112,7 @@ def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
     """The figures, one column a row of the evaluation, for a terminal."""
     columns = columns_of(result)
     protocol = result["protocol"]
-    out = Table(title=f"{protocol.get('clips', protocol.get('paths'))} {protocol['split']} clips")
+    out = Table(title=f"{next(protocol[k] for k in COUNTS if k in protocol)} {protocol['split']} clips")
     out.add_column("measure")
     for name in columns:
         out.add_column(name, justify="right")
@@ -172,11 +174,13 @@ class Sheet:
     every: int = 1
 
     @classmethod
-    def beside(cls, name: str, clips: Mapping[str, Any], caption: str, noun: str, every: float = 1.0) -> "Sheet":
+    def beside(
+        cls, name: str, clips: Mapping[str, Any], caption: str, noun: str, every: float = 1.0, names: Sequence[str] = ()
+    ) -> "Sheet":
         """The k-th clips [T, H, W, 3] of all kinds of video below each other, then the next ones."""
         kinds = sorted(clips, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
         picked = [(kind, k) for k in range(min(map(len, clips.values()))) for kind in kinds]
-        labels = [f"{kind}, {noun} {k + 1}" for kind, k in picked]
+        labels = [f"{kind}, {names[k] if names else f'{noun} {k + 1}'}" for kind, k in picked]
         return cls(name, [clips[kind][k] for kind, k in picked], labels, caption, max(1, round(every)))
 
 

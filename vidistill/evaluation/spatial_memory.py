@@ -6,7 +6,7 @@ Students are told the same actions as the real engine, and start from the same p
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from vidistill.evaluation.clips import Batch, Data, Row, Tally, View, repeat_row
 from vidistill.evaluation.probes import AFTER, BEFORE, Probe, Reading, load_probe, read
 from vidistill.evaluation.quality import walk_along, walk_condition
 from vidistill.evaluation.recall import false_recall, likeness, nearest, returns, snaps
-from vidistill.evaluation.report import Metric, Sheet
+from vidistill.evaluation.report import Metric
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.suite import Judgement, Suite
 from vidistill.io import to_float
@@ -64,6 +64,8 @@ class SpatialMemoryConfig(PathConfig):
     out: str = "out/eval"
     probe: str | None = None
     precision: str = "auto"
+    metrics: Mapping[str, str] = field(default_factory=dict)  # published ones, as in every suite
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,29 +128,35 @@ def pose_error(recorded: Clips, camera: CameraConfig, factor: int) -> dict[str, 
 # --- paths and rows ---------------------------------------------------------------------------------------------------
 
 
-def recorded(rooms: Rooms, cfg: SpatialMemoryConfig) -> Clips:
+def recorded(rooms: Rooms, cfg: Any) -> Clips:
     """Walks of validation that motion is read from."""
     return Rooms(rooms.source, rooms.world).episodes(cfg.data, "frames", (64, 321), (1, 8))
 
 
 def walks(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: SpatialMemoryConfig) -> Data:
     """Batches of paths of one length, with the engine's pictures of them."""
-    engine, chunked, batches = rooms.world.config(), codec.temporal_factor * bundle.net.cfg.chunk, []
+    return judged_on(batches_of(rooms, cfg, codec.temporal_factor * bundle.net.cfg.chunk), rooms, cfg)
+
+
+def batches_of(rooms: Rooms, cfg: SpatialMemoryConfig, chunked: int) -> list[Batch]:
+    """The paths in rooms, each of 1 + a multiple of `chunked` frames; of the first batch with all kinds of path the
+    first of each is kept to look at."""
+    engine, batches = rooms.world.config(), list[Batch]()
     for seconds in cfg.seconds:
         seeds = rooms.seeds(FIRST_ROOM, cfg.paths * cfg.tries * len(KINDS))
         paths = paths_of(cfg, engine, seconds, chunked, seeds)
         parts = [paths[i : i + cfg.batch] for i in range(0, len(paths), cfg.batch)]
         batches += [batch_of(part, seconds, engine.speed, cfg.seed) for part in parts]
-    return judged_on(batches, rooms, cfg)
+    kinds = [len(batch.facts["kind"].unique()) for batch in batches]
+    chosen = kinds.index(max(kinds))
+    return [replace(batch, shown=kinds[k] if k == chosen else 0) for k, batch in enumerate(batches)]
 
 
 def judged_on(batches: Sequence[Batch], rooms: Rooms, cfg: SpatialMemoryConfig) -> Data:
-    """The batches; of the first one with all kinds of path the first of each is kept to look at."""
-    probe, kinds = load_probe(cfg.probe, rooms.world.probe), [len(b.facts["kind"].unique()) for b in batches]
-    chosen = kinds.index(max(kinds))
-    batches = [replace(batch, shown=kinds[k] if k == chosen else 0) for k, batch in enumerate(batches)]
-    reader, fps = PoseReader(probe, recorded(rooms, cfg)), rooms.world.config().fps
-    return Data(batches, fps, probe, dict.fromkeys(HEADS, 3), stride=2, reader=reader, shown=kinds[chosen])
+    probe, fps = load_probe(cfg.probe, rooms.world.probe), rooms.world.config().fps
+    names = [list(KINDS)[int(kind)] for batch in batches for kind in batch.facts["kind"][: batch.shown]]
+    reader, heads = PoseReader(probe, recorded(rooms, cfg)), dict.fromkeys(HEADS, 3)
+    return Data(batches, fps, probe, heads, stride=2, reader=reader, shown=len(names), names=names)
 
 
 def batch_of(paths: Sequence[Path], seconds: float, speed: float, seed: int) -> Batch:
@@ -376,7 +384,6 @@ def details(judged: Judgement) -> None:
     result["pose_error"] = pose_error(walks, build(CameraConfig, camera), factor) if camera else None
     assert judged.data.probe is not None
     judged.protocol |= {"counted": counted(judged.data, cfg), "texture_chance": 1 / judged.data.probe.cfg.textures}
-    judged.pictures.sheets = [named(sheet, judged.data) for sheet in judged.pictures.sheets]
 
 
 def counted(data: Data, cfg: SpatialMemoryConfig) -> dict[str, dict[str, int]]:
@@ -386,14 +393,6 @@ def counted(data: Data, cfg: SpatialMemoryConfig) -> dict[str, dict[str, int]]:
         for kind in batch.facts["kind"]:
             out[f"{float(batch.facts['seconds'][0]):g}"][list(KINDS)[int(kind)]] += 1
     return out
-
-
-def named(sheet: Sheet, data: Data) -> Sheet:
-    """The sheet of clips, with the kind of path of every line."""
-    kinds = [list(KINDS)[int(k)] for batch in data.batches for k in batch.facts["kind"][: batch.shown]]
-    rows = len(sheet.labels) // len(kinds)
-    labels = [f"{label.split(',')[0]}, {kinds[k // rows]}" for k, label in enumerate(sheet.labels)]
-    return replace(sheet, labels=labels, caption="The first path of every kind, one picture every 0.4 s.")
 
 
 def memory_of(bundle: Bundle) -> dict[str, int]:

@@ -146,7 +146,8 @@ class Suite:
     judged beside clips; it may be given no student. rows: made beside the networks that are judged. spread: figures
     with parts that a glance shows by themselves. student: its clips. others: networks beside a student, some of them
     named by the user. quick: settings of a first look, whose intervals say how little it tells. place: where its clips
-    come from, by the name of the suite: rooms of a bundled world, if not said otherwise.
+    come from, by the name of the suite: rooms of a bundled world, if not said otherwise. teacher: its clips. variants:
+    rows that a student's row has more of.
     """
 
     name: str
@@ -161,6 +162,8 @@ class Suite:
     others: Callable[[Bundle, Mapping[str, str | None]], Mapping[str, Bundle]] = beside_student
     quick: Mapping[str, Any] = field(default_factory=lambda: QUICK)
     place: Callable[[str, Mapping[str, Bundle], Any, str], Any] = bundled_rooms
+    teacher: Callable[[Bundle, Codec, Any], Row] = teacher_row
+    variants: Mapping[str, Callable[[Any], Row | None]] = field(default_factory=dict)
 
 
 def clip_size(bundle: Bundle, codec: Codec, world: WorldSpec) -> tuple[int, int]:
@@ -176,10 +179,12 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
     rooms = suite.place(suite.name, bundles, cfg, split)
     codec: Codec = first.net if first.kind == "codec" else checkpoint.load_codec(first)
     data = suite.data(first, codec, rooms, cfg)
-    makers = {"student": suite.student, "teacher": teacher_row, "codec": lambda bundle, *_: codec_row(bundle.net)}
+    makers = {"student": suite.student, "teacher": suite.teacher, "codec": lambda bundle, *_: codec_row(bundle.net)}
     rows: dict[str, Row] = {row: makers[bundle.kind](bundle, codec, cfg) for row, bundle in bundles.items()}
     if not glance and "codec" not in bundles:
         rows |= {name: make(codec) for name, make in suite.rows.items()}
+    if "student" in bundles:
+        rows |= {name: row for name, make in suite.variants.items() if (row := make(rows["student"]))}
     wanted = {key: m for key, m in suite.metrics.items() if m.figure and (m.glance or not glance)}
     runs = {"student": 1 if glance else cfg.seeds, "teacher": cfg.teacher_seeds}
     kept = Unfinished("" if glance else cfg.cache, "" if glance else fingerprint(bundles, codec, cfg, wanted))
@@ -191,7 +196,8 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
     pictures = Pictures(data.fps)
     if not glance:
         shown = {name: own[0].shown for name, own in tallies.items() if "repeat" not in name}
-        pictures.sheets.append(Sheet.beside("clips", shown, "Same start, same conditions.", "clip", data.fps * 0.4))
+        every, caption = data.fps * data.every, "Same start, same conditions."
+        pictures.sheets.append(Sheet.beside("clips", shown, caption, "clip", every, data.names))
         if "motion" in tallies["real"][0].parts:
             quarter = report.quarter(data.fps)
             pictures.motion = {name: metrics.curve(own[0]["motion"], quarter) for name, own in tallies.items()}

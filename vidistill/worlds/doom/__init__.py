@@ -5,7 +5,7 @@ from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 from vidistill.worlds.spec import WorldSpec
 
 WORLD = WorldSpec(
-    ("quality", "memory"),
+    ("quality", "memory", "minutes"),
     DoomConfig,
     record_many,
     seeds,
