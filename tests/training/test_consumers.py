@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_training import codec_stage, dmd_stage, flow_stage, rolled
+from tiny_training import codec_stage, dmd_stage, flow_stage
 from torch import nn
 
 from vidistill import checkpoint
@@ -60,8 +60,9 @@ def test_student_and_critic_learn_from_the_students_own_rollouts(root, settings)
         with torch.no_grad():  # the student that rolls out has moved since
             for mine, theirs in zip(own.student_state.params, trainer.student_state.params, strict=True):
                 mine.copy_(theirs)
-        own.step_count = step
-        want = rolled(own, grad=role == "student")
+        turn = replace(own.cfg.turn(step, own.loss), rows=(0, own.cfg.batch))
+        assert turn.role == role
+        want = own.samplers[0].roll(recorded, turn.rng(), turn)
         trainer.step()
         (x0, batch), *more = heard[role]
         assert not more and torch.equal(x0, want.x0) and torch.equal(batch.x, want.batch.x)
