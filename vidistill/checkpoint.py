@@ -343,8 +343,14 @@ def load_teacher(name: str | Path) -> Bundle:
     return load(name, "teacher")
 
 
+def beside(folder: Path, name: str) -> Path | None:
+    """The checkpoint `name` that a record in `folder` speaks of: there, or from a folder above, as it was trained."""
+    near = (place / name for place in (folder, *folder.resolve().parents))
+    return next((path for path in near if with_extension(path, ".json").is_file()), None)
+
+
 def load_codec(source: str | Path | Bundle) -> Codec:
-    """The codec of this name or path; of a bundle, the one its network was trained on."""
+    """The codec of this name or path; of a bundle, the one its network was trained on, wherever it is loaded from."""
     if not isinstance(source, Bundle):
         codec: Codec = load(source, "codec").net
         return codec
@@ -356,8 +362,7 @@ def load_codec(source: str | Path | Bundle) -> Codec:
             f"{bundle.name} says that its codec is {name!r}, which is not bundled: write the path of one, a diffusers "
             f"folder with `vae` or a file such as taew2_1.safetensors, as `codec` into {bundle.name}.json"
         )
-    near = bundle.folder / name
-    found: Codec = load_named(near if with_extension(near, ".json").is_file() else name, "codec").net
+    found: Codec = load_named(beside(bundle.folder, name) or name, "codec").net
     return found
 
 

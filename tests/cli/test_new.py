@@ -1,6 +1,7 @@
 """`vidistill new`: a project sized for its world, that runs from clips to a student."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -139,13 +140,21 @@ def test_a_project_runs_from_clips_to_a_student(tmp_path, quick, monkeypatch, ca
     write_world(tmp_path / "data")
     assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h", "--cold") == 0
     commands = commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")
-    assert [words[1] for words in commands] == ["train", "new", "data", "train", "new", *["train"] * 3, "generate"]
-    run_all(commands, monkeypatch)
+    assert [words[1] for words in commands] == [
+        *("train", "new", "data", "train", "new", *["train"] * 3),
+        *("generate", "export", "eval"),
+    ]
+    run_all(commands[:-1], monkeypatch)
+    judged = commands[-1][2:]
+    assert judged == ["runs/diagonal/diagonal", "--data", "../../data", "--split", "test", "--quick", "--out", "report"]
     said, made = capsys.readouterr().out, tmp_path / "mine" / "rehearsal"
     assert "codec: psnr" in said and "teacher: teacher_sharpness" in said and (made / "out.mp4").stat().st_size
     assert checkpoint.load(str(made / "runs" / "diagonal" / "diagonal")).kind == "student"
     weights = load_config(TrainConfig, made / "teacher.yaml").loss.channel_weights
     assert len(weights) == 16 and max(weights) > 1
+    given = (made / "student").rename(tmp_path / "given")  # it is whole, and needs nothing of the project
+    shutil.rmtree(tmp_path / "mine")
+    assert main(["generate", str(given / "student"), "-o", str(tmp_path / "given.mp4"), "--seconds", "1"]) == 0
 
 
 def test_a_check_stops_what_is_bad(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,14 @@ def test_a_codec_lies_beside_its_student_or_has_a_full_path(path, tiny_codec_pat
     assert checkpoint.load_codec(load(path)).cfg == codec.cfg
     edit(path, codec=str(tiny_codec_path))
     assert checkpoint.load_codec(load(path)).cfg == codec.cfg
+    trained = path.parent / "runs" / "codec" / "codec"  # a run names it from the folder of its project
+    export(trained, codec, {})
+    student = path.parent / "runs" / "student" / "student"
+    student.parent.mkdir()
+    for suffix in (".json", ".safetensors"):
+        shutil.copyfile(checkpoint.with_extension(path, suffix), checkpoint.with_extension(student, suffix))
+    edit(student, codec="runs/codec/codec")
+    assert checkpoint.load_codec(load(student)).cfg == codec.cfg
     edit(path, codec=None)
     with pytest.raises(CheckpointError, match="no codec"):
         checkpoint.load_codec(load(path))

@@ -19,6 +19,7 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
     p.add_argument("name", help="a bundled name or the path of a checkpoint")
     p.add_argument("--to", required=True, choices=TO, help="layout")
     p.add_argument("-o", "--out", type=Path, help="file or folder to write (default: NAME-LAYOUT here)")
+    p.add_argument("--whole", action="store_true", help="to ours: a folder OUT with its codec and start pictures, too")
     p.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as stored)")
     p.set_defaults(run=run_export)
     return p
@@ -27,7 +28,36 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
 def run_export(args: argparse.Namespace) -> None:
     from vidistill.interop.export import DTYPES, export_as
 
-    print(export_as(args.name, args.to, args.out, DTYPES[args.dtype] if args.dtype else None))
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    print((export_whole if args.whole else export_as)(args.name, args.to, args.out, dtype))
+
+
+def export_whole(name: str, to: str, out: Path | None, dtype: Any = None) -> Path:
+    """A folder OUT with the student OUT/OUT, the codec it was trained on and the pictures it starts from."""
+    import shutil
+
+    from vidistill import checkpoint
+    from vidistill.interop.export import export_as
+
+    if to != "ours" or out is None:
+        raise ValueError("--whole is a folder of ours: say --to ours and name it with --out")
+    path = checkpoint.locate(name)
+    codec = checkpoint.read_record(path)["codec"] or ""
+    found = checkpoint.beside(path.parent, codec)
+    if found is not None and (Path(codec).is_absolute() or ".." in Path(codec).parts):
+        raise ValueError(f"{name} names its codec by the path {codec}, which is no path in a folder of its own")
+    starts = checkpoint.start_pictures(name)
+    made = export_as(name, to, out / out.name, dtype)
+    if found is not None:
+        (out / codec).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".json", ".safetensors"):
+            shutil.copyfile(checkpoint.with_extension(found, suffix), checkpoint.with_extension(out / codec, suffix))
+    if starts:
+        folder = out / f"{out.name}-starts"
+        folder.mkdir()
+        for picture in starts:
+            shutil.copyfile(picture, folder / picture.name)
+    return made
 
 
 def add_publish(commands: Any) -> argparse.ArgumentParser:

@@ -127,7 +127,15 @@ class Plan:
         """run.sh."""
         held = ",".join(f"{name}:24" for name in self.world.actions)
         action = f" --action {held},still:12" if held else ""
-        return SCRIPT.format(frames=frames, action=action, budget=f"{self.budget / 3600:.2g} h")
+        return SCRIPT.format(frames=frames, action=action, report=self.judged(), budget=f"{self.budget / 3600:.2g} h")
+
+    def judged(self) -> str:
+        """The line of run.sh that judges the last student on clips that nothing learned from, where there are any."""
+        split = next((split for split in ("test", "validation") if split in self.world.splits), "")
+        if not split:
+            return 'echo "no report: the data hold no clips out; make them with a share of test"'
+        judge = f'vidistill eval runs/diagonal/diagonal --data "$frames" --split {split} --quick --out report'
+        return f'{judge} || echo "no report, for the reason above; the student is none the worse"'
 
 
 SCRIPT = """\
@@ -162,7 +170,9 @@ if [ -d starts ]; then # pictures to begin from, where a stream finds them
   mkdir -p runs/diagonal/diagonal-starts && cp starts/* runs/diagonal/diagonal-starts/
 fi
 vidistill generate runs/diagonal/diagonal -o out.mp4 --seconds 10{action}
-echo "look at out.mp4, then play it: vidistill serve $PWD/runs/diagonal/diagonal"
+[ -d student ] || vidistill export runs/diagonal/diagonal --to ours --whole -o student # a folder to give away
+{report}
+echo "look at out.mp4, then play it: vidistill serve $PWD/student/student"
 """
 
 

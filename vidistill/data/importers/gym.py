@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -89,6 +90,7 @@ def made(cfg: GymConfig) -> Any:
     except ImportError as error:
         raise ImportError("recording environments needs Gymnasium: pip install 'vidistill[gym]'") from error
     look_here()
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory: no window, no display to look for
     try:
         env = gymnasium.make(cfg.env, render_mode="rgb_array", **cfg.options)
     except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
