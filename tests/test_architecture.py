@@ -91,13 +91,13 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2338,
+    "data": 2340,
     "training": 1707,
     "evaluation": 2931,
     "worlds": 1464,
     "bench": 1267,
     "ops": 1180,
-    "cli": 1107,
+    "cli": 1138,
     "serve": 1195,
     "interop": 1020,
     "conditioning": 743,
