@@ -11,7 +11,6 @@ from vidistill.cli.main import main
 from vidistill.conditioning.audio import AudioConfig, clip_features
 from vidistill.conditioning.camera import pose_of
 from vidistill.data.clips import Clips
-from vidistill.data.importers.sidecars import opencv_poses
 from vidistill.io import save_png
 
 ALL = ("--split", "1,0,0", "--size", f"{SIDE}x{SIDE}")
@@ -243,6 +242,18 @@ def poses_of(frames, seed=0):
     out[:, 0, 0], out[:, 0, 2] = np.cos(angle), np.sin(angle)
     out[:, 2, 0], out[:, 2, 2] = -np.sin(angle), np.cos(angle)
     out[:, :3, 3] = np.stack((0 * angle, 0.1 * angle, np.linspace(0, 3, frames)), 1)
+    return out
+
+
+def opencv_poses(rows: np.ndarray) -> np.ndarray:
+    """Camera-to-world [F, 4, 4] in OpenCV's axes from poses [F, 12] of clips: the inverse of what `read_poses` does."""
+    back = [(1, -1), (2, -1), (0, 1)]  # right is minus left, down minus up
+    out = np.tile(np.eye(4, dtype=rows.dtype), (len(rows), 1, 1))
+    ours = rows[:, 3:].reshape(-1, 3, 3)  # [F, axis of the camera, axis of the world]
+    for i, (world, sign) in enumerate(back):
+        out[:, i, 3] = sign * rows[:, world]
+        for j, (camera, other) in enumerate(back):
+            out[:, i, j] = sign * other * ours[:, camera, world]
     return out
 
 

@@ -30,7 +30,6 @@ from vidistill.models.layers import DiTConfig
 log = logging.getLogger("vidistill")
 
 ADAPTERS = ("generator_lora", "lora", "state_dict", "model")  # entries of a file that hold an adapter
-SILENT = ("critic_lora",)
 
 
 @dataclass(frozen=True)

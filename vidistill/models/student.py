@@ -15,7 +15,6 @@ from vidistill.memory.policies import MemoryConfig, kept_before, sink_times
 from vidistill.memory.pooling import Pooling
 from vidistill.memory.spec import CacheSpec
 from vidistill.models.dit import VideoDiT
-from vidistill.models.layers import DiTConfig
 from vidistill.ops.masks import FrameMask
 
 
@@ -46,10 +45,6 @@ class CausalStudent(nn.Module):
         """A student of the same weights that only runs; its network is what `VideoDiT.for_inference` returns."""
         net = self.net.for_inference(self.cfg.chunk * self.shape.tokens_per_frame, *how)
         return CausalStudent(net, self.cfg, self.shape).eval()
-
-    @property
-    def dit_config(self) -> DiTConfig:
-        return self.net.cfg
 
     def first_frame(self, chunk: int) -> int:
         """First latent frame of a chunk: the only place that knows a shorter first chunk."""
