@@ -349,6 +349,8 @@ def test_a_checkpoint_is_judged_by_the_suite_of_the_world_it_learned_from(monkey
         (["--full", "x"], "--window and --full name baselines of --suite memory"),
         (["--suite", "memory", "--glance"], "say nothing to --suite memory"),
         (["--suite", "memory", "--teacher", "x"], "say nothing to --suite memory"),
+        (["--suite", "memory", "--metric", "lpips=x"], "say nothing to --suite memory"),
+        (["--suite", "minutes", "--guidance", "2"], "say nothing to --suite minutes"),
         (["--glance", "--teacher", "x"], "--teacher says nothing to --glance"),
         (["--glance", "--out", "x"], "--out says nothing to --glance"),
     ],

@@ -147,10 +147,11 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
 
     memory, minutes = args.suite == "memory", args.suite == "minutes"
     named = {"teacher": args.teacher, "window": args.window, "full": args.full, "vs": args.vs}
-    if minutes and (args.glance or args.metric or args.vs):
-        raise ValueError("--glance, --metric and --vs say nothing to --suite minutes; --quick takes fewer walks")
-    if memory and (args.glance or args.teacher or args.metric or args.vs):
-        options = "--glance, --teacher, --metric and --vs"
+    if minutes and (args.glance or args.metric or args.vs or args.guidance):
+        options = "--glance, --metric, --vs and --guidance"
+        raise ValueError(f"{options} say nothing to --suite minutes; leave them out, or the suite")
+    if memory and (args.glance or args.teacher or args.metric or args.vs or args.guidance):
+        options = "--glance, --teacher, --metric, --vs and --guidance"
         raise ValueError(f"{options} say nothing to --suite memory; leave them out, or the suite")
     if not memory and (args.window or args.full):
         raise ValueError("--window and --full name baselines of --suite memory; add it, or leave them out")
