@@ -94,7 +94,10 @@ def network_called(source: str) -> str | None:
 
 
 def parameters(cfg: DiTConfig) -> int:
-    """Number of parameters, counted on the meta device."""
+    """Number of parameters, counted on the meta device; blocks that are alike are counted once."""
+    if cfg.layers > 2 and not any(site.layers for site in cfg.sites.values()):
+        one, two = (parameters(replace(cfg, layers=n)) for n in (1, 2))
+        return one + (cfg.layers - 1) * (two - one)
     with torch.device("meta"):
         net = VideoDiT(cfg)
     return sum(p.numel() for p in net.parameters())
