@@ -38,7 +38,8 @@ def write_world(folder, kind="actions", episodes=4, frames=33, side=16, held=3, 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Steps take no time to measure."""
+    """Steps take no time to measure, and need no networks to be measured with."""
+    monkeypatch.setattr(planning, "write_stand_ins", lambda *rest: None)
     monkeypatch.setattr(planning, "seconds_of", lambda cfg: 0.05 * cfg.frames)
     monkeypatch.setattr(planning, "encoding", lambda *rest: 10.0)
 
