@@ -137,6 +137,7 @@ def test_weights_that_do_not_fit_are_listed(path):
     file = checkpoint.with_extension(path, ".safetensors")
     tensors, info = read_tensors(file)
     name = "net.head.head.weight"
+    edit(path, sha256=...)  # as earlier versions wrote it: nothing but names and shapes tell
     for broken, message in (
         ({k: v for k, v in tensors.items() if k != name}, f"missing weights: {name}"),
         ({**tensors, "net.extra": torch.zeros(1)}, "unexpected weights: net.extra"),

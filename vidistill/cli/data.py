@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vidistill.conditioning.condition import Encode
 
 SPLITS = ("train", "validation", "test", "held_out")
+IMPORTED = (*SPLITS[:3], "inspected")  # what stands in a folder of imported data
 FOLDER: Arguments = {"out": {"type": Path, "help": "folder to write"}}
 TOKENS: Arguments = {
     "--tokens": {"type": positive_int, "default": 512, "help": "tokens a prompt is padded to (default: 512, Wan's)"}
@@ -155,8 +156,22 @@ class KindParser(Parser):
             module = import_module(f"vidistill.data.importers.{self.importer}")
             self.importer = ""
             module.add_options(self)
-            self.set_defaults(run=lambda parsed: print(module.run(parsed)))
+            self.set_defaults(run=partial(run_importer, module))
         return super().parse_known_args(args, namespace)
+
+
+def run_importer(module: Any, args: argparse.Namespace) -> None:
+    """Import, unless other things than data of ours lie where it is to be written."""
+    from vidistill.data.shards import META, DataError
+    from vidistill.io import check_folder, is_ours
+
+    out: Path = args.out
+    check_folder(out, "OUT")
+    ours = {META, *IMPORTED, *(f"{split}.partial" for split in IMPORTED)}
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if found and not found & ours and not is_ours(out / "sheet.png"):
+        raise DataError(f"{out} is there and holds other things than data of ours; name a new folder")
+    print(module.run(args))
 
 
 def add_data(commands: Any) -> None:
@@ -293,9 +308,12 @@ def values_of(args: argparse.Namespace, arguments: Arguments) -> dict[str, Any]:
 
 def is_there(folder: Path, asked: Mapping[str, Any] | None = None) -> bool:
     """Whether a data folder is complete already; says so. ValueError if it is not what is `asked` for."""
-    from vidistill.data.shards import META, read_meta
+    from vidistill.data.shards import META, partial_of, read_meta
+    from vidistill.io import check_folder
 
     if not (folder / META).is_file():
+        partial_of(folder)
+        check_folder(folder, "OUT")
         return False
     found = read_meta(folder)
     other = [

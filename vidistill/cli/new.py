@@ -44,6 +44,7 @@ def add_new(commands: Any) -> argparse.ArgumentParser:
 
 def run_new(args: argparse.Namespace) -> None:
     from vidistill.cli import planning
+    from vidistill.io import check_folder
 
     if args.check:
         print(planning.check(args.name, args.check, args.lenient))
@@ -52,6 +53,7 @@ def run_new(args: argparse.Namespace) -> None:
         raise ValueError("--data is missing: name the clips that the project is for")
     if args.name.exists() and (not args.name.is_dir() or any(args.name.iterdir())):
         raise ValueError(f"{args.name} is there and not empty; name a new folder, or remove it")
+    check_folder(args.name, "NAME")
     plan = planning.plan(args.data, args.budget, not args.cold)
     write_project(args.name, plan)
     print(plan.report(), f"start it: {args.name / 'run.sh'}", sep="\n")

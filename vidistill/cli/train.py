@@ -40,6 +40,7 @@ def add_train(commands: Any) -> None:
 def run_train(args: argparse.Namespace) -> None:
     from vidistill import distributed
     from vidistill.config import load_config
+    from vidistill.io import check_folder
     from vidistill.training.config import TrainConfig
     from vidistill.training.trainer import train
 
@@ -52,6 +53,7 @@ def run_train(args: argparse.Namespace) -> None:
         row = dry_run.rehearse(cfg, args.gpus or 0, args.gpu_memory or 80.0)
         print(dry_run.report(row), json.dumps(row), sep="\n")
         return
+    check_folder(Path(cfg.out) / cfg.name, "out")
     with distributed.group():
         path = train(cfg)
         if distributed.rank() == 0:
@@ -68,6 +70,7 @@ def add_diagnose(commands: Any) -> None:
 
 def run_diagnose(args: argparse.Namespace) -> None:
     from vidistill.evaluation import report
+    from vidistill.io import check_output
     from vidistill.training.trackers import read_rows
     from vidistill.training.trainer import METRICS
 
@@ -78,6 +81,9 @@ def run_diagnose(args: argparse.Namespace) -> None:
             f"{path} holds no diagnosis; train with validation.data=LATENTS validation.diagnose_every=STEPS"
         )
     out = args.out or args.folder / "diagnosis.png"
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} is no picture: let its name end in .png")
+    check_output(out, [path])
     report.draw_diagnosis(rows, out)
     last = rows[-1]["diagnosis"]
     for level, cosines in zip(last["levels"], last["cosine"], strict=True):

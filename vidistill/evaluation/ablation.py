@@ -128,6 +128,7 @@ def frontier(path: str | Path, overrides: list[str] | None = None) -> dict[str, 
     """
     cfg = load_config(AblationConfig, path, overrides or [])
     stages = {name: stage_of(cfg, name) for name in cfg.cells}  # every cell is checked before the first is trained
+    report.check_out(Path(cfg.out), cfg.cells)
     start = next(stages[name] for name, cell in cfg.cells.items() if not cell.weights)
     assert start.init
     students: dict[str, Bundle] = {name: tuned(cfg, name) for name, cell in cfg.cells.items() if not cell.weights}

@@ -3,7 +3,7 @@
 import html
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vidistill.io import contact_sheet, save_png, write_json, write_text
+from vidistill.io import MARK, check_folder, contact_sheet, save_png, write_atomic, write_json, write_text
 
 ORDER = (
     *("real", "codec", "teacher", "student", "student_unfiltered", "videos", "window", "full"),
@@ -20,6 +20,7 @@ ORDER = (
 )
 
 COUNTS = ("clips", "paths", "streams")  # what a protocol counts
+RESULTS = ("result.json", "frontier.json")  # what a folder of ours holds
 
 
 def plain(value: Any) -> Any:
@@ -73,6 +74,16 @@ def folder_of(result: Mapping[str, Any], suite: str, out: str) -> Path:
     """Where the report of `result` lies under `out`: named after what was judged, a student alone also by what."""
     names = [result[row]["name"] for row in ("student", "vs", "teacher", "codec") if "name" in result.get(row, {})]
     return Path(out) / "-".join([*names, *([suite] if "student" in result and len(names) == 1 else [])])
+
+
+def check_out(folder: Path, kept: Iterable[str] = ()) -> None:
+    """ValueError, before anything is judged, unless a report can be written into `folder` and replaces only ours.
+
+    kept: names of what may stand there before the first report does.
+    """
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in (*RESULTS, *kept)):
+        raise ValueError(f"--out {folder} is there and holds no report ({RESULTS[0]}); name another folder")
 
 
 def number(row: Mapping[str, Any] | None, key: str) -> str:
@@ -339,4 +350,4 @@ def draw_diagnosis(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             ax.set_yticks(range(len(found["levels"])), found["levels"])
             ax.set(title=f"{title}, step {row['step']}", xlabel="chunk", ylabel="noise level")
         made.colorbar(image, ax=line)
-    made.savefig(path, dpi=110)
+    write_atomic(path, lambda temporary: made.savefig(temporary, dpi=110, metadata={"Software": MARK}))

@@ -38,6 +38,7 @@ from vidistill.evaluation.published import published
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import CURVES, StreamTally, curve_drifts
+from vidistill.io import check_folder
 from vidistill.progress import Bar
 from vidistill.worlds import WORLDS
 from vidistill.worlds.spec import WorldSpec
@@ -299,6 +300,7 @@ def evaluate(
     suite = extended(suite, cfg)
     if cfg.out:
         report.check_plots()
+        check_folder(Path(cfg.out))
     first = checkpoint.load(name)
     bundles = {first.kind: first}
     if first.kind == "student" and not quick:
@@ -306,6 +308,9 @@ def evaluate(
     if len({b.record.get("codec") for b in bundles.values()}) > 1:
         told = " and ".join(f"{b.name} in those of {b.record['codec']}" for b in bundles.values())
         raise ValueError(f"{first.name} and its teacher live in different latents: {told}")
+    if cfg.out:
+        rows = {row: {"name": bundle.name} for row, bundle in bundles.items()}
+        report.check_out(report.folder_of(rows, suite.name, cfg.out))
     judged = judge(suite, bundles, cfg, split)
     if not quick:
         suite.more(judged)

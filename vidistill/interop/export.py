@@ -20,7 +20,7 @@ from vidistill.interop.families import FAMILIES, Family
 from vidistill.interop.files import WEIGHTS, read_folder
 from vidistill.interop.formats import Published, write_student
 from vidistill.interop.keys import build, infer_config, to_original, to_ours
-from vidistill.io import write_json
+from vidistill.io import check_folder, write_json
 from vidistill.models.layers import DiTConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 
@@ -69,19 +69,19 @@ def export_as(name: str | Path, to: str, out: str | Path | None = None, dtype: t
     if to not in LAYOUTS:
         raise ValueError(f"--to {to!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     ending, write = LAYOUTS[to]
-    source = read_ours(name, dtype)
-    path = Path(out) if out else Path(f"{source.name}-{to}{ending}")
+    path = Path(out) if out else Path(f"{checkpoint.locate(name).name}-{to}{ending}")
+    if to == "self-forcing" and path.suffix not in WEIGHTS:
+        raise ValueError(f"--out {path}: let its name end in {' or '.join(WEIGHTS)}")
     taken = [p for p in (path, with_extension(path, ".json"), with_extension(path, ".safetensors")) if p.exists()]
     if taken:
         raise ValueError(f"{taken[0]} is there already: name another place to write to (--out)")
-    write(source, path)
+    check_folder(path.parent)
+    write(read_ours(name, dtype), path)
     return path
 
 
 def write_self_forcing(source: Exported, path: Path) -> None:
     """A file that Self Forcing's code reads, or the one that a converted student was read from."""
-    if path.suffix not in WEIGHTS:
-        raise ValueError(f"--out {path}: let its name end in {' or '.join(WEIGHTS)}")
     there = source.record.get("published")
     if there is None:
         there = {"family": "self-forcing", "entry": "generator_ema", "names": {}}
