@@ -126,6 +126,9 @@ def test_what_is_no_weight_file_is_called_what_it_is(tmp_path, kind, suffix):
         read(tmp_path / f"x{suffix}")
 
 
+LAST = "head.head.bias"
+
+
 def pickled(tmp_path, value, **kw):
     torch.save(value, tmp_path / "x.pt", **kw)
     return tmp_path / "x.pt"
@@ -145,6 +148,12 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, zipped):
         ({1: torch.zeros(3)}, "the key 1, .*optimiser"),
         (torch.zeros(3), "holds a Tensor"),
         ({"generator": {}}, "no tensors.*'generator'"),
+        ({"generator": {"model": weights()}}, "no tensors.*'generator'; it holds 'model'"),
+        ({"generator": b"x"}, "it holds 'generator'"),
+        ({**weights(), LAST: weights()[LAST].to("meta")}, r"head\.head\.bias \(of the meta device"),
+        ({**weights(), LAST: weights()[LAST].to_sparse()}, r"head\.head\.bias \(sparse"),
+        ({**weights(), "freqs": torch.ones(4, dtype=torch.complex64)}, r"freqs \(complex64"),
+        ({**weights(), LAST: torch.zeros(1).expand(10**12)}, r"head\.head\.bias \(numbers that are repeated"),
         ({**weights(), "step": 3}, r"no tensor.*\(int\)"),
         ({"optimizer": {"state": {}}}, "optimizer"),
     ],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -95,6 +96,13 @@ def test_every_layout_moves_the_same_layers_by_the_same_amount(base, tmp_path, l
     save_file(state, tmp_path / "l.safetensors")
     want = {f"{layer}.weight": ALPHA / RANK * delta(layer) for layer in LAYERS}
     check(moved(base, tmp_path / "l.safetensors"), want)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.float64, torch.bfloat16])
+def test_an_alpha_is_read_in_any_type_of_number(base, tmp_path, kind):
+    layer = LAYERS[0]
+    save_file({**pair(layer, layer), f"{layer}.alpha": torch.tensor(2).to(kind)}, tmp_path / "l.safetensors")
+    check(moved(base, tmp_path / "l.safetensors"), {f"{layer}.weight": 2 / RANK * delta(layer)})
 
 
 @pytest.mark.parametrize("entry", ["state_dict", "generator_lora", "lora", ""])
@@ -260,6 +268,14 @@ WRONG = {
     "half a LoRA": ({f"{L}.lora_A.weight": torch.ones(4, 64)}, "half a LoRA"),
     "alpha alone": ({**pair(L, L), "blocks.1.self_attn.q.alpha": torch.tensor(1.0)}, r"blocks\.1\.self_attn\.q\.alpha"),
     "no number": ({**pair(L, L), f"{L}.alpha": torch.tensor(float("nan"))}, "alpha"),
+    "no effect": ({**pair(L, L), f"{L}.alpha": torch.tensor(0)}, "alpha of .* is 0; it must be"),
+    "a step back": ({**pair(L, L), f"{L}.alpha": torch.tensor(-1.0)}, "alpha of .* is -1; it must be"),
+    "too much": ({**pair(L, L), f"{L}.alpha": torch.tensor(3e38)}, rf"with it {re.escape(L)}\.weight is not finite"),
+    "infinite": ({f"{L}.diff_b": torch.full((64,), float("inf"))}, r"not finite: .*diff_b"),
+    "not a number": (
+        {**pair(L, L), "head.head.bias": torch.full((64,), float("nan"))},
+        r"not finite: head\.head\.bias",
+    ),
     "several adapters": (
         {**pair(L, L, middle=".a"), **pair(LAYERS[2], LAYERS[2], middle=".b")},
         "adapters, a, b",

@@ -21,7 +21,7 @@ from vidistill.interop.keys import (
     to_original,
     to_ours,
 )
-from vidistill.interop.lora import Adapter, adapter_config, adapter_file, merge_lora
+from vidistill.interop.lora import WHOLE, Adapter, adapter_config, adapter_file, is_alpha, merge_lora
 from vidistill.interop.quantized import read_up
 from vidistill.io import write_atomic
 from vidistill.models.dit import VideoDiT
@@ -123,6 +123,7 @@ def read_adapter(path: str | Path, kind: Family, *, allow_pickle: bool = False, 
     """The adapter in a file, or in a folder that peft saved; raises ValueError if it holds none."""
     file = adapter_file(Path(path))
     state, _ = pick_entry(read_file(file, allow_pickle=allow_pickle), ADAPTERS, None, str(file))
+    state = {key: x.float() if is_alpha(key) and x.dtype in WHOLE else x for key, x in state.items()}
     return Adapter(read_up(state, str(file)), adapter_config(file), str(file), file, alpha, kind.lora_alpha_is_rank)
 
 
@@ -169,10 +170,25 @@ def pick_entry(content: Any, entries: tuple[str, ...], entry: str | None, source
     our_names(inner, source)
     flat = {key: x for key, x in inner.items() if isinstance(x, Tensor)}
     if not flat:
-        raise ValueError(f"{source} holds no tensors{f' under {chosen!r}' if chosen else ''}; {looks_like(flat)}")
+        held = f"it holds {listed(map(repr, inner))}" if inner else looks_like(flat)
+        raise ValueError(f"{source} holds no tensors{f' under {chosen!r}' if chosen else ''}; {held}")
     if other := [f"{key} ({type(x).__name__})" for key, x in inner.items() if key not in flat]:
         raise ValueError(f"{source} holds what is no tensor among its weights: {listed(other)}; save the weights alone")
+    if odd := [f"{key} ({what})" for key, x in flat.items() if (what := unusual(x))]:
+        raise ValueError(f"{source} holds tensors that are not read: {listed(odd)}; save the weights as they are used")
     return flat, chosen
+
+
+def unusual(x: Tensor) -> str:
+    """What a tensor is if it does not hold a real number for each of its places, else nothing."""
+    if x.layout != torch.strided:
+        return "sparse"
+    if x.is_meta:
+        return "of the meta device, its numbers are elsewhere"
+    if x.is_complex():
+        return str(x.dtype).removeprefix("torch.")
+    few = not x.is_quantized and x.untyped_storage().nbytes() < x.numel() * x.element_size()
+    return "numbers that are repeated, which a small file may do without end" if few else ""
 
 
 def write_student(path: str | Path, published: Published) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -33,6 +34,7 @@ PARTS = {
     "diff_m": r"\.diff_m",
 }
 PATTERNS = {part: re.compile(rf"(?P<layer>.+?){pattern}") for part, pattern in PARTS.items()}
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)  # numbers that trainers store an alpha in
 FULL = re.compile(r"\.(?:base_layer|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?)(?=\.)")
 OTHER = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "lora_mid": "LoCon", "lora_embedding_": "LoRA of embeddings"}
 # Settings of peft that change what an adapter computes -> the values under which it is W + s B A and no more.
@@ -75,6 +77,11 @@ class Adapter:
             return {"file": self.source}
         with self.file.open("rb") as file:
             return {"file": self.file.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def is_alpha(key: str) -> bool:
+    """Whether the tensor of a key is the alpha of a layer."""
+    return PATTERNS["alpha"].fullmatch(key) is not None
 
 
 def adapter_file(path: Path) -> Path:
@@ -215,8 +222,8 @@ def scale_of(adapter: Adapter, layer: Layer, name: str) -> float:
             f"{adapter.source} is peft's, but {CONFIG} does not lie beside it: say its alpha (--lora-alpha)"
         )
     value = said[0] if said else rank if alpha is None else alpha
-    if not math.isfinite(value):
-        raise ValueError(f"{adapter.source}: alpha of {name} is {value}, not a number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{adapter.source}: alpha of {name} is {value:g}; it must be a number above 0")
     return value / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -231,6 +238,8 @@ def merge_lora(base: State, adapter: Adapter) -> dict[str, Tensor]:
     Sums are taken in float32 and stored in the precision of `base`. Raises ValueError, with file and layer, for every
     tensor that is not used and every shape that does not fit.
     """
+    if bad := [key for key, x in adapter.state.items() if not x.float().isfinite().all()]:
+        raise ValueError(f"{adapter.source} holds numbers that are not finite: {listed(bad)}; download it again")
     layers, whole = layers_of(adapter, base)
     merged = dict(base)
     for name, (key, x) in whole.items():
@@ -238,6 +247,8 @@ def merge_lora(base: State, adapter: Adapter) -> dict[str, Tensor]:
     for name, layer in layers.items():
         for target, value in moved(merged, adapter, layer, name):
             merged[target] = value.to(base[target].dtype)
+            if not merged[target].isfinite().all():
+                raise ValueError(f"{adapter.source}: with it {target} is not finite in {base[target].dtype}")
     return merged
 
 
