@@ -24,6 +24,7 @@ from vidistill.evaluation.quality import METRICS, SUITE, EvalConfig, HeldOut
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, curve_drifts, student_chunks
 from vidistill.evaluation.suite import run_figures
+from vidistill.io import read_video
 from vidistill.worlds import WORLDS
 from vidistill.worlds.doom.labels import action_labels
 
@@ -201,6 +202,9 @@ def test_the_report_holds_every_file_that_its_page_links(evaluated):
     assert set(linked) == {"clips.png", "streams.png", "psnr_by_horizon.png", "motion.png", "drift.png"}
     assert all((folder / name).stat().st_size > 500 for name in linked)
     assert json.loads((folder / "result.json").read_text()) == result
+    frames, fps = read_video(folder / "clips.mp4")
+    assert re.findall(r'<video src="([^"]+)"', page) == ["clips.mp4"] and fps == pytest.approx(17.5, rel=0.01)
+    assert frames.shape == (25, 4 * 32, 4 * 32, 3)  # four clips below each other, four kinds of video beside each other
     assert "Frechet" in page and "http" not in page
     table = report.table(METRICS, result)
     assert [c.header for c in table.columns] == ["measure", "real", "codec", "teacher", "student", "repeat"]

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vidistill.io import MARK, check_folder, contact_sheet, save_png, write_atomic, write_json, write_text
+from vidistill.io import MARK, check_folder, contact_sheet, save_png, write_atomic, write_json, write_text, write_video
 
 ORDER = (
     *("real", "codec", "teacher", "student", "student_unfiltered", "videos", "window", "full"),
@@ -176,13 +176,17 @@ def show(
 
 @dataclass(frozen=True)
 class Sheet:
-    """A contact sheet: clips uint8 [T, H, W, 3] below each other, one picture every `every` frames."""
+    """A contact sheet: clips uint8 [T, H, W, 3] below each other, one picture every `every` frames.
+
+    columns: kinds of video that take turns in `rows`, where they also make a video, beside each other; 0: no video.
+    """
 
     name: str
     rows: Sequence[np.ndarray]
     labels: Sequence[str]
     caption: str
     every: int = 1
+    columns: int = 0
 
     @classmethod
     def beside(
@@ -229,6 +233,11 @@ def write(
     save(folder, "result.json", result)
     save(folder, "curves.json", plain({"motion_first_seconds": pictures.motion, "long": pictures.curves}))
     files = save_sheets(folder, pictures.sheets)
+    for sheet in pictures.sheets:
+        if sheet.columns and sheet.rows:
+            write_video(folder / f"{sheet.name}.mp4", sheet.video(), pictures.fps, scale=2)
+            kinds = ", ".join(label.split(",")[0] for label in sheet.labels[: sheet.columns])
+            files.append((f"{sheet.name}.mp4", f"From left to right: {kinds}."))
     for key, metric in numbers.items():  # figures by seconds
         held = {name: row[key] for name, row in columns_of(result).items() if isinstance(row.get(key), Mapping)}
         if held and all(part.replace(".", "").isdigit() for row in held.values() for part in row):
@@ -318,8 +327,7 @@ def page(
     goals = "".join(f'<li class="{"met" if t.met else "missed"}">{html.escape(str(t))}</li>' for t in targets)
     apart = "".join(f"<li>{html.escape(line)}</li>" for line in differences(result))
     shown = "".join(
-        f'<figure><img src="{file}" alt="{file}"><figcaption>{html.escape(text)}</figcaption></figure>'
-        for file, text in files
+        f"<figure>{shown_as(file)}<figcaption>{html.escape(text)}</figcaption></figure>" for file, text in files
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -328,6 +336,13 @@ def page(
         f"<h2>Targets</h2><ul>{goals}</ul><h2>Differences</h2><ul>{apart}</ul><h2>Pictures</h2>{shown}"
         f"<h2>Protocol</h2><pre>{html.escape(json.dumps(result['protocol'], indent=1))}</pre></html>\n"
     )
+
+
+def shown_as(file: str) -> str:
+    """How a page shows a picture or a video."""
+    if file.endswith(".mp4"):
+        return f'<video src="{file}" controls loop muted></video>'
+    return f'<img src="{file}" alt="{file}">'
 
 
 def draw_diagnosis(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

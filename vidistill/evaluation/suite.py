@@ -6,7 +6,7 @@ names the suite that judges its students.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -258,7 +258,7 @@ def add_certainty(
     wanted: Mapping[str, Metric],
     result: dict[str, Any],
     tallies: Mapping[str, Sequence[Tally]],
-    bundles: Mapping[str, Bundle],
+    networks: Collection[str],
     count: int,
 ) -> None:
     """Intervals of all figures, and how the student differs from the networks beside it."""
@@ -270,7 +270,7 @@ def add_certainty(
         return {name: run_figures(wanted, own, real) for name, own in {**picked, "real": [real]}.items()}
 
     draws = bootstrap(tallies["real"][0]["rooms"], drawn, count)
-    others = [row for row in bundles if row != "student"] if "student" in bundles else []
+    others = [row for row in networks if row != "student"] if "student" in networks else []
     difference = {f"student - {row}": compare(wanted, result, draws, "student", row) for row in others}
     for name, row in result.items():
         add_intervals(row, draws, name)
@@ -354,7 +354,7 @@ def choose_guidance(suite: Suite, name: str, scales: Sequence[float], cfg: Any) 
     found = {scale: run_figures(wanted, tallies[scale], tallies["real"][0]) for scale in rows}
     best = min(found, key=lambda scale: found[scale]["frechet_paired"])
     result: dict[str, Any] = {"student": found[best], **found}
-    add_certainty(wanted, result, {**tallies, "student": tallies[best]}, dict.fromkeys(["student", *found]), cfg.draws)
+    add_certainty(wanted, result, {**tallies, "student": tallies[best]}, ["student", *found], cfg.draws)
     lost = {scale: result["difference"][f"student - {scale}"]["frechet_paired"] for scale in found if scale != best}
     clear = [scale for scale, d in lost.items() if d.get("verdict") == "better"]
     why = f"least frechet_paired ({found[best]['frechet_paired']:.3g}) of {', '.join(found)} on validation; clearly "
