@@ -9,5 +9,6 @@ IMPORTERS: Mapping[str, str] = {
     "gym": "episodes of any Gymnasium environment",
     "lerobot": "LeRobot data sets: a camera, actions and states, tasks as captions",
     "minari": "Minari data sets whose observations are pictures",
+    "files": "clips that are there already, as mp4 with what lies beside them",
     "latents": "frames that are there already, encoded by a codec",
 }
