@@ -23,7 +23,7 @@ from vidistill.worlds import WORLDS
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
-CFG = MinutesConfig(streams=2, marks=(1.5, 3.0), span=1.0, batch=1, out="", draws=0, steps=2)
+CFG = MinutesConfig(streams=2, marks=(1.5, 3.0), span=1.0, batch=1, out="", draws=0, steps=2, cache="")
 
 
 def view(px, windows):

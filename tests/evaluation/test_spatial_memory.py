@@ -32,7 +32,7 @@ from vidistill.worlds.doom.paths import KINDS, LEFT, REVISITS, RIGHT, Plan, Scri
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
-CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=8, seeds=1)
+CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=8, seeds=1, cache="")
 
 
 @pytest.mark.parametrize("frames", [35, 88, 175, 350])

@@ -52,6 +52,7 @@ class MinutesConfig:
     precision: str = "auto"
     metrics: Mapping[str, str] = field(default_factory=dict)  # published ones, as in every suite
     allow_pickle: bool = False
+    cache: str = "data/teacher-samples"  # of what is half judged
 
     def __post_init__(self) -> None:
         if min(self.streams, self.batch, self.steps, self.seeds) < 1 or self.precision not in PRECISIONS:

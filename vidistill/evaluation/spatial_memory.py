@@ -66,6 +66,7 @@ class SpatialMemoryConfig(PathConfig):
     precision: str = "auto"
     metrics: Mapping[str, str] = field(default_factory=dict)  # published ones, as in every suite
     allow_pickle: bool = False
+    cache: str = "data/teacher-samples"  # of what is half judged
 
     def __post_init__(self) -> None:
         super().__post_init__()
