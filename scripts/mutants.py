@@ -8,8 +8,9 @@
 Mutants are drawn by rule from ROOMS: operators, comparisons, constants, conditions, statements left out, arguments
 swapped, bounds off by one. What text a person reads, types and defaults of settings are left alone. First every test
 file of a room runs once, unchanged, and notes which functions each test calls; a mutant then gets the tests that call
-its function, quick ones first, until one fails. A test that also fails by itself without the mutant kills nothing. Work
-happens in a private copy of the tree; an interrupted run goes on where it stopped, and survivors are tried again.
+its function, file by file, quick ones first, until one fails. A test that also fails by itself without the mutant kills
+nothing. Work happens in a private copy of the tree; an interrupted run goes on where it stopped, and survivors are
+tried again.
 Exits with 1 if a mutant survives that EQUIVALENT does not explain.
 """
 
@@ -65,11 +66,11 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files of the pa
     ),
     "trainer": (
         ("training/trainer.py", "training/optim.py", "training/validation.py", "training/config.py"),
-        (*TRAINING, "tests/training/test_trackers.py", "tests/training/test_run_folder.py", HEARD[0]),
+        (*TRAINING, "tests/training/test_trackers.py", HEARD[0], "tests/training/test_run_folder.py"),
     ),
     "evaluation": (  # the report is drawn for people
         ("evaluation/[!r]*.py", "evaluation/rooms.py", "metrics.py"),
-        ("tests/evaluation/test_[!c]*.py", "tests/core/test_metrics.py"),
+        ("tests/core/test_metrics.py", "tests/evaluation/test_[!c]*.py"),
     ),
 }
 NOT_RUN = "not gpu and not slow and not weights"
@@ -309,22 +310,23 @@ def named() -> Iterator[Mutant]:
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
-def baseline(tree: Path, kept: dict[str, Any], patterns: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What every test calls and how long it takes, by test; files that have not changed are not run again."""
-    every: dict[str, dict[str, Any]] = {}
-    for path in sorted({p for pattern in patterns for p in tree.glob(pattern)}):
-        name, digest = str(path.relative_to(tree)), hashlib.sha256(path.read_bytes()).hexdigest()
-        if kept.get(name, {}).get("sha256") != digest:
-            print(f"unchanged: {name}", flush=True)
+def baseline(tree: Path, path: Path, results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What every test of a file calls and how long it takes; a file that has not changed is not run again."""
+    name, digest = str(path.relative_to(tree)), hashlib.sha256(path.read_bytes()).hexdigest()
+    kept = results["files"]
+    if kept.get(name, {}).get("sha256") != digest:
 
-            def work(name: str = name) -> Any:
-                calls = Calls(tree)
-                pytest_in([name], calls)
-                return calls.found()
+        def work() -> Any:
+            calls = Calls(tree)
+            pytest_in([name], calls)
+            return calls.found()
 
-            kept[name] = {"sha256": digest, "tests": in_child(tree, work, 1800) or {}}
-        every |= kept[name]["tests"]
-    return every
+        kept[name] = {"sha256": digest, "tests": in_child(tree, work, 1800) or {}}
+        for test in [test for test in results["sound"] if test.startswith(f"{name}::")]:
+            del results["sound"][test]
+        print(f"unchanged, {len(kept[name]['tests'])} tests: {name}", flush=True)
+    found: dict[str, dict[str, Any]] = kept[name]["tests"]
+    return found
 
 
 def chosen(mutant: Mutant, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -401,21 +403,29 @@ def run(mutants: Sequence[Mutant], results: dict[str, Any], save: Callable[[], N
         finally:
             judges.put(judge)
         with lock:
+            before = results["mutants"].get(digest_of(mutant), {}).get("tests", 0) if mutant in tried else 0
+            tried.append(mutant)
+            found["tests"] += before
             results["mutants"][digest_of(mutant)] = {"key": mutant.key, "room": mutant.room, **found}
             save()
-            word = "killed" if found["killed"] else "SURVIVED"
+            word = "killed" if found["killed"] else "alive"
             print(f"{word} {time.monotonic() - began:.0f} s  {mutant.key}  [{found['killed']}]", flush=True)
 
-    todo = [m for m in mutants if not results["mutants"].get(digest_of(m), {}).get("killed")]
+    def alive(numbered: tuple[int, Mutant]) -> bool:
+        return not results["mutants"].get(digest_of(numbered[1]), {}).get("killed")
+
+    tried: list[Mutant] = []
     groups: dict[tuple[str, ...], list[tuple[int, Mutant]]] = {}
-    for numbered in enumerate(todo):
+    for numbered in filter(alive, enumerate(mutants)):
         groups.setdefault(numbered[1].tests, []).append(numbered)
+    tree = makers[0].tree
     try:
         for tests, group in groups.items():
-            known = baseline(makers[0].tree, results["files"], tests)
-            save()
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(partial(one, known=known), group))
+            for path in dict.fromkeys(path for pattern in tests for path in sorted(tree.glob(pattern))):
+                if left := [numbered for numbered in group if alive(numbered)]:  # those no file before has killed
+                    known = baseline(tree, path, results)
+                    with ThreadPoolExecutor(workers) as pool:
+                        list(pool.map(partial(one, known=known), left))
     finally:
         for judge in makers:
             judge.close()
