@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vidistill.checkpoint import load_codec, load_student, start_pictures, takes_audio
 from vidistill.cli.options import non_negative_int, print_anything
-from vidistill.io import check_video, contact_sheet, read_image, read_sound, save_png, write_video
+from vidistill.io import check_video, contact_sheet, read_image, save_png, write_video
+from vidistill.sound import read_sound
 from vidistill.streaming.session import StreamConfig, StreamSession
 from vidistill.worlds.talker import speech
 

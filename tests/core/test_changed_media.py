@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vidistill.io import read_image, read_sound
+from vidistill.io import read_image
+from vidistill.sound import read_sound
 
 KINDS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM")
 WAV = {"kind": "<H", "channels": "<H", "rate": "<I", "bytes a second": "<I", "row": "<H", "bits": "<H", "size": "<I"}

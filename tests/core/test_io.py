@@ -20,7 +20,6 @@ from vidistill.io import (
     contact_sheet,
     read_image,
     read_image_bytes,
-    read_sound,
     read_video,
     save_png,
     to_float,
@@ -28,6 +27,7 @@ from vidistill.io import (
     write_atomic,
     write_video,
 )
+from vidistill.sound import read_sound
 
 
 def clip(num=12, size=32):
