@@ -1,6 +1,7 @@
 """`vidistill data videos`: files of every kind in, clips with what lies beside them out."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -482,6 +483,20 @@ def test_every_file_that_cannot_be_used_has_its_reason(tmp_path, many):
     assert report["dropped"] == {"HDR": 1, "black": 1, "corrupt": 3, "frozen": 1, "too short": 1}
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(text in page for text in ("corrupt: the file is empty", "lonely.txt", "Dropped (7)"))
+
+
+def test_names_and_captions_are_of_any_script(tmp_path):
+    names = ("日本語 の 動画.mp4", "вперёд.mp4", "كلب.mp4", "e\u0301te\u0301.mp4", "🎬 50% #1.mp4", "two\nlines.mp4")
+    folder = tmp_path / "in" / "видео"
+    for k, name in enumerate((*names, os.fsdecode(b"latin\xe9.mp4"))):
+        write(folder / "plain.mp4", moving(20, seed=k)).rename(folder / name)
+        (folder / name).with_suffix(".txt").write_text(f"{name[:3]!a} 犬が走る", encoding="utf-8")
+        (folder / f"{name[:-4]}.actions.csv").write_text("вперёд,左\n" + "1,0.5\n" * 20, encoding="utf-8")
+    clips = imported(tmp_path / "out", folder)
+    assert len(clips) == 7 and clips.meta["actions"] == ["вперёд", "左"]
+    assert all("犬が走る" in about["caption"] for about in clips.meta["described"])
+    assert {about["video"] for about in clips.meta["described"]} >= set(names)
+    assert imported(tmp_path / "out", folder).meta == clips.meta  # and a second time
 
 
 def test_what_comes_before_damage_is_used(tmp_path):

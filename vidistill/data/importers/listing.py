@@ -64,13 +64,18 @@ def in_folder(source: Path) -> Listing:
     videos = [p for p in files if p.suffix.lower() in VIDEOS]
     folders = {p.parent for p in files if p.suffix.lower() in PICTURES} - {p.parent for p in videos}
     paths = sorted([*videos, *folders], key=lambda p: natural(str(p)))
-    items = [Item(str(p.relative_to(source)) if p != source else p.name, p) for p in paths]
+    items = [Item(shown(p.relative_to(source)) if p != source else shown(p.name), p) for p in paths]
     claimed = {p for item in items for suffix in (CAPTIONS, *SIDECARS) if (p := item.beside([suffix]))}
     captioned = tuple(
         Item(item.name, item.path, read_caption(text) if (text := item.beside([CAPTIONS])) else None) for item in items
     )
-    strays = {str(p.relative_to(source)): lacks for p in files if p not in claimed and (lacks := stray(p))}
+    strays = {shown(p.relative_to(source)): lacks for p in files if p not in claimed and (lacks := stray(p))}
     return Listing(captioned, strays)
+
+
+def shown(path: Path | str) -> str:
+    """A name that can be written anywhere: bytes of it that are no UTF-8 are spelled out."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def hidden(path: Path, source: Path) -> bool:
