@@ -48,13 +48,13 @@ def run_serve(args: argparse.Namespace) -> None:
         raise ValueError("name a student to play, or an environment with --env")
     if args.record and not args.env:
         raise ValueError("--record keeps what is played of an environment: name it with --env")
-    shown = args.name or args.env
+    shown = args.env if args.name is None else args.name
     door = {"host": args.host, "port": args.port, "max_viewers": args.max_viewers, "token": args.token}
 
     def ready(url: str) -> None:
         print(f"{shown} is at {url} - stop with Ctrl-C", flush=True)
 
-    if args.name:
+    if args.name is not None:
         speed = {"speed": speed_of(args), "starts": args.starts, "gain": args.gain}
         return app.serve(args.name, origins=args.origin, ready=ready, **door, **speed)
     from vidistill.serve.environment import Real
