@@ -48,6 +48,7 @@ TRAINING = (
     "tests/training/test_trainer.py",
     "tests/training/test_relic_training.py",
 )
+WIRED = ("tests/models/test_wiring.py", "tests/models/test_student.py")
 HEARD = ("tests/training/test_talker_training.py", "tests/streaming/test_session.py")
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files of the package, and files of tests
     "schedules": (("schedules.py", "diffusion.py"), (*CORE, "tests/core/test_diffusion.py")),
@@ -55,10 +56,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files of the pa
         ("rollout.py", "sampling.py"),
         (*CORE, "tests/core/test_api.py", "tests/streaming/test_prompt_switch.py"),
     ),
-    "memory": (("memory/*.py",), (*CORE, "tests/memory/*.py", "tests/models/test_student.py")),
+    "memory": (("memory/*.py",), ("tests/memory/*.py", *WIRED, *CORE)),
     "conditioning": (
         ("conditioning/*.py",),
-        ("tests/conditioning/*.py", "tests/models/test_wiring.py", "tests/models/test_view.py", *HEARD),
+        ("tests/conditioning/*.py", *WIRED, "tests/models/test_view.py", *HEARD),
     ),
     "losses": (
         ("training/losses.py", "training/motion.py", "training/on_policy.py"),

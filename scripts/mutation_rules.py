@@ -243,4 +243,10 @@ NAMED = (
         "a filter ten times as wide", "vidistill/zoo/doom-codec.json", '"smooth": 0.08', '"smooth": 0.8', tests=BUNDLED
     ),
 )
-EQUIVALENT: dict[str, str] = {}  # key of a mutant -> why no test can tell it from the original
+EQUIVALENT: dict[str, str] = {  # key of a mutant -> why no test can tell it from the original
+    "vidistill/training/losses.py:score_difference: grad[:, :g] = 0.0 -> pass": (
+        "whoever uses the gradient leaves the given frames out again"
+    ),
+    "vidistill/memory/history.py:History.place: placed = list(zip(times, self.stored, strict=True)) -> "
+    "placed = list(zip(times, self.stored, strict=False))": "each that is stored has one time",
+}

@@ -611,5 +611,14 @@ def test_what_moves_weighs_more_in_a_reconstruction():
     weights = moving_weights(px, 30.0)
     assert weights.mean() == pytest.approx(1.0) and torch.equal(moving_weights(px, 0.0), torch.ones_like(weights))
     assert weights[0, 2, 0, 3:6, 3:6].min() > 10 * weights[0, 2, 0, 8:, :].max()  # the neighbours of a pixel, too
+    l1 = {}
+    for row in (4, 10):  # an error where something moves, and where nothing does
+        off = torch.zeros_like(px)
+        off[:, 2, :, row, 4] = 0.5
+        roles = Roles(student=lambda x, noise, rng, off=off: (x + off, torch.zeros(1)))
+        l1[row] = [
+            float(reconstruction(roles, px, None, LossConfig(moving_weight=w), rng()).logs["l1"]) for w in (0, 30)
+        ]
+    assert l1[4][0] == pytest.approx(l1[10][0]) and l1[4][1] > 10 * l1[10][1]
     with pytest.raises(ValueError, match="moving_weight"):
         LossConfig(moving_weight=-1.0)
