@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from vidistill import checkpoint, metrics
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
+from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.condition import Condition, branches
 from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.probes import AFTER, Probe, Reading, read
@@ -207,6 +208,13 @@ DRIFTS["long_flat_frames"] = Metric("share of frames of long streams that show n
 # --- what fills the rows ----------------------------------------------------------------------------------------------
 
 Row = Callable[[Batch], Tensor]  # real clips -> the clips [B, T, 3, H, W] of one row
+
+
+def without_filter(codec: TinyCodec) -> TinyCodec:
+    """The codec whose decoded frames stay as they are."""
+    plain = TinyCodec(replace(codec.cfg, smooth=0.0)).eval()
+    plain.load_state_dict(codec.state_dict())
+    return plain
 
 
 def codec_row(codec: Codec) -> Row:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from vidistill.codecs.tiny import TinyCodec, filtered
 from vidistill.conditioning.condition import branches
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
-from vidistill.evaluation.clips import TEXTS, Batch, Data, Row, Tally, View, repeat_row
+from vidistill.evaluation.clips import TEXTS, Batch, Data, Row, Tally, View, repeat_row, without_filter
 from vidistill.evaluation.probes import load_probe
 from vidistill.evaluation.quality import stuck, walk_along, walk_condition
 from vidistill.evaluation.recall import likeness, returns
@@ -122,13 +122,6 @@ class Streams:
     def __call__(self, batch: Batch) -> Tensor:
         px = self.unfiltered(batch)
         return torch.cat([filtered(x, None, self.spread) for x in px.split(1)]) if self.spread else px
-
-
-def without_filter(codec: TinyCodec) -> TinyCodec:
-    """The codec whose decoded frames stay as they are."""
-    plain = TinyCodec(replace(codec.cfg, smooth=0.0)).eval()
-    plain.load_state_dict(codec.state_dict())
-    return plain
 
 
 def continued(teacher: Bundle, codec: Codec, cfg: MinutesConfig) -> Row:

@@ -1,6 +1,5 @@
 """A walker judged on held-out walks: student, teacher, codec and real video side by side, on the same episodes."""
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from vidistill.evaluation.clips import (
     repeat_row,
     student_row,
     teacher_row,
+    without_filter,
 )
 from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.probes import load_probe
@@ -288,17 +288,16 @@ def targets(result: Mapping[str, Any]) -> list[Target]:
 
 def beside_clips(judged: Judgement) -> None:
     """What is judged beside clips: pictures as the decoder gives them without its filter, and long walks."""
-    without_filter(judged)
+    unfiltered_ratios(judged)
     long_walks(judged)
 
 
-def without_filter(judged: Judgement) -> None:
+def unfiltered_ratios(judged: Judgement) -> None:
     """The picture ratios of the first clips, of a codec whose filter is off: what it hides."""
     cfg, codec = judged.cfg, judged.codec
     if not isinstance(codec, TinyCodec) or not codec.cfg.smooth or not cfg.unfiltered:
         return
-    bare = copy.copy(codec)
-    bare.cfg = replace(codec.cfg, smooth=0.0)
+    bare = without_filter(codec)
     makers = {"student": student_row, "teacher": teacher_row}
     rows = {row: makers[b.kind](b, bare, cfg) for row, b in judged.bundles.items() if b.kind in makers}
     few = itertools.islice(judged.data.batches, -(-min(cfg.unfiltered, cfg.clips) // cfg.batch))

@@ -15,7 +15,7 @@ from rich.table import Table
 from vidistill.io import MARK, check_folder, contact_sheet, save_png, write_atomic, write_json, write_text, write_video
 
 ORDER = (
-    *("real", "codec", "teacher", "student", "student_unfiltered", "videos", "window", "full"),
+    *("real", "codec", "teacher", "student", "vs", "student_unfiltered", "videos", "window", "full"),
     *("repeat", "repeat_last", "paste_start", "paste_nearest"),
 )
 
@@ -190,13 +190,28 @@ class Sheet:
 
     @classmethod
     def beside(
-        cls, name: str, clips: Mapping[str, Any], caption: str, noun: str, every: float = 1.0, names: Sequence[str] = ()
+        cls,
+        name: str,
+        clips: Mapping[str, Any],
+        caption: str,
+        noun: str,
+        every: float = 1.0,
+        names: Sequence[str] = (),
+        video: bool = False,
     ) -> "Sheet":
         """The k-th clips [T, H, W, 3] of all kinds of video below each other, then the next ones."""
         kinds = sorted(clips, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
         picked = [(kind, k) for k in range(min(map(len, clips.values()))) for kind in kinds]
         labels = [f"{kind}, {names[k] if names else f'{noun} {k + 1}'}" for kind, k in picked]
-        return cls(name, [clips[kind][k] for kind, k in picked], labels, caption, max(1, round(every)))
+        rows, columns = [clips[kind][k] for kind, k in picked], len(kinds) if video else 0
+        return cls(name, rows, labels, caption, max(1, round(every)), columns)
+
+    def video(self) -> np.ndarray:
+        """The clips [T, H, W, 3], kinds of video beside each other."""
+        length = min(map(len, self.rows))
+        cut = [np.asarray(row)[:length] for row in self.rows]
+        lines = [np.concatenate(cut[i : i + self.columns], axis=2) for i in range(0, len(cut), self.columns)]
+        return np.concatenate(lines, axis=1)
 
 
 @dataclass

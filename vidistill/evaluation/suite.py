@@ -198,7 +198,7 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
     if not glance:
         shown = {name: own[0].shown for name, own in tallies.items() if "repeat" not in name}
         every, caption = data.fps * data.every, "Same start, same conditions."
-        pictures.sheets.append(Sheet.beside("clips", shown, caption, "clip", every, data.names))
+        pictures.sheets.append(Sheet.beside("clips", shown, caption, "clip", every, data.names, video=True))
         if "motion" in tallies["real"][0].parts:
             quarter = report.quarter(data.fps)
             pictures.motion = {name: metrics.curve(own[0]["motion"], quarter) for name, own in tallies.items()}
