@@ -96,6 +96,21 @@ def test_baselines_win_and_lose_where_they_should(played):
     assert real["straight_following"] > 0.8 > near["straight_following"]
 
 
+def test_kinds_of_few_rooms_have_figures_and_no_intervals(played):
+    paths = [played["look"]] * 10 + [played["straight"]] * 2
+    paths = [replace(p, walk=replace(p.walk, seed=k)) for k, p in enumerate(paths)]
+    batch = batch_of(paths, 10.0, DOOM.speed, 0)
+    data = sm.Data([batch], DOOM.fps, load_probe(), {}, stride=2)
+    wanted = {key: METRICS[key] for key in ("revisit_texture_acc", "snap_back", "consistency_gain", "returns")}
+    tallies = measure(wanted, {"start": sm.ROWS["paste_start"]}, data)
+    result = {row: suite.run_figures(wanted, runs, tallies["real"][0]) for row, runs in tallies.items()}
+    suite.add_certainty(wanted, result, tallies, {}, 20)
+    found = result["start"]
+    assert found["snap_back"] == 0.0 and found.get("snap_back_interval") is None
+    assert found["consistency_gain_interval"].keys() == {"look"} and found["returns_interval"] is not None
+    assert found["revisit_texture_acc_interval"].keys() == {"10"}
+
+
 def room(same=False):
     """A square room of four pictures; a walker in the middle looks east, then west."""
     walls = [[128, 128, 128, -128, 0], [-128, 128, 128, 128, 1], [-128, -128, -128, 128, 0 if same else 2]]

@@ -48,6 +48,7 @@ from vidistill.worlds.doom.recorder import ACTIONS
 
 BASELINES = ("window", "full")  # the same student with another memory: NAME-window, NAME-full
 HEADS = ("turn", "walk")  # of the probe, that actions are read from
+FEW_ROOMS = 3  # of a kind of path, below which their spread says nothing
 SAME_DB = 40.0  # beyond it no eye tells two pictures apart
 
 
@@ -284,12 +285,25 @@ def followed(view: View) -> Tensor:
     return torch.stack((each.sum(1), (each & (seen == asked)).sum(1)), -1)
 
 
+def tells(row: Tally, kinds: Sequence[str], seconds: float | None = None) -> bool:
+    """Whether a row has figures of some paths: always as a whole, drawn anew only if there are rooms enough."""
+    batches = row.data.batches
+    rooms = torch.cat([batch.rooms for batch in batches if batch.rooms is not None])
+    if torch.equal(rooms, row["rooms"]):
+        return True
+    own = torch.cat([is_kind(batch.facts, *kinds) for batch in batches])
+    if seconds is not None:
+        own &= torch.cat([batch.facts["seconds"] for batch in batches]) == seconds
+    return len(rooms[own].unique()) >= FEW_ROOMS
+
+
 def by_seconds(column: int, of: Callable[[Tensor], Any] = float) -> Callable[[Tally, Tally], dict[str, float]]:
     """The mean over revisits of the start view for every time away."""
 
     def figure(row: Tally, real: Tally) -> dict[str, float]:
         values, away = row["revisited"][:, column].double(), row["seconds"]
-        return {f"{float(s):g}": float(of(values[away == s].nanmean())) for s in away.unique()}
+        lengths = [float(s) for s in away.unique() if tells(row, REVISITS, float(s))]
+        return {f"{s:g}": float(of(values[away == s].nanmean())) for s in lengths}
 
     return figure
 
@@ -298,7 +312,8 @@ def by_kind(name: str, column: int, kinds: Sequence[str]) -> Callable[[Tally, Ta
     """The mean for every kind of path."""
 
     def figure(row: Tally, real: Tally) -> dict[str, float]:
-        own = {kind: row[name][is_kind(row, kind), column].double() for kind in kinds}
+        told = [kind for kind in kinds if tells(row, [kind])]
+        own = {kind: row[name][is_kind(row, kind), column].double() for kind in told}
         return {kind: float(values.nanmean()) for kind, values in own.items() if len(values)}
 
     return figure
@@ -306,7 +321,12 @@ def by_kind(name: str, column: int, kinds: Sequence[str]) -> Callable[[Tally, Ta
 
 def mean_of(name: str, column: int, *kinds: str) -> Callable[[Tally, Tally], float]:
     """The mean over paths of some kinds."""
-    return lambda row, real: float(row[name][is_kind(row, *kinds or KINDS), column].double().nanmean())
+
+    def figure(row: Tally, real: Tally) -> float:
+        values = row[name][is_kind(row, *kinds or KINDS), column].double()
+        return float(values.nanmean()) if tells(row, kinds or [*KINDS]) else math.nan
+
+    return figure
 
 
 def following(*kinds: str) -> Callable[[Tally, Tally], float]:
@@ -314,7 +334,7 @@ def following(*kinds: str) -> Callable[[Tally, Tally], float]:
 
     def figure(row: Tally, real: Tally) -> float:
         asked, got = row["followed"][is_kind(row, *kinds or KINDS)].sum(0).double().unbind(-1)
-        return float((got / asked).nanmean(-1).nanmean())
+        return float((got / asked).nanmean(-1).nanmean()) if tells(row, kinds or [*KINDS]) else math.nan
 
     return figure
 
@@ -414,5 +434,5 @@ SUITE = Suite(
     rows={name: partial(lambda row, codec: row, row) for name, row in ROWS.items()},
     student=played,
     others=contenders,
-    quick={"paths": 2, "seconds": (5.0,), "seeds": 1, "draws": 100},
+    quick={"paths": 3, "seconds": (5.0,), "seeds": 1, "draws": 100},
 )
