@@ -3,6 +3,7 @@
 import json
 import os
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from vidistill.cli.main import main
 from vidistill.conditioning.audio import AudioConfig, clip_features
 from vidistill.conditioning.camera import pose_of
 from vidistill.data.clips import Clips
+from vidistill.data.importers.decode import MediaError, sound_of
 from vidistill.io import save_png
 
 ALL = ("--split", "1,0,0", "--size", f"{SIDE}x{SIDE}")
@@ -573,3 +575,30 @@ def test_impossible_settings_are_refused(tmp_path, many, capsys, options, says):
 def test_sizes_that_are_no_whole_latents_are_refused(tmp_path, many, capsys, tiny_codec_path):
     assert run(tmp_path / "out", many, "--size", "18x16", "--codec", str(tiny_codec_path)) == 1
     assert "multiples of 4" in capsys.readouterr().err
+
+
+def floats(path, samples):
+    """A video with float sound of these very samples."""
+    with av.open(str(path), "w") as container:
+        video, audio = (
+            container.add_stream("mpeg4", rate=10),
+            container.add_stream("pcm_f32le", rate=16_000, layout="mono"),
+        )
+        video.height, video.width, video.pix_fmt = 16, 16, "yuv420p"
+        container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")))
+        container.mux(video.encode())
+        frame = av.AudioFrame.from_ndarray(samples[None], "flt", "mono")
+        frame.sample_rate, frame.pts = 16_000, 0
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode())
+    return path
+
+
+def test_sound_that_is_no_number_is_refused_and_too_loud_sound_is_cut_off(tmp_path):
+    tone = np.full(1600, 0.25, np.float32)
+    tone[800:] = 50.0
+    heard = sound_of(floats(tmp_path / "loud.mkv", tone), 0.0, 0.1, 16_000)
+    assert heard[400] == 0.25 and heard[1200] == 1.0 and np.abs(heard).max() <= 1
+    tone[10] = np.nan
+    with pytest.raises(MediaError, match="not finite"):
+        sound_of(floats(tmp_path / "nan.mkv", tone), 0.0, 0.1, 16_000)

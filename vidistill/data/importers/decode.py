@@ -201,7 +201,10 @@ def sound_of(path: Path, start: float, seconds: float, rate: int) -> np.ndarray:
                 time = float(frame.pts * frame.time_base) if frame.pts is not None else 0.0
                 at = round((time - origin - start) * rate)
             for piece in resampler.resample(frame):
-                at = lay(out, piece.to_ndarray()[0], at)
+                samples = piece.to_ndarray()[0]
+                if not np.isfinite(samples).all():
+                    raise MediaError("its sound holds numbers that are not finite")
+                at = lay(out, samples.clip(-1, 1), at)
             if at >= len(out):
                 break
         return out
