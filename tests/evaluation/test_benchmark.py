@@ -87,11 +87,11 @@ def play(folder, written, frames=0, size=64, fps=17.5, pictures=False):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"frames": -3}, "frames, needed are"),
-        ({"fps": 24.0}, "24 frames a second"),
+        ({"frames": -3}, "frames, needed"),
+        ({"fps": 24.0}, "24 frames"),
         ({"size": 32}, "shows 32x32 pixels"),
         ({"size": 32, "pictures": True}, "shows 32x32 pixels"),
-        ({"frames": -3, "pictures": True}, "frames, needed are"),
+        ({"frames": -3, "pictures": True}, "frames, needed"),
     ],
 )
 def test_a_video_of_another_kind_is_named(tmp_path, written, small, wrong, said):

@@ -181,7 +181,7 @@ def test_fvd_is_the_frechet_distance_of_the_logits_of_i3d(inception, tmp_path):
     v, w = (x[0] - x[1] for x in (a, b))
     wanted = float(mean + (v @ v + w @ w) / 2 - (v @ w).abs())
     assert found["dark"]["fvd"] == pytest.approx(wanted, rel=1e-3) == pytest.approx(frechet(a, b, most=400), rel=1e-3)
-    with pytest.raises(ValueError, match="fvd needs clips of at least 9 frames"):
+    with pytest.raises(ValueError, match=r"fvd needs.*9 frames"):
         shown(published({"fvd": path}), px[:, :4], {})
 
 
@@ -264,19 +264,19 @@ def test_flickering_needs_no_weights_and_counts_levels_of_255():
 
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_whose_weights_are_not_at_hand_is_refused_by_name(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"--metric {name} needs local weights: say {name}=PATH"):
+    with pytest.raises(ValueError, match=rf"--metric {name} .*{name}=PATH"):
         published({name: ""})
-    with pytest.raises(ValueError, match=rf"--metric {name} needs local weights \(.*absent is not there\)"):
+    with pytest.raises(ValueError, match=rf"--metric {name} .*absent is"):
         published({name: str(tmp_path / "absent")})
 
 
 def test_other_metrics_foreign_weights_and_pickles_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"vbench.motion_smoothness is not computed here; known are lpips"):
+    with pytest.raises(ValueError, match=r"vbench.motion_smoothness is not.*lpips"):
         published({"vbench.motion_smoothness": ""})
     other = saved(tmp_path, {"some.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"has no 0.weight"):
         shown(published({"lpips": other}), clips(1, 2, 64), {"dark": lambda b: 0.5 * b.px})
-    with pytest.raises(ValueError, match="no layers of DINO or CLIP"):
+    with pytest.raises(ValueError, match=r"no layers.*DINO or CLIP"):
         published({"vbench.subject_consistency": other})
     torch.save({"state_dict": {"some.weight": torch.zeros(2)}}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="--allow-pickle"):

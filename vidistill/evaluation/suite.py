@@ -261,7 +261,7 @@ def add_certainty(
     networks: Collection[str],
     count: int,
 ) -> None:
-    """Intervals of all figures, and how the student differs from the networks beside it."""
+    """Intervals of all figures, and how the student differs from the other `networks`, by the names of their rows."""
 
     def drawn(index: Tensor, rng: np.random.Generator) -> dict[str, Any]:
         real = tallies["real"][0].pick(index)
