@@ -91,11 +91,11 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2371,
+    "data": 2373,
     "training": 1707,
     "evaluation": 2974,
     "worlds": 1464,
-    "bench": 1267,
+    "bench": 1270,
     "ops": 1180,
     "cli": 1192,
     "serve": 1195,
