@@ -99,7 +99,7 @@ BUDGETS = {
     "ops": 1180,
     "cli": 1192,
     "serve": 1195,
-    "interop": 1023,
+    "interop": 1046,
     "conditioning": 743,
     "streaming": 680,
     "models": 596,

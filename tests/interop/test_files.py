@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from published import HEADS, publish, same, weights
 from safetensors.torch import save_file
 
@@ -273,6 +275,74 @@ def test_a_dictionary_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LONGEST_PICKLE", 1000)
     with pytest.raises(ValueError, match="at most 1,000"):
         read(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_that_repeats_a_few_bytes_is_refused_before_it_is_copied(tmp_path, zipped):
+    state = {**weights(), "head.head.bias": torch.zeros(1).expand(10**12)}
+    torch.save({"generator": [state]}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    assert (tmp_path / "x.pt").stat().st_size < 2**20
+    with pytest.raises(ValueError, match=r"x\.pt holds a tensor of 4,000,000,000,000 bytes"):
+        read_file(tmp_path / "x.pt", allow_pickle=True)
+
+
+def test_a_dictionary_that_holds_itself_is_walked_once():
+    state = {"w": torch.zeros(3), "rows": [torch.zeros(2)]}
+    state["again"] = state
+    assert sorted(len(x) for x in files.tensors_in(state)) == [2, 3]
+
+
+def test_an_old_file_beyond_the_memory_of_the_machine_is_refused_unread(tmp_path):
+    torch.save({"generator": weights()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with open(tmp_path / "old.pt", "r+b") as file:
+        file.truncate(2**42)  # sparse
+    with pytest.raises(ValueError, match=r"old\.pt .* more than the .* of this machine"):
+        read(tmp_path / "old.pt")
+
+
+INDEXED = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["../x", "/x", "m", "nul\0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("examples", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_whatever_an_index_says_it_is_read_whole_or_refused(tmp_path, examples):
+    folder, hits = shards(tmp_path / "s", ".safetensors", "m.safetensors.index.json"), collections.Counter()
+    path = folder / "m.safetensors.index.json"
+    whole = json.loads(path.read_text())
+    keys = sorted(whole["weight_map"])
+
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(st.sampled_from(["all", "weight_map", "name", "missing", "more", "bytes"]), INDEXED, st.integers(0, 10**6))
+    def change_one(part, value, at):
+        table = dict(whole["weight_map"])
+        if part == "name":
+            table[keys[at % len(keys)]] = value
+        elif part == "missing":
+            del table[keys[at % len(keys)]]
+        elif part == "more":
+            table[str(value)] = table[keys[0]]
+        text = json.dumps({"all": value, "weight_map": {**whole, "weight_map": value}}.get(part, {"weight_map": table}))
+        data = bytearray(text.encode())
+        if part == "bytes":
+            data[at % len(data)] ^= 1 << at % 8
+        path.write_bytes(data)
+        try:
+            state = files.read_folder(folder)
+        except ValueError as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+            hits[part, "refused"] += 1
+            return
+        hits[part, "read"] += 1
+        assert same(state, base)
+
+    path.write_text(json.dumps(whole))
+    base = files.read_folder(folder)
+    change_one()
+    print(dict(sorted(hits.items())))
+    assert {part for part, _ in hits} == {"all", "weight_map", "name", "missing", "more", "bytes"}
 
 
 def test_a_zip_of_something_else_is_named(tmp_path):

@@ -1,9 +1,10 @@
 """Weight files and folders of other people, recognised by what is in them and not by their names."""
 
 import argparse
+import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -65,6 +66,7 @@ def read_one(path: Path, *, allow_pickle: bool = False) -> Any:
         check_zip(path)
         return read_pickle(path, allow_pickle, mmap=True)
     if head[:1] == b"\x80" or head[257:262] == b"ustar":  # what torch wrote before 1.6, and before 0.1.10
+        check_memory(path, size)
         return read_pickle(path, allow_pickle, mmap=False)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if found := next((what for start, what in FOREIGN if text.startswith(start)), None):
@@ -84,6 +86,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
+
+
+def check_memory(path: Path, size: int) -> None:
+    """Raise ValueError unless a file that cannot be mapped fits into the memory of this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"{path} is of torch before 1.6 and read whole: its {size:,} bytes are more than the {memory:,} of this "
+            "machine; save it again as .safetensors where there are more"
+        )
 
 
 def check_zip(path: Path) -> None:
@@ -120,17 +132,40 @@ def read_pickle(path: Path, allow_pickle: bool, *, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
             source: Any = file if named else path
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not named)
+            found = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not named)
     except Exception as error:
-        found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class '?([\w.]+)'?", str(error))
-        if found:
+        code = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class '?([\w.]+)'?", str(error))
+        if code:
             raise ValueError(
-                f"{path} cannot be read weights-only: it holds a {found[1]}, which is code and no tensor; save its "
+                f"{path} cannot be read weights-only: it holds a {code[1]}, which is code and no tensor; save its "
                 "weights alone, as .safetensors"
             ) from error
         raise ValueError(
             f"{path} cannot be read weights-only, it is damaged or cut short: {str(error).partition(chr(10))[0]}"
         ) from error
+    larger = next((x for x in tensors_in(found) if x.nbytes > x.untyped_storage().nbytes()), None)
+    if larger is not None:
+        raise ValueError(
+            f"{path} holds a tensor of {larger.nbytes:,} bytes that repeats {larger.untyped_storage().nbytes():,} of "
+            "them: save its weights whole"
+        )
+    return found
+
+
+def tensors_in(found: Any) -> Iterator[Tensor]:
+    """All dense tensors in nested dictionaries and lists, which may hold each other."""
+    todo, seen = [found], set[int]()
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor) and one.layout == torch.strided:
+            yield one
+        elif isinstance(one, Mapping):
+            todo += one.values()
+        elif isinstance(one, list | tuple):
+            todo += one
 
 
 def read_folder(folder: Path, *, allow_pickle: bool = False) -> Any:
