@@ -152,10 +152,10 @@ def test_code_in_a_pickle_is_named_and_never_run(tmp_path, zipped):
         ({"generator": {}}, "no tensors.*'generator'"),
         ({"generator": {"model": weights()}}, "no tensors.*'generator'; it holds 'model'"),
         ({"generator": b"x"}, "it holds 'generator'"),
-        ({**weights(), LAST: weights()[LAST].to("meta")}, r"head\.head\.bias \(of the meta device"),
+        ({**weights(), LAST: weights()[LAST].to("meta")}, r"head\.head\.bias \(.*meta device"),
         ({**weights(), LAST: weights()[LAST].to_sparse()}, r"head\.head\.bias \(sparse"),
         ({**weights(), "freqs": torch.ones(4, dtype=torch.complex64)}, r"freqs \(complex64"),
-        ({**weights(), LAST: torch.zeros(1).expand(10**12)}, r"head\.head\.bias \(numbers that are repeated"),
+        ({**weights(), LAST: torch.zeros(1).expand(10**12)}, r"x\.\w+ .*repeats 4 of"),
         ({**weights(), "step": 3}, r"no tensor.*\(int\)"),
         ({"optimizer": {"state": {}}}, "optimizer"),
     ],
@@ -282,7 +282,7 @@ def test_a_tensor_that_repeats_a_few_bytes_is_refused_before_it_is_copied(tmp_pa
     state = {**weights(), "head.head.bias": torch.zeros(1).expand(10**12)}
     torch.save({"generator": [state]}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     assert (tmp_path / "x.pt").stat().st_size < 2**20
-    with pytest.raises(ValueError, match=r"x\.pt holds a tensor of 4,000,000,000,000 bytes"):
+    with pytest.raises(ValueError, match=r"x\.pt .*4,000,000,000,000 bytes"):
         read_file(tmp_path / "x.pt", allow_pickle=True)
 
 
@@ -296,7 +296,7 @@ def test_an_old_file_beyond_the_memory_of_the_machine_is_refused_unread(tmp_path
     torch.save({"generator": weights()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with open(tmp_path / "old.pt", "r+b") as file:
         file.truncate(2**42)  # sparse
-    with pytest.raises(ValueError, match=r"old\.pt .* more than the .* of this machine"):
+    with pytest.raises(ValueError, match=r"old\.pt .*before 1\.6.*machine"):
         read(tmp_path / "old.pt")
 
 
