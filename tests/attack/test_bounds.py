@@ -397,14 +397,26 @@ def test_who_has_left_is_not_read_to_the_end(gated, monkeypatch):
 
 def test_a_request_must_be_answered_before_long_and_a_stream_need_not(gated):
     loop, [(asks, lost), (answered, kept), (stream, watched)] = gated(Limits(request_s=10.0), ["127.0.0.1"] * 3)
+    for transport in (kept, watched):
+        transport.write = lambda data: None
     stream._inner.transport.set_protocol(stream._inner)
+    stream._inner.transport.write(b"HTTP/1.1 101")
     for second in range(1, 12):
         loop.run(float(second))
         asks.data_received(b"G")  # a drip is no request
         if second == 9:
-            kept.write = lambda data: None
             answered._inner.transport.write(b"HTTP/1.1 200")
     assert (lost.gone, kept.gone, watched.gone) == (True, False, False)
+
+
+def test_a_stream_that_is_never_answered_is_ended():
+    """One HTTP parser takes this header, the next one does not, and says nothing."""
+    with running(FakeWorld().world, Limits(request_s=0.5)) as address, connected(address) as stream:
+        stream.sendall(
+            b"GET /stream HTTP/1.1\r\nHost: localhost\x08\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert ends(stream)
 
 
 def test_one_address_has_few_connections_and_this_machine_as_many_as_there_are(gated):

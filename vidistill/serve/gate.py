@@ -175,9 +175,8 @@ class Gate(asyncio.Protocol):
             self._due = self._loop.call_later(self._gates.limits.request_s, self.drop)
 
     def upgrade(self, inner: Any) -> None:
-        """A WebSocket from here on, which is asked for signs of life by its own protocol."""
+        """A WebSocket once it is answered; from then on its own protocol asks for signs of life."""
         self._inner, self.upgraded = inner, True
-        self.expect()
 
     def drop(self) -> None:
         self.transport.abort()
