@@ -91,7 +91,7 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2373,
+    "data": 2382,
     "training": 1707,
     "evaluation": 2974,
     "worlds": 1464,

@@ -66,6 +66,6 @@ def test_what_cannot_be_written_is_said(tmp_path, capsys):
     (tmp_path / "full" / "a.txt").write_text("mine")
     assert main(["data", "shapes", str(tmp_path / "own"), "--episodes", "1", "--frames", "17"]) == 0
     assert main(["data", "files", str(tmp_path / "full"), "--from", str(tmp_path / "own")]) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "holds other things" in capsys.readouterr().err
     assert main(["data", "files", str(tmp_path / "out"), "--from", str(tmp_path / "none")]) == 1
     assert "no data in" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from vidistill.conditioning.audio import AudioConfig, clip_features
 from vidistill.conditioning.camera import pose_of
 from vidistill.data.clips import Clips
 from vidistill.data.importers.decode import MediaError, sound_of
+from vidistill.data.importers.sidecars import opencv_poses
 from vidistill.io import save_png
 
 ALL = ("--split", "1,0,0", "--size", f"{SIDE}x{SIDE}")
@@ -248,18 +249,6 @@ def poses_of(frames, seed=0):
     return out
 
 
-def opencv_poses(rows: np.ndarray) -> np.ndarray:
-    """Camera-to-world [F, 4, 4] in OpenCV's axes from poses [F, 12] of clips: the inverse of what `read_poses` does."""
-    back = [(1, -1), (2, -1), (0, 1)]  # right is minus left, down minus up
-    out = np.tile(np.eye(4, dtype=rows.dtype), (len(rows), 1, 1))
-    ours = rows[:, 3:].reshape(-1, 3, 3)  # [F, axis of the camera, axis of the world]
-    for i, (world, sign) in enumerate(back):
-        out[:, i, 3] = sign * rows[:, world]
-        for j, (camera, other) in enumerate(back):
-            out[:, i, j] = sign * other * ours[:, camera, world]
-    return out
-
-
 def test_poses_are_moved_to_our_axes_without_rounding(tmp_path):
     given = poses_of(40)
     write(tmp_path / "in" / "a.mp4", moving(40))
@@ -451,7 +440,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path, many, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert run(tmp_path / "out", many) == 1
-    assert "holds no videos imported before" in capsys.readouterr().err
+    assert "holds other things" in capsys.readouterr().err
 
 
 def test_every_file_that_cannot_be_used_has_its_reason(tmp_path, many):

@@ -173,6 +173,18 @@ def axes(x: np.ndarray) -> np.ndarray:
     return np.stack((x[2], -x[0], -x[1]))
 
 
+def opencv_poses(rows: np.ndarray) -> np.ndarray:
+    """Camera-to-world [F, 4, 4] in OpenCV's axes from poses [F, 12] of clips: the inverse of what `read_poses` does."""
+    back = [(1, -1), (2, -1), (0, 1)]  # right is minus left, down minus up
+    out = np.tile(np.eye(4, dtype=rows.dtype), (len(rows), 1, 1))
+    ours = rows[:, 3:].reshape(-1, 3, 3)  # [F, axis of the camera, axis of the world]
+    for i, (world, sign) in enumerate(back):
+        out[:, i, 3] = sign * rows[:, world]
+        for j, (camera, other) in enumerate(back):
+            out[:, i, j] = sign * other * ours[:, camera, world]
+    return out
+
+
 def read_focal(path: Path, frames: int) -> float:
     """The horizontal focal length in pixels; SidecarError where it varies over the clip.
 
