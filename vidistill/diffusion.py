@@ -74,6 +74,8 @@ class RowGenerator:
 
     def draw(self, func: Any, size: Sequence[int], *args: Any, device: torch.device | None = None) -> Tensor:
         """`func(*args, size)` [B, ...], B a multiple of the rows; ValueError for other sizes."""
+        if device is not None and device.type == "meta":  # nothing can be drawn there
+            return self.draw(func, size, *args).to(device)
         each, rest = divmod(size[0], self.count)
         if rest:
             raise ValueError(f"a draw of {tuple(size)} is not for {self.count} rows")

@@ -115,3 +115,9 @@ def test_a_row_draws_the_same_wherever_a_batch_is_cut():
 def test_what_all_rows_share_is_drawn_from_the_generator_itself():
     plain, rows = (torch.Generator().manual_seed(5) for _ in range(2))
     assert [decide(10**6, plain) for _ in range(3)] == [decide(10**6, RowGenerator(rows, 1, 2)) for _ in range(3)]
+
+
+def test_noise_of_rows_on_a_device_that_draws_nothing_has_its_shape():
+    x = torch.zeros(2, 3, device="meta")
+    noise = RowGenerator(torch.Generator(), 0, 2)(x)
+    assert noise.device.type == "meta" and noise.shape == x.shape
