@@ -64,7 +64,7 @@ def main(out: Path) -> None:
     shutil.rmtree(out / "images")  # what it kept of pictures before they went into its parquet files
     columns = ["action.move", "action.grip", "state.place", "state.grip", "x"]
     record = {"lerobot": version("lerobot"), "columns": columns, "episodes": told}
-    (out / "put_in.json").write_text(json.dumps(record))
+    (out / "put_in.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

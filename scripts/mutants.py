@@ -164,7 +164,7 @@ def in_child(tree: Path, work: Callable[[], Any], cpu: float) -> Any:
                 before = set(sys.modules)
                 found = work()
                 new = [name for name in set(sys.modules) - before if is_foreign(sys.modules[name], tree)]
-                answer.write_text(json.dumps({"found": found, "modules": new}))
+                answer.write_text(json.dumps({"found": found, "modules": new}), encoding="utf-8")
             os._exit(0)
         deadline = time.monotonic() + WALL
         while not os.waitpid(pid, os.WNOHANG)[0]:
@@ -177,7 +177,7 @@ def in_child(tree: Path, work: Callable[[], Any], cpu: float) -> Any:
             os.killpg(pid, signal.SIGKILL)  # what the tests have started
         if not answer.exists():
             return None
-        told = json.loads(answer.read_text())
+        told = json.loads(answer.read_text(encoding="utf-8"))
         for name in told["modules"]:  # so that the next process need not import them again
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
@@ -197,7 +197,7 @@ def pytest_in(files: Sequence[str], plugin: Any, *options: str) -> None:
 def copy_tree(folder: Path) -> None:
     """A private copy of what git tracks or does not ignore; large files are linked."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, encoding="utf-8").stdout.split("\0")
     for name in filter(None, names):
         source, target = ROOT / name, folder / name
         if not source.is_file():

@@ -35,7 +35,7 @@ def undecided(code):
         name, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
         text = name.endswith((".read_text", ".write_text")) and not name.startswith("io.")
         text |= name.startswith("subprocess.") and bool(given & {"text", "universal_newlines"})
-        text |= (name in OPENERS or name.endswith(".open")) and "b" not in (opened(node) or "b")
+        text |= (name in OPENERS or name.endswith(".open")) and name != "os.open" and "b" not in (opened(node) or "b")
         if text and "encoding" not in given:
             yield node.lineno
 

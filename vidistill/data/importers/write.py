@@ -127,7 +127,7 @@ def append_clip(folder: Path, clip: Clip, meta: Mapping[str, Any]) -> None:
     DataError where the folder holds clips of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / LOCK).open("a") as lock:
+    with (folder.parent / LOCK).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         there = (folder / META).is_file()
         record = read_meta(folder) if there else {**json.loads(json.dumps(meta)), "shards": 0, "described": []}
