@@ -102,7 +102,10 @@ def test_the_tutorial_leads_from_videos_to_a_student(tmp_path, monkeypatch):
     assert main(dry_run[1:]) == 0 and (tmp_path / "data" / "mine" / "report.html").is_file()
     assert main(cut[1:]) == 0 and main(project[1:]) == 0
     assert rehearsal == ["STEPS=3", *training] and (tmp_path / training[0]).is_file()
-    run_all(commands_of(tmp_path / training[0], tmp_path, STEPS="1"), monkeypatch)
+    commands = commands_of(tmp_path / training[0], tmp_path, STEPS="1")
+    [judge] = [words for _, *words in commands if words[0] == "eval"]
+    run_all([command for command in commands if command[1:] != judge], monkeypatch)
+    assert main(judge) == 1  # four clips are too few for an interval, and run.sh goes on
     served = Path(parser().parse_args(play[1:]).name)
     assert served.parts[0] == "mine"
     made = tmp_path / "mine" / "rehearsal" / Path(*served.parts[1:])

@@ -1,16 +1,18 @@
 """Tokens placed by the direction they look in: geometry, what data and streams tell of the heading, long streams."""
 
 import math
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ACTIONS
+from conftest import ACTIONS, DIT
 
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition, walked
-from vidistill.conditioning.controls import LiveConditions
+from vidistill.conditioning.controls import LiveConditions, WorldConfig
+from vidistill.models.layers import SiteConfig
 from vidistill.ops.rope import Panorama, axis_split, rope_table, rotate, view_table
+from vidistill.record import Record
 from vidistill.training.on_policy import LongRollout
 
 CAMERA = CameraConfig(step=0.15, turn=0.1, sites=("view",))
@@ -56,8 +58,9 @@ def test_a_camera_tells_what_it_is_asked_to_tell():
 
 def turning():
     """What a network that is told its heading gets while a key turns it to the left."""
-    dit = {"sites": {"modulation": {"dim": 17}, "view": {"dim": 1}}, "text_dim": 0, "extra_channels": 0}
-    inputs = LiveConditions.of({"dit": dit, "world": {"actions": ACTIONS, "camera": asdict(CAMERA)}}, 4, "cpu")
+    dit = replace(DIT, grid=(2, 2), fov=84.0, sites={"modulation": SiteConfig(17), "view": SiteConfig(1)})
+    world = WorldConfig(actions=ACTIONS, camera=CAMERA)
+    inputs = LiveConditions.of(Record("student", dit=dit, world=world), 4, "cpu")
     inputs.set({"action": {"turn_left": 1.0}})
     return inputs
 

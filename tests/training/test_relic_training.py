@@ -14,7 +14,7 @@ from vidistill import checkpoint
 from vidistill.checkpoint import load
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition, walked
-from vidistill.conditioning.controls import LiveConditions
+from vidistill.conditioning.controls import LiveConditions, WorldConfig
 from vidistill.config import build
 from vidistill.data import ode_pairs
 from vidistill.data.clips import Clips
@@ -23,10 +23,11 @@ from vidistill.data.types import Episode
 from vidistill.diffusion import LatentShape
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.dit import extend
-from vidistill.models.layers import Block, SelfAttention
+from vidistill.models.layers import Block, SelfAttention, SiteConfig
 from vidistill.models.student import CausalStudent
 from vidistill.ops.attention import use_backend
 from vidistill.ops.rope import Yarn, rope_table, rotate
+from vidistill.record import Record
 from vidistill.sampling import sample
 from vidistill.schedules import ScheduleConfig
 from vidistill.training.losses import LossConfig
@@ -167,7 +168,8 @@ def test_a_teacher_is_trained_on_poses_through_a_curriculum_and_streams_need_no_
 
 def test_a_stage_that_starts_from_a_student_gains_its_sites_and_recomputes_its_blocks(root):
     student = CausalStudent(random_dit(DIT), REMEMBERING, LatentShape(7, 4, 4, 4, DIT.patch))
-    record = {"schedule": {"levels": [1.0]}, "shape": {"frames": 7, "channels": 4, "height": 4, "width": 4}, "card": {}}
+    shape = {"frames": 7, "channels": 4, "height": 4, "width": 4}
+    record = {"schedule": {"levels": [1.0]}, "noise": {"shift": 1.0}, "shape": shape, "card": {}}
     checkpoint.export(root / "student", student, record)
     dit = replace(POSED, checkpoint=True)
     stage = flow_stage(
@@ -303,9 +305,9 @@ def test_about_the_share_asked_for_become_palindromes():
 
 
 def inputs():
-    sites = {name: {"dim": dim} for name, dim in {"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}.items()}
-    dit = {"sites": sites, "text_dim": 0, "extra_channels": 0}
-    return LiveConditions.of({"dit": dit, "world": {"actions": ACTIONS, "camera": asdict(CAMERA)}}, 4, "cpu")
+    dims = {"modulation": 17, "hidden": 7, "qk": CAMERA.pose_dim}
+    dit = replace(POSED, sites={name: SiteConfig(dim) for name, dim in dims.items()})
+    return LiveConditions.of(Record("student", dit=dit, world=WorldConfig(actions=ACTIONS, camera=CAMERA)), 4, "cpu")
 
 
 def test_a_stream_integrates_the_keys_it_is_given_chunk_by_chunk():
