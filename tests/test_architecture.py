@@ -114,7 +114,7 @@ BUDGETS = {
     "record": 134,
     "rollout": 110,
     "metrics": 95,
-    "diffusion": 99,
+    "diffusion": 101,
     "tensors": 75,
     "progress": 50,
     "sound": 53,
