@@ -8,8 +8,25 @@ from vidistill.ops.precision import PRECISIONS
 MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "draws", "threads", "allow_pickle", "unfiltered")
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """What every suite is told, whatever it looks at."""
+
+    seed: int = 0
+    seeds: int = 3  # of rollout noise that a student is judged with
+    teacher_seeds: int = 1
+    draws: int = 200  # of rooms, for an interval
+    first_seed: int = 0  # the first room of the split
+    cache: str = "data/teacher-samples"  # of a teacher's samples, and of what is half judged
+    out: str = "out/eval"
+    probe: str | None = None  # None: the bundled one
+    precision: str = "auto"
+    metrics: Mapping[str, str] = field(default_factory=dict)  # published ones: name -> path of local weights
+    allow_pickle: bool = False  # of those weights
+
+
 @dataclass(frozen=True)
-class SuiteConfig:
+class SuiteConfig(JudgeConfig):
     """What every protocol says; smaller runs (`clips`, `streams`, `long_seconds`) are for a first look.
 
     Samples of the teacher are kept in `cache` under a hash of everything they depend on (empty: sample anew).
@@ -21,17 +38,6 @@ class SuiteConfig:
     long_seconds: float = 60.0  # 0: no long stream
     steps: int = 50
     guidance: float | None = None  # None: what the teacher's record says, else 1
-    seed: int = 0
-    seeds: int = 3  # of rollout noise that a student is judged with
-    teacher_seeds: int = 1
-    draws: int = 200  # of rooms, for an interval
-    first_seed: int = 0  # the first room of the split
-    cache: str = "data/teacher-samples"
-    out: str = "out/eval"
-    probe: str | None = None  # None: the bundled one
-    precision: str = "auto"
-    metrics: Mapping[str, str] = field(default_factory=dict)  # published ones: name -> path of local weights
-    allow_pickle: bool = False  # of those weights
 
     def __post_init__(self) -> None:
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in MAY_BE_ZERO):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from vidistill.conditioning.condition import branches
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation.clips import TEXTS, Batch, Data, Row, Tally, View, repeat_row, without_filter
+from vidistill.evaluation.config import JudgeConfig
 from vidistill.evaluation.probes import load_probe
 from vidistill.evaluation.quality import stuck, walk_along, walk_condition
 from vidistill.evaluation.recall import likeness, returns
@@ -33,7 +34,7 @@ FIRST_WALK = 1024  # of a split: rooms that no other suite opens
 
 
 @dataclass(frozen=True)
-class MinutesConfig:
+class MinutesConfig(JudgeConfig):
     """`streams` walks as long as the last of `marks`; a figure at a mark is of the `span` seconds before it."""
 
     streams: int = 64
@@ -41,18 +42,8 @@ class MinutesConfig:
     span: float = 10.0
     batch: int = 4
     steps: int = 50  # of the teacher
-    first_seed: int = 0  # the first room of the split
-    seed: int = 0
-    seeds: int = 1  # of rollout noise: walks are many
-    teacher_seeds: int = 1
-    draws: int = 200  # of rooms, for an interval
+    seeds: int = 1  # walks are many
     data: str = "data/doom-{split}"
-    out: str = "out/eval"
-    probe: str | None = None
-    precision: str = "auto"
-    metrics: Mapping[str, str] = field(default_factory=dict)  # published ones, as in every suite
-    allow_pickle: bool = False
-    cache: str = "data/teacher-samples"  # of what is half judged
 
     def __post_init__(self) -> None:
         if min(self.streams, self.batch, self.steps, self.seeds) < 1 or self.precision not in PRECISIONS:

@@ -6,7 +6,7 @@ Students are told the same actions as the real engine, and start from the same p
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from vidistill.config import build
 from vidistill.data.clips import Clips
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation.clips import Batch, Data, Row, Tally, View, repeat_row
+from vidistill.evaluation.config import JudgeConfig
 from vidistill.evaluation.probes import AFTER, BEFORE, Probe, Reading, load_probe, read
 from vidistill.evaluation.quality import walk_along, walk_condition
 from vidistill.evaluation.recall import false_recall, likeness, nearest, returns, snaps
@@ -53,21 +54,11 @@ SAME_DB = 40.0  # beyond it no eye tells two pictures apart
 
 
 @dataclass(frozen=True)
-class SpatialMemoryConfig(PathConfig):
+class SpatialMemoryConfig(PathConfig, JudgeConfig):
     """The paths, and how they are played."""
 
     batch: int = 8
-    first_seed: int = 0  # the first room of the split
-    seeds: int = 3  # of rollout noise
-    teacher_seeds: int = 1
-    draws: int = 200  # of rooms, for an interval
     data: str = "data/doom-{split}"
-    out: str = "out/eval"
-    probe: str | None = None
-    precision: str = "auto"
-    metrics: Mapping[str, str] = field(default_factory=dict)  # published ones, as in every suite
-    allow_pickle: bool = False
-    cache: str = "data/teacher-samples"  # of what is half judged
 
     def __post_init__(self) -> None:
         super().__post_init__()
