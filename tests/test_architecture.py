@@ -91,13 +91,13 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2382,
+    "data": 2381,
     "training": 1707,
     "evaluation": 2974,
     "worlds": 1464,
     "bench": 1270,
     "ops": 1180,
-    "cli": 1192,
+    "cli": 1199,
     "serve": 1195,
     "interop": 1046,
     "conditioning": 743,

@@ -27,6 +27,7 @@ from vidistill.training.trainer import Trainer, train
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+from tiny_ranks import together
 from tiny_training import rolled
 from tiny_wan import LENGTH, TEXT, write_wan
 
@@ -146,6 +147,45 @@ def test_trajectories_under_prompts_are_the_teachers_guided_samples(wan, prompts
     sigmas = clips.meta["sigmas"]
     want = sample(teacher.net, noise, sigmas, batch.cond, nulls=[batch.cond.null()], scales=[5.0])
     assert torch.allclose(clips.episode("states", 0)[-1].float(), want[0], atol=2e-3 * float(want.abs().max()))
+
+
+def same_files(one, other):
+    """Two data folders hold the same shards and the same record."""
+    names = sorted(p.name for p in one.iterdir())
+    assert names == sorted(p.name for p in other.iterdir()) and "meta.json" in names
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def command(kind, out, *args):
+    assert main(["data", kind, str(out), *map(str, args)]) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trajectories_in_parts_and_under_torchrun_are_those_of_one_process(wan, prompts, tmp_path, capsys, precision):
+    args = ["--teacher", wan, "--data", prompts, "--clips", 5, "--frames", 3, "--steps", 4, "--size", "32x48"]
+    args += ["--at-once", "2", "--precision", precision]
+    command("trajectories", tmp_path / "one", *args)
+    for part in ("2/2", "1/2"):
+        assert not (tmp_path / "parts").exists()
+        command("trajectories", tmp_path / "parts", *args, "--part", part)
+    together(2, command, "trajectories", tmp_path / "ranks", *args)
+    assert "part 2 is written" in capsys.readouterr().out
+    assert same_files(tmp_path / "one", tmp_path / "parts") and same_files(tmp_path / "one", tmp_path / "ranks")
+    assert len(Clips(tmp_path / "one")) == 5
+
+
+def test_parts_of_two_settings_are_not_merged(wan, prompts, tmp_path, capsys):
+    args = ["--teacher", wan, "--clips", 4, "--frames", 3, "--steps", 4, "--size", "32x48", "--at-once", "2"]
+    command("trajectories", tmp_path / "t", *args, "--data", prompts, "--part", "1/2")
+    (tmp_path / "list.txt").write_text("a red fox")
+    command("prompts", tmp_path / "p", "--file", tmp_path / "list.txt", "--text", wan, "--tokens", LENGTH)
+    for other in (["--data", tmp_path / "p"], ["--data", prompts, "--seed", 3], ["--data", prompts, "--at-once", "1"]):
+        capsys.readouterr()
+        assert main(["data", "trajectories", *map(str, [tmp_path / "t", *args, *other, "--part", "2/2"])]) == 1
+        assert "ask for the same to go on" in capsys.readouterr().err
+    command("trajectories", tmp_path / "t", *args, "--data", prompts, "--part", "2/2")
+    assert main(["data", "trajectories", *map(str, [tmp_path / "t", *args, "--data", prompts, "--seed", 3])]) == 1
+    assert "seed 0 where 3 is asked" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["regression", "teacher_forcing"])

@@ -95,6 +95,12 @@ TALKER: Arguments = {
     },
     "--text": {**SHAPES["--text"], "help": "as of shapes"},
 }
+SHARED: Arguments = {
+    "--part": {
+        "default": "1/1",
+        "help": "share of the work that this process, or torchrun's processes, do, e.g. 2/4 (default: all)",
+    }
+}
 TRAJECTORIES: Arguments = {
     **FOLDER,
     "--teacher": {"required": True, "help": "a bundled name or the path of a teacher"},
@@ -131,6 +137,7 @@ TRAJECTORIES: Arguments = {
         "default": "fp32",
         "help": "of products (default: fp32)",
     },
+    **SHARED,
 }
 PROMPTS: Arguments = {
     **FOLDER,
@@ -163,6 +170,7 @@ class KindParser(Parser):
 def run_importer(module: Any, args: argparse.Namespace) -> None:
     """Import, unless other things than data of ours lie where it is to be written."""
     from vidistill.data.shards import META, DataError
+    from vidistill.distributed import group
     from vidistill.io import check_folder, is_ours
 
     out: Path = args.out
@@ -171,7 +179,8 @@ def run_importer(module: Any, args: argparse.Namespace) -> None:
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if found and not found & ours and not is_ours(out / "sheet.png"):
         raise DataError(f"{out} is there and holds other things than data of ours; name a new folder")
-    print(module.run(args))
+    with group():
+        print(module.run(args))
 
 
 def add_data(commands: Any) -> None:
@@ -288,9 +297,13 @@ def reader(text: dict[str, Any]) -> "Encode":
 
 def run_trajectories(args: argparse.Namespace) -> None:
     from vidistill.data import ode_pairs
+    from vidistill.distributed import group
 
-    if not is_there(args.out):
-        print(ode_pairs.trajectories(**values_of(args, TRAJECTORIES)))
+    values = values_of(args, TRAJECTORIES)
+    asked = {name: values[name] for name in ("teacher", "clips", "frames", "seed", "guidance")}
+    if not is_there(args.out, {name: value for name, value in asked.items() if value is not None}):
+        with group():
+            print(ode_pairs.trajectories(**values))
 
 
 def run_prompts(args: argparse.Namespace) -> None:

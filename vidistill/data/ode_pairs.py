@@ -1,7 +1,6 @@
 """Trajectories of a teacher on disk: its states at a few noise levels, from noise to sample."""
 
-import json
-import shutil
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,12 @@ from vidistill import checkpoint
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, branches, check_pictured
 from vidistill.config import build
+from vidistill.data.importers.write import ALL, Part, write_split
 from vidistill.data.prompts import Prompts, open_data
-from vidistill.data.shards import SETTINGS, DataError, finish_shards, partial_of, write_shard
+from vidistill.data.shards import META, DataError, Shard
 from vidistill.data.types import Batch
 from vidistill.diffusion import Denoiser, NoiseSchedule, derived_seed
-from vidistill.io import read_json, write_json
+from vidistill.distributed import rank
 from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.progress import Bar
@@ -41,9 +41,11 @@ def trajectories(
     size: tuple[int, int] = (480, 832),
     at_once: int = 64,
     precision: str = "fp32",
+    part: str = "1/1",
 ) -> str:
     """Sample `clips` clips with a teacher under the conditions of `data` into folder `out`; says what is there.
 
+    `part`: the share that this process samples, see `write.Part`; the folder is complete with the last one.
     ValueError if teacher and data do not belong together, or no sampler of the teacher has all `levels`.
     """
     where = accelerator()
@@ -63,6 +65,7 @@ def trajectories(
         **{k: source.meta[k] for k in KEPT if k in source.meta},
         **found,
         "teacher": teacher,
+        "data": digest(data),
         "clips": clips,
         "frames": frames,
         "given": source.given,
@@ -76,10 +79,21 @@ def trajectories(
     def batch_of(count: int, i: int) -> Batch:
         return draw(count, i).to(where)
 
-    with Bar(clips, "trajectories", "clip") as bar, autocast(precision, where):
-        write_trajectories(out, net, batch_of, meta, at_once, bar)
+    own = Part.of(part)
+    share = sum(min(at_once, clips - i * at_once) for i in own.share(-(-clips // at_once)))
+    with Bar(share, "trajectories", "clip", shown=rank() == 0) as bar, autocast(precision, where):
+        whole = write_trajectories(out, net, batch_of, meta, at_once, bar, own)
     shown = ",".join(f"{level:.4f}" for level in kept)
-    return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
+    return (
+        f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
+        if whole
+        else f"{out}: part {own.index + 1} is written"
+    )
+
+
+def digest(data: str | Path) -> str:
+    """What tells the conditions in a data folder from those in another one."""
+    return hashlib.sha256((Path(data) / META).read_bytes()).hexdigest()
 
 
 KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative", "audio")
@@ -146,7 +160,8 @@ def trajectory_states(
     given, kept = batch.x[:, : batch.given], {*levels, 0.0}
     nulls, scales = branches(batch.cond, scale, audio_scale)
     path = trajectory(net, noise, tuple(sigmas), batch.cond, given=given, nulls=nulls, scales=scales)
-    return torch.stack([x.half().cpu() for sigma, x in path if sigma in kept], dim=1)
+    states = [x.float().cpu() for sigma, x in path if sigma in kept]  # a CPU's autocast cannot join halves
+    return torch.stack(states, dim=1).half()
 
 
 def write_trajectories(
@@ -156,43 +171,36 @@ def write_trajectories(
     meta: Mapping[str, Any],
     per_shard: int = 64,
     bar: Bar | None = None,
-) -> None:
-    """Write `meta["clips"]` teacher trajectories; stopped and started again it goes on after the last whole shard.
+    part: Part = ALL,
+) -> bool:
+    """Write this part of `meta["clips"]` teacher trajectories; returns whether all parts are there.
 
-    `batch_of(size, i)` makes the clips of shard i, which are sampled together; their `given` must be `meta["given"]`.
-    `meta` also holds `seed`, `sigmas`, `levels` and `guidance`. Source: CausVid 2412.07772, section 4.3.
+    Stopped and started again it goes on after the last whole shard. `batch_of(size, i)` makes the clips of shard i,
+    which are sampled together; their `given` must be `meta["given"]`. `meta` also holds `seed`, `sigmas`, `levels` and
+    `guidance`. Source: CausVid 2412.07772, section 4.3.
     """
-    partial, total = partial_of(folder), meta["clips"]
-    settings = json.loads(json.dumps({**meta, "per_shard": per_shard}))
-    begun = read_json(partial / SETTINGS) if (partial / SETTINGS).is_file() else None
-    if begun is not None and begun != settings:
-        other = sorted(key for key in begun.keys() | settings.keys() if begun.get(key) != settings.get(key))
-        raise DataError(
-            f"{partial} holds trajectories of other settings ({', '.join(other)}): ask for the same to go on, or "
-            "remove it"
-        )
-    if begun is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_json(partial / SETTINGS, settings)
-    shards = -(-total // per_shard)
-    for i in range(shards):
-        size, path = min(per_shard, total - i * per_shard), partial / f"shard-{i:05d}.safetensors"
-        if not path.is_file():
-            batch = batch_of(size, i)
-            rng = torch.Generator().manual_seed(derived_seed(meta["seed"], i))
-            scales = meta["guidance"], meta.get("audio_guidance", 0.0)
-            states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
-            conditions = {
-                "actions": batch.cond.per_frame.get(ACTION_SITE),
-                "tokens": batch.cond.tokens,
-                "poses": batch.poses,
-            }
-            conditions["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
-            kept = {name: x.cpu() for name, x in conditions.items() if x is not None}
-            if "tokens" in kept:
-                kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
-            write_shard(path, {"states": states, **kept})
+    total = meta["clips"]
+
+    def make(i: int) -> Shard:
+        first, last = i * per_shard, min((i + 1) * per_shard, total)
+        batch = batch_of(last - first, i)
+        rng = torch.Generator().manual_seed(derived_seed(meta["seed"], i))
+        scales = meta["guidance"], meta.get("audio_guidance", 0.0)
+        states = trajectory_states(net, batch, meta["sigmas"], meta["levels"], rng, *scales)
+        conditions = {
+            "actions": batch.cond.per_frame.get(ACTION_SITE),
+            "tokens": batch.cond.tokens,
+            "poses": batch.poses,
+        }
+        conditions["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
+        kept = {name: x.cpu() for name, x in conditions.items() if x is not None}
+        if "tokens" in kept:
+            kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
+        return {"states": states, **kept}, [{"clip": k} for k in range(first, last)]
+
+    def done(i: int) -> None:
         if bar is not None:
-            bar.update(size)
-    finish_shards(folder, shards, [{"clip": k} for k in range(total)], meta)
+            bar.update(min(per_shard, total - i * per_shard))
+
+    shards = -(-total // per_shard)
+    return write_split(Path(folder), shards, make, {**meta, "at_once": per_shard}, None, part, done)

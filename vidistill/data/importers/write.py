@@ -23,6 +23,7 @@ from vidistill.data.shards import (
     write_shard,
 )
 from vidistill.data.types import pack_rows
+from vidistill.distributed import rank, world_size
 from vidistill.io import read_json, write_text
 
 PER_SHARD = 32
@@ -68,15 +69,19 @@ class Part:
 
     @classmethod
     def of(cls, text: str) -> "Part":
-        """The part that "2/4" spells, counted from 1; ValueError for another form."""
+        """The part that "2/4" spells, counted from 1, or torchrun's share of it; ValueError for another form."""
         index, _, count = text.partition("/")
         if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
             raise ValueError(f"--part {text!r} is not NUMBER/COUNT, as in 1/4, 2/4, 3/4 and 4/4")
-        return cls(int(index) - 1, int(count))
+        processes = world_size()
+        return cls((int(index) - 1) * processes + rank(), int(count) * processes)
 
     def share(self, total: int) -> range:
         """The numbers below `total` that this process sees to."""
         return range(self.index, total, self.count)
+
+
+ALL = Part()
 
 
 def write_split(
@@ -85,7 +90,7 @@ def write_split(
     make: Callable[[int], Shard],
     meta: Mapping[str, Any],
     codec: Any = None,
-    part: Part = Part(),
+    part: Part = ALL,
     done: Callable[[int], object] = lambda clips: None,
 ) -> bool:
     """Write this part of `shards` shards, those that are not there yet, and finish the folder once all are.
@@ -99,7 +104,7 @@ def write_split(
     partial = begun(folder, {**meta, "shards": shards})
     for i in part.share(shards):
         path = partial / f"shard-{i:05d}.safetensors"
-        if not path.is_file():
+        if not (path.is_file() and path.with_suffix(".json").is_file()):
             tensors, described = make(i)
             if codec is not None:
                 tensors, described = latent_shard((tensors, described), codec)
