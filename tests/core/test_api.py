@@ -7,8 +7,10 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 
 import vidistill
+from vidistill.ops.attention import constant_in_graphs
 
 
 def video_size(path):
@@ -28,6 +30,20 @@ def run(code, cwd=None):
 
 def test_importing_the_package_loads_no_torch():
     assert run("import sys, vidistill; print('torch' in sys.modules, vidistill.__version__)").split()[0] == "False"
+
+
+def test_a_command_starts_without_the_compiler():
+    assert run("import sys, vidistill.cli.main; print('torch._dynamo' in sys.modules)").split() == ["False"]
+
+
+def test_what_a_graph_takes_as_constant_is_marked_as_torch_marks_it():
+    def decide():
+        return True
+
+    def other():
+        return True
+
+    assert vars(constant_in_graphs(decide)) == vars(torch.compiler.assume_constant_result(other)) != {}
 
 
 def test_every_public_name_is_there_and_nothing_else():

@@ -236,6 +236,12 @@ def choose(name: str, device: str, mask: str = "none", capability: tuple[int, in
     return "flex", "blocks of keys that a mask hides are skipped"
 
 
+def constant_in_graphs(decide: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compiler.assume_constant_result` does, whose call loads the compiler: half the start of a command."""
+    decide._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return decide
+
+
 @cache
 def _resolve(name: str, device: str, mask: str) -> str:
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else FLEX_FROM
@@ -247,7 +253,7 @@ def _resolve(name: str, device: str, mask: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def resolve(name: str, device: str, mask: str = "none") -> str:
     """What `choose` says for the GPU that is here; logged once; raises ValueError where it cannot run."""
     return _resolve(name, device, mask)

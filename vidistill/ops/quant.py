@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vidistill.ops.attention import choice, resolve
+from vidistill.ops.attention import choice, constant_in_graphs, resolve
 from vidistill.ops.precision import LARGEST
 
 logger = logging.getLogger("vidistill")
@@ -28,7 +28,7 @@ def _kernels(name: str, device: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _decide(name: str, device: str) -> bool:
     return _kernels(name, device)
 
