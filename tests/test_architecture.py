@@ -91,13 +91,13 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2381,
+    "data": 2406,
     "training": 1707,
     "evaluation": 2974,
     "worlds": 1464,
-    "bench": 1270,
+    "bench": 1266,
     "ops": 1180,
-    "cli": 1199,
+    "cli": 1201,
     "serve": 1195,
     "interop": 1046,
     "conditioning": 743,
@@ -106,7 +106,7 @@ BUDGETS = {
     "memory": 566,
     "codecs": 495,
     "io": 286,
-    "teachers": 265,
+    "teachers": 266,
     "checkpoint": 258,
     "distributed": 235,
     "schedules": 150,

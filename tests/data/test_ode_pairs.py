@@ -29,7 +29,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 from tiny_ranks import together
 from tiny_training import rolled
-from tiny_wan import LENGTH, TEXT, write_wan
+from tiny_wan import LENGTH, TEXT, WORDS, write_wan
 
 FRAMES = 6
 LEVELS = (1.0, 0.8333333, 0.625)
@@ -84,19 +84,20 @@ def stage(wan, data, root, **settings):
     return replace(base, **settings)
 
 
-def test_prompts_are_embeddings_on_disk_and_a_batch_depends_on_seed_and_step_alone(wan, prompts):
+def test_prompts_are_embeddings_on_disk_and_a_batch_depends_on_seed_and_step_alone(wan, prompts, tmp_path):
     data = open_data(prompts)
     assert isinstance(data, Prompts) and len(data) == 2 and data.given == 0 and data.width_of("tokens") == TEXT
-    assert data.meta["prompts"] == ["a red fox runs", "two boats at night"]
+    assert [told["caption"] for told in data.meta["described"]] == ["a red fox runs", "two boats at night"]
     batch, again = (data.batch(5, FRAMES, (16, 4, 6), 0, 3) for _ in range(2))
     assert torch.equal(batch.cond.tokens, again.cond.tokens) and batch.x.shape == (5, FRAMES, 16, 4, 6)
     assert {tuple(t.flatten().tolist()) for t in data.batch(64, 1, (1, 1, 1), 0, 0).cond.tokens} == {
-        tuple(data.tokens(name).flatten().tolist()) for name in data.names
+        tuple(data.tokens(k).flatten().tolist()) for k in range(2)
     }
-    assert batch.cond.null().tokens.equal(data.tokens(data.meta["negative_name"]).expand(5, LENGTH, TEXT))
-    stored = load_file(prompts / "tokens" / data.names[0])["tokens"]
-    assert stored.shape == (5, TEXT), "four words and an end: padding is not stored"
-    whole = TextCache(wan, prompts / "tokens", length=LENGTH).encode(["a red fox runs"])
+    assert batch.cond.null().tokens.equal(data.negative.expand(5, LENGTH, TEXT))
+    assert not data.negative.equal(data.tokens(0))
+    stored = load_file(prompts / "shard-00000.safetensors")["tokens"]
+    assert stored.shape == (2, 5, TEXT), "four words and an end: padding is not stored"
+    whole = TextCache(wan, tmp_path, length=LENGTH).encode(["a red fox runs"])
     assert whole.shape == (1, LENGTH, TEXT) and whole[0, 5:].eq(0).all() and whole[0, :5].abs().sum(-1).gt(0).all()
     assert len(open_data(prompts, episodes=1)) == 1
 
@@ -109,17 +110,18 @@ def test_an_embedding_equals_what_transformers_computes(wan, prompts):
     ids = tokenizer(["two boats at night"], return_tensors="pt", padding="max_length", max_length=LENGTH)
     with torch.no_grad():
         want = encoder(ids.input_ids, ids.attention_mask).last_hidden_state[0, :5]
-    got = open_data(prompts).tokens(open_data(prompts).names[1])[:5]
+    got = open_data(prompts).tokens(1)[:5]
     assert (got - want).abs().max() < 0.02 * want.abs().max()  # stored in bf16
 
 
 def test_a_second_call_encodes_nothing_and_a_missing_embedding_is_named(wan, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TextCache, "_load", lambda self: pytest.fail("the encoder was loaded"))
-    args = ["data", "prompts", str(prompts), "--file", "nothing.txt", "--text", str(wan)]
-    assert main(args) == 0 and "is there already (2 episodes)" in capsys.readouterr().out
+    args = ["data", "prompts", str(prompts), "--file", "nothing.txt", "--text", str(wan), "--negative"]
+    assert main([*args, "blurred"]) == 0 and "is there already (2 episodes)" in capsys.readouterr().out
+    assert main([*args, "sharp"]) == 1 and "negative 'blurred' where 'sharp' is asked" in capsys.readouterr().err
     (tmp_path / "meta.json").write_text((prompts / "meta.json").read_text())
-    with pytest.raises(DataError, match="run `vidistill data prompts` again"):
-        Prompts(tmp_path).tokens("x.safetensors")
+    with pytest.raises(DataError, match=r"shard-00000.safetensors is missing"):
+        Prompts(tmp_path)
     with pytest.raises(DataError, match=r"prompts.*give"):
         (tmp_path / "empty.txt").write_text("\n")
         prompts_module.prompts(tmp_path / "e", tmp_path / "empty.txt", str(wan))
@@ -172,6 +174,46 @@ def test_trajectories_in_parts_and_under_torchrun_are_those_of_one_process(wan, 
     assert "part 2 is written" in capsys.readouterr().out
     assert same_files(tmp_path / "one", tmp_path / "parts") and same_files(tmp_path / "one", tmp_path / "ranks")
     assert len(Clips(tmp_path / "one")) == 5
+
+
+def test_prompts_in_parts_and_under_torchrun_are_those_of_one_process(wan, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts_module, "PER_SHARD", 3)
+    words = WORDS.split()
+    lines = [" ".join(words[k % 5 : k % 5 + 1 + k % 4]) for k in range(8)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    args = ["--file", tmp_path / "list.txt", "--text", wan, "--tokens", LENGTH, "--at-once", 2]
+    asked = []
+    embed = TextCache.embed
+    monkeypatch.setattr(TextCache, "embed", lambda self, some: asked.append(len(some)) or embed(self, some))
+    command("prompts", tmp_path / "one", *args)
+    assert asked == [2, 1, 1, 2, 1, 2], "the third is the negative prompt, a shard is 3"
+    for part in ("2/2", "1/2"):
+        assert not (tmp_path / "parts").exists()
+        command("prompts", tmp_path / "parts", *args, "--part", part)
+    together(2, command, "prompts", tmp_path / "ranks", *args)
+    assert same_files(tmp_path / "one", tmp_path / "parts") and same_files(tmp_path / "one", tmp_path / "ranks")
+    data, cache = open_data(tmp_path / "one"), TextCache(wan, tmp_path / "cache", length=LENGTH)
+    for k, line in enumerate(lines):
+        torch.testing.assert_close(data.tokens(k), cache.encode([line])[0], rtol=2e-2, atol=2e-2)
+    (tmp_path / "list.txt").write_text("\n".join(lines[:-1]))
+    command("prompts", tmp_path / "more", *args, "--part", "1/2")
+    (tmp_path / "list.txt").write_text("\n".join([*lines[:-1], "a boat"]))
+    assert main(["data", "prompts", *map(str, [tmp_path / "more", *args, "--part", "2/2"])]) == 1
+
+
+def test_prompts_of_an_earlier_version_are_read(wan, prompts, tmp_path):
+    lines, cache = ["blurred", "a red fox runs", "two boats at night"], TextCache(wan, tmp_path / "tokens", length=8)
+    cache.encode(lines)
+    names = [cache.path(line).name for line in lines]
+    meta = json.loads((prompts / "meta.json").read_text())
+    meta |= {"prompts": lines[1:], "names": names[1:], "negative_name": names[0]}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    old, new = (open_data(folder).batch(4, FRAMES, (16, 4, 6), 0, 3).cond for folder in (tmp_path, prompts))
+    torch.testing.assert_close(old.tokens, new.tokens, rtol=2e-2, atol=2e-2)
+    assert torch.equal(old.negative, new.negative)
+    (tmp_path / "tokens" / names[1]).unlink()
+    with pytest.raises(DataError, match="run `vidistill data prompts` again"):
+        open_data(tmp_path).tokens(0)
 
 
 def test_parts_of_two_settings_are_not_merged(wan, prompts, tmp_path, capsys):

@@ -154,16 +154,11 @@ class RandomText:
 
     source, length = "random", TOKENS
 
-    def __init__(self, folder: Path, dim: int) -> None:
-        self.folder, self.dim = folder, dim
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
 
-    def path(self, prompt: str) -> Path:
-        return self.folder / f"{prompt or 'none'}.safetensors"
-
-    def encode(self, prompts: Sequence[str]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for prompt in prompts:
-            shards.write_shard(self.path(prompt), {"tokens": torch.randn(TOKENS, self.dim)})
+    def embed(self, prompts: Sequence[str]) -> list[Tensor]:
+        return [torch.randn(TOKENS, self.dim) for _ in prompts]
 
 
 def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[int, int]) -> None:
@@ -173,9 +168,7 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     meta: dict[str, Any] = {"fps": 16.0, "temporal": FACTOR, "frames": cfg.frames, "levels": list(cfg.loss.levels)}
     meta["actions"] = [f"action {k}" for k in range((actions - 1) // FACTOR)]
     if kind == prompts_module.PROMPTS:
-        prompts_module.write_prompts(
-            folder, ("one", "two"), "", RandomText(folder / prompts_module.TOKENS, dit.text_dim), meta
-        )
+        prompts_module.write_prompts(folder, ("one", "two"), "", RandomText(dit.text_dim), meta)
         return
     meta["given"] = 1 if recorded(cfg, dit) or not dit.text_dim else 0
     clip = (CLIPS, cfg.frames, dit.channels, *size)

@@ -146,6 +146,8 @@ PROMPTS: Arguments = {
     "--negative": {"default": "", "help": "what guidance is taken against (default: the empty prompt)"},
     "--fps": {"type": positive_float, "default": 16.0, "help": "frames a second of the student (16; Wan2.2-5B: 24)"},
     **TOKENS,
+    "--at-once": {"type": positive_int, "default": 16, "help": "prompts encoded together (default: 16)"},
+    **SHARED,
 }
 
 
@@ -308,9 +310,11 @@ def run_trajectories(args: argparse.Namespace) -> None:
 
 def run_prompts(args: argparse.Namespace) -> None:
     from vidistill.data import prompts
+    from vidistill.distributed import group
 
-    if not is_there(args.out):
-        print(prompts.prompts(**values_of(args, PROMPTS)))
+    if not is_there(args.out, {"negative": args.negative, "fps": args.fps}):
+        with group():
+            print(prompts.prompts(**values_of(args, PROMPTS)))
 
 
 def values_of(args: argparse.Namespace, arguments: Arguments) -> dict[str, Any]:

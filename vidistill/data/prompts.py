@@ -1,9 +1,9 @@
 """Prompts with their embeddings on disk, for students that learn without recorded video."""
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import Condition
 from vidistill.data.clips import EVERY, Clips, Ranges
-from vidistill.data.shards import META, DataError, read_meta
-from vidistill.data.types import Batch
-from vidistill.io import read_text, write_text
+from vidistill.data.importers.write import ALL, Part, write_split
+from vidistill.data.shards import DataError, Shard, read_meta, read_shards
+from vidistill.data.types import Batch, pack_rows, unpack_rows
+from vidistill.distributed import rank
+from vidistill.io import read_text
 from vidistill.ops.device import accelerator
 from vidistill.progress import Bar
-from vidistill.teachers.text_encoder import TextCache
+from vidistill.teachers.text_encoder import TextCache, cache_folder
 from vidistill.teachers.wan import WORLD
 
 
@@ -43,56 +45,100 @@ def open_data(
     return Prompts(folder, episodes)
 
 
-PROMPTS = "prompts"  # of meta: the prompts, and in NAMES the file of each under TOKENS
-NAMES, TOKENS = "names", "tokens"
+PROMPTS = "prompts"  # of meta: how many there are
+NAMES, TOKENS = "names", "tokens"  # of folders of earlier versions: the file of each prompt under TOKENS
+PER_SHARD = 256
+
+
+class Encoder(Protocol):
+    """What makes embeddings of prompts: a `teachers.text_encoder.TextCache`."""
+
+    source: str
+    length: int
+
+    def embed(self, prompts: Sequence[str]) -> list[Tensor]: ...
 
 
 def write_prompts(
-    folder: str | Path, prompts: Sequence[str], negative: str, cache: Any, meta: Mapping, bar: Bar | None = None
-) -> None:
-    """Write a folder of prompts whose embeddings `cache` (a `teachers.text.TextCache` on FOLDER/tokens) makes.
+    folder: str | Path,
+    prompts: Sequence[str],
+    negative: str,
+    encoder: Encoder,
+    meta: Mapping[str, Any],
+    at_once: int = 16,
+    part: Part = ALL,
+    bar: Bar | None = None,
+) -> bool:
+    """Write this part of a folder of prompts, whose embeddings `encoder` makes; returns whether all parts are there.
 
-    Stopped and started again it goes on after the last embedding. `negative`: what guidance is taken against.
+    `at_once` prompts are encoded together, PER_SHARD are held in memory. Stopped and started again it goes on after the
+    last whole shard. `negative`: what guidance is taken against, in the first shard.
     """
     if not prompts:
         raise DataError(f"{folder} would hold no prompts; give at least one")
-    cache.encode([negative])
-    for prompt in prompts:
-        cache.encode([prompt])
-        if bar is not None:
-            bar.update()
-    names = [cache.path(prompt).name for prompt in (negative, *prompts)]
-    record = {**meta, PROMPTS: list(prompts), "negative": negative, NAMES: names[1:], "negative_name": names[0]}
-    record |= {"text": {"kind": "umt5", "source": cache.source, "length": cache.length}, "episodes": len(prompts)}
-    write_text(Path(folder) / META, json.dumps(record))
+
+    def make(i: int) -> Shard:
+        own = prompts[i * PER_SHARD : (i + 1) * PER_SHARD]
+        rows: list[Tensor] = []
+        for first in range(0, len(own), at_once):
+            some = own[first : first + at_once]
+            rows += encoder.embed(some)
+            if bar is not None:
+                bar.update(len(some))
+        beside = {} if i else {"negative": encoder.embed([negative])[0]}
+        return pack_rows("tokens", rows) | beside, [{"caption": prompt} for prompt in own]
+
+    text = {"kind": "umt5", "source": encoder.source, "length": encoder.length}
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    told = {PROMPTS: len(prompts), "negative": negative, "text": text, "digest": digest}
+    record = {**meta, **told, "per_shard": PER_SHARD, "at_once": at_once}
+    return write_split(Path(folder), -(-len(prompts) // PER_SHARD), make, record, None, part)
 
 
 class Prompts:
-    """Prompts with their embeddings on disk, for students that learn without recorded video."""
+    """Prompts with their embeddings on disk, for students that learn without recorded video.
+
+    Shards are mapped, not read: only what is drawn comes into memory.
+    """
 
     kind, given, dropped = PROMPTS, 0, dict[str, int]()  # curation drops recorded clips only
 
     def __init__(self, folder: str | Path, episodes: int = 0) -> None:
         """`episodes`: how many prompts to use, from the first; 0 uses all."""
         self.folder, self.meta = Path(folder), read_meta(folder)
-        self.names = self.meta[NAMES][: episodes or None]
+        self.count = min(episodes or self.meta["episodes"], self.meta["episodes"])
+        self.parts = [] if NAMES in self.meta else list(read_shards(folder))
 
     def __len__(self) -> int:
-        return len(self.names)
+        return self.count
 
     def width_of(self, name: str) -> int:
         """Numbers in a row of `tokens`; prompts come with nothing else."""
-        return self.tokens(self.names[0]).shape[-1] if name == "tokens" else 0
+        return self.tokens(0).shape[-1] if name == "tokens" else 0
 
-    def tokens(self, name: str) -> Tensor:
-        """Embedding [L, D] of a file, zero after the prompt's end."""
+    def tokens(self, k: int) -> Tensor:
+        """Embedding [L, D] of prompt `k`, zero after the prompt's end."""
+        if not self.parts:
+            return self.padded(self.read(self.meta[NAMES][k]))
+        shard, row = divmod(k, self.meta["per_shard"])
+        return self.padded(unpack_rows(self.parts[shard], "tokens", row))
+
+    @property
+    def negative(self) -> Tensor:
+        """Embedding [L, D] of what guidance is taken against."""
+        return self.padded(self.parts[0]["negative"] if self.parts else self.read(self.meta["negative_name"]))
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tokens.float(), (0, 0, 0, self.meta["text"]["length"] - len(tokens)))
+
+    def read(self, name: str) -> Tensor:
+        """The embedding in a file of an earlier version's folder."""
         path = self.folder / TOKENS / name
         try:
             with safe_open(path, framework="pt") as file:
-                tokens = file.get_tensor("tokens").float()
+                return file.get_tensor("tokens")
         except (SafetensorError, FileNotFoundError) as error:
             raise DataError(f"{path} is missing or damaged ({error}); run `vidistill data prompts` again") from error
-        return torch.nn.functional.pad(tokens, (0, 0, 0, self.meta["text"]["length"] - len(tokens)))
 
     def batch(
         self, batch: int, frames: int, size: tuple[int, int, int], seed: int, step: int, rows: slice = EVERY
@@ -102,15 +148,29 @@ class Prompts:
         Only `rows` of it are read.
         """
         picked = np.random.default_rng((seed, step)).integers(0, len(self), size=batch)[rows]
-        tokens = torch.stack([self.tokens(self.names[k]) for k in picked])
-        negative = self.tokens(self.meta["negative_name"])[None].expand_as(tokens)
+        tokens = torch.stack([self.tokens(int(k)) for k in picked])
+        negative = self.negative[None].expand_as(tokens)
         return Batch(torch.zeros(()).expand(len(picked), frames, *size), Condition(tokens, negative=negative))
 
 
-def prompts(out: Path, file: Path, text: str, negative: str = "", tokens: int = 512, fps: float = WORLD["fps"]) -> str:
-    """Encode the prompts in `file`, one a line, into folder `out`; says what is there. `fps`: of what they describe."""
+def prompts(
+    out: Path,
+    file: Path,
+    text: str,
+    negative: str = "",
+    tokens: int = 512,
+    fps: float = WORLD["fps"],
+    at_once: int = 16,
+    part: str = "1/1",
+) -> str:
+    """Encode the prompts in `file`, one a line, into folder `out`; says what is there. `fps`: of what they describe.
+
+    `part`: the share that this process encodes, see `write.Part`; the folder is complete with the last one.
+    """
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    cache = TextCache(text, out / TOKENS, length=tokens, device=str(accelerator()))
-    with Bar(len(lines), "prompts", "prompt") as bar:
-        write_prompts(out, lines, negative, cache, {"source": "prompts", **WORLD, "fps": fps}, bar=bar)
-    return f"{out}: {len(lines)} prompts of {tokens} tokens"
+    encoder = TextCache(text, cache_folder(), length=tokens, device=str(accelerator()))
+    own, meta = Part.of(part), {"source": "prompts", **WORLD, "fps": fps}
+    share = sum(len(lines[i * PER_SHARD : (i + 1) * PER_SHARD]) for i in own.share(-(-len(lines) // PER_SHARD)))
+    with Bar(share, "prompts", "prompt", shown=rank() == 0) as bar:
+        whole = write_prompts(out, lines, negative, encoder, meta, at_once, own, bar)
+    return f"{out}: {len(lines)} prompts of {tokens} tokens" if whole else f"{out}: part {own.index + 1} is written"

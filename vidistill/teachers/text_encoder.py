@@ -86,23 +86,28 @@ class TextCache:
         """Forget the encoder; embeddings on disk stay usable."""
         self._models = None
 
-    def _store(self, prompt: str) -> None:
+    def embed(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Embeddings [l <= L, D] of `prompts`, encoded together and not stored, as the encoder gives them, on a CPU."""
         tokenizer, encoder = self._models or self._load()
+        texts = [clean(prompt) for prompt in prompts]
         batch = tokenizer(
-            [clean(prompt)],
+            texts,
             padding="max_length",
             max_length=self.length,
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
-        if len(tokenizer(clean(prompt)).input_ids) > self.length:
-            log.warning("a prompt is longer than the %d tokens that are read: %s...", self.length, prompt[:60])
+        for text in texts:
+            if len(tokenizer(text).input_ids) > self.length:
+                log.warning("a prompt is longer than the %d tokens that are read: %s...", self.length, text[:60])
         with torch.no_grad():
-            hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state[0]
-        hidden = hidden[: int(batch.attention_mask[0].sum())]
-        tokens = {"tokens": hidden.cpu().contiguous()}
-        write_atomic(self.path(prompt), lambda p: save_file(tokens, p))
+            hidden = encoder(batch.input_ids, batch.attention_mask).last_hidden_state.cpu()
+        return [row[:length].contiguous() for row, length in zip(hidden, batch.attention_mask.sum(1), strict=True)]
+
+    def _store(self, prompt: str) -> None:
+        (tokens,) = self.embed([prompt])
+        write_atomic(self.path(prompt), lambda p: save_file({"tokens": tokens}, p))
 
     def _load(self) -> tuple[Any, Any]:
         try:
