@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill.memory.policies import MemoryConfig
-from vidistill.models.dit import VideoDiT
+from vidistill.models.dit import VideoDiT, extend
 from vidistill.models.layers import DiTConfig, SiteConfig
 from vidistill.rollout import chunk_noise, rollout
 from vidistill.schedules import ScheduleConfig, endless, finite
@@ -287,3 +287,18 @@ def test_a_whole_clip_is_one_graph():
     net, sigma = tiny_dit().eval(), torch.full((1, 9), 0.5)
     graph = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(graph(clip(), sigma, condition()), net(clip(), sigma, condition()))
+
+
+@pytest.mark.parametrize("text", [0, 10])
+def test_a_network_grows_condition_channels_without_a_change(text):
+    """A text-to-video network becomes one that is shown a picture, bit for bit the same until it is trained."""
+    net, x, sigma = tiny_dit(replace(DIT, text_dim=text)), clip(batch=2), torch.full((2, 9), 0.6)
+    grown = extend(net, replace(net.cfg, extra_channels=5))
+    cond = replace(condition(batch=2), tokens=torch.randn(2, 7, text) if text else None)
+    shown = replace(cond, channels=torch.randn(2, 9, 5, *x.shape[-2:]))
+    with torch.no_grad():
+        assert torch.equal(grown(x, sigma, shown), net(x, sigma, cond))
+    grown(x, sigma, shown).square().sum().backward()
+    new = grown.patch_embedding.weight.grad[:, net.patch_embedding.in_features :]
+    assert new.abs().amax(0).min() > 0, "every new channel learns"
+    assert extend(grown, replace(net.cfg, extra_channels=0)) is grown, "what a stage does not name stays"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -346,9 +347,10 @@ def recomputing(net: VideoDiT) -> VideoDiT:
 
 
 def extend(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
-    """`net` with the sites, field of view, pooling weights and rotary extension of `cfg` that it lacks.
+    """`net` with the condition channels, sites, field of view, pooling weights and rotary extension of `cfg` it lacks.
 
-    New sites must be `zero_init`, so that it computes what it did but for extension and view; ValueError otherwise.
+    New sites must be `zero_init`, so that it computes what it did but for extension and view; ValueError otherwise. New
+    condition channels come after those it has, and weigh nothing at first.
     """
     wanted = net.cfg.extend(cfg)
     new = sorted(set(wanted.projected) - set(net.cfg.sites))
@@ -356,6 +358,8 @@ def extend(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
         raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")
     if wanted == net.cfg:
         return net
-    other = VideoDiT(wanted)
-    other.load_state_dict({**other.state_dict(), **net.state_dict()})
+    other, state = VideoDiT(wanted), net.state_dict()
+    grown = other.patch_embedding.in_features - net.patch_embedding.in_features
+    state["patch_embedding.weight"] = F.pad(state["patch_embedding.weight"], (0, grown))
+    other.load_state_dict({**other.state_dict(), **state})
     return other.train(net.training)

@@ -111,9 +111,11 @@ class DiTConfig:
         return math.prod(self.patch) * self.channels
 
     def extend(self, asked: "DiTConfig") -> "DiTConfig":
-        """This architecture with the sites, field of view, pooling weights and rotary extension of `asked` it lacks."""
+        """This architecture with the condition channels, sites, field of view, pooling weights and rotary extension of
+        `asked` it lacks."""
         return replace(
             self,
+            extra_channels=self.extra_channels or asked.extra_channels,
             fov=self.fov or asked.fov,
             sites={**asked.sites, **self.sites},
             yarn=asked.yarn if asked.yarn.ratio != 1.0 else self.yarn,
