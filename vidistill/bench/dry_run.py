@@ -106,11 +106,12 @@ def miniature(cfg: TrainConfig, roles: dict[str, plan.Role], folder: Path) -> Tr
         write_network(folder / name, dit, cfg, size)
     codec = TinyCodec(replace(CODEC, latent_channels=tiny["student"].channels))
     checkpoint.export(folder / "codec", codec, {"card": {}})
-    write_latents(folder / "data", cfg, tiny["student"], size)
+    trained = tiny["student"].extend(shrink(cfg.dit, (2, 2)))
+    write_latents(folder / "data", cfg, trained, size)
     return replace(
         small,
         latent_size=size,
-        dit=replace(tiny["student"].extend(shrink(cfg.dit, (2, 2))), checkpoint=cfg.dit.checkpoint),
+        dit=replace(trained, checkpoint=cfg.dit.checkpoint),
         init=names["student"] if cfg.init else None,
         teacher=names.get("teacher", names["student"]) if cfg.teacher else None,
         critic_init=names.get("critic") if cfg.critic_init else None,
