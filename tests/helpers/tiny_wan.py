@@ -65,6 +65,22 @@ def write_text(folder):
         UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder / "text_encoder")
 
 
+IMAGE = {"in_channels": 36, "image_dim": 12, "added_kv_proj_dim": 24}  # of an image-to-video transformer
+
+
+def write_image_encoder(folder):
+    """`image_encoder` and `image_processor` in `folder`: CLIP in miniature, with the 257 tokens of the real one."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    sizes = {"hidden_size": IMAGE["image_dim"], "intermediate_size": 16, "num_hidden_layers": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=32, patch_size=2))
+    net.save_pretrained(folder / "image_encoder")
+    shown = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**shown).save_pretrained(folder / "image_processor")
+
+
 def write_wan(folder, channels=16):
     """All of it, with latents of so many channels; returns `folder`."""
     transformer(in_channels=channels, out_channels=channels).save_pretrained(folder / "transformer")

@@ -115,6 +115,32 @@ def reference_channels(image: Tensor, start: int, stop: int) -> Tensor:
     return torch.cat((image.expand(-1, stop - start, -1, -1, -1), mask.expand(b, -1, -1, h, w)), dim=2)
 
 
+MASKS = 4  # mask channels of Wan's image-to-video networks: one for each pixel frame of a latent
+
+
+def shown_clip(picture: Tensor, px_frames: int) -> Tensor:
+    """Pixels [B, px_frames, 3, H, W] whose latents an image-to-video network is shown: `picture` [B, 1, 3, H, W] in
+    [0, 1], then grey. Source: Wan 2503.20314, section 5.1 and its code."""
+    grey = torch.full_like(picture, 0.5).expand(-1, px_frames - 1, -1, -1, -1)
+    return torch.cat((picture, grey), dim=1)
+
+
+def shown_channels(latents: Tensor, start: int, stop: int) -> Tensor:
+    """Channels [B, F, MASKS + C, H, W] of latent frames start..stop-1 from the latents [B, n, C, H, W] of a clip as
+    `shown_clip` gives it: a mask, 1 where the picture is given, and the latents, of which the last one goes on."""
+    frames = torch.arange(start, stop, device=latents.device)
+    mask = (frames == 0).to(latents)[None, :, None, None, None]
+    picked = latents[:, frames.clamp(max=latents.shape[1] - 1)]
+    return torch.cat((mask.expand(len(picked), -1, MASKS, *picked.shape[-2:]), picked), dim=2)
+
+
+def before_text(image: Tensor, text: Tensor) -> Tensor:
+    """Tokens [B, M + L, D] of a picture [B, M, .] and of text [B, L, .]; the narrower ones end with zeros."""
+    width = max(image.shape[-1], text.shape[-1])
+    wide = [torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (image.to(text), text)]
+    return torch.cat(wide, dim=1)
+
+
 def check_pictured(source: str, channels: int, extra_channels: int, image_dim: int = 0) -> None:
     """Raise ValueError unless a network's condition channels are none or those of `reference_channels`."""
     if extra_channels not in (0, channels + 1) or image_dim:
