@@ -92,7 +92,7 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
     "data": 2406,
-    "training": 1707,
+    "training": 1713,
     "evaluation": 2974,
     "worlds": 1464,
     "bench": 1271,
@@ -110,7 +110,7 @@ BUDGETS = {
     "checkpoint": 258,
     "distributed": 235,
     "schedules": 150,
-    "config": 135,
+    "config": 139,
     "record": 134,
     "rollout": 110,
     "metrics": 95,

@@ -8,6 +8,8 @@ import pytest
 from vidistill import checkpoint
 from vidistill.checkpoint import CheckpointError
 from vidistill.cli.main import main
+from vidistill.config import build, load_config, read_yaml
+from vidistill.training.config import TrainConfig, recipe
 
 NAMES = checkpoint.zoo_names()
 PROMISED = {
@@ -15,6 +17,7 @@ PROMISED = {
     "doom-relic", "doom-relic-teacher", "doom-relic-window", "doom-relic-full",
     "shapes", "talker", "talker-teacher", "talker-selfforcing",
 }  # fmt: skip
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CARD = {"objective", "steps", "seed", "data", "commit", "hours", "train"}
 SUFFIXES = {".json", ".safetensors", ".png", ".py", ".md", ""}  # nothing that is unpickled; NOTICE
 
@@ -43,6 +46,22 @@ def test_every_card_says_what_was_trained_and_from_what(name):
     assert card.keys() >= CARD and card["commit"] and card["hours"] > 0 and card["steps"] > 0
     assert card["train"]["name"] == name and card["train"]["objective"] == card["objective"]
     assert card["data"]["source"] == name.split("-")[0] and card["data"]["split"] == "train"
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES.values())))
+def test_a_card_that_names_a_recipe_comes_from_a_committed_one(name):
+    """Cards without a hash are of trainings with settings replaced by hand, which they list."""
+    told = checkpoint.read_record(checkpoint.locate(name))["card"]
+    if told.get("recipe"):
+        known = {
+            recipe(load_config(TrainConfig, path)): path for path in CONFIGS.glob("*/*.yaml") if named(path) == name
+        }
+        assert told["recipe"] in known, f"none of {sorted(known.values())}"
+        assert told["recipe"] == recipe(build(TrainConfig, told["train"]))
+
+
+def named(path):
+    return (read_yaml(path) or {}).get("name")
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES.values())))

@@ -110,6 +110,17 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(f"{where.rstrip('.') or cls.__name__}: {error}") from error
 
 
+def differences(cfg: Any) -> dict[str, Any]:
+    """What a dataclass says beyond its defaults: a field that comes later changes nothing while nobody sets it."""
+    found: dict[str, Any] = {}
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value != default:
+            found[f.name] = differences(value) if is_dataclass(value) else value
+    return found
+
+
 def renamed(values: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
     """`values` with the present names of fields; ConfigError where both names of one are given."""
     out: dict[str, Any] = {}

@@ -8,9 +8,9 @@ import pytest
 
 from vidistill import checkpoint
 from vidistill.conditioning.camera import CameraConfig
-from vidistill.config import ConfigError, build, load_config
+from vidistill.config import ConfigError, build, differences, load_config
 from vidistill.schedules import ScheduleConfig
-from vidistill.training.config import TrainConfig
+from vidistill.training.config import TrainConfig, recipe
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,16 @@ def test_every_bundled_record_is_built_by_its_present_names(name):
     assert camera is None or build(CameraConfig, camera).sites
     stage = {key: value for key, value in record["card"]["train"].items() if key not in ("validation", "watch")}
     assert build(TrainConfig, stage).name
+
+
+def test_differences_are_what_is_not_at_its_default():
+    assert differences(Outer("x")) == {"name": "x"}
+    assert differences(Outer("x", steps=20, inner=Inner(width=7))) == {"name": "x", "steps": 20, "inner": {"width": 7}}
+
+
+def test_a_recipe_is_all_that_weights_depend_on():
+    own = {"name": "x", "objective": "flow", "data": "data/x"}
+    same = recipe(build(TrainConfig, own))
+    assert recipe(build(TrainConfig, own | {"loss": {"drop": 0.1}, "threads": 1, "out": "elsewhere"})) == same
+    for other in ({"loss": {"drop": 0.2}}, {"seed": 1}, {"steps": 999}, {"optim": {"lr": 2e-4}}, {"data": "data/y"}):
+        assert recipe(build(TrainConfig, own | other)) != same

@@ -1,5 +1,7 @@
 """The config of one training stage, and which of its settings can work together."""
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vidistill import distributed
+from vidistill import config, distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE, check_pictured
@@ -35,6 +37,7 @@ CHOICES: Mapping[str, Collection[str]] = {
     "draws": ("row", "batch"),
     "backend": ("auto", *BACKENDS),
 }
+UNSEEN = ("out", "threads", "loader_workers", "log_every", "sample_every", "export_every", "trackers")  # by weights
 EVERY = ("log_every", "save_every")
 COUNTS = ("steps", "batch", "accumulate", "sequence", "frames", "critic_steps", "critic_reuse", *EVERY)
 OPTIONS = ("episodes", "threads", "seed", "critic_warmup", "ema_start", "long_frames", "loader_workers", "shard_group")
@@ -270,6 +273,12 @@ class TrainConfig:
                 "student.memory.pool 'reencode' encodes finished frames a second time, which a clip seen in one pass "
                 "(teacher or diffusion forcing, regression) cannot do; choose another pool here"
             )
+
+
+def recipe(cfg: TrainConfig) -> str:
+    """A hash of everything a stage is told that its outcome depends on: of its YAML, if nothing was replaced."""
+    told = {name: value for name, value in config.differences(cfg).items() if name not in UNSEEN}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], name: str, dit: DiTConfig) -> None:

@@ -31,7 +31,7 @@ from vidistill.ops.device import accelerator, kept_on_host
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.progress import Bar
 from vidistill.training import known, networks, samples, validation
-from vidistill.training.config import EXPORTS, TrainConfig, Turn
+from vidistill.training.config import EXPORTS, TrainConfig, Turn, recipe
 from vidistill.training.interruption import Interruption
 from vidistill.training.losses import OBJECTIVES
 from vidistill.training.on_policy import (
@@ -415,6 +415,7 @@ class Trainer:
             "data": {k: v for k, v in self.data.meta.items() if k not in ("described", PROMPTS, NAMES)},
             "hours": round((self.spent + time.monotonic() - self.started) / 3600, 3),
             "commit": checkpoint.git_commit(),
+            "recipe": recipe(cfg),
             "train": asdict(cfg),
         }
         if self.held is not None and cfg.validation.every:
