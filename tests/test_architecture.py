@@ -97,7 +97,7 @@ BUDGETS = {
     "worlds": 1464,
     "bench": 1271,
     "ops": 1180,
-    "cli": 1201,
+    "cli": 1298,
     "serve": 1195,
     "interop": 1046,
     "conditioning": 756,

@@ -8,7 +8,7 @@ import torch
 from shell import commands_of, run_all
 
 from vidistill import checkpoint
-from vidistill.cli import planning, recipe
+from vidistill.cli import planning, recipe, timing
 from vidistill.cli.main import main
 from vidistill.config import load_config
 from vidistill.data.shards import write_shards
@@ -39,9 +39,10 @@ def write_world(folder, kind="actions", episodes=4, frames=33, side=16, held=3, 
 @pytest.fixture
 def quick(monkeypatch):
     """Steps take no time to measure, and need no networks to be measured with."""
-    monkeypatch.setattr(planning, "write_stand_ins", lambda *rest: None)
-    monkeypatch.setattr(planning, "seconds_of", lambda cfg: 0.05 * cfg.frames)
-    monkeypatch.setattr(planning, "encoding", lambda *rest: 10.0)
+    monkeypatch.setattr(timing, "write_stand_ins", lambda *rest: None)
+    monkeypatch.setattr(timing, "took_by_step", lambda cfg: timing.Took(0.05 * cfg.frames, 0.05 * cfg.frames))
+    monkeypatch.setattr(timing, "encoding", lambda *rest: timing.Took(10.0, 10.0))
+    monkeypatch.setattr(timing, "threads", lambda: 1)
 
 
 def new(folder, data, *options):
@@ -78,7 +79,7 @@ def test_every_stage_takes_a_step_on_data_of_its_world(tmp_path, kind):
     stages["codec"] = stages["codec"].with_values(
         batch=2, codec_config={"latent_channels": 16, "encoder_widths": [6, 8, 8], "decoder_widths": [8, 8, 6]}
     )
-    planning.write_stand_ins(tmp_path / "s", world, choice, stages)
+    timing.write_stand_ins(tmp_path / "s", world, choice, stages)
     for name in recipe.STAGES:
         cfg = recipe.config(
             stages,
@@ -86,9 +87,9 @@ def test_every_stage_takes_a_step_on_data_of_its_world(tmp_path, kind):
             out=str(tmp_path / "runs"),
             steps=40,
             batch=1,
-            **planning.paths_in(tmp_path / "s", stages, name),
+            **timing.paths_in(tmp_path / "s", stages, name),
         )
-        assert planning.seconds_of(cfg) > 0
+        assert timing.took_by_step(cfg).quiet > 0
 
 
 def test_the_plan_stays_inside_the_budget(tmp_path, quick, capsys):
@@ -102,6 +103,53 @@ def test_the_plan_stays_inside_the_budget(tmp_path, quick, capsys):
     with pytest.raises(ValueError, match="--budget"):
         planning.plan(tmp_path / "data", 60.0)
     assert world.factor == 4 and world.spatial == 4
+
+
+@pytest.mark.parametrize("load", [1.0, 3.0, 20.0])
+def test_other_programs_take_no_steps_from_a_plan(tmp_path, quick, monkeypatch, load):
+    write_world(tmp_path / "data")
+    alone = planning.plan(tmp_path / "data", 3600.0)
+    monkeypatch.setattr(timing, "took_by_step", lambda cfg: timing.Took(load * 0.05 * cfg.frames, 0.05 * cfg.frames))
+    beside = planning.plan(tmp_path / "data", 3600.0)
+    for name in recipe.STAGES:
+        assert alone.steps[name] / timing.CPU_FACTOR <= beside.steps[name] + 1 <= alone.steps[name] + 1
+    assert ("kept this machine busy" in beside.report()) == (load > 1)
+
+
+def test_threads_share_cpu_time(monkeypatch):
+    monkeypatch.setattr(timing, "threads", lambda: 4)
+    assert timing.Took(wall=9.0, cpu=4.0).quiet == timing.CPU_FACTOR
+    assert timing.Took(wall=1.1, cpu=4.0).quiet == 1.1  # a quiet machine: what passed
+
+
+def test_a_disturbance_is_not_measured(monkeypatch):
+    walls, cpus = iter([0.0, 9.0, 9.0, 10.0]), iter([0.0, 1.0, 1.0, 1.5])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(walls))
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(cpus))
+    assert timing.took(lambda: None, 2) == timing.Took(1.0, 0.5)
+
+
+def test_a_hopeless_budget_is_refused_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    write_world(tmp_path / "data")
+    monkeypatch.setattr(timing, "best_flops_per_s", lambda: 1e9)
+    monkeypatch.setattr(planning, "timed", lambda *rest: pytest.fail("it was timed"))
+    assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1m") == 1
+    assert "operations alone" in capsys.readouterr().err
+
+
+def test_the_least_time_of_a_plan_grows_with_its_steps(tmp_path):
+    world = recipe.look(write_world(tmp_path / "data", "both"))
+    choice = recipe.choose(world, warm=False)
+    stages = planning.scratch_stages(world, choice, tmp_path)
+    least = timing.least_seconds(world, choice, stages, planning.FEWEST)
+    twice = timing.least_seconds(world, choice, stages, {name: 2 * n for name, n in planning.FEWEST.items()})
+    assert 0 < least < 600 and 1.2 * least < twice
+
+
+def test_the_size_follows_from_the_steps_of_a_teacher(tmp_path, quick):
+    write_world(tmp_path / "data")
+    sizes = [planning.plan(tmp_path / "data", hours * 3600, warm=False).choice.size for hours in (0.15, 0.5, 12)]
+    assert sizes == ["small", "base", "large"]
 
 
 def test_what_one_stage_does_not_need_goes_to_the_others():

@@ -32,7 +32,12 @@ def add_new(commands: Any) -> argparse.ArgumentParser:
     )
     p.add_argument("name", type=Path, help="folder to write")
     p.add_argument("--data", type=Path, help="clips made by `vidistill data videos` or `vidistill data gym`, as frames")
-    p.add_argument("--budget", type=duration, default=3 * 3600.0, help="wall time here, e.g. 3h or 90m (default: 3h)")
+    p.add_argument(
+        "--budget",
+        type=duration,
+        default=3 * 3600.0,
+        help="wall time on this machine when nothing else runs, e.g. 3h or 90m (default: 3h)",
+    )
     p.add_argument("--cold", action="store_true", help="start from nothing, not from bundled weights that fit")
     p.add_argument(
         "--check", choices=("codec", "teacher"), help="of a project: judge what run.sh trained; exit 1 if it is bad"

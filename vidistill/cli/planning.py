@@ -1,9 +1,9 @@
 """How a budget of time becomes steps: every stage is timed here, then each gets its share."""
 
+import math
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vidistill import checkpoint, metrics
+from vidistill.cli import timing
 from vidistill.cli.recipe import (
     SHORT,
     SIZES,
@@ -21,27 +22,23 @@ from vidistill.cli.recipe import (
     World,
     choose,
     codec_geometry,
-    config,
     look,
     stages_of,
-    write_warm,
 )
+from vidistill.cli.timing import CPU_FACTOR, Took
 from vidistill.codecs import visibility
-from vidistill.codecs.tiny import TinyCodec
 from vidistill.data.clips import Clips
-from vidistill.data.shards import META, DataError, latent_shard, write_shards
+from vidistill.data.shards import META, DataError
 from vidistill.io import read_json, write_text
-from vidistill.models.dit import VideoDiT
+from vidistill.progress import Bar
 from vidistill.sampling import sample
-from vidistill.training.config import TrainConfig
-from vidistill.training.trainer import Trainer
 
 SHARES = {"codec": 0.15, "teacher": 0.45, "tf": 0.08, "selfforcing": 0.2, "diagonal": 0.12}
 REST = 0.05  # of the budget: starting up, checks, videos
 ENOUGH = {"codec": 6000, "teacher": 12_000, "tf": 1000, "selfforcing": 3000, "diagonal": 2000}
 FEWEST = {"codec": 120, "teacher": 200, "tf": 30, "selfforcing": 60, "diagonal": 60}
 WARM_SHARE = 0.4  # of the steps that a stage from nothing needs, measured on a driving game
-TIMED = 3  # steps timed after one that warms up
+BUSY = 1.25  # wall over planned time from which a machine is called busy
 MORE_SIZE, LESS_SIZE = 8000, 700  # steps of a teacher at which another size is worth its while
 GATES = {  # what a check asks for, least and most
     "psnr": (24.0, 100.0),
@@ -63,6 +60,7 @@ class Plan:
     steps: Mapping[str, int]
     encode: float  # seconds of all latents
     short_seconds: float  # a step of the teacher on short clips
+    measured: Mapping[str, Took]  # what a step took here
 
     def stages_for(self, frames: str, latents: str) -> dict[str, Stage]:
         """The stages with their numbers."""
@@ -93,7 +91,7 @@ class Plan:
     def hours(self, name: str) -> float:
         """Hours of a stage."""
         if name == "teacher" and self.choice.clips > SHORT:
-            return self.steps[name] * (2 * self.short_seconds + self.seconds[name]) / 3 / 3600
+            return self.steps[name] * mean_teacher(self.seconds[name], self.short_seconds) / 3600
         return self.steps[name] * self.seconds[name] / 3600
 
     def report(self) -> str:
@@ -107,10 +105,24 @@ class Plan:
             f"{', from bundled weights' if choice.warm_teacher else ''}; chunk {choice.chunk}: {choice.why_chunk}",
         ]
         for name in STAGES:
-            lines.append(f"  {name:12} {self.steps[name]:6} steps  {self.hours(name) * 60:6.1f} min")
+            one = self.measured[name]
+            took = f"{self.seconds[name]:7.3f} s a step ({one.cpu:.3f} s of CPU, {one.wall:.3f} s of wall time)"
+            lines.append(f"  {name:12} {self.steps[name]:6} steps  {self.hours(name) * 60:6.1f} min  {took}")
         lines.append(f"  {'latents':12} {'':6}        {self.encode / 60:6.1f} min")
         total = sum(self.hours(name) for name in STAGES) + self.encode / 3600
-        return "\n".join([*lines, f"  {'together':12} {'':6}        {total * 60:6.1f} of {self.budget / 60:.0f} min"])
+        lines.append(f"  {'together':12} {'':6}        {total * 60:6.1f} of {self.budget / 60:.0f} min")
+        return "\n".join(lines) + self.beside()
+
+    def beside(self) -> str:
+        """How steps were timed where other programs ran, on lines of their own; nothing on a quiet machine."""
+        wall, quiet = sum(one.wall for one in self.measured.values()), sum(self.seconds.values())
+        if wall < BUSY * quiet:
+            return ""
+        return (
+            f"\nother programs kept this machine busy: steps took {wall / quiet:.1f} times as long. Planned is what "
+            f"they take without: {CPU_FACTOR:g} x CPU time over {timing.threads()} threads. Beside as much other work, "
+            f"{written(self.budget)} become {written(self.budget * wall / quiet)}"
+        )
 
     def record(self, frames: str) -> dict[str, Any]:
         """What checks read of a project."""
@@ -119,6 +131,8 @@ class Plan:
         return record | {
             "budget": self.budget,
             "seconds": dict(self.seconds),
+            "measured": {name: asdict(one) for name, one in self.measured.items()},
+            "threads": timing.threads(),
             "gates": GATES,
             "given": self.world.given,
         }
@@ -176,47 +190,95 @@ echo "look at out.mp4, then play it: vidistill serve $PWD/student/student"
 """
 
 
-# --- timing -----------------------------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def plan(data: Path, budget: float, warm: bool = True) -> Plan:
     """The plan of a project for the clips in `data`, timed on this machine; ValueError for too short a budget."""
     world = look(data)
     choice = choose(world, warm)
+    refuse_hopeless(world, replace(choice, size="small"), budget)
     with tempfile.TemporaryDirectory(prefix="vidistill-") as folder:
-        made = timed(world, choice, budget, Path(folder) / "base")
-        size = (
-            "large" if made.steps["teacher"] > MORE_SIZE else "small" if made.steps["teacher"] < LESS_SIZE else "base"
-        )
-        if size != "base" and not (choice.warm_teacher and size == "small"):
-            made = timed(world, replace(choice, size=size, warm_teacher=None), budget, Path(folder) / size)
+        made = timed(world, choice, budget, Path(folder))
     short = [name for name in STAGES if made.steps[name] < FEWEST[name]]
     if short:
         needed = max(FEWEST[n] / max(1, made.steps[n]) for n in short) * budget
         raise ValueError(
-            f"--budget {budget / 3600:.2g}h is too short here for {', '.join(short)}: give it at least "
-            f"{needed / 3600:.2g}h, or make smaller frames"
+            f"--budget {written(budget)} is too short here for {', '.join(short)}: give it at least {written(needed)}, "
+            f"or make smaller frames{made.beside()}"
         )
     return made
 
 
+def refuse_hopeless(world: World, choice: Choice, budget: float) -> None:
+    """Raise ValueError, before anything is timed, for a budget that the operations alone of the fewest steps exceed."""
+    least = timing.least_seconds(world, choice, scratch_stages(world, choice, Path()), FEWEST)
+    if least > budget * (1 - REST):
+        raise ValueError(
+            f"--budget {written(budget)} cannot do: the operations alone of the fewest steps take {written(least)} "
+            "here, and steps need several times as much; give it more, or make smaller frames or fewer clips"
+        )
+
+
+def written(seconds: float) -> str:
+    """A time as --budget takes it, rounded up."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes}m" if minutes < 90 else f"{math.ceil(minutes / 6) / 10:g}h"
+
+
+def scratch_stages(world: World, choice: Choice, folder: Path) -> dict[str, Stage]:
+    """The stages on the project's own frames, and on latents of a scratch folder."""
+    return stages_of(world, choice, str(world.data / "train" if world.splits else world.data), str(folder / "latents"))
+
+
 def timed(world: World, choice: Choice, budget: float, folder: Path) -> Plan:
-    """Run some steps of every stage in a scratch folder, and share the budget out by what they took."""
-    data = world.data / "train" if world.splits else world.data
-    stages = stages_of(world, choice, str(data), str(folder / "latents"))
-    write_stand_ins(folder, world, choice, stages)
-    seconds = {}
-    for name in STAGES:
-        changes = {"out": str(folder / "runs"), "steps": 10_000, **paths_in(folder, stages, name)}
-        seconds[name] = seconds_of(config(stages, name, **changes))
-    short = seconds["teacher"]
-    if choice.clips > SHORT:
-        changes = {"out": str(folder / "runs"), "steps": 10_000, "frames": SHORT, **paths_in(folder, stages, "teacher")}
-        short = seconds_of(config(stages, "teacher", **changes))
-    encode = encoding(world, codec_geometry(stages["codec"], choice))
-    left = max(0.0, budget * (1 - REST) - encode)
-    steps = share_out(left, {**seconds, "teacher": (2 * short + seconds["teacher"]) / 3}, choice)
-    return Plan(world, choice, budget, seconds, steps, encode, short)
+    """Time every stage in a scratch folder, and share the budget out by what a step takes."""
+    found = dict[str, Took]()
+    with Bar(len(STAGES), "timing", "stage") as bar:
+
+        def measure(name: str, frames: int = 0) -> Took:
+            bar.describe(f"timing {name}")
+            return timing.measure(world, choice, stages, name, place, frames)
+
+        def teacher() -> tuple[Took, Took]:
+            whole = measure("teacher")
+            return whole, measure("teacher", SHORT) if choice.clips > SHORT else whole
+
+        stages, place = prepared(world, choice, folder / choice.size)
+        found["codec"] = measure("codec")
+        encode = timing.encoding(world, codec_geometry(stages["codec"], choice))
+        left = max(0.0, budget * (1 - REST) - encode.quiet)
+        bar.update()
+        found["teacher"], short = teacher()
+        size = size_for(left * SHARES["teacher"] / mean_teacher(found["teacher"].quiet, short.quiet))
+        if size != choice.size and not (choice.warm_teacher and size == "small"):
+            choice = replace(choice, size=size, warm_teacher=None)
+            stages, place = prepared(world, choice, folder / size)
+            found["teacher"], short = teacher()
+        bar.update()
+        for name in STAGES[2:]:
+            found[name] = measure(name)
+            bar.update()
+    seconds = {name: one.quiet for name, one in found.items()}
+    steps = share_out(left, {**seconds, "teacher": mean_teacher(seconds["teacher"], short.quiet)}, choice)
+    return Plan(world, choice, budget, seconds, steps, encode.quiet, short.quiet, found)
+
+
+def prepared(world: World, choice: Choice, folder: Path) -> tuple[dict[str, Stage], Path]:
+    """The stages in a scratch folder that holds what they start from."""
+    stages = scratch_stages(world, choice, folder)
+    timing.write_stand_ins(folder, world, choice, stages)
+    return stages, folder
+
+
+def size_for(steps: float) -> str:
+    """The size of network that so many steps of a teacher are worth."""
+    return "large" if steps > MORE_SIZE else "small" if steps < LESS_SIZE else "base"
+
+
+def mean_teacher(whole: float, short: float) -> float:
+    """Seconds of a teacher's step: two thirds of them on short clips."""
+    return (2 * short + whole) / 3
 
 
 def share_out(left: float, seconds: Mapping[str, float], choice: Choice) -> dict[str, int]:
@@ -234,60 +296,6 @@ def share_out(left: float, seconds: Mapping[str, float], choice: Choice) -> dict
             left -= steps[name] * seconds[name] if full else 0.0
         open_stages = open_stages - full if full else set()
     return steps
-
-
-def paths_in(folder: Path, stages: Mapping[str, Stage], name: str) -> dict[str, Any]:
-    """What a stage starts from, as it stands in the scratch folder."""
-    if name == "codec":
-        return {"init": str(folder / "init" / "codec")} if "init" in stages["codec"].values else {}
-    return {
-        "codec": str(folder / "codec"),
-        "init": None if name == "teacher" else str(folder / "teacher"),
-        **({"teacher": str(folder / "teacher")} if name in ("selfforcing", "diagonal") else {}),
-    }
-
-
-def write_stand_ins(folder: Path, world: World, choice: Choice, stages: Mapping[str, Stage]) -> None:
-    """Random latents, an untrained codec and an untrained teacher: what they know costs nothing."""
-    clips, (height, width) = 4, world.latent
-    tensors: dict[str, Tensor] = {
-        name: torch.randn(clips, choice.clips, 16, height, width) for name in ("latents", "images")
-    }
-    if world.actions:
-        tensors["actions"] = torch.rand(clips, choice.clips, world.factor * len(world.actions) + 1)
-    if world.text_dim:
-        tensors["tokens"] = torch.randn(clips, 16, world.text_dim)
-    meta = {"fps": world.fps, "actions": list(world.actions), "given": world.given, "temporal": world.factor}
-    write_shards(folder / "latents", [(tensors, [{}] * clips)], meta)
-    if choice.warm_codec:
-        write_warm(folder, stages, replace(choice, warm_teacher=None))
-    checkpoint.export(folder / "codec", TinyCodec(codec_geometry(stages["codec"], choice)), {"card": {}})
-    cfg = config(stages, "teacher", init=None, steps=1)
-    shape = {"frames": choice.clips, "channels": 16, "height": height, "width": width, "patch": list(cfg.dit.patch)}
-    record = {"shape": shape, "noise": {"shift": 5.0, "logit_normal": False}, "codec": None, "card": {}}
-    checkpoint.export(folder / "teacher", VideoDiT(cfg.dit), record)
-
-
-def seconds_of(cfg: TrainConfig) -> float:
-    """Seconds a step of a stage, the mean over a round of student and critic where there are both."""
-    trainer = Trainer(cfg)
-    rounds = 1 if not cfg.rolls else cfg.critic_steps + 1
-    for _ in range(1 if rounds == 1 else 2):
-        trainer.step()
-    began, count = time.perf_counter(), TIMED if rounds == 1 else rounds
-    for _ in range(count):
-        trainer.step()
-    return (time.perf_counter() - began) / count
-
-
-def encoding(world: World, geometry: Any) -> float:
-    """Seconds that the latents of all frames take."""
-    frames = torch.zeros(1, min(world.length, 1 + 8 * world.factor), *world.size, 3, dtype=torch.uint8)
-    codec = TinyCodec(geometry).eval().requires_grad_(False)
-    latent_shard(({"frames": frames}, [{}]), codec)
-    began = time.perf_counter()
-    latent_shard(({"frames": frames}, [{}]), codec)
-    return (time.perf_counter() - began) / frames.shape[1] * world.px_frames
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
