@@ -30,7 +30,15 @@ from vidistill.record import FORMAT, Record
 from vidistill.schedules import ScheduleConfig, evaluations
 from vidistill.teachers.load import read_teacher
 from vidistill.teachers.text_encoder import TextCache, cache_folder
-from vidistill.tensors import CheckpointError, check_header, checksum, load_into, read_tensors, save_tensors
+from vidistill.tensors import (
+    CheckpointError,
+    check_header,
+    checksum,
+    load_into,
+    read_tensors,
+    save_tensors,
+    stored_dtype,
+)
 
 log = logging.getLogger("vidistill")
 
@@ -214,10 +222,11 @@ def start_pictures(name: str | Path) -> list[Path]:
 
 
 def load(
-    name: str | Path, kind: str | None = None, dtype: torch.dtype = torch.float32, offline: bool = False
+    name: str | Path, kind: str | None = None, dtype: torch.dtype | None = torch.float32, offline: bool = False
 ) -> Bundle:
     """The network of a checkpoint, ready to run, its weights in `dtype`; CheckpointError names what is wrong with it.
 
+    None: weights in the precision they were stored in, mapped from their file and not copied, where it can be mapped.
     Published networks come through the same door: a folder (diffusers' layout, or Wan's own) or `hf://ORG/NAME` is a
     teacher, or a codec if `kind` says so. offline: the hub is not asked; see `load_named`.
     """
@@ -229,7 +238,7 @@ def load(
         raise CheckpointError(f"{name} is a {record['kind']}, a {kind} is needed here")
     tensors = read_weights(path, record)
     with torch.device("meta"):
-        net = rebuild(record, f"{path}.json").to(dtype)
+        net = rebuild(record, f"{path}.json").to(dtype or stored_dtype(tensors))
     load_into(net, tensors, str(path))
     record |= {"world": record.get("world") or {}, "card": record.get("card") or {}}
     return Bundle(path.name, record["kind"], net.eval().requires_grad_(False), record, path.parent)
@@ -272,7 +281,7 @@ def is_published(name: str | Path) -> bool:
     return path.suffix == ".safetensors" and path.stem in GEOMETRIES and path.is_file()
 
 
-def load_published(name: str, kind: str | None, dtype: torch.dtype, offline: bool) -> Bundle:
+def load_published(name: str, kind: str | None, dtype: torch.dtype | None, offline: bool) -> Bundle:
     """A published teacher or codec as a bundle with the record that training and sampling read."""
     if kind == "student":
         raise CheckpointError(
@@ -284,7 +293,8 @@ def load_published(name: str, kind: str | None, dtype: torch.dtype, offline: boo
             if codec is None:
                 raise CheckpointError(f"{name} holds no codec: no vae/config.json of diffusers")
             return Bundle(Path(name).name, "codec", codec.eval().requires_grad_(False), {"kind": "codec"})
-        teacher = read_teacher(name.removeprefix(HUB), dtype=str(dtype).removeprefix("torch."), offline=offline)
+        wanted = "" if dtype is None else str(dtype).removeprefix("torch.")
+        teacher = read_teacher(name.removeprefix(HUB), dtype=wanted, offline=offline)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{name} cannot be loaded: {error}") from error
     record = {

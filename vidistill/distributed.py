@@ -191,10 +191,56 @@ def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
         g.copy_(total.view_as(g) / world_size())
 
 
+class SetAside:
+    """The parameters of a network, replaced in it by ones of `dtype` that take no memory until they are shards.
+
+    So a rank never holds more of the network than its shards and one tensor, where the parameters are mapped from a
+    file. Until then modules may be added; their own parameters come along as they are.
+    """
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        self.values: dict[int, Tensor] = {}  # id of a parameter of the network now -> what it stands for
+        for module in net.modules():
+            for name, p in module.named_parameters(recurse=False):
+                empty = torch.zeros((), dtype=dtype).expand(p.shape)  # of the device and type that LoRA asks for
+                setattr(module, name, nn.Parameter(empty, p.requires_grad))
+                self.values[id(getattr(module, name))] = p.detach()
+
+    def to_meta(self, net: nn.Module) -> dict[str, Tensor]:
+        """Turn the replaced parameters of `net` into ones that fully_shard takes; their values by name."""
+        waiting = {name: self.values[id(p)] for name, p in net.named_parameters() if id(p) in self.values}
+        for name in waiting:
+            module, _, own = name.rpartition(".")
+            p = net.get_parameter(name)
+            setattr(net.get_submodule(module), own, nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
+        self.values.clear()
+        return waiting
+
+
+@torch.no_grad()
+def fill(net: nn.Module, waiting: dict[str, Tensor]) -> None:
+    """Give the sharded parameters of `net` on the meta device this rank's part of their values, which are let go."""
+    from torch.distributed.tensor import distribute_tensor
+
+    state = net.state_dict()
+    for name in list(waiting):
+        p: Any = state[name]
+        whole = waiting.pop(name)
+        spread = distribute_tensor(whole.to(p.device_mesh.device_type), p.device_mesh, p.placements, src_data_rank=None)
+        state[name] = spread.to(p.dtype, copy=True)  # else a view of the file
+    net.load_state_dict(state, assign=True)
+
+
 def shard(
-    net: nn.Module, units: Iterable[list[nn.Module]], gather: torch.dtype = torch.float32, group: int = 0
+    net: nn.Module,
+    units: Iterable[list[nn.Module]],
+    gather: torch.dtype = torch.float32,
+    group: int = 0,
+    aside: SetAside | None = None,
 ) -> None:
     """Spread the parameters of `net` over all ranks, in place, gathered unit by unit; alone, nothing.
+
+    Those set `aside` get their values then, each rank its part.
 
     `group` neighbouring ranks, those of a node, hold one copy among them, and gradients are summed over all copies
     (HSDP): weights are then gathered inside a node only. 0: one copy among all; ValueError where it does not divide.
@@ -220,11 +266,14 @@ def shard(
         mesh = init_device_mesh(where, (world_size() // group, group), mesh_dim_names=("copies", "shards"))
     # keys of a prompt are views; nothing here writes into what a layer returns
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view")
+    waiting = {} if aside is None else aside.to_meta(net)
     for unit in (*units, [net]):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         for module in unit if where == "cpu" else ():  # gloo has no mean
             sharded: Any = module
             sharded.set_force_sum_reduction_for_comms(True)
+    if waiting:
+        fill(net, waiting)
 
 
 def sync_gradients(nets: Iterable[nn.Module], on: bool) -> None:

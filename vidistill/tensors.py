@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def read_tensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tenso
     if info is None:
         raise CheckpointError(f"{path} holds no vidistill checkpoint; foreign files are read by `vidistill convert`")
     return tensors, info
+
+
+def stored_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The precision that most numbers of a file are in."""
+    sizes = Counter[torch.dtype]()
+    for x in tensors.values():
+        sizes[x.dtype] += x.numel() if x.is_floating_point() else 0
+    return max(sizes, key=sizes.__getitem__)
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -361,5 +361,5 @@ def extend(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
     other, state = VideoDiT(wanted), net.state_dict()
     grown = other.patch_embedding.in_features - net.patch_embedding.in_features
     state["patch_embedding.weight"] = F.pad(state["patch_embedding.weight"], (0, grown))
-    other.load_state_dict({**other.state_dict(), **state})
+    other.load_state_dict({**other.state_dict(), **state}, assign=True)
     return other.train(net.training)

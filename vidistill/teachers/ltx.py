@@ -68,14 +68,15 @@ def load(
     offline: bool = False,
     fps: float = 25.0,
 ) -> Teacher:
-    """An LTX-Video teacher from a diffusers folder or hub id; `frames` are latent frames."""
+    """An LTX-Video teacher from a diffusers folder or hub id; `frames` are latent frames, `dtype` "" the stored one."""
     try:
         from diffusers import LTXVideoTransformer3DModel
     except ImportError as error:
         raise ImportError("LTX-Video needs diffusers: pip install 'vidistill[wan]'") from error
     try:
+        wanted = getattr(torch, dtype) if dtype else "auto"
         net = LTXVideoTransformer3DModel.from_pretrained(
-            str(source), subfolder="transformer", torch_dtype=getattr(torch, dtype), local_files_only=offline
+            str(source), subfolder="transformer", torch_dtype=wanted, local_files_only=offline
         )
     except OSError as error:
         raise not_found(source, "the LTX-Video transformer of", error, offline) from error

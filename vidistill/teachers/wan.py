@@ -34,7 +34,10 @@ GUIDANCE = 5.0  # Wan's default
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """How a Wan teacher is loaded. `offline`: never reach the network. `shift` 0: what the folder says, else 5."""
+    """How a Wan teacher is loaded. `offline`: never reach the network. `shift` 0: what the folder says, else 5.
+
+    `dtype` "": weights in the precision they were stored in, mapped from their files.
+    """
 
     height: int = 480
     width: int = 832
@@ -46,7 +49,7 @@ class LoadConfig:
     shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        if self.dtype and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype {self.dtype!r} is no torch dtype; choose float32, bfloat16 or float16")
 
 
@@ -158,7 +161,7 @@ def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any],
         names = [name for name in PAIRS[0] if (index.get(name) or [None])[0]]
         parts = []
         for name in names:
-            dtype = getattr(torch, cfg.dtype)
+            dtype = getattr(torch, cfg.dtype) if cfg.dtype else "auto"
             net = WanTransformer3DModel.from_pretrained(
                 source, subfolder=name, torch_dtype=dtype, local_files_only=cfg.offline
             )
@@ -171,7 +174,7 @@ def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any],
 def network(part: Part, cfg: LoadConfig, source: str) -> VideoDiT:
     """One network, frozen, at the wanted precision and place; tensors that already fit are not copied."""
     net = build(to_ours(part.state), architecture(part, cfg.heads), source).requires_grad_(False).eval()
-    return net.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
+    return net.to(device=cfg.device, dtype=getattr(torch, cfg.dtype) if cfg.dtype else None)
 
 
 def architecture(part: Part, heads: int = 0) -> DiTConfig:

@@ -18,9 +18,17 @@ from vidistill.training.losses import OBJECTIVES, Roles
 from vidistill.training.motion import MotionHead
 
 
+def is_split(cfg: TrainConfig) -> bool:
+    """Whether every process holds its shards of the networks alone."""
+    return cfg.parallel == "shard" and distributed.world_size() > 1
+
+
 def load_network(cfg: TrainConfig, name: str, kind: str | None = None) -> Any:
-    """The network of a checkpoint, or that of its student; it recomputes its blocks if this stage does."""
-    net = core(checkpoint.load(name, kind).net)
+    """The network of a checkpoint, or that of its student; it recomputes its blocks if this stage does.
+
+    Networks that are split wait in their file, in its precision: see `prepare`.
+    """
+    net = core(checkpoint.load(name, kind, None if is_split(cfg) else torch.float32).net)
     return recomputing(net) if cfg.dit.checkpoint and isinstance(net, VideoDiT) else net
 
 
@@ -54,7 +62,7 @@ def make_roles(cfg: TrainConfig, data: Any) -> tuple[Roles, LatentShape | None, 
         return Roles(student), shape, cfg.loss.noise
     assert cfg.teacher
     critic_name = cfg.critic_init or cfg.teacher
-    teacher = checkpoint.load(cfg.teacher, "teacher", working_dtype(cfg.teacher_precision))
+    teacher = checkpoint.load(cfg.teacher, "teacher", None if is_split(cfg) else working_dtype(cfg.teacher_precision))
     critic = load_network(cfg, critic_name, "teacher").requires_grad_(True).train()
     if not isinstance(critic, VideoDiT):
         raise ValueError(f"{critic_name} is no single network: name one in critic_init for the critic")
@@ -72,13 +80,17 @@ def prepare(cfg: TrainConfig, roles: Roles, device: torch.device) -> None:
     for net, lora in ((roles.student, cfg.lora), (roles.critic, cfg.critic_lora), (roles.teacher, LoraConfig())):
         if net is None:
             continue
-        inner: VideoDiT = core(net.to(device))
+        inner: VideoDiT = core(net)
+        dtype = working_dtype(cfg.teacher_precision) if net is roles.teacher else torch.float32
+        aside = distributed.SetAside(inner, dtype) if is_split(cfg) else None
+        if aside is None:
+            net.to(device)
         add_lora(inner, lora)
         for part in inner.modules():  # a teacher may be several, or a foreign one: each process then runs all of it
             if group is not None and isinstance(part, VideoDiT):
                 part.split_sequence(group)
         if cfg.parallel == "shard":
-            distributed.shard(inner, inner.units, DTYPES[cfg.gather], cfg.shard_group)
+            distributed.shard(inner, inner.units, DTYPES[cfg.gather], cfg.shard_group, aside)
         if cfg.compile and not (net is roles.student and cfg.rolls):  # every memory a new shape
             inner.compile_regions()
     if roles.motion is not None:
