@@ -24,7 +24,7 @@ from vidistill.diffusion import (
 )
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
-from vidistill.schedules import Pass, ScheduleConfig, endless, finite
+from vidistill.schedules import Pass, ScheduleConfig, context_level, endless, finite
 
 Noise = Callable[[int], Tensor]  # chunk -> its noise, or its given latents [B, f, C, H, W]
 Conditions = Callable[[int, int], Condition]  # latent frames start, stop -> their condition
@@ -164,7 +164,7 @@ def reencode(
     timestep: float = 0.0,
     keep_sinks: bool = True,
     sigma: float = 0.0,
-    rng: torch.Generator | None = None,
+    rng: AnyGenerator | None = None,
 ) -> None:
     """Write the newest finished frames `x` [B, F, C, H, W] (from frame `start` on) to memory again, under `cond`.
 
@@ -184,6 +184,26 @@ def reencode(
     level = torch.full(x.shape[:2], timestep, dtype=torch.float64, device=x.device)
     student.velocity(x, level, cond, start=start, memory=memory, output=False)
     student.commit(memory, x, cond, start=start)
+
+
+def recache(
+    student: CausalStudent,
+    schedule: ScheduleConfig,
+    memory: KVMemory,
+    latents: Tensor,
+    cond: Condition,
+    start: int,
+    rng: AnyGenerator,
+) -> None:
+    """Write the newest finished `latents` [B, F, C, H, W] before latent `start` to memory again, under `cond`.
+
+    In the state the schedule leaves finished chunks in: later ones were trained to look back at that. The sinks stay as
+    they are, unless the stream is so young that they are rewritten with the rest.
+    Source: LongLive 2509.22622, KV-recache.
+    """
+    sigma, timestep = context_level(schedule)
+    first = start - latents.shape[1]
+    reencode(student, latents, cond, memory, start=first, sigma=sigma, timestep=timestep, rng=rng)
 
 
 def replay(

@@ -68,6 +68,7 @@ def test_the_miniature_keeps_what_the_stage_is_about(tmp_path):
         "precision",
         "frames",
         "long_frames",
+        "prompt_switch",
         "optim",
     ):
         assert getattr(small, name) == getattr(cfg, name), name

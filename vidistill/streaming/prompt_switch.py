@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vidistill import rollout
 from vidistill.conditioning.condition import Condition
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
-from vidistill.rollout import reencode
-from vidistill.schedules import ScheduleConfig, context_level
+from vidistill.schedules import ScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,9 @@ def keep(past: Past, cond: Condition) -> bool:
 
 
 def recache(past: Past, cond: Condition) -> bool:
-    """The remembered frames are written again under the new prompt, in the state the schedule leaves them in.
-
-    The sinks stay as they are, unless the stream is so young that they are rewritten with the rest.
-    Source: LongLive 2509.22622, KV-recache.
-    """
-    # At the noise level at which the schedule leaves finished chunks: later chunks were trained to look back at that.
-    sigma, timestep = context_level(past.schedule)
+    """The remembered frames are written again under the new prompt: `rollout.recache`."""
     rng = torch.Generator().manual_seed(past.seed)
-    start = past.start - past.latents.shape[1]
-    reencode(past.student, past.latents, cond, past.memory, start=start, sigma=sigma, timestep=timestep, rng=rng)
+    rollout.recache(past.student, past.schedule, past.memory, past.latents, cond, past.start, rng)
     return False
 
 

@@ -123,6 +123,9 @@ class TrainConfig:
     on_policy: bool = True
     replay: bool = False
     long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
+    prompt_switch: float = (
+        0.0  # share of streams that are told another prompt on the way, memory written again under it
+    )
     ema: float = 0.999
     ema_start: int = 0  # student updates before which the average is a copy
     ema_warmup: float = EMA_WARMUP  # decay (1 + n) / (ema_warmup + n) at update n, at most ema; 1: ema, as published
@@ -260,6 +263,11 @@ class TrainConfig:
                 "long_frames goes on with the actions of another clip, whose poses begin elsewhere: tell no poses "
                 "(camera.sites without qk), or leave long_frames 0 and roll out longer clips"
             )
+        if not 0 <= self.prompt_switch <= 1 or (self.prompt_switch and self.long_frames < 2 * self.frames):
+            raise ValueError(
+                f"prompt_switch {self.prompt_switch} is a share (0 to 1) of streams that go on: set long_frames to at "
+                f"least twice frames, {2 * self.frames}"
+            )
         if self.critic_reuse > 1 and (self.long_frames or not self.rolls):
             raise ValueError("critic_reuse is for rollouts of whole clips: leave it 1 with long_frames or without them")
         if self.rolls and (length := self.long_frames or self.frames) > memory.reach:
@@ -297,6 +305,8 @@ def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], nam
             f"{name} listens to text, {dit.text_dim} numbers a token; {data} has {source.width_of('tokens')}: "
             "make it with `vidistill data prompts`, or from such a folder"
         )
+    if cfg.prompt_switch and not dit.text_dim:
+        raise ValueError(f"prompt_switch {cfg.prompt_switch} is for networks that listen to text; {name} does not: 0")
     heard = source.width_of("audio")
     if heard and (AUDIO_SITE not in dit.sites or dit.sites[AUDIO_SITE].dim != heard):
         raise ValueError(f"{name} needs dit.sites.{AUDIO_SITE} with dim {heard}: the audio of {data}")

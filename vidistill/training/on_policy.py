@@ -14,10 +14,18 @@ from torch import Tensor
 from vidistill.conditioning.condition import VIEW_SITE, Condition, branches, concat
 from vidistill.data.clips import start_of_clip
 from vidistill.data.types import Batch
-from vidistill.diffusion import AnyGenerator, Denoiser, NoiseSchedule, decide, randn_like
+from vidistill.diffusion import (
+    AnyGenerator,
+    Denoiser,
+    NoiseSchedule,
+    RowGenerator,
+    decide,
+    derived_seed,
+    randn_like,
+)
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
-from vidistill.rollout import Record, chunk_noise, replay, rollout
+from vidistill.rollout import Record, chunk_noise, recache, replay, rollout
 from vidistill.sampling import sample as sample_teacher
 from vidistill.schedules import Pass, ScheduleConfig, training
 from vidistill.training.config import Turn
@@ -113,8 +121,10 @@ class LongRollout:
     Every call continues by as many whole chunks as leave at least one chunk of overlap; memory is kept, detached. The
     sample is the newest `frames` latents, of which only the new ones may carry gradient; the first one is given, as in
     every clip. With `limit` 0 every call is a clip of its own. A stream also starts anew where `restart` says so: no
-    saved state holds its memory, so a run resumes exactly only where one starts.
-    Source: LongLive 2509.22622, streaming long tuning; Self Forcing 2506.08009, alg. 1.
+    saved state holds its memory, so a run resumes exactly only where one starts. A share `switching` of the streams is
+    told the prompt of another clip from a drawn call on: what is remembered of the sample before is written again under
+    it, and the samples from there on are of the new prompt.
+    Source: LongLive 2509.22622, streaming long tuning with KV-recache; Self Forcing 2506.08009, alg. 1.
     """
 
     def __init__(
@@ -124,9 +134,11 @@ class LongRollout:
         limit: int = 0,
         repicture: Repicture | None = None,
         dtype: torch.dtype = torch.float32,
+        switching: float = 0.0,
     ) -> None:
         self.student, self.schedule, self.limit = student, schedule, limit
-        self.repicture, self.dtype = repicture, dtype
+        self.repicture, self.dtype, self.switching = repicture, dtype, switching
+        self.switch_at: int | None = None  # length at which the stream is told another prompt
         self.memory: KVMemory | None = None
         self.length = 0  # latents of the stream so far
         self.seed = 0
@@ -154,6 +166,7 @@ class LongRollout:
         passes = training(self.schedule, student.num_chunks(frames), draw)
         self.memory = student.new_memory(b, dtype=self.dtype)
         self.seed, self.length, self.cond = draw.randrange(2**31), frames, batch.cond
+        self.switch_at = self.draw_switch(frames, draw) if self.switching else None
         out = self.roll(passes, batch, 0, batch.cond, rng, grad, record)
         if self.limit:
             self.tail = out.x0.detach()  # history: a later step's gradient ends where its own frames begin
@@ -168,6 +181,8 @@ class LongRollout:
         new = self.new_frames(frames)
         first = whole_chunks(student, self.length)
         passes = passes_from(self.schedule, first, whole_chunks(student, self.length + new), draw)
+        if self.length == self.switch_at:
+            self.switch_prompt(batch.cond, first, rng)
         following = self.next_condition(batch.cond, new)
         out = self.roll(passes, replace(batch, given=0), self.length, following, rng, grad, record)
         self.length += new
@@ -179,6 +194,25 @@ class LongRollout:
         out.batch = Batch(out.x0.detach(), start_of_clip(cond), given=batch.given)
         out.skipped = self.length - frames
         return out
+
+    def draw_switch(self, frames: int, draw: Random) -> int | None:
+        """The length at which a new stream is told another prompt: any at which it goes on; None for a stream without.
+
+        Source: LongLive 2509.22622, whose streams of 240 switch at 21, 39, ... or 201.
+        """
+        lengths = range(frames, self.limit - self.new_frames(frames) + 1, self.new_frames(frames))
+        return draw.choice(lengths) if draw.random() < self.switching else None
+
+    def switch_prompt(self, cond: Condition, chunk: int, rng: AnyGenerator) -> None:
+        """Tell the stream the prompt of `cond` from `chunk` on, and write what it remembers again under it."""
+        assert self.tail is not None and self.memory is not None
+        self.cond = replace(self.cond, tokens=cond.tokens, negative=cond.negative)
+        frames = self.tail.shape[1]
+        count = min(frames, self.student.cfg.memory.frames)
+        drawn = torch.Generator().manual_seed(derived_seed(self.seed, chunk))
+        own = rng.of(drawn) if isinstance(rng, RowGenerator) else drawn
+        told = self.cond.frames(frames - count, frames)
+        recache(self.student, self.schedule, self.memory, self.tail[:, -count:], told, self.length, own)
 
     def next_condition(self, cond: Condition, new: int) -> Condition:
         """What the stream is told for `new` latents: the recorded actions of another clip, all else as before.

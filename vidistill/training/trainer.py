@@ -139,7 +139,7 @@ class Trainer:
         student.num_chunks(cfg.frames)
         picture = last_picture(self.load_codec()) if cfg.long_frames and cfg.codec else None
         dtype = working_dtype(cfg.precision, self.device)
-        rollouts = LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype)
+        rollouts = LongRollout(student, cfg.schedule, cfg.long_frames, picture, dtype, cfg.prompt_switch)
         return OnPolicySampler(rollouts, cfg.replay, self.roles.teacher, self.teacher_noise)
 
     def batch(self, step: int, rows: slice = EVERY) -> Batch:
