@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ def may_download() -> bool:
 
 def not_found(source: str | Path, what: str, error: Exception, offline: bool) -> FileNotFoundError:
     """What to say, in one line, where `what` of a folder or hub id could not be read; `offline`: no hub was asked."""
+    if any(type(cause).__name__ == "GatedRepoError" for cause in causes(error)):
+        return FileNotFoundError(
+            f"{what} {str(source)!r} is on the hub under a licence that has not been accepted from here: accept it on "
+            f"the page of {source}, and log in with `hf auth login`"
+        )
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     here = f"{what} {str(source)!r} is not on this machine, and the hub was not asked (offline)"
     there = f"{what} {str(source)!r} was found neither on this machine nor on the hub ({reason})"
@@ -55,6 +60,13 @@ def not_found(source: str | Path, what: str, error: Exception, offline: bool) ->
     return FileNotFoundError(
         f"{here}: {hint}, or set {DOWNLOADS}=1" if offline else f"{there}; if this machine is offline, {hint}"
     )
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:

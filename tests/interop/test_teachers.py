@@ -1,6 +1,8 @@
 """Teachers against diffusers' own modules with tiny random weights."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -371,6 +373,38 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         read_teacher("nobody/no-such-model", offline=True)
     with pytest.raises(ValueError, match=r"'float7'.*dtype"):
         read_teacher(tmp_path, dtype="float7")
+
+
+class Gated(BaseHTTPRequestHandler):
+    """A hub whose every repository waits for a licence to be accepted."""
+
+    def do_GET(self):
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_licence_that_was_not_accepted_is_named(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gated)
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        for read in (read_teacher, lambda name: TextCache(name, tmp_path / "text").encode(["a fox"])):
+            with pytest.raises(FileNotFoundError, match=r"lab/gated.*licence.*accept it"):
+                read("lab/gated")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize(("channels", "fps"), [(16, 16.0), (48, 24.0)])
