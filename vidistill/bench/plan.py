@@ -201,11 +201,14 @@ def live_bytes(p: Passes) -> tuple[int, int]:
 
 
 class Planner:
-    """Counts what a step takes, under any settings that leave the networks of the stage as they are."""
+    """Counts what a step takes, under any settings that leave the networks of the stage as they are.
 
-    def __init__(self, roles: Mapping[str, Role], size: tuple[int, int]) -> None:
+    `known`: what other planners have counted, whose stages may have the same networks; it grows.
+    """
+
+    def __init__(self, roles: Mapping[str, Role], size: tuple[int, int], known: dict[str, int] | None = None) -> None:
         self.roles, self.size = roles, size
-        self._known: dict[str, int] = {}
+        self._known: dict[str, int] = {} if known is None else known
 
     def known(self, key: Any, count: Callable[[], int]) -> int:
         """`count()`, run once for each `key`."""
