@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
@@ -20,6 +20,7 @@ from vidistill import record as records
 from vidistill.codecs import GEOMETRIES, Codec, build_codec, codec_record, open_codec
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.condition import Encode
+from vidistill.conditioning.controls import shows_picture
 from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import ConfigError, build
 from vidistill.diffusion import LatentShape, NoiseSchedule
@@ -28,6 +29,7 @@ from vidistill.models.dit import VideoDiT
 from vidistill.models.student import CausalStudent
 from vidistill.record import FORMAT, Record
 from vidistill.schedules import ScheduleConfig, evaluations
+from vidistill.teachers.image_encoder import ImageEncoder
 from vidistill.teachers.load import read_teacher
 from vidistill.teachers.text_encoder import TextCache, cache_folder
 from vidistill.tensors import (
@@ -83,13 +85,19 @@ class Bundle:
         given = self.spec.given_frames
         return self.net.first_frame(self.schedule.given_chunks) if given is None else given
 
+    @property
+    def picture_frames(self) -> int:
+        """Latent frames of the picture, or the clip, that a student's clips start from; 0: they start from noise."""
+        shown = self.spec.dit is not None and shows_picture(self.spec.dit)
+        return 1 if shown else self.given_frames
+
     def start_image(self, codec: Codec, path: str | Path | None = None) -> np.ndarray | None:
         """The picture at `path`, else a bundled one, uint8 [H, W, 3] at the size of a student that starts from one.
 
         None for a student that starts from noise, and where no picture is bundled; ValueError for a picture given to a
         student that takes none.
         """
-        if not self.given_frames:
+        if not self.picture_frames:
             if path is not None:
                 raise ValueError(f"{self.name} starts from noise and takes no picture ({path}): leave it out")
             return None
@@ -396,6 +404,13 @@ def text_encoder(
         log.warning("text.folder %s of the record is not used: embeddings are kept in %s", cfg.folder, cache_folder())
     offline = not may_download() if offline is None else offline
     return TextCache(cfg.source, folder or cache_folder(), length=cfg.length, offline=offline).encode
+
+
+def image_encoder(record: Mapping[str, Any]) -> Callable[[Sequence[np.ndarray]], Tensor] | None:
+    """What reads start pictures for the network of a record, None if it is told no tokens of them; nothing is loaded
+    yet, nor downloaded, unless `io.may_download` says so."""
+    image = record.get("image")
+    return ImageEncoder(image["source"], offline=not may_download()).encode if image else None
 
 
 def takes_audio(name: str | Path) -> bool:

@@ -76,6 +76,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {  # field -> what it may be; more w
     "bands": (1, 1024),
     "hops": (1, 1024),
     "length": (1, 2**16),
+    "tokens": (1, 2**16),
     "step": (1e-9, 1e6),
     "turn": (1e-9, 2 * math.pi),
     "wavelengths": (1e-6, 1e9),
@@ -105,6 +106,15 @@ class Umt5Config:
     def __post_init__(self) -> None:
         if not self.source or self.length < 1:
             raise ValueError(f"text.source must name a text encoder and length be at least 1, got {self}")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """CLIP as what reads a start picture: a diffusers folder or hub id, how many `tokens` it gives, and their width."""
+
+    source: str
+    tokens: int
+    width: int
 
 
 ENCODER_CONFIGS: Mapping[str, type] = {"ngrams": NgramConfig, "umt5": Umt5Config}
@@ -154,6 +164,7 @@ class Record:
     codec: str | None = None
     text: Mapping[str, Any] | None = None  # see `encoder`
     audio: AudioConfig | None = None
+    image: ImageConfig | None = None  # of a network that is told tokens of its start picture
     world: WorldConfig | None = None
     card: Mapping[str, Any] | None = None
     published: Origin | None = None

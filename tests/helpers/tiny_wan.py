@@ -81,9 +81,12 @@ def write_image_encoder(folder):
     CLIPImageProcessor(**shown).save_pretrained(folder / "image_processor")
 
 
-def write_wan(folder, channels=16):
-    """All of it, with latents of so many channels; returns `folder`."""
-    transformer(in_channels=channels, out_channels=channels).save_pretrained(folder / "transformer")
+def write_wan(folder, channels=16, image=False):
+    """All of it, with latents of so many channels, or an image-to-video network with its CLIP; returns `folder`."""
+    sizes = IMAGE if image else {"in_channels": channels, "out_channels": channels}
+    transformer(**sizes).save_pretrained(folder / "transformer")
+    if image:
+        write_image_encoder(folder)
     autoencoder(channels).save_pretrained(folder / "vae")
     write_text(folder)
     index = {"transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"]}

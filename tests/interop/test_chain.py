@@ -12,11 +12,12 @@ from published import same
 from safetensors.torch import load_file
 from test_export import both
 from test_hub import hub  # noqa: F401 (a fixture)
+from tiny_videos import moving
 from tiny_wan import write_wan
 
 from vidistill import checkpoint, cli
 from vidistill.interop.hub import publish
-from vidistill.io import read_video
+from vidistill.io import read_video, save_png
 
 pytest.importorskip("diffusers")
 pytest.importorskip("huggingface_hub")
@@ -25,10 +26,8 @@ WAN = Path(__file__).parents[2] / "configs" / "wan"
 DIT = [
     f"dit.{k}={v}" for k, v in {"width": 24, "layers": 2, "heads": 2, "ffn": 40, "text_dim": 20, "freq_dim": 16}.items()
 ]
-KINDS = {  # stages, latent channels, pixels a side of a latent, frames, px frames a second
-    "T2V": ("", 16, 8, 3, 16.0),
-    "TI2V": ("-5b", 48, 16, 4, 24.0),
-}
+FRAMES, SIZE = 3, "32x48"  # latents of a clip, its pixels
+SAMPLER = ["--at-once", 1, "--steps", 48, "--guidance", 6, "--levels", "1,0.9375,0.8333333,0.625"]
 
 
 def run(*args):
@@ -48,68 +47,94 @@ def train(*args, processes=1):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def walk(kind, tmp_path, hub, monkeypatch, processes=1):  # noqa: F811
-    """Every command of the page, on networks that take seconds."""
-    ending, channels, side, frames, fps = KINDS[kind]
-    monkeypatch.chdir(tmp_path)
-    folder = write_wan(tmp_path / "models" / "Wan", channels)
+def prompts(folder, out, fps=16.0):
     Path("prompts.txt").write_text("a red fox runs\ntwo boats at night\n", encoding="utf-8")
-    run(
-        "data",
-        "prompts",
-        "data/p",
-        "--file",
-        "prompts.txt",
-        "--text",
-        folder,
-        "--negative",
-        "blurred",
-        "--tokens",
-        8,
-        "--fps",
-        fps,
-    )
-    sampler = ["--at-once", 1, "--steps", 48, "--guidance", 6, "--levels", "1,0.9375,0.8333333,0.625"]
-    size = ["--frames", frames, "--size", f"{4 * side}x{6 * side}"]
-    run("data", "trajectories", "data/t", "--teacher", folder, "--data", "data/p", "--clips", 2, *sampler, *size)
-    small = [f"frames={frames}", "latent_size=[4,6]", f"student.memory.frames={frames}", f"codec={folder}", *DIT]
-    small += ["batch=2", f"parallel={'shard' if processes > 1 else 'replicate'}"]
-    train(WAN / f"ode{ending}.yaml", "data=data/t", f"init={folder}", "steps=2", *small, processes=processes)
+    options = ["--text", folder, "--negative", "blurred", "--tokens", 8, "--fps", fps]
+    run("data", "prompts", out, "--file", "prompts.txt", *options)
+
+
+def small(folder, frames, processes, *more):
+    """Settings that make a stage take seconds."""
+    size = [f"frames={frames}", "latent_size=[4,6]", f"student.memory.frames={frames}", f"codec={folder}", *DIT]
+    return [*size, "batch=2", f"parallel={'shard' if processes > 1 else 'replicate'}", *more]
+
+
+def distilled(folder, ending, data, paths, settings, processes):
+    """The student that a causal initialisation on `paths` and Self Forcing on `data` make."""
+    train(WAN / f"ode{ending}.yaml", f"data={paths}", f"init={folder}", "steps=2", *settings, processes=processes)
     stage = f"wan-selfforcing{ending}"
-    roles = [f"init=runs/wan-ode{ending}/wan-ode{ending}", f"teacher={folder}", f"critic_init={folder}", "data=data/p"]
-    train(
-        WAN / f"selfforcing{ending}.yaml",
-        *roles,
-        "steps=6",
-        f"accumulate={2 // processes}",
-        *small,
-        processes=processes,
-    )
-    student = f"runs/{stage}/{stage}"
-    run("generate", student, "-o", "fox.mp4", "--seconds", 0.5, "--prompt", "a red fox runs", "--scale", 1)
+    roles = [f"init=runs/wan-ode{ending}/wan-ode{ending}", f"teacher={folder}", f"critic_init={folder}"]
+    turns = [f"data={data}", "steps=6", f"accumulate={2 // processes}"]
+    train(WAN / f"selfforcing{ending}.yaml", *roles, *turns, *settings, processes=processes)
+    return f"runs/{stage}/{stage}"
+
+
+def published(student, fps, hub, tmp_path, *start):  # noqa: F811
+    """Play a student, publish it, and load what was uploaded."""
+    run("generate", student, "-o", "fox.mp4", "--seconds", 0.5, "--prompt", "a red fox runs", "--scale", 1, *start)
     assert read_video("fox.mp4")[1] == fps
-    run("export", student, "--to", "self-forcing", "-o", "sf.pt")
-    back = ["--size", f"{4 * side}x{6 * side}", "--heads", 2, "--allow-pickle", "--chunk", 3]
-    run("convert", "sf.pt", "again", *back)
-    assert same(load_file("again.safetensors"), load_file(f"{student}.safetensors"))
-    run("export", student, "--to", "diffusers", "-o", "d")
-    run("convert", "d", "same")
-    assert both(Path("same")) == both(Path(student))
     publish(student, "lab/wan-student", licence="apache-2.0", endpoint=hub.address)
     Path("down").mkdir()
     for name, content in hub.files.items():
         (Path("down") / name).write_bytes(content)
-    loaded = checkpoint.load_student(f"down/{stage}")
+    loaded = checkpoint.load_student(f"down/{Path(student).name}")
     assert loaded.record["world"]["fps"] == fps and str(tmp_path) not in json.dumps(loaded.record)
     assert all(torch.isfinite(p).all() for p in loaded.net.parameters())
+    assert same(load_file(f"{student}.safetensors"), load_file(f"down/{Path(student).name}.safetensors"))
+
+
+def exported(student):
+    """Through diffusers' layout and back."""
+    run("export", student, "--to", "diffusers", "-o", "d")
+    run("convert", "d", "same")
+    assert both(Path("same")) == both(Path(student))
+
+
+def text_to_video(tmp_path, hub, processes, ending="", channels=16, side=8, frames=FRAMES, fps=16.0):  # noqa: F811
+    folder = write_wan(tmp_path / "models" / "Wan", channels)
+    prompts(folder, "data/p", fps)
+    size = ["--frames", frames, "--size", f"{4 * side}x{6 * side}"]
+    run("data", "trajectories", "data/t", "--teacher", folder, "--data", "data/p", "--clips", 2, *SAMPLER, *size)
+    student = distilled(folder, ending, "data/p", "data/t", small(folder, frames, processes), processes)
+    run("export", student, "--to", "self-forcing", "-o", "sf.pt")
+    run("convert", "sf.pt", "again", *size[2:], "--heads", 2, "--allow-pickle", "--chunk", 3)
+    assert same(load_file("again.safetensors"), load_file(f"{student}.safetensors"))
+    exported(student)
+    published(student, fps, hub, tmp_path)
+
+
+def text_or_image_to_video(tmp_path, hub, processes):  # noqa: F811
+    text_to_video(tmp_path, hub, processes, "-5b", 48, 16, 4, 24.0)
+
+
+def image_to_video(tmp_path, hub, processes):  # noqa: F811
+    folder = write_wan(tmp_path / "models" / "Wan", image=True)
+    for k, picture in enumerate(moving(2, height=40, width=60)):
+        save_png(f"{k}.png", picture)
+    Path("pictures.txt").write_text("0.png\ta red fox runs\n1.png\ttwo boats at night\n", encoding="utf-8")
+    options = ["--negative", "blurred", "--tokens", 8, "--frames", FRAMES, "--size", SIZE]
+    clip = ["--model", folder, "--image-encoder", folder]
+    run("data", "pictures", "data/p", "--file", "pictures.txt", *clip, *options)
+    made = ["--clips", 2, "--frames", FRAMES, "--size", SIZE]
+    run("data", "trajectories", "data/t", "--teacher", folder, "--data", "data/p", *made, *SAMPLER)
+    settings = small(folder, FRAMES, processes, "dit.image_dim=12")
+    student = distilled(folder, "-i2v-14b", "data/p", "data/t", settings, processes)
+    exported(student)
+    published(student, 16.0, hub, tmp_path, "--image", "0.png")
+
+
+KINDS = {"T2V": text_to_video, "TI2V": text_or_image_to_video, "I2V": image_to_video}
 
 
 def test_text_to_video_from_a_download_to_the_hub(tmp_path, hub, monkeypatch):  # noqa: F811
-    walk("T2V", tmp_path, hub, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    text_to_video(tmp_path, hub, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("kind", "processes"), [("TI2V", 1), ("T2V", 2), ("TI2V", 2)])
-def test_other_networks_and_process_counts_go_the_same_way(tmp_path, hub, monkeypatch, kind, processes):  # noqa: F811
-    walk(kind, tmp_path, hub, monkeypatch, processes)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_network_goes_that_way_in_one_process_and_two(tmp_path, hub, monkeypatch, kind, processes):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    KINDS[kind](tmp_path, hub, processes)

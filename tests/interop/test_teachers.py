@@ -414,8 +414,8 @@ def test_a_published_teacher_says_its_world(tmp_path, channels, fps):
     assert checkpoint.load(tmp_path, "teacher").record["world"] == {"fps": fps, "temporal": 4}
 
 
-def test_image_to_video_networks_are_refused_before_anything_is_made(tmp_path):
-    module(**{**IMAGE, "image_dim": None, "added_kv_proj_dim": None}).save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match=r"20 condition channels.*image-to-video.*TI2V"):
+def test_networks_with_other_condition_channels_are_refused_before_anything_is_made(tmp_path):
+    module(**{**TINY, "in_channels": 40}).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"24 condition channels.*image-to-video"):
         trajectories(tmp_path / "out", str(tmp_path), tmp_path / "data", clips=1)
     assert not (tmp_path / "out").exists()

@@ -51,6 +51,7 @@ NETWORKS: dict[str, DiTConfig] = {
     "wan-14b": replace(WAN, width=5120, layers=40, heads=40, ffn=13824),
     "wan-5b": replace(WAN, channels=48, width=3072, layers=30, heads=24, ffn=14336),
     "wan-14b-i2v": replace(WAN, width=5120, layers=40, heads=40, ffn=13824, extra_channels=20, image_dim=1280),
+    "wan-a14b-i2v": replace(WAN, width=5120, layers=40, heads=40, ffn=13824, extra_channels=20),
 }
 FOLDERS = {  # what published folders and hub ids are called -> network
     "wan2.1-t2v-1.3b": "wan-1.3b",
@@ -58,6 +59,7 @@ FOLDERS = {  # what published folders and hub ids are called -> network
     "wan2.1-i2v-14b": "wan-14b-i2v",
     "wan2.2-ti2v-5b": "wan-5b",
     "wan2.2-t2v-a14b": "wan-14b",
+    "wan2.2-i2v-a14b": "wan-a14b-i2v",
 }
 SIZES = {"wan-5b": (44, 80)}  # latent height and width where it is not 480x832 at 8 pixels a latent
 DEFAULT_SIZE = (60, 104)

@@ -7,6 +7,7 @@ latents, clips a batch and sampler steps are not. Nothing is downloaded, read at
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from vidistill import checkpoint, distributed
 from vidistill.bench import plan
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
-from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, is_shown
 from vidistill.data import prompts as prompts_module
 from vidistill.data import shards
 from vidistill.models.dit import VideoDiT
@@ -27,7 +28,7 @@ from vidistill.training.config import TrainConfig
 from vidistill.training.trainer import Trainer
 from vidistill.training.validation import ValidationConfig
 
-WIDTH, LAYERS, TEXT, TOKENS, CLIPS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 4, 2
+WIDTH, LAYERS, TEXT, TOKENS, CLIPS, IMAGE_TOKENS, SAMPLER_STEPS, STREAMED = 24, 2, 16, 8, 2, 3, 4, 2
 CODEC = TinyCodecConfig(encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
 FACTOR = 4  # pixel frames of a latent of CODEC
 
@@ -69,6 +70,7 @@ def shrink(dit: DiTConfig, grid: tuple[int, int]) -> DiTConfig:
         freq_dim=32,
         text_dim=min(dit.text_dim, TEXT),
         image_dim=min(dit.image_dim, TEXT),
+        image_tokens=min(dit.image_tokens, IMAGE_TOKENS),
         sites=sites,
         grid=grid if dit.grid != NO_GRID else NO_GRID,
         checkpoint=False,  # a setting of the stage, which the trainer applies
@@ -162,14 +164,26 @@ class RandomText:
         return [torch.randn(TOKENS, self.dim) for _ in prompts]
 
 
+def shown(cfg: TrainConfig, dit: DiTConfig, size: tuple[int, int], numbers: range) -> dict[str, Tensor]:
+    """What an image-to-video network is shown of so many pictures."""
+    found = {prompts_module.SHOWN: torch.randn(len(numbers), cfg.frames, dit.channels, *size)}
+    if dit.image_dim:
+        found[prompts_module.IMAGE] = torch.randn(len(numbers), dit.image_tokens, dit.image_dim)
+    return found
+
+
 def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[int, int]) -> None:
     """Random data of the kind the stage takes."""
     kind = kind_of(cfg, dit)
     actions = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
     meta: dict[str, Any] = {"fps": 16.0, "temporal": FACTOR, "frames": cfg.frames, "levels": list(cfg.loss.levels)}
     meta["actions"] = [f"action {k}" for k in range((actions - 1) // FACTOR)]
+    show = partial(shown, cfg, dit, size) if is_shown(dit.channels, dit.extra_channels) else None
+    meta |= {prompts_module.SHOWN: {}} if show else {}
+    if show and dit.image_dim:
+        meta[prompts_module.IMAGE] = {"source": "random", "tokens": dit.image_tokens, "width": dit.image_dim}
     if kind == prompts_module.PROMPTS:
-        prompts_module.write_prompts(folder, ("one", "two"), "", RandomText(dit.text_dim), meta)
+        prompts_module.write_prompts(folder, ("one", "two"), "", RandomText(dit.text_dim), meta, show=show)
         return
     meta["given"] = 1 if recorded(cfg, dit) or not dit.text_dim else 0
     clip = (CLIPS, cfg.frames, dit.channels, *size)
@@ -179,7 +193,10 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     if cfg.camera is not None:
         tensors["poses"] = cfg.camera.wander(CLIPS, cfg.frames)
     if dit.text_dim:
-        tensors["tokens"] = torch.randn(CLIPS, TOKENS, dit.text_dim)
+        tokens = TOKENS + (dit.image_tokens if dit.image_dim else 0)
+        tensors["tokens"] = torch.randn(CLIPS, tokens, dit.told_width)
+    if show is not None:
+        tensors["channels"] = torch.randn(CLIPS, cfg.frames, dit.extra_channels, *size)
     if cfg.reference and AUDIO_SITE in dit.sites:
         tensors["audio"] = torch.randn(CLIPS, cfg.frames, dit.sites[AUDIO_SITE].dim)
         tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
@@ -224,7 +241,9 @@ def run(cfg: TrainConfig) -> list[str]:
 def stream(bundle: checkpoint.Bundle) -> str:
     """Stream some chunks of what was exported."""
     codec, image = None, None
-    if given := bundle.given_frames:
+    if bundle.spec.image:
+        return "not streamed: it is told tokens of a picture, and there is no encoder in miniature"
+    if given := bundle.picture_frames:
         if not bundle.record["codec"]:
             return "not streamed: it starts from a picture, and the stage names no codec"
         codec = checkpoint.load_codec(bundle)

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,22 +37,25 @@ from vidistill.ops.attention import use_backend
 from vidistill.ops.precision import DTYPES, autocast, working_dtype
 from vidistill.ops.sequence import SequenceGroup
 from vidistill.schedules import training
-from vidistill.teachers.wan import architecture, local_parts
+from vidistill.teachers.wan import PAIRS, architecture, local_parts
 from vidistill.training.config import TrainConfig
 from vidistill.training.losses import OBJECTIVES
 
 RESERVED = 0.08  # share of a GPU that its context, communication and fragments take
 DOUBLED = ("teacher_forcing", "regression")  # the clean clip rides along
 NO_LORA = LoraConfig()
+EXPERTS = "a14b"  # in names of Wan2.2's folders with two of them
 
 
 @dataclass(frozen=True)
 class Role:
-    """A network of the stage: where it comes from, how that is known, its true architecture."""
+    """A network of the stage: where it comes from, how that is known, its true architecture, and how many experts of
+    it take turns."""
 
     source: str
     known: str
     dit: DiTConfig
+    experts: int = 1
 
 
 def roles_of(cfg: TrainConfig) -> dict[str, Role]:
@@ -69,9 +72,12 @@ def role(name: str | None, fallback: DiTConfig) -> Role:
     if name is None:
         return Role("", "new", fallback)
     if checkpoint.is_published(name) and Path(name).is_dir():
-        return Role(name, "read from its folder", architecture(local_parts(Path(name))[0]))
+        parts = local_parts(Path(name))
+        return Role(name, "read from its folder", architecture(parts[0]), len(parts))
     if network := cost.network_called(name):
-        return Role(name, f"not here, {network} by its name", cost.NETWORKS[network])
+        inside = Path(name).name in chain(*PAIRS)  # one expert of a folder
+        experts = 2 if EXPERTS in name.lower() and not inside else 1
+        return Role(name, f"not here, {network} by its name", cost.NETWORKS[network], experts)
     try:
         record = checkpoint.read_record(checkpoint.locate(name))
     except checkpoint.CheckpointError:
@@ -81,7 +87,7 @@ def role(name: str | None, fallback: DiTConfig) -> Role:
 
 def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:
     """Parameters of a network, how many of them train, and bytes of weights, gradients, optimiser and average."""
-    total, lora = cost.parameters(r.dit), lora_of(cfg, name)
+    total, lora = r.experts * cost.parameters(r.dit), lora_of(cfg, name)
     trained = 0 if name == "teacher" else adapters(r.dit, lora) if lora.rank else total
     state = trained * (4 + 8 + 4 * (name == "student" and cfg.ema > 0))  # gradient, two moments of AdamW, average
     size = working_dtype(cfg.teacher_precision).itemsize if name == "teacher" else 4

@@ -71,7 +71,7 @@ class StreamTimer:
         self.bundle = for_inference(bundle, self.speed)
         self.name, self.timings, self.device = self.bundle.name, Timings(), self.bundle.net.net.device
         self._session: StreamSession | None = None  # of `rollout`
-        self.image = self.default_image(codec) if image is None and codec and bundle.given_frames else image
+        self.image = self.default_image(codec) if image is None and codec and bundle.picture_frames else image
         with self.open() as session:
             self.nfe, self.memory_bytes, self.fps = session.nfe_per_chunk, session.memory_bytes, session.fps
             self.frames_per_chunk, self.inputs = session.frames_per_chunk, session.inputs
@@ -82,7 +82,7 @@ class StreamTimer:
     def default_image(self, codec: Codec) -> np.ndarray:
         """A grey picture, or clip, to start from: what is in it costs nothing."""
         shape, scale = self.bundle.shape, codec.spatial_factor
-        frames = codec.px_frames(self.bundle.given_frames)
+        frames = codec.px_frames(self.bundle.picture_frames)
         return np.full((frames, shape.height * scale, shape.width * scale, 3), 128, np.uint8)
 
     def open(self, pipelined: bool | None = None, queue_frames: int = 0) -> StreamSession:

@@ -12,7 +12,7 @@ from typing import Any
 from vidistill.checkpoint import export, with_extension
 from vidistill.cli.options import height_x_width, non_negative_int, positive_float, positive_int
 from vidistill.conditioning.audio import AudioConfig
-from vidistill.conditioning.condition import AUDIO_SITE, check_pictured
+from vidistill.conditioning.condition import AUDIO_SITE, check_pictured, is_shown
 from vidistill.diffusion import LatentShape, NoiseSchedule
 from vidistill.interop.export import RECORD, export_as, restore
 from vidistill.interop.families import FAMILIES, LAYOUT, Family, family
@@ -204,7 +204,14 @@ def check_geometry(published: Published, size: tuple[int, int], given_chunks: in
             f"{published.source} has {channels} latent channels: family {kind.name!r} has {kind.channels or 'any'}, "
             f"Wan's codecs have {' or '.join(map(str, VAE_FACTORS))}"
         )
-    check_pictured(published.source, channels, published.config.extra_channels, published.config.image_dim)
+    extra = published.config.extra_channels
+    check_pictured(published.source, channels, extra, published.config.image_dim)
+    if is_shown(channels, extra):
+        raise ValueError(
+            f"{published.source} takes {extra} condition channels, as Wan's image-to-video networks do: how a causal "
+            "one of somebody else is shown its picture is not known, so it is not converted; one that was trained here "
+            "is read from the folder that `vidistill export --to diffusers` writes"
+        )
     pixels, _ = VAE_FACTORS[channels]
     for side, patch in zip(size, published.config.patch[1:], strict=True):
         if not 0 < side <= MOST_PIXELS or side % (pixels * patch):

@@ -151,6 +151,20 @@ PROMPTS: Arguments = {
 }
 
 
+PICTURES: Arguments = {
+    **FOLDER,
+    "--file": {"type": Path, "required": True, "help": "text file: a picture beside it, a tab and a prompt a line"},
+    "--model": {"required": True, "help": "diffusers folder or hub id that has vae, text_encoder and tokenizer"},
+    "--image-encoder": {"help": "diffusers folder or hub id that has image_encoder, for Wan 2.1 (default: none)"},
+    "--negative": PROMPTS["--negative"],
+    "--frames": {"type": positive_int, "default": 21, "help": "latents of the clips that start so (default: 21)"},
+    "--size": {"type": height_x_width, "default": (480, 832), "help": "pixels of the clips (480x832)"},
+    "--fps": {"type": positive_float, "default": 16.0, "help": "frames a second of the student (default: 16)"},
+    **TOKENS,
+    **SHARED,
+}
+
+
 class KindParser(Parser):
     """The options of a kind of data; those of an importer are its own, and read when the kind is asked for."""
 
@@ -210,6 +224,17 @@ def add_data(commands: Any) -> None:
         help="text alone, for students that learn without recorded video",
         description="Encode a list of prompts once, so that training needs no text encoder. Resumes after a stop.",
         epilog="example: vidistill data prompts data/wan/prompts --file prompts.txt --text WAN_FOLDER",
+    )
+
+    add_command(
+        kinds,
+        "pictures",
+        run_pictures,
+        PICTURES,
+        help="pictures and text, for image-to-video students",
+        description="Encode start pictures and prompts once, as Wan's image-to-video networks take them. Resumes.",
+        epilog="example: vidistill data pictures data/wan/pictures --file pictures.txt --model WAN_I2V_FOLDER "
+        "--image-encoder WAN_I2V_FOLDER",
     )
 
 
@@ -315,6 +340,15 @@ def run_prompts(args: argparse.Namespace) -> None:
     if not is_there(args.out, {"negative": args.negative, "fps": args.fps}):
         with group():
             print(prompts.prompts(**values_of(args, PROMPTS)))
+
+
+def run_pictures(args: argparse.Namespace) -> None:
+    from vidistill.data import pictures
+    from vidistill.distributed import group
+
+    if not is_there(args.out, {"negative": args.negative, "fps": args.fps, "codec": args.model}):
+        with group():
+            print(pictures.pictures(**values_of(args, PICTURES)))
 
 
 def values_of(args: argparse.Namespace, arguments: Arguments) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> None:
             "raise --seconds"
         )
     bundle, codec = load_fast(args.name, speed_of(args))
-    if args.image and not bundle.given_frames:
+    if args.image and not bundle.picture_frames:
         raise ValueError(f"--image {args.image}: {args.name} starts from noise, takes no picture; leave --image out")
     image = bundle.start_image(codec, args.image)
     with StreamSession(bundle, codec, StreamConfig(seed=args.seed, gain=args.gain), image=image) as session:

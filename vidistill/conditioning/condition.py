@@ -141,13 +141,21 @@ def before_text(image: Tensor, text: Tensor) -> Tensor:
     return torch.cat(wide, dim=1)
 
 
+def is_shown(channels: int, extra_channels: int) -> bool:
+    """Whether condition channels are those of `shown_channels`, beside so many latent channels."""
+    return extra_channels == channels + MASKS
+
+
 def check_pictured(source: str, channels: int, extra_channels: int, image_dim: int = 0) -> None:
-    """Raise ValueError unless a network's condition channels are none or those of `reference_channels`."""
-    if extra_channels not in (0, channels + 1) or image_dim:
+    """Raise ValueError unless a network's condition channels are none, those of `reference_channels` or of
+    `shown_channels`, the only ones that go with image tokens."""
+    shown = is_shown(channels, extra_channels)
+    if not shown and (extra_channels not in (0, channels + 1) or image_dim):
         raise ValueError(
-            f"{source} takes {extra_channels} condition channels{' and image tokens' if image_dim else ''}, as Wan's "
-            "image-to-video networks do: they are neither distilled nor streamed. Here a network is shown a picture "
-            f"and its mask ({channels + 1} channels), or starts from given frames, as Wan2.2-TI2V-5B can"
+            f"{source} takes {extra_channels} condition channels{' and image tokens' if image_dim else ''} beside "
+            f"{channels} latent ones; networks that are known take none, a picture and its mask ({channels + 1}), or, "
+            f"as Wan's image-to-video networks, the latents of a clip that begins with it and {MASKS} masks "
+            f"({channels + MASKS})"
         )
 
 

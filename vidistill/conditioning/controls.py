@@ -19,15 +19,28 @@ from vidistill.conditioning.condition import (
     POSE_SITE,
     Condition,
     Encode,
+    before_text,
     hold_action,
+    is_shown,
     pack_audio,
     pack_camera,
     reference_channels,
+    shown_channels,
 )
 
 KEPT_POSES = 64  # latent frames whose pose a stream can go on from
 
 Values = Mapping[str, Any]
+
+
+class DiT(Protocol):
+    """What is asked of a network's architecture here: its latent and its condition channels."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def extra_channels(self) -> int: ...
 
 
 class Modality(Protocol):
@@ -269,6 +282,39 @@ class Audio(Modality):
         return Condition(per_frame={AUDIO_SITE: packed})
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What an image-to-video network is shown of the picture a stream begins with: `latents` [1, n, C, H, W] of a clip
+    as `shown_clip` gives it and, for one that is told them, CLIP's `tokens` [1, M, D]."""
+
+    latents: Tensor
+    tokens: Tensor | None = None
+
+
+class StartPicture(Modality):
+    """The picture a stream begins with, which an image-to-video network makes itself."""
+
+    def __init__(self, net: Network) -> None:
+        self._picture: Picture | None = None
+        self._told: tuple[Tensor, Tensor] | None = None  # tokens of the newest prompt, and with those of the picture
+
+    def show(self, picture: Picture | None) -> None:
+        """A stream begins with `picture`; ValueError without one."""
+        if picture is None:
+            raise ValueError("this network is shown the picture a stream begins with: start from an `image`")
+        self._picture, self._told = picture, None
+
+    def condition(self, values: Values, start: int, stop: int) -> Condition:
+        assert self._picture is not None, "a stream begins before it is asked for"
+        channels = shown_channels(self._picture.latents, start, stop)
+        if self._picture.tokens is None:
+            return Condition(channels=channels)
+        prompt = values["prompt"]
+        if self._told is None or self._told[0] is not prompt:  # a memory knows tokens it has read by the object
+            self._told = prompt, before_text(self._picture.tokens, prompt)
+        return Condition(self._told[1], channels=channels)
+
+
 class Reference(Modality):
     """The picture a stream began with, at every frame."""
 
@@ -289,13 +335,20 @@ class Reference(Modality):
         return Condition(channels=None if self._image is None else reference_channels(self._image, start, stop))
 
 
-# Each kind, and whether a network takes it. What later ones give a site replaces what earlier ones give it.
+def shows_picture(dit: DiT) -> bool:
+    """Whether a network is an image-to-video one, which makes the picture it is shown."""
+    return is_shown(dit.channels, dit.extra_channels)
+
+
+# Each kind, and whether a network takes it. What later ones give a site replaces what earlier ones give it; the tokens
+# are those of the first that gives some.
 MODALITIES: dict[Callable[[Network], Modality], Callable[[Network], bool]] = {
+    StartPicture: lambda net: shows_picture(net.record.dit),
     Actions: lambda net: bool(net.actions),
     Prompt: lambda net: bool(net.text_dim),
     Camera: lambda net: net.record.played.camera is not None,
     Audio: lambda net: net.record.audio is not None,
-    Reference: lambda net: net.record.dit.extra_channels > 0,
+    Reference: lambda net: net.record.dit.extra_channels > 0 and not shows_picture(net.record.dit),
 }
 
 
@@ -365,10 +418,12 @@ class LiveConditions:
         if camera is not None:
             camera.gain = gain
 
-    def begin(self, given: Tensor | None) -> None:
-        """A stream begins with latents `given` [1, F, C, H, W]; ValueError if the network is to be told a picture."""
+    def begin(self, given: Tensor | None, picture: Picture | None = None) -> None:
+        """A stream begins with latents `given` [1, F, C, H, W], or is shown a picture; ValueError if one is missing."""
         for part in self.parts:
             part.begin(given)
+        if start := self.find(StartPicture):
+            start.show(picture)
 
     def read(self, inputs: Values) -> dict[str, Any]:
         """Inputs as they are held, by the first name of their kind, None left out; ValueError for what is not taken."""

@@ -150,6 +150,13 @@ class Clips:
         """Numbers in a row of `actions` or `tokens`; 0 if episodes have none."""
         return self.parts[0][name].shape[-1] if name in self.parts[0] else 0
 
+    @property
+    def channels(self) -> int:
+        """Condition channels that come with a clip: a reference picture and its mask, or what the data holds."""
+        if self.reference:
+            return self.latent_size[0] + 1
+        return self.parts[0]["channels"].shape[2] if "channels" in self.parts[0] else 0
+
     def condition(self, windows: Iterable[tuple[int, int]], length: int) -> Condition:
         """What (episode, first latent) windows of `length` latents are told."""
         picked, tokens, per_frame = list(windows), None, {}
@@ -165,7 +172,10 @@ class Clips:
             per_frame[AUDIO_SITE] = torch.stack([self.episode("audio", e)[s : s + length] for e, s in picked]).float()
         if self.width_of("tokens"):
             tokens = torch.stack([self.episode("tokens", e) for e, _ in picked]).float()
-        return Condition(tokens, per_frame)
+        channels = None
+        if self.width_of("channels"):
+            channels = torch.stack([self.episode("channels", e)[s : s + length] for e, s in picked]).float()
+        return Condition(tokens, per_frame, channels)
 
     def poses(self, windows: Iterable[tuple[int, int]], length: int) -> Tensor | None:
         """Recorded poses [B, length, 3 or 12] of windows; None where episodes have none."""

@@ -14,7 +14,7 @@ from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, branches, check_pictured
 from vidistill.config import build
 from vidistill.data.importers.write import ALL, Part, write_split
-from vidistill.data.prompts import Prompts, open_data
+from vidistill.data.prompts import IMAGE, SHOWN, Prompts, check_shown, open_data
 from vidistill.data.shards import META, DataError, Shard
 from vidistill.data.types import Batch
 from vidistill.diffusion import Denoiser, NoiseSchedule, derived_seed
@@ -23,7 +23,7 @@ from vidistill.ops.device import accelerator
 from vidistill.ops.precision import autocast, working_dtype
 from vidistill.progress import Bar
 from vidistill.sampling import trajectory
-from vidistill.teachers.wan import VAE_FACTORS
+from vidistill.teachers.wan import VAE_FACTORS, architecture_of
 
 LEVEL_TOLERANCE = 2e-3  # levels are written with few digits
 
@@ -51,10 +51,10 @@ def trajectories(
     where = accelerator()
     loaded = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
     net = loaded.net.to(where)
-    pictured = "dit" in loaded.record and loaded.net.cfg.extra_channels > 0
-    if "dit" in loaded.record:
-        cfg = loaded.net.cfg
-        check_pictured(teacher, cfg.channels, cfg.extra_channels, cfg.image_dim)
+    pictured = False
+    if dit := architecture_of(net):
+        check_pictured(teacher, dit.channels, dit.extra_channels, dit.image_dim)
+        pictured = dit.extra_channels == dit.channels + 1
     camera = loaded.record.get("world", {}).get("camera")
     source = open_data(data, camera=camera and build(CameraConfig, camera), reference=pictured)
     frames = frames or loaded.record["shape"]["frames"]
@@ -96,7 +96,7 @@ def digest(data: str | Path) -> str:
     return hashlib.sha256((Path(data) / META).read_bytes()).hexdigest()
 
 
-KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative", "audio")
+KEPT = ("source", "split", "fps", "actions", "px_size", "temporal", "codec", "text", "negative", "audio", IMAGE, SHOWN)
 
 
 def clips_of(
@@ -104,9 +104,11 @@ def clips_of(
 ) -> tuple[Callable[[int, int], Batch], dict[str, Any]]:
     """What draws (number of clips, number of the draw) -> clips that `teacher` takes, and what to note of them."""
     takes = teacher.record["shape"]["channels"] if "shape" in teacher.record else teacher.net.cfg.channels
-    text = teacher.net.cfg.text_dim if "dit" in teacher.record else 0
-    if text and text != source.width_of("tokens"):
-        raise DataError(f"{teacher.name} listens to text; {source.folder} has none of {text} numbers a token")
+    if dit := architecture_of(teacher.net):
+        text = dit.told_width
+        if text and text != source.width_of("tokens"):
+            raise DataError(f"{teacher.name} listens to text; {source.folder} has none of {text} numbers a token")
+        check_shown(teacher.name, dit, source)
     if not isinstance(source, Prompts):
         source.need("latents")
         if takes != source.latent_size[0]:
@@ -192,10 +194,14 @@ def write_trajectories(
             "tokens": batch.cond.tokens,
             "poses": batch.poses,
         }
+        if SHOWN in meta:
+            conditions["channels"] = batch.cond.channels
         conditions["audio"] = batch.cond.per_frame.get(AUDIO_SITE) if "audio" in meta else None
         kept = {name: x.cpu() for name, x in conditions.items() if x is not None}
         if "tokens" in kept:
             kept["tokens"] = kept["tokens"].bfloat16()  # as text encoders give them
+        if "channels" in kept:
+            kept["channels"] = kept["channels"].half()
         return {"states": states, **kept}, [{"clip": k} for k in range(first, last)]
 
     def done(i: int) -> None:

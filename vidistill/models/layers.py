@@ -98,6 +98,11 @@ class DiTConfig:
         return self.width // self.heads
 
     @property
+    def told_width(self) -> int:
+        """Width of condition tokens, of text and of pictures alike; 0: none are read."""
+        return max(self.text_dim, self.image_dim) if self.text_dim else 0
+
+    @property
     def projected(self) -> Mapping[str, SiteConfig]:
         """The sites that have weights: all but the heading, which turns queries and keys."""
         return {name: site for name, site in self.sites.items() if name != VIEW_SITE}

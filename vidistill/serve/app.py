@@ -303,7 +303,7 @@ def load_world(
     """
     bundle, codec = load_fast(name, speed or SpeedConfig())
     size = (bundle.shape.height * codec.spatial_factor, bundle.shape.width * codec.spatial_factor)
-    given = bundle.given_frames  # latent frames a run begins with
+    given = bundle.picture_frames  # latent frames a run begins with
     if starts is not None and not given:
         raise ValueError(f"--starts {starts}: {name} starts from noise and takes no picture; leave --starts out")
 

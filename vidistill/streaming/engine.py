@@ -13,8 +13,8 @@ from torch import Tensor
 from vidistill import checkpoint
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning.condition import Condition, concat
-from vidistill.conditioning.controls import Audio, ControlInput, LiveConditions
+from vidistill.conditioning.condition import Condition, concat, shown_clip
+from vidistill.conditioning.controls import Audio, ControlInput, LiveConditions, Picture, StartPicture
 from vidistill.conditioning.script import Cue, Script, scripted
 from vidistill.diffusion import derived_seed
 from vidistill.io import to_float, to_uint8
@@ -76,6 +76,7 @@ class Run:
     number: int
     seed: int
     given: Tensor | None  # latents [1, F, C, H, W] it starts from
+    picture: Picture | None = None  # what an image-to-video network is shown
     over: bool = False
 
 
@@ -121,7 +122,7 @@ class Engine:
         self.codec, self.schedule, self.drawn = codec, bundle.schedule, drawn
         if rewarm is not None:
             self.schedule = replace(self.schedule, rewarm=rewarm)
-        self.given_frames = bundle.given_frames
+        self.picture_frames, self.read_picture = bundle.picture_frames, checkpoint.image_encoder(bundle.record)
         self.device = self.student.net.device
         self.factor = codec.temporal_factor if codec else bundle.spec.played.temporal or 1
         if codec is not None and codec.latent_channels != self.student.shape.channels:
@@ -157,13 +158,14 @@ class Engine:
         return self.factor * (stop - first) - (self.factor - 1 if fresh or chunk == 0 else 0)
 
     @torch.no_grad()
-    def encode(self, image: np.ndarray | None) -> Tensor | None:
-        """Latents [1, F, C, H, W] of the given frames from uint8 `image` [H, W, 3], or a clip [T, H, W, 3]."""
-        given = self.given_frames
+    def encode(self, image: np.ndarray | None) -> tuple[Tensor | None, Picture | None]:
+        """Latents [1, F, C, H, W] of the given frames from uint8 `image` [H, W, 3], or a clip [T, H, W, 3]; for an
+        image-to-video student what it is shown of it instead."""
+        given = self.picture_frames
         if image is None:
             if given:
                 raise ValueError("this student starts from a picture: pass `image`, uint8 [H, W, 3]")
-            return None
+            return None, None
         if not given:
             raise ValueError("this student starts from noise and takes no `image`")
         if self.codec is None:
@@ -173,13 +175,18 @@ class Engine:
         needed = (self.codec.px_frames(given), shape.height * scale, shape.width * scale, 3)
         if clip.dtype != np.uint8 or clip.shape != needed:
             raise ValueError(f"image is {image.dtype} {list(image.shape)}; needed is uint8 {list(needed)}")
-        return self.codec.encode(to_float(clip)[None].to(self.device))
+        px = to_float(clip)[None].to(self.device)
+        if not self.inputs.find(StartPicture):
+            return self.codec.encode(px), None
+        latents = self.codec.encode(shown_clip(px, self.codec.px_frames(shape.frames)))
+        tokens = self.read_picture([clip[0]]).to(self.device) if self.read_picture else None
+        return None, Picture(latents, tokens)
 
     @torch.no_grad()
     def chunks(self, run: Run, admit: Admit = lambda px_frames: True) -> Iterator[Chunk]:
         """Finished chunks of `run`, until it is over or `admit`, asked with the px frames of the next, says no."""
         self.navigator.begin()
-        self.inputs.begin(run.given)
+        self.inputs.begin(run.given, run.picture)
         self._taken.clear()
         self._newest, self._scenes = None, [0]
         self._watch.take()

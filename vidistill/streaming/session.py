@@ -104,7 +104,7 @@ def refused_switches(bundle: Bundle) -> dict[str, str]:
         )
     if bundle.spec.audio:
         return {"cut": "this student takes audio, which goes on: it cannot cut to a new scene; reset() instead"}
-    if bundle.given_frames:
+    if bundle.picture_frames:
         return {"cut": "this student starts from a picture and cannot cut to a new scene; reset() with one"}
     return {}
 
@@ -150,7 +150,7 @@ class StreamSession:
         last = engine.schedule.given_chunks + len(engine.schedule.lists)  # from here on the schedule repeats itself
         self.nfe_per_chunk = sum(len(p.sigma) for p in finite(endless(engine.schedule), last + 1) if p.chunk == last)
         self._resets = itertools.count(1)
-        engine.begin(Run(0, cfg.seed, engine.encode(image)))
+        engine.begin(Run(0, cfg.seed, *engine.encode(image)))
         self._pipeline: Pipeline | None = None
         if cfg.pipelined:
             decode_threads = cfg.decode_threads or max(1, torch.get_num_threads() // 4)
@@ -209,8 +209,8 @@ class StreamSession:
         Frames not yet taken are dropped. Inputs stay: call `set` first if the new run is to begin with others.
         """
         old = self._engine.run
-        given = old.given if image is None else self._engine.encode(image)
-        (self._pipeline or self._engine).begin(Run(next(self._resets), old.seed if seed is None else seed, given))
+        start = (old.given, old.picture) if image is None else self._engine.encode(image)
+        (self._pipeline or self._engine).begin(Run(next(self._resets), old.seed if seed is None else seed, *start))
 
     def frames(self) -> Iterator[Frame]:
         """Frames in order, for ever; ends when the session is closed. Asked again, it goes on where it was left.
@@ -265,7 +265,7 @@ class StreamSession:
     def reference(self, chunks: int) -> Tensor:
         """Latents [1, F, C, H, W] of a plain finite rollout under the present inputs: what the stream must equal."""
         engine = self._engine
-        self.inputs.begin(engine.run.given)
+        self.inputs.begin(engine.run.given, engine.run.picture)
         noise, rng = engine.randomness(engine.run)
         finished = rollout(
             engine.student,

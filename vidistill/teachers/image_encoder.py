@@ -32,6 +32,12 @@ class ImageEncoder:
         tokens: Tensor = encoder(**batch, output_hidden_states=True).hidden_states[-2]
         return tokens
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many `tokens` a picture has, and their `width`."""
+        cfg = (self._models or self._load())[1].config
+        return {"tokens": (cfg.image_size // cfg.patch_size) ** 2 + 1, "width": cfg.hidden_size}
+
     def _load(self) -> tuple[Any, Any]:
         try:
             from transformers import CLIPImageProcessor, CLIPVisionModel

@@ -89,6 +89,11 @@ class Experts(nn.Module):
         return out
 
 
+def architecture_of(net: Any) -> DiTConfig | None:
+    """The architecture of a network, or of each of Wan2.2's experts; None for a foreign one."""
+    return net.cfg if isinstance(net, VideoDiT | Experts) else None
+
+
 def load(source: str | Path, **options: Any) -> Teacher:
     """A Wan teacher from a folder (diffusers' or Wan's own layout) or a hub id; options are those of LoadConfig.
 

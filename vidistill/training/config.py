@@ -12,7 +12,8 @@ import torch
 from vidistill import config, distributed
 from vidistill.codecs.tiny import TinyCodecConfig
 from vidistill.conditioning.camera import CameraConfig
-from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE, check_pictured
+from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, POSE_SITE, check_pictured, is_shown
+from vidistill.data.prompts import PROMPTS, check_shown
 from vidistill.diffusion import AnyGenerator, RowGenerator, derived_seed
 from vidistill.models.layers import DiTConfig
 from vidistill.models.lora import LoraConfig
@@ -300,9 +301,9 @@ def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], nam
     wanted = dit.sites[ACTION_SITE].dim if ACTION_SITE in dit.sites else 0
     if wanted and wanted != source.width_of("actions"):
         raise ValueError(f"{name} takes actions of {wanted} numbers, {data} has {source.width_of('actions')}")
-    if dit.text_dim and dit.text_dim != source.width_of("tokens"):
+    if dit.told_width and dit.told_width != source.width_of("tokens"):
         raise ValueError(
-            f"{name} listens to text, {dit.text_dim} numbers a token; {data} has {source.width_of('tokens')}: "
+            f"{name} listens to text, {dit.told_width} numbers a token; {data} has {source.width_of('tokens')}: "
             "make it with `vidistill data prompts`, or from such a folder"
         )
     if cfg.prompt_switch and not dit.text_dim:
@@ -311,12 +312,15 @@ def check_network(cfg: TrainConfig, source: Any, size: tuple[int, int, int], nam
     if heard and (AUDIO_SITE not in dit.sites or dit.sites[AUDIO_SITE].dim != heard):
         raise ValueError(f"{name} needs dit.sites.{AUDIO_SITE} with dim {heard}: the audio of {data}")
     check_pictured(name, channels, dit.extra_channels, dit.image_dim)
-    given = channels + 1 if cfg.reference else 0
-    if dit.extra_channels != given:
-        raise ValueError(
-            f"{name} takes {dit.extra_channels} condition channels, this stage gives {given}: a reference picture "
-            f"(reference=true) is {channels + 1} of them"
-        )
+    check_shown(name, dit, source)
+    if is_shown(channels, dit.extra_channels):
+        if cfg.long_frames:
+            raise ValueError("long_frames goes on with the conditions of another clip, which starts from a picture: 0")
+        if OBJECTIVES[cfg.objective].critic and source.kind != PROMPTS:
+            raise ValueError(
+                f"objective {cfg.objective!r} guides {name} against the negative prompt of a picture: set data to a "
+                "folder of `vidistill data pictures`"
+            )
     camera = cfg.camera
     for site, dim in ({} if camera is None else camera.dims).items():
         if site not in dit.sites or dit.sites[site].dim != dim:

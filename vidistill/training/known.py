@@ -11,7 +11,7 @@ from vidistill import checkpoint
 from vidistill.training.config import TrainConfig
 
 TOLERANCE = 0.02  # of two codecs' latents of a random clip; stored weights may be rounded to half precision
-ENCODERS = ("text", "audio")
+ENCODERS = ("text", "audio", "image")
 WORLD = ("fps", "actions")  # of a record's `world` and of data
 
 

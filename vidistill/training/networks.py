@@ -13,6 +13,7 @@ from vidistill.models.dit import VideoDiT, extend, recomputing
 from vidistill.models.lora import LoraConfig, add_lora, merge_lora
 from vidistill.models.student import CausalStudent, core
 from vidistill.ops.precision import DTYPES, working_dtype
+from vidistill.teachers.wan import architecture_of
 from vidistill.training.config import TrainConfig, check_network
 from vidistill.training.losses import OBJECTIVES, Roles
 from vidistill.training.motion import MotionHead
@@ -67,8 +68,8 @@ def make_roles(cfg: TrainConfig, data: Any) -> tuple[Roles, LatentShape | None, 
     if not isinstance(critic, VideoDiT):
         raise ValueError(f"{critic_name} is no single network: name one in critic_init for the critic")
     for scorer_name, scorer in ((cfg.teacher, teacher.net), (critic_name, critic)):
-        if isinstance(scorer, VideoDiT):
-            check_network(cfg, data, latent_size(cfg, data, scorer.cfg.channels), scorer_name, scorer.cfg)
+        if dit := architecture_of(scorer):
+            check_network(cfg, data, latent_size(cfg, data, dit.channels), scorer_name, dit)
     noise = teacher.noise if "noise" in teacher.record else NoiseSchedule()
     motion = MotionHead(shape.channels) if cfg.loss.motion_head else None
     return Roles(student, teacher.net, critic, motion), shape, noise

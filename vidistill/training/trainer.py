@@ -437,6 +437,7 @@ class Trainer:
             "codec": cfg.codec,
             "text": meta.get("text"),
             "audio": meta.get("audio"),
+            "image": meta.get("image"),
             "world": world,
             "card": card,
         }
