@@ -23,7 +23,7 @@ from vidistill.worlds import WORLDS
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
-CFG = MinutesConfig(streams=2, marks=(1.5, 3.0), span=1.0, batch=1, out="", draws=0, steps=2, cache="")
+CFG = MinutesConfig(streams=2, seeds=1, marks=(1.5, 3.0), span=1.0, batch=1, out="", draws=0, steps=2, cache="")
 
 
 def view(px, windows):
@@ -101,6 +101,19 @@ def test_a_stream_without_the_filter_is_the_same_rollout(bench):
     )[:, :total]
     assert torch.allclose(streams(batch), served, atol=1e-5)
     assert not torch.allclose(streams.unfiltered(batch), served, atol=1e-3)
+
+
+def test_every_seed_is_rolled_out_once_for_both_rows(bench, monkeypatch):
+    cfg, seeds = replace(CFG, seeds=3, data=str(bench / "data-{split}")), []
+
+    def walked(student, codec, px, actions, poses, total, seed, precision):
+        seeds.append(seed)
+        return [px.expand(-1, total, -1, -1, -1)]
+
+    monkeypatch.setattr(minutes, "walk_along", walked)
+    suite.evaluate(SUITE, str(bench / "student"), cfg, "validation")
+    assert len(seeds) == len(set(seeds)) == 2 * 3
+    assert MinutesConfig().seeds == 3
 
 
 def test_a_teacher_goes_on_from_its_last_picture(bench, monkeypatch):

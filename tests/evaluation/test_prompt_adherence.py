@@ -39,6 +39,8 @@ def test_student_teacher_and_real_come_out_of_one_run(world, tmp_path):
         assert all(0 <= row[part][name] <= 1 for part in ("before", "after") for name in (*ATTRIBUTES, "asked"))
     assert result["real"]["motion_ratio"] == 1 and "frechet_paired" not in result["real"]
     assert set(result["codec"]["confusion"]) == set(ATTRIBUTES) == set(result["student"]["confusion"])
+    kept = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
+    assert result["protocol"]["teacher_samples_bytes"] == kept > 0
     assert result["student"]["sharpness_drift"] > 0 and result["student"]["frechet_paired"] > 0
     assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "switches.png", "index.html"}
     table = report.table(METRICS, result)

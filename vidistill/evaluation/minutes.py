@@ -42,7 +42,6 @@ class MinutesConfig(JudgeConfig):
     span: float = 10.0
     batch: int = 4
     steps: int = 50  # of the teacher
-    seeds: int = 1  # walks are many
     data: str = "data/doom-{split}"
 
     def __post_init__(self) -> None:
@@ -93,22 +92,26 @@ def walks(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: MinutesConfig) -> Dat
 
 
 class Streams:
-    """The student's streams along walks, at constant memory; those of the last batch are kept as they were unfiltered.
+    """The student's streams along walks, at constant memory; those of the last batch are kept as they were unfiltered,
+    one for each seed.
 
     A codec's filter works on pictures that are decoded, so that one rollout shows both.
     """
 
     def __init__(self, student: Bundle, codec: Codec, cfg: MinutesConfig) -> None:
-        self.student, self.cfg, self.kept = student, cfg, (-1, torch.empty(0))
+        self.student, self.cfg = student, cfg
+        self.kept: dict[int, Tensor] = {}  # by seed, the oldest first
         self.spread = codec.cfg.smooth if isinstance(codec, TinyCodec) else 0.0
         self.codec = codec if not isinstance(codec, TinyCodec) else without_filter(codec)
 
     def unfiltered(self, batch: Batch) -> Tensor:
-        if self.kept[0] != batch.seed:
+        if batch.seed not in self.kept:
+            if len(self.kept) == self.cfg.seeds:
+                del self.kept[next(iter(self.kept))]
             told, total = (batch.facts["actions"], batch.facts["poses"]), batch.px.shape[1]
             made = walk_along(self.student, self.codec, batch.px[:, :1], *told, total, batch.seed, self.cfg.precision)
-            self.kept = batch.seed, torch.cat(list(made), dim=1)[:, :total]
-        return self.kept[1]
+            self.kept[batch.seed] = torch.cat(list(made), dim=1)[:, :total]
+        return self.kept[batch.seed]
 
     def __call__(self, batch: Batch) -> Tensor:
         px = self.unfiltered(batch)

@@ -317,6 +317,8 @@ def evaluate(
     for row, bundle in bundles.items():
         judged.result[row] = {"name": bundle.name, **judged.result[row]}
     taken = {"features": "probe features", "seconds_taken": round(time.time() - began, 1)}
+    if "teacher" in bundles and cfg.cache:
+        taken["teacher_samples_bytes"] = sum(file.stat().st_size for file in Path(cfg.cache).glob("*.safetensors"))
     judged.result |= {"schema": 2, "renamed": RENAMED}
     judged.result["protocol"] = {**asdict(cfg), "split": split, **judged.protocol, **taken}
     plain: dict[str, Any] = report.plain(judged.result)
