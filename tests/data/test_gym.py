@@ -1,5 +1,7 @@
 """`vidistill data gym`: any environment in, episodes with named actions out, and their true futures."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from tiny_env import SPACES, TinyEnv
 
 from vidistill.cli.main import main
 from vidistill.data.clips import Clips
+from vidistill.data.importers import gym
 from vidistill.data.importers.actions import action_map
 from vidistill.data.importers.gym import GymConfig, is_deterministic, record, replay, resized
 from vidistill.worlds.futures import true_future
@@ -35,6 +38,18 @@ def test_episodes_are_recorded_by_their_seeds(tmp_path, capsys):
     }
     assert seeds == {0, 1, 2, 1_000_000, 2_000_000}
     assert (tmp_path / "a" / "sheet.png").is_file()
+
+
+def test_keys_of_an_action_are_those_that_its_player_holds_together():
+    with contextlib.closing(gym.made(config(options={"kind": "ways"}))) as env:
+        keys = gym.keys_of(env, gym.actions_of(env, config()))
+    assert keys == {
+        "up": ["w"],
+        "right": ["ArrowRight"],
+        "upright": ["w", "ArrowRight"],
+        "fire": [" "],
+        "uprightfire": [" ", "ArrowRight", "w"],
+    }
 
 
 def test_an_action_leads_to_the_frame_it_is_written_with():

@@ -8,11 +8,23 @@ from gymnasium import spaces
 
 SPACES = {
     "discrete": spaces.Discrete(3),
+    "ways": spaces.Discrete(6),
     "choices": spaces.MultiDiscrete([3, 2]),
     "switches": spaces.MultiBinary(2),
     "box": spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 2.0], np.float32)),
     "endless": spaces.Box(-np.inf, np.inf, (2,)),
     "dict": spaces.Dict({"a": spaces.Discrete(2)}),
+}
+
+
+MEANINGS = {
+    "discrete": ["NOOP", "LEFT", "RIGHT"],
+    "ways": ["NOOP", "UP", "RIGHT", "UPRIGHT", "FIRE", "UPRIGHTFIRE"],
+}
+RIGHT = 1 << 30 | 79  # pygame.K_RIGHT
+KEYS = {
+    "discrete": {(): 0, ("a",): 1, (ord("d"),): 2, ("d", "x"): 2},
+    "ways": {(): 0, ("w",): 1, (RIGHT,): 2, ("w", RIGHT): 3, (" ",): 4, (" ", RIGHT, "w"): 5, (1 << 30 | 58,): 1},
 }
 
 
@@ -27,10 +39,10 @@ class TinyEnv(gymnasium.Env):
         self.kind, self.meanings = kind, meanings
 
     def get_action_meanings(self):
-        return ["NOOP", "LEFT", "RIGHT"] if self.kind == "discrete" and self.meanings else []
+        return MEANINGS.get(self.kind, []) if self.meanings else []
 
     def get_keys_to_action(self):
-        return {(): 0, ("a",): 1, (ord("d"),): 2, ("d", "x"): 2} if self.kind == "discrete" else {}
+        return KEYS.get(self.kind, {})
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -41,7 +53,8 @@ class TinyEnv(gymnasium.Env):
 
     def step(self, action):
         pushes = {"discrete": lambda: [0, (0, -1, 1)[action]], "choices": lambda: [action[1], (0, -1, 1)[action[0]]],
-                  "switches": lambda: list(action), "box": lambda: list(action)}  # fmt: skip
+                  "switches": lambda: list(action), "box": lambda: list(action),
+                  "ways": lambda: [(0, -1, 0, -1, 0, -1)[action], (0, 0, 1, 1, 0, 1)[action]]}  # fmt: skip
         self.place = np.clip(self.place + np.array(pushes[self.kind](), float), 0, [39, 63])
         self.steps += 1
         return self.place, 0.0, bool(self.ends) and self.steps >= self.ends, False, {}

@@ -173,7 +173,39 @@ def test_keys_that_a_world_names_hold_its_actions(browser):
             ".pad [data-action]", "(all) => all.map((b) => b.style.gridArea.split(' ')[0])"
         )
     assert np.median(left) > 0 > np.median(right), (left, right)
-    assert places == ["right", "left", "up", "down"]
+    assert places == ["right", "left", "down"]  # what two keys hold together has no place of its own
+
+
+CHORDS = [  # keys of a world that has names for some of them together
+    ("down", "ArrowUp", ["up"]),
+    ("down", "ArrowRight", ["upright"]),
+    ("down", "Space", ["uprightfire"]),
+    ("up", "ArrowUp", ["right", "fire"]),
+    ("down", "KeyW", ["uprightfire"]),
+    ("up", "ArrowRight", ["up", "fire"]),
+    ("up", "Space", ["up"]),
+    ("up", "KeyW", []),
+]
+
+
+def test_keys_held_together_hold_the_action_of_their_chord(browser):
+    args = parser().parse_args(["serve", "--env", "tiny_env:Tiny-v0", "--option", "kind=ways"])
+    args.policy = "random"
+    holding = "[...document.querySelectorAll('.held')].map((button) => button.dataset.action).join()"
+    real = Real.of(args, None)
+    with running(real.world()) as address, opened(browser, address) as page:
+        wait_for_pictures(page)
+        (session,), names = real.open, real.named.names
+        for turn, key, on in CHORDS:
+            getattr(page.keyboard, turn)(key)
+            wait(page, f"{holding} === '{','.join(on)}'")
+            end = time.monotonic() + 30.0
+            while [name for name, value in zip(names, session._held, strict=True) if value] != on:
+                assert time.monotonic() < end, (turn, key, session._held)
+                page.wait_for_timeout(20)
+        page.hover("[data-action=upright]")
+        page.mouse.down()
+        wait(page, f"{holding} === 'upright'")
 
 
 def test_a_world_that_remembers_draws_its_map_and_leads_back(browser):

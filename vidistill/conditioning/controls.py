@@ -356,7 +356,7 @@ MODALITIES: dict[Callable[[Network], Modality], Callable[[Network], bool]] = {
 class WorldConfig:
     """The world a network was trained on: px frames a second and of one latent, what can be done, px a side, camera.
 
-    `keys`: which of a keyboard are held for an action, by its name: a letter, or a code such as ArrowLeft.
+    `keys`: which of a keyboard are held, together, for an action, by its name: a letter, or a code such as ArrowLeft.
     """
 
     fps: float | None = None

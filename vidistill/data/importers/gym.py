@@ -32,6 +32,7 @@ TRIES, ANOTHER = 20, 10 * HELD_OUT_SEED  # episodes tried for one that is long e
 HELD = (2, 8)  # frames that a random action is held, at least and at most
 STAYS = 0.9  # how likely a sticky action is to stay for another frame
 RATES = (12.0, 18.0)  # frames a second that suit a small world
+ARROWS = {1 << 30 | 79 + k: f"Arrow{way}" for k, way in enumerate(("Right", "Left", "Down", "Up"))}  # SDL's key codes
 CHECKED = 48  # frames on which an environment is found to be deterministic
 
 SAID = {
@@ -150,17 +151,24 @@ def meanings_of(inner: Any) -> list[str]:
 
 
 def keys_of(env: Any, named: ActionMap) -> dict[str, list[str]]:
-    """The keys that the environment's own player holds for each action; nothing where it has none."""
+    """The keys that the environment's own player holds together for each action; nothing where it has none."""
     found = getattr(env.unwrapped, "get_keys_to_action", None)
     keys: dict[str, list[str]] = {}
     for held, action in (found() if callable(found) else {}).items():
         numbers = named.of(action)
         if numbers.sum() == 1:
             name = named.names[int(numbers.argmax())]
-            pressed = [key if isinstance(key, str) else chr(int(key)) for key in held]
-            if name not in keys or len(pressed) < len(keys[name]):
+            pressed = [key_name(key) for key in held]
+            if all(pressed) and (name not in keys or len(pressed) < len(keys[name])):
                 keys[name] = pressed
     return keys
+
+
+def key_name(key: Any) -> str:
+    """A key as the page calls it: a character, or an arrow by its code; "" for others that pygame has numbers for."""
+    if isinstance(key, str):
+        return key
+    return ARROWS.get(int(key)) or (chr(int(key)) if 0 < int(key) < sys.maxunicode else "")
 
 
 def rate_of(env: Any) -> float:

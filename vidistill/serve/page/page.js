@@ -25,8 +25,9 @@ let socket = null, world = null, retries = 0, ended = false;
 let start = "", picture = null; // chosen start image; preview of one's own
 let userPaused = false, pausedAtServer = false, begun = false;
 let inputId = 0, recording = false, recordedFrames = 0;
-const held = new Map(); // what holds a key down (a key code, a finger) -> action
-const actions = new Map(); // key code -> action
+const held = new Map(); // what holds keys down (a key code, a finger) -> these keys
+const keysOf = new Map(); // key code -> the key that it is, or that it is like, in a list
+const chords = new Map(); // action -> keys that hold it, all of them together
 const pending = new Map(); // input id -> when it was sent
 const latencies = [], drawn = []; // the last few, ms
 let newest = null, decoding = 0; // frame waiting to be drawn
@@ -196,9 +197,9 @@ function showStats({ memory_bytes: bytes, nfe_per_chunk: nfe, lips_ms: lips }) {
 
 // --- keys and fingers ---
 
-function hold(source, action, down) {
-  if (down === (held.get(source) === action)) return;
-  if (down) held.set(source, action);
+function hold(source, keys, down) {
+  if (down === (held.get(source) === keys)) return;
+  if (down) held.set(source, keys);
   else held.delete(source);
   sendKeys();
 }
@@ -209,8 +210,16 @@ function release() {
   sendKeys();
 }
 
+// Actions of which all keys are held; where keys together hold one of their own, it alone: up-right is not up beside right.
+function heldActions() {
+  const down = [...held.values()].flat();
+  const whole = [...chords].filter(([, keys]) => keys.every((key) => down.includes(key)));
+  const within = (few, many) => few.length < many.length && few.every((key) => many.includes(key));
+  return whole.filter(([, keys]) => !whole.some(([, more]) => within(keys, more))).map(([action]) => action);
+}
+
 function sendKeys() {
-  const down = new Set(held.values());
+  const down = new Set(heldActions());
   for (const button of document.querySelectorAll("[data-action]")) button.classList.toggle("held", down.has(button.dataset.action));
   const named = ([name, { kind }]) => kind === "hold" && [name, {}];
   const inputs = Object.fromEntries(Object.entries(world?.takes ?? {}).map(named).filter(Boolean));
@@ -229,7 +238,8 @@ const CONTROLS = { hold: buildButtons, numbers: buildSliders, text: buildText, s
 const holders = new Map(); // action -> the input it belongs to
 
 function buildInputs() {
-  actions.clear();
+  keysOf.clear();
+  chords.clear();
   holders.clear();
   $("lipsbox").hidden = true;
   $("inputs").replaceChildren();
@@ -245,19 +255,24 @@ function buildInputs() {
   });
 }
 
-// What holds an action: the key that the world names for it, else the page's own, else a digit.
-function keyOf(name, [key, ...more] = [], digit) {
+// What holds an action: the keys that the world names for it, all of them together, else the page's own, else a digit.
+function keysFor(name, named = [], digit) {
   const own = KEYS[name] ?? { codes: [`Digit${digit}`], sign: digit, text: name.replaceAll("_", " ") };
-  if (!key || more.length) return own;
-  const code = key === " " ? "Space" : /^[a-z]$/i.test(key) ? `Key${key.toUpperCase()}` : /^\d$/.test(key) ? `Digit${key}` : key;
-  const arrow = Object.values(PAD).find(({ codes }) => codes.includes(code));
-  return { codes: [code], sign: key.toUpperCase(), ...arrow, text: own.text };
+  if (!named.length) return { ...own, keys: [own.codes] };
+  const parts = named.map((key) => {
+    const code = key === " " ? "Space" : /^[a-z]$/i.test(key) ? `Key${key.toUpperCase()}` : /^\d$/.test(key) ? `Digit${key}` : key;
+    const arrow = Object.values(PAD).find(({ codes }) => codes.includes(code));
+    return { codes: [code], sign: key === " " ? "Space" : key.toUpperCase(), ...arrow };
+  });
+  const one = parts.length === 1 ? parts[0] : { sign: parts.map(({ sign }) => sign).join(" ") };
+  return { ...one, keys: parts.map(({ codes }) => codes), text: own.text };
 }
 
 function buildButtons(card, input, { names, keys = {} }) {
   names.forEach((name, i) => {
-    const key = keyOf(name, keys[name], String((i + 1) % 10));
-    for (const code of key.codes) actions.set(code, name);
+    const key = keysFor(name, keys[name], String((i + 1) % 10)), chord = key.keys.map(([first]) => first);
+    for (const codes of key.keys) for (const code of codes) keysOf.set(code, codes.slice(0, 1));
+    chords.set(name, chord);
     holders.set(name, input);
     const button = document.createElement("button");
     const label = document.createElement("small");
@@ -269,10 +284,10 @@ function buildButtons(card, input, { names, keys = {} }) {
     button.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       button.setPointerCapture(event.pointerId);
-      hold(`finger ${event.pointerId}`, name, true);
+      hold(`finger ${event.pointerId}`, chord, true);
     });
     for (const kind of ["pointerup", "pointercancel", "lostpointercapture"]) {
-      button.addEventListener(kind, (event) => hold(`finger ${event.pointerId}`, name, false));
+      button.addEventListener(kind, (event) => hold(`finger ${event.pointerId}`, chord, false));
     }
     button.addEventListener("contextmenu", (event) => event.preventDefault());
     card.querySelector(key.area ? ".pad" : ".more").append(button);
@@ -309,9 +324,9 @@ const COMMANDS = { KeyR: restart, KeyN: newSeed, KeyV: toggleRecord, KeyP: toggl
 
 window.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select")) return;
-  if (actions.has(event.code)) {
+  if (keysOf.has(event.code)) {
     event.preventDefault();
-    if (!event.repeat) hold(event.code, actions.get(event.code), true);
+    if (!event.repeat) hold(event.code, keysOf.get(event.code), true);
   } else if (COMMANDS[event.code] && !event.repeat) {
     COMMANDS[event.code]();
   }
