@@ -91,13 +91,13 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2512,
+    "data": 2517,
     "training": 1740,
     "evaluation": 2974,
     "worlds": 1464,
     "bench": 1287,
     "ops": 1180,
-    "cli": 1298,
+    "cli": 1318,
     "serve": 1195,
     "interop": 1046,
     "conditioning": 788,
