@@ -108,7 +108,7 @@ BUDGETS = {
     "io": 292,
     "teachers": 299,
     "checkpoint": 266,
-    "distributed": 263,
+    "distributed": 271,
     "schedules": 150,
     "config": 139,
     "record": 139,

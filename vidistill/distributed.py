@@ -336,7 +336,9 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     if world_size() > 1:
         dist.barrier()
     flat = {f"{n}{SCALAR}" if t.ndim == 0 else n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
-    dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
+    before = next(reversed(complete_shards(folder)), "none before it")
+    with told_by_all(f"the state of step {info['step']} was not written (there is {before})"):
+        dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
     if world_size() > 1:
         dist.barrier()
     files = checksums(path)
@@ -346,6 +348,18 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
         drop_shards(folder, keep=path)
     if world_size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def told_by_all(what: str) -> Iterator[None]:
+    """Inside, what torch's checkpoints cannot do on one rank is an OSError on all of them that begins with `what`."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # a BaseException, of many lines
+        number, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"{what}: {cause} (process {number})") from error
 
 
 def checksums(path: Path) -> dict[str, str]:
