@@ -15,6 +15,7 @@ from vidistill.models.layers import DiTConfig, SiteConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 
 ACTIONS = ("turn_left", "turn_right", "forward", "backward")
+SLOW_S = 3600
 SIDE = 16  # px; 4x4 latents of 4 channels, one for 4 px frames
 WORLD = {"fps": 17.5, "actions": list(ACTIONS), "px_size": SIDE, "temporal": 4}
 CODEC = TinyCodecConfig(latent_channels=4, encoder_widths=(6, 8, 8), decoder_widths=(8, 8, 6))
@@ -33,6 +34,13 @@ def random_dit(cfg: DiTConfig, seed: int = 0) -> VideoDiT:
         net = VideoDiT(cfg)
         torch.nn.init.normal_(net.head.head.weight, std=0.3)
     return net
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests have an hour, unless they say otherwise: the limit of all others ends them on a busy machine."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
 
 
 @pytest.fixture(scope="session")
