@@ -91,8 +91,8 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2517,
-    "training": 1740,
+    "data": 2643,
+    "training": 1745,
     "evaluation": 2974,
     "worlds": 1464,
     "bench": 1287,
@@ -107,7 +107,7 @@ BUDGETS = {
     "codecs": 495,
     "io": 292,
     "teachers": 299,
-    "checkpoint": 266,
+    "checkpoint": 267,
     "distributed": 271,
     "schedules": 150,
     "config": 139,

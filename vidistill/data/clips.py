@@ -19,7 +19,8 @@ from vidistill.conditioning.condition import (
     reference_channels,
     walked,
 )
-from vidistill.data.shards import DataError, read_meta, read_shards
+from vidistill.data.meta import META, DataError
+from vidistill.data.shards import read_meta, read_shards
 from vidistill.data.types import ENDS, Batch, count_episodes, row_lengths, unpack_rows
 
 EVERY = slice(None)  # rows of a batch
@@ -88,6 +89,9 @@ class Clips:
             if episodes and self.ends[-1] >= episodes:
                 break
         described = self.meta["described"][: len(self)]
+        if len(described) < len(self) or (not episodes and self.meta["episodes"] != len(self)):
+            said = self.meta["episodes"]
+            raise DataError(f"{self.folder} holds {len(self)} episodes, its {META} says {said}; make the data again")
         self._lengths: dict[str, list[int]] = {}
         self.kept, self.dropped = filter_clips(described, curate or {}, str(folder))  # episodes drawn; others by reason
 
@@ -121,10 +125,19 @@ class Clips:
         """Latents at the start of a clip that are known: 1, the picture it starts from, unless the data says so."""
         return self.meta.get("given", 1)
 
+    def _check_given(self, length: int) -> None:
+        """DataError for clips that are known from the start: there is nothing to learn from them."""
+        if self.given >= length:
+            raise DataError(f"{self.folder} says given {self.given}, all of a clip of {length} latents; ask for more")
+
     @property
     def factor(self) -> int:
         """Px frames of a latent: what the data says, or what its packed actions show."""
-        return self.meta.get("temporal") or (self.width_of("actions") - 1) // len(self.meta["actions"])
+        if temporal := self.meta.get("temporal"):
+            return int(temporal)
+        if not (names := self.meta.get("actions")) or self.width_of("actions") <= len(names):
+            raise DataError(f"{self.folder} does not say how many frames a latent holds (`temporal`); make it again")
+        return (self.width_of("actions") - 1) // len(names)
 
     @property
     def kind(self) -> str:
@@ -241,11 +254,13 @@ class Clips:
         drawn = np.random.default_rng((seed, step)).integers(0, len(self.kept), size=batch)[rows]
         picked = [self.kept[k] for k in drawn]
         states = torch.stack([self.episode("states", k) for k in picked]).float()
+        self._check_given(states.shape[2])
         cond = self.condition(((k, 0) for k in picked), states.shape[2])
         return Batch(states, self.begun(cond, states[:, -1]), self.given)
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
+        self._check_given(length)
         latents, picked = [], list(windows)
         for e, s in picked:
             clip = self.episode("latents", e)[s : s + length]

@@ -15,7 +15,8 @@ from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import MASKS, Condition, before_text, shown_channels
 from vidistill.data.clips import EVERY, Clips, Ranges
 from vidistill.data.importers.write import ALL, Part, write_split
-from vidistill.data.shards import DataError, Shard, read_meta, read_shards
+from vidistill.data.meta import PROMPTS, DataError
+from vidistill.data.shards import Shard, read_meta, read_shards
 from vidistill.data.types import Batch, pack_rows, unpack_rows
 from vidistill.distributed import rank
 from vidistill.io import read_text
@@ -65,7 +66,6 @@ def check_shown(name: str, dit: DiTConfig, source: "Clips | Prompts") -> None:
         raise DataError(f"{name} is told no image tokens, {source.folder} has them: leave out --image-encoder there")
 
 
-PROMPTS = "prompts"  # of meta: how many there are
 # Of data that image-to-video networks learn from, in meta and shards: latents that are shown, tokens of a picture.
 SHOWN, IMAGE = "shown", "image"
 NAMES, TOKENS = "names", "tokens"  # of folders of earlier versions: the file of each prompt under TOKENS

@@ -16,16 +16,11 @@ from torch import Tensor
 
 from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning.condition import Encode, pack_actions, pack_audio
+from vidistill.data.meta import META, DataError, parse_meta
 from vidistill.data.types import Captioned, Episode, Talk, count_episodes, pack_rows, unpack_rows
 from vidistill.io import read_json, write_atomic, write_text
 
-META = "meta.json"
 SETTINGS = "settings.json"
-
-
-class DataError(ValueError):
-    """A data folder that cannot be used; the message names the file or the setting."""
-
 
 Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the episode, a description of each
 
@@ -62,7 +57,9 @@ def finish_shards(folder: str | Path, shards: int, described: list[dict], meta: 
         raise DataError(f"{folder} would hold no episodes; record at least one")
     partial = partial_of(folder)
     record = {**meta, "shards": shards, "episodes": len(described), "described": described}
-    write_text(partial / META, json.dumps(record))
+    text = json.dumps(record)
+    parse_meta(json.loads(text), partial / META)
+    write_text(partial / META, text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -109,6 +106,10 @@ def talk_shards(
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
+    """The meta of the data in `folder`, see `meta.Meta`; DataError names the field that is wrong.
+
+    Asked for a field that it lacks it raises a DataError, too.
+    """
     path = Path(folder) / META
     if not path.is_file():
         raise FileNotFoundError(
@@ -116,9 +117,10 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
             "scripts/reproduce_*.sh say how for each world"
         )
     try:
-        return read_json(path)
+        raw = read_json(path)
     except ValueError as error:
         raise DataError(f"{error}; make the data again") from error
+    return parse_meta(raw, path)
 
 
 def read_shards(folder: str | Path, names: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:

@@ -59,10 +59,6 @@ class Inspection:
     def record(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> "Inspection":
-        return cls(**{**record, "scenes": tuple(Scene(**scene) for scene in record["scenes"])})
-
 
 class Watch:
     """Looks at thumbnails one after the other and keeps numbers of all of them and a bounded number of pictures."""

@@ -121,16 +121,16 @@ def stamp_of(item: Item, asked: Asked) -> list[Any]:
 
 
 def known(folder: Path, asked: Asked) -> dict[str, tuple[list[Any], Inspection]]:
-    """What was found before, by any part. A line that a stop cut short is passed over."""
+    """What was found before, by any part. A line that is damaged, or that a stop cut short, is passed over."""
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                record = json.loads(line)
-            except ValueError:
+                record = dict(json.loads(line))
+                stamp = list(record.pop("stamp"))
+                found[str(record["name"])] = stamp, build(Inspection, record)
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            stamp = record.pop("stamp")
-            found[record["name"]] = stamp, Inspection.of(record)
     return found
 
 

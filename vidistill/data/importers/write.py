@@ -149,6 +149,8 @@ def begun(folder: Path, settings: Mapping[str, Any]) -> Path:
     partial.mkdir(parents=True, exist_ok=True)
     note = partial / SETTINGS
     found = read_json(note) if note.is_file() else asked
+    if not isinstance(found, dict):
+        raise DataError(f"{note} is damaged: it must hold keys and values; remove {partial}")
     check_same(partial, found, asked)
     write_text(note, json.dumps(asked, sort_keys=True))
     return partial
