@@ -108,7 +108,7 @@ BUDGETS = {
     "io": 292,
     "teachers": 299,
     "checkpoint": 267,
-    "distributed": 271,
+    "distributed": 297,
     "schedules": 150,
     "config": 139,
     "record": 139,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,6 +29,7 @@ T = TypeVar("T")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PARALLEL = ("replicate", "shard")
 INFO = "info.json"
+NEXT = ".next"  # ends the name of a sharded state that is being written, beside the one it replaces
 SCALAR = "()"  # ends the stored name of a tensor without axes, which is written as one of length 1
 
 
@@ -325,29 +328,61 @@ def placed(tensors: Mapping[str, Tensor], templates: Mapping[str, Tensor]) -> di
 def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write a state of `info["step"]` under `folder`, every rank its shards, and then drop older ones.
 
-    Safetensors through `torch.distributed.checkpoint`; a state is complete once its info.json is there, which holds the
-    checksums of all files. Until then the state before it stays.
+    Safetensors through `torch.distributed.checkpoint`, written beside what is there and compared with what was meant; a
+    state is complete once its info.json is there, which holds the checksums of all files. Until then the state before
+    it stays, even one of the same step. OSError, on every rank, if the files are not what was meant.
     """
     import torch.distributed.checkpoint as dcp
 
     path = folder / f"state-{info['step']:08d}"
-    if rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-    if world_size() > 1:
-        dist.barrier()
+    new = path.with_name(path.name + NEXT)
+    first_does(lambda: shutil.rmtree(new, ignore_errors=True))
     flat = {f"{n}{SCALAR}" if t.ndim == 0 else n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
-    before = next(reversed(complete_shards(folder)), "none before it")
+    before = next((str(found) for found, _ in complete_shards(folder)), "none before it")
     with told_by_all(f"the state of step {info['step']} was not written (there is {before})"):
-        dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True))
-    if world_size() > 1:
-        dist.barrier()
-    files = checksums(path)
-    if rank() == 0:
+        dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
+    check_written(new, flat)
+    files = checksums(new)
+
+    def complete() -> None:
         record = {**info, "files": files}
-        write_json(path / INFO, {**record, "checksum": text_checksum(record)})
+        write_json(new / INFO, {**record, "checksum": text_checksum(record)})
+        swap(new, path)
         drop_shards(folder, keep=path)
+
+    first_does(complete)
+
+
+def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """OSError, on every rank, unless the shards in `path` hold what `tensors` hold, all of it."""
+    held, fault = 0, ""
+    for file in path.glob(f"shard-{rank() + 1:05d}-*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as shards:
+                for name in shards.keys():  # noqa: SIM118
+                    mine: Any = tensors[name]
+                    part = (mine.to_local() if is_sharded(mine) else mine).detach().cpu()
+                    found, held = shards.get_tensor(name), held + part.numel()
+                    if found.shape != part.shape or not same_bits(found, part):
+                        raise ValueError(f"{name} is not what was written")
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            fault = f"{file}: {error}"
+    total = torch.tensor([held, int(bool(fault))])
     if world_size() > 1:
-        dist.barrier()
+        dist.all_reduce(total)
+    if total[1] or int(total[0]) != sum(x.numel() for x in tensors.values()):
+        raise OSError(f"{fault or path}: the state is not whole on disk; what was there before is untouched")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same type and bits."""
+    return a.dtype == b.dtype and torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
+
+
+def swap(new: Path, path: Path) -> None:
+    """Let the complete state `new` be the one at `path`; wherever this is cut short, `complete_shards` finds it."""
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(new, path)
 
 
 @contextmanager
@@ -407,9 +442,13 @@ def drop_shards(folder: Path, keep: Path | None = None) -> None:
             shutil.rmtree(old)
 
 
-def complete_shards(folder: Path) -> list[Path]:
-    """The sharded states under `folder` that were written to their end."""
-    return sorted(p.parent for p in folder.glob(f"state-*/{INFO}") if p.parent.name.partition("-")[2].isdecimal())
+def complete_shards(folder: Path) -> list[tuple[Path, int]]:
+    """The sharded states under `folder` that were written to their end, and their steps, the newest first."""
+    named = []
+    for info in folder.glob(f"state-*/{INFO}"):
+        if name := re.fullmatch(rf"state-(\d+)({re.escape(NEXT)})?", info.parent.name):
+            named.append((info.parent, int(name[1]), name[2] or ""))
+    return [(path, step) for path, step, _ in sorted(named, key=lambda state: state[1:], reverse=True)]
 
 
 def read_shards(path: Path, templates: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -22,7 +23,16 @@ from vidistill import tensors as weights
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.training.interruption import Interruption
 from vidistill.training.optim import TrainingError
-from vidistill.training.run_folder import LOCK, PREVIOUS, STATE, RunLock, RunState, parse_state, read_holder
+from vidistill.training.run_folder import (
+    LOCK,
+    PREVIOUS,
+    STATE,
+    RunLock,
+    RunState,
+    newest_state,
+    parse_state,
+    read_holder,
+)
 from vidistill.training.trackers import MetricsLog, read_rows
 from vidistill.training.trainer import METRICS, Trainer, train
 
@@ -390,6 +400,83 @@ def test_damaged_shards_are_refused_by_file(tmp_path):
     trainer = Trainer(cfg)
     trainer.resume()
     assert trainer.step_count == 1
+
+
+def killed_in(name, cfg):
+    """Train a step, and end as a kill would where a save comes to the function `name`, on the first rank."""
+    trainer = Trainer(cfg)
+    trainer.resume()
+    trainer.step()
+    real = getattr(distributed, name)
+
+    def end(*args, **settings):
+        if distributed.rank() == 0:
+            os._exit(0)
+        return real(*args, **settings)
+
+    setattr(distributed, name, end)
+    try:
+        trainer.save()
+    except Exception:  # the first rank is gone
+        os._exit(0)
+
+
+SAVES = {"check_written": 1, "checksums": 1, "write_json": 1, "swap": 2, "drop_shards": 2}  # where; the step then found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SAVES)
+def test_a_sharded_state_stays_until_the_next_is_whole(tmp_path, name):
+    cfg = flow_stage(tmp_path, parallel="shard", optim=replace(flow_stage(tmp_path).optim, muon=""))
+    together(2, save_once, cfg)
+    together(2, killed_in, name, cfg)
+    trainer = Trainer(cfg)
+    trainer.resume()
+    assert trainer.step_count == SAVES[name]
+    trainer.step()
+    trainer.save()
+    assert [p.name for p in trainer.folder.glob("state*")] == [STATE]
+
+
+def save_again(cfg, break_it):
+    trainer = Trainer(cfg)
+    trainer.resume()
+    real = dcp.save
+
+    def save(*args, **settings):
+        real(*args, **settings)
+        if distributed.rank() == 0:
+            break_it(sorted(trainer.folder.glob("*.next/*.safetensors")))
+
+    dcp.save = save
+    with pytest.raises((OSError, RuntimeError), match=r"not whole|first process"):
+        trainer.save()
+
+
+def flip(files):
+    data = bytearray(files[0].read_bytes())
+    data[-7] ^= 4
+    files[0].write_bytes(data)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("break_it", [flip, lambda files: files[-1].unlink()], ids=["another bit", "a file is gone"])
+def test_shards_that_are_not_what_was_meant_do_not_replace_those_of_the_same_step(tmp_path, break_it):
+    cfg = flow_stage(tmp_path, parallel="shard", optim=replace(flow_stage(tmp_path).optim, muon=""))
+    together(2, save_once, cfg)
+    folder = tmp_path / "runs" / "flow" / "state-00000001"
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    together(2, save_again, cfg, break_it)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert newest_state(folder.parent) == folder
+
+
+def test_a_state_that_was_whole_when_a_run_was_killed_wins_over_the_one_it_replaces(tmp_path):
+    for name in ("state-00000003", "state-00000004", "state-00000004.next", "state-00000005.next"):
+        (tmp_path / name).mkdir()
+        if not name.startswith("state-00000005"):  # of which no file says that it is complete
+            (tmp_path / name / "info.json").write_text("{}")
+    assert newest_state(tmp_path).name == "state-00000004.next"
 
 
 def test_rows_of_a_run_that_was_killed_before_its_first_save_are_not_repeated(tmp_path):

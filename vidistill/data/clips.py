@@ -246,6 +246,7 @@ class Clips:
                 raise DataError(f"{self.folder} holds clips of {whole.x.shape[2]} latents, not {length}")
             return replace(whole, x=whole.x[:, -1])
         self.need("latents")
+        self._check_given(length)
         return self.gather(self.windows(batch, length, seed, step, "latents")[rows], length)
 
     def trajectories(self, batch: int, seed: int, step: int, rows: slice = EVERY) -> Batch:
@@ -260,7 +261,6 @@ class Clips:
 
     def gather(self, windows: Iterable[tuple[int, int]], length: int) -> Batch:
         """The batch of (episode, first latent) windows of `length` latents."""
-        self._check_given(length)
         latents, picked = [], list(windows)
         for e, s in picked:
             clip = self.episode("latents", e)[s : s + length]

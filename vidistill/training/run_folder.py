@@ -180,7 +180,7 @@ def parse_state(info: Any, path: Path) -> RunState:
 
 def newest_state(folder: Path) -> Path | None:
     """The complete state in `folder` of most steps: a file, or a folder of shards; None if there is none."""
-    found = [(path, int(path.name.partition("-")[2])) for path in distributed.complete_shards(folder)]
+    found = distributed.complete_shards(folder)
     if (file := folder / STATE).is_file():
         found.append((file, step_of(file)))
     elif not found and (file := folder / PREVIOUS).is_file():
