@@ -106,7 +106,7 @@ BUDGETS = {
     "memory": 566,
     "codecs": 495,
     "io": 292,
-    "teachers": 299,
+    "teachers": 300,
     "checkpoint": 267,
     "distributed": 297,
     "schedules": 150,

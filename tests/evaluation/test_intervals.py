@@ -68,6 +68,13 @@ def test_figures_with_parts_get_intervals_with_parts():
     assert number(row, "parts/2") == "3.000 (3.000 to 3.000)" and number(row, "none") == "-"
 
 
+def test_no_interval_of_a_share_begins_below_zero():
+    draws = [{"row/share": x, "row/drift": x - 0.1} for x in (0.0, 0.0, 0.0, 0.0, 0.3)]
+    row = {"share": 0.01, "drift": -0.09}
+    add_intervals(row, draws, "row")
+    assert row["share_interval"][0] == 0 < row["share_interval"][1] and row["drift_interval"][0] < -0.09
+
+
 def test_too_few_rooms_get_no_interval_and_a_word(caplog):
     assert drawn({"row": torch.zeros(LEAST_ROOMS - 1)}) == []
     assert f"at least {LEAST_ROOMS}" in caplog.text

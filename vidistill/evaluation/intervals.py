@@ -62,13 +62,19 @@ def interval(point: float, values: Sequence[float]) -> list[float] | None:
     return [point + float(edge) for edge in np.quantile(held - held.mean(), LEVEL)]
 
 
+def ranged(point: float, values: Sequence[float]) -> list[float] | None:
+    """The interval of a figure; what is never below zero, such as a share or a distance, has none that begins there."""
+    edges = interval(point, values)
+    return [max(0.0, edge) for edge in edges] if edges and min(point, *values) >= 0 else edges
+
+
 def add_intervals(row: dict[str, Any], draws: Sequence[Draw], path: str) -> None:
     """KEY_interval beside every figure of a row that was drawn under `path`, part by part."""
     if not draws:
         return
     for key, value in list(row.items()):
         parts = {name: [draw[name] for draw in draws if name in draw] for name in flat(value, f"{path}/{key}")}
-        found = {name: interval(x, parts[name]) for name, x in flat(value, f"{path}/{key}").items() if parts[name]}
+        found = {name: ranged(x, parts[name]) for name, x in flat(value, f"{path}/{key}").items() if parts[name]}
         if isinstance(value, Mapping) and found:
             row[f"{key}_interval"] = {name.removeprefix(f"{path}/{key}/"): edges for name, edges in found.items()}
         elif found:
