@@ -97,7 +97,7 @@ BUDGETS = {
     "worlds": 1464,
     "bench": 1287,
     "ops": 1180,
-    "cli": 1318,
+    "cli": 1332,
     "serve": 1195,
     "interop": 1046,
     "conditioning": 788,

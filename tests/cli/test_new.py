@@ -14,12 +14,19 @@ from vidistill.config import load_config
 from vidistill.data.shards import write_shards
 from vidistill.training.config import TrainConfig
 
-KINDS = {"actions": (2, 0), "text": (0, 96), "both": (2, 96), "neither": (0, 0)}
+KINDS = {  # what clips tell beside pictures: actions, numbers of a token, numbers of a frame's sound
+    "actions": (2, 0, 0),
+    "text": (0, 96, 0),
+    "both": (2, 96, 0),
+    "neither": (0, 0, 0),
+    "sound": (0, 0, 64),
+    "all": (2, 96, 64),
+}
 
 
 def write_world(folder, kind="actions", episodes=4, frames=33, side=16, held=3, fps=15.0, splits=("train", "test")):
-    """Random clips of a world with actions, text, both or neither."""
-    actions, text = KINDS[kind]
+    """Random clips of a world of this kind."""
+    actions, text, audio = KINDS[kind]
     rng = torch.Generator().manual_seed(0)
     for split in splits:
         px = torch.randint(0, 256, (episodes, frames, side, side, 3), dtype=torch.uint8, generator=rng)
@@ -29,9 +36,12 @@ def write_world(folder, kind="actions", episodes=4, frames=33, side=16, held=3, 
             tensors["actions"] = keys.repeat_interleave(held, 1)[:, :frames].contiguous()
         if text:
             tensors["tokens"] = torch.randn(episodes, 16, text, generator=rng).half()
+        if audio:
+            tensors["audio"] = torch.randn(episodes, frames, audio, generator=rng).half()
         meta = {"source": "mine", "fps": fps, "px_size": side, "given": int(bool(actions) or not text)}
         meta |= {"actions": ["left", "right"]} if actions else {}
         meta |= {"text": {"kind": "ngrams"}} if text else {}
+        meta |= {"audio": {"rate": int(1000 * fps), "fps": fps}} if audio else {}
         write_shards(folder / split, [(tensors, [{}] * episodes)], meta)
     return folder
 
@@ -55,11 +65,13 @@ def test_every_world_gets_configs_that_load(tmp_path, quick, kind, monkeypatch):
     assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h") == 0
     monkeypatch.chdir(tmp_path / "mine")
     stages = {name: load_config(TrainConfig, f"{name}.yaml") for name in recipe.STAGES}
-    actions, text = KINDS[kind]
-    dit = stages["diagonal"].dit
+    actions, text, audio = KINDS[kind]
+    dit, loss = stages["diagonal"].dit, stages["teacher"].loss
     assert ("modulation" in dit.sites) == bool(actions) and dit.text_dim == text
     if actions:
         assert dit.sites["modulation"].dim == 4 * actions + 1
+    assert dit.sites["hidden"].dim == 4 * audio if audio else "hidden" not in dit.sites
+    assert (loss.audio_guidance > 0) == (loss.drop_audio > 0) == bool(text and audio)
     assert stages["diagonal"].objective == "dmd" and stages["diagonal"].teacher == "runs/teacher/teacher"
     assert stages["tf"].schedule.given_chunks == (0 if kind == "text" else 1)
     assert stages["codec"].data == "../data/train" and stages["teacher"].data == "latents/train"
@@ -181,6 +193,19 @@ def test_bundled_weights_are_taken_where_they_fit(tmp_path, quick):
     assert "renormalise: true" in (tmp_path / "mine" / "codec.yaml").read_text()
     assert new(tmp_path / "cold", tmp_path / "data", "--budget", "1h", "--cold") == 0
     assert not (tmp_path / "cold" / "init").exists()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "actions"])
+def test_every_world_is_rehearsed(tmp_path, quick, kind, monkeypatch):
+    monkeypatch.setitem(recipe.SIZES, "small", (144, 1, 64))
+    monkeypatch.setattr(planning, "LESS_SIZE", 10**9)
+    write_world(tmp_path / "data", kind, episodes=1)
+    assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h", "--cold") == 0
+    run_all(commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")[:-1], monkeypatch)
+    student = checkpoint.load(str(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal"))
+    assert (student.record["audio"] is not None) == bool(KINDS[kind][2]) and (
+        tmp_path / "mine/rehearsal/out.mp4"
+    ).is_file()
 
 
 def test_a_project_runs_from_clips_to_a_student(tmp_path, quick, monkeypatch, capsys):

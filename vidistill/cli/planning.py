@@ -27,6 +27,7 @@ from vidistill.cli.recipe import (
 )
 from vidistill.cli.timing import CPU_FACTOR, Took
 from vidistill.codecs import visibility
+from vidistill.conditioning.condition import branches
 from vidistill.data.clips import Clips
 from vidistill.data.shards import META, DataError
 from vidistill.io import read_json, write_text
@@ -97,10 +98,9 @@ class Plan:
     def report(self) -> str:
         """What people read of a plan."""
         world, choice = self.world, self.choice
-        told = [f"actions {', '.join(world.actions)}"] * bool(world.actions) + ["captions"] * bool(world.text_dim)
         lines = [
             f"{world.episodes} clips, {world.px_frames / world.fps / 3600:.2f} h, {world.size[0]}x{world.size[1]} px "
-            f"at {world.fps:g} frames/s; {' and '.join(told) or 'nothing is told'}",
+            f"at {world.fps:g} frames/s; {', '.join(world.told) or 'nothing is told'}",
             f"teacher: {choice.size} ({SIZES[choice.size][0]} wide, {SIZES[choice.size][1]} layers)"
             f"{', from bundled weights' if choice.warm_teacher else ''}; chunk {choice.chunk}: {choice.why_chunk}",
         ]
@@ -364,8 +364,7 @@ def check_teacher(folder: Path, plan: Mapping[str, Any]) -> dict[str, float]:
     frames = min(bundle.record["shape"]["frames"], clips.longest("latents"))
     batch = clips.latents(4, frames, 0, 0)
     noise = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(0))
-    guidance = bundle.record["guidance"]
-    nulls, scales = ([], []) if guidance == 1 else ([batch.cond.null()], [guidance])
+    nulls, scales = branches(batch.cond, bundle.record["guidance"], bundle.record["audio_guidance"])
     made = sample(
         bundle.net,
         noise,

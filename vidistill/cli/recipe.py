@@ -30,7 +30,8 @@ STAGES = ("codec", "teacher", "tf", "selfforcing", "diagonal")
 
 @dataclass(frozen=True)
 class World:
-    """What the data show. `size`: px; `length`: px frames of the longest episode; `held`: px frames an action is."""
+    """What the data show. `size`: px; `length`: px frames of the longest episode; `held`: px frames an action is;
+    `text_dim`, `audio`: numbers of a token, and of sound a px frame."""
 
     data: Path
     splits: tuple[str, ...]
@@ -43,6 +44,7 @@ class World:
     text_dim: int
     given: int
     held: float
+    audio: int = 0
 
     @property
     def factor(self) -> int:
@@ -63,6 +65,25 @@ class World:
         """Latents of the longest episode."""
         return 1 + (self.length - 1) // self.factor
 
+    @property
+    def told(self) -> list[str]:
+        """What a network is told beside pictures."""
+        told = [f"actions {', '.join(self.actions)}"] * bool(self.actions) + ["captions"] * bool(self.text_dim)
+        return told + ["sound"] * bool(self.audio)
+
+    @property
+    def told_dims(self) -> dict[str, int]:
+        """Numbers a latent of what is told, as data holds it packed."""
+        actions = self.factor * len(self.actions) + 1 if self.actions else 0
+        return {name: dim for name, dim in {"actions": actions, "audio": self.factor * self.audio}.items() if dim}
+
+    @property
+    def guidance(self) -> dict[str, float]:
+        """Scales at which a teacher is asked: of text and, where there is sound beside it, of sound; 1 is none."""
+        if self.text_dim and self.audio:
+            return {"guidance": 1.5, "audio_guidance": 2.0}
+        return {"guidance": 2.0 if self.text_dim or self.audio else 1.0}
+
 
 def look(data: Path) -> World:
     """What the frames of a data folder (or of a folder with its splits) show; DataError where no stage takes them."""
@@ -74,8 +95,6 @@ def look(data: Path) -> World:
         raise DataError(
             f"{clips.folder} holds {clips.kind}; `new` trains a codec first and needs frames: leave out --codec"
         )
-    if clips.width_of("audio"):
-        raise DataError(f"{clips.folder} has sound, which no plan here listens to; take configs/talker as a pattern")
     height, width = clips.parts[0]["frames"].shape[-3:-1]
     lengths = clips.lengths("frames")
     world = World(
@@ -90,6 +109,7 @@ def look(data: Path) -> World:
         text_dim=clips.width_of("tokens"),
         given=clips.given,
         held=held_frames(clips),
+        audio=clips.width_of("audio"),
     )
     if height % world.spatial or width % world.spatial:
         raise DataError(
@@ -270,14 +290,17 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
     width, layers, ffn = SIZES[choice.size]
     patch = patch_of(world)
     area = 16 * patch[1] * patch[2]
+    dims = world.told_dims
+    sites: dict[str, Any] = {"modulation": {"dim": dims["actions"], "hidden": 128}} if "actions" in dims else {}
+    if "audio" in dims:
+        sites["hidden"] = {"dim": dims["audio"], "hidden": 64, "activation": "norm"}
     dit: dict[str, Any] = {"channels": 16, "patch": list(patch), "width": max(width, math.ceil((area + 32) / 32) * 32)}
     grid = [world.latent[0] // patch[1], world.latent[1] // patch[2]]
     dit |= {"layers": layers, "heads": 4, "ffn": ffn, "grid": grid, "predicts": "x0"}
-    if world.actions:
-        dit["sites"] = {"modulation": {"dim": world.factor * len(world.actions) + 1, "hidden": 128}}
+    if sites:
+        dit["sites"] = sites
     if world.text_dim:
         dit["text_dim"] = world.text_dim
-    told = [f"{len(world.actions)} actions"] * bool(world.actions) + ["captions"] * bool(world.text_dim)
     rows = [
         Row("name", "teacher"),
         Row("objective", "flow"),
@@ -289,18 +312,19 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
         Row(
             "dit",
             dit,
-            f"{grid[0] * grid[1]} tokens a latent frame; told: {' and '.join(told) or 'nothing'}",
+            f"{grid[0] * grid[1]} tokens a latent frame; told: {', '.join(world.told) or 'nothing'}",
         ),
     ]
     if choice.warm_teacher:
         rows.append(Row("init", "init/teacher", f"what fits of {choice.warm_teacher}: 2.5 to 3 times fewer steps"))
-    guidance = 2.0 if world.text_dim else 1.5 if world.actions else 1.0
+    loss = {"noise": {"shift": 5.0, "logit_normal": False}, "drop": 0.1, **world.guidance}
+    if world.actions and loss["guidance"] == 1:
+        loss["guidance"] = 1.5
+    why = "guidance: what a sampler uses"
+    if "audio_guidance" in loss:
+        loss["drop_audio"], why = 0.1, f"{why}; of text, and of sound that is dropped alone, too"
     rows += [
-        Row(
-            "loss",
-            {"noise": {"shift": 5.0, "logit_normal": False}, "drop": 0.1, "guidance": guidance},
-            "guidance: what a sampler uses",
-        ),
+        Row("loss", loss, why),
         Row(
             "optim",
             {
@@ -327,7 +351,6 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
     first = 1 if world.given and choice.chunk > 1 else 0
     given = 1 if world.given else 0
     student = {"chunk": choice.chunk, "first_chunk": first, "memory": {"policy": "window", "frames": choice.clips}}
-    guidance = 2.0 if world.text_dim else 1.0
     slow = {"muon": "", "betas": [0.0, 0.999], "warmup": 10, "decay": 0.5, "weight_decay": 0.01}
     tf = Stage(
         "tf",
@@ -353,7 +376,7 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
             Row("init", "runs/tf/tf"),
             Row("teacher", "runs/teacher/teacher"),
             Row("batch", 4),
-            Row("loss", {"guidance": guidance, "score_noise": {"shift": 5.0, "logit_normal": False}}),
+            Row("loss", {**world.guidance, "score_noise": {"shift": 5.0, "logit_normal": False}}),
             Row("optim", {"lr": 1e-4, **slow}),
             Row("critic_optim", {"lr": 3e-4, **slow, "warmup": 20}),
             Row("critic_steps", 3, "critic updates a student update"),
@@ -361,7 +384,7 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
         "tf",
     )
     stream = LONGER * choice.clips
-    told = {"guidance": 1.3, "guidance_floor": 0.8} if world.actions and not world.text_dim else {}
+    told = {"guidance": 1.3, "guidance_floor": 0.8} if world.actions and world.guidance == {"guidance": 1.0} else {}
     diagonal = Stage(
         "diagonal",
         "Diagonal Distillation: 4, 3, then 2 steps a chunk, memory as the last step left it, on streams that go on.",

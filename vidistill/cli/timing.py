@@ -123,8 +123,7 @@ def write_stand_ins(folder: Path, world: World, choice: Choice, stages: Mapping[
     tensors: dict[str, Tensor] = {
         name: torch.randn(clips, choice.clips, 16, height, width) for name in ("latents", "images")
     }
-    if world.actions:
-        tensors["actions"] = torch.rand(clips, choice.clips, world.factor * len(world.actions) + 1)
+    tensors |= {name: torch.rand(clips, choice.clips, width) for name, width in world.told_dims.items()}
     if world.text_dim:
         tensors["tokens"] = torch.randn(clips, 16, world.text_dim)
     meta = {"fps": world.fps, "actions": list(world.actions), "given": world.given, "temporal": world.factor}
