@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from tiny_videos import SIDE, moving, report_of, write
+from tiny_videos import SIDE, moving, poses_of, report_of, write
 
 from vidistill.cli.main import main
 from vidistill.conditioning.audio import AudioConfig, clip_features
@@ -15,6 +15,7 @@ from vidistill.conditioning.camera import pose_of
 from vidistill.data.clips import Clips
 from vidistill.data.importers.decode import MediaError, sound_of
 from vidistill.data.importers.sidecars import opencv_poses
+from vidistill.data.shards import DataError
 from vidistill.io import save_png
 
 ALL = ("--split", "1,0,0", "--size", f"{SIDE}x{SIDE}")
@@ -239,16 +240,6 @@ def test_actions_of_another_rate_are_averaged_over_what_lies_between_frames(tmp_
     assert found[:6] == [0.0] * 6 and found[6:9] == pytest.approx([1.0, 1.0, 0.5]) and not any(found[9:])
 
 
-def poses_of(frames, seed=0):
-    """Camera-to-world [F, 4, 4] of a camera that turns to the right and walks ahead, in OpenCV's axes."""
-    angle = np.linspace(0, 0.5, frames)
-    out = np.tile(np.eye(4, dtype=np.float32), (frames, 1, 1))
-    out[:, 0, 0], out[:, 0, 2] = np.cos(angle), np.sin(angle)
-    out[:, 2, 0], out[:, 2, 2] = -np.sin(angle), np.cos(angle)
-    out[:, :3, 3] = np.stack((0 * angle, 0.1 * angle, np.linspace(0, 3, frames)), 1)
-    return out
-
-
 def test_poses_are_moved_to_our_axes_without_rounding(tmp_path):
     given = poses_of(40)
     write(tmp_path / "in" / "a.mp4", moving(40))
@@ -262,6 +253,18 @@ def test_poses_are_moved_to_our_axes_without_rounding(tmp_path):
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3, dtype=torch.float64).expand(40, 3, 3))
     assert position[-1].tolist() == pytest.approx([3.0, 0.0, -0.05])  # ahead, and a little down
     assert torch.atan2(rotation[-1, 0, 1], rotation[-1, 0, 0]).item() == pytest.approx(-0.5)  # to the right
+
+
+def test_latents_with_poses_alone_say_how_many_frames_a_latent_is(tmp_path):
+    """Motion at latent rate needs it, and no packed actions show it."""
+    write(tmp_path / "in" / "a.mp4", moving(41))
+    np.save(tmp_path / "in" / "a.poses.npy", poses_of(41))
+    size = ("--codec", "doom-codec", "--size", "64x64")
+    clips = imported(tmp_path / "latents", tmp_path / "in", *size)
+    assert clips.kind == "latents" and clips.factor == 4 and len(clips.episode("poses", 0)) == 11
+    frames = imported(tmp_path / "frames", tmp_path / "in")
+    with pytest.raises(DataError, match="temporal"):
+        _ = frames.factor
 
 
 def test_sound_becomes_features_of_the_same_frames(tmp_path):

@@ -49,6 +49,16 @@ def write(path, frames, fps=16, codec="libx264", pix_fmt="yuv444p", times=None, 
     return path
 
 
+def poses_of(frames, seed=0):
+    """Camera-to-world [F, 4, 4] of a camera that turns to the right and walks ahead, in OpenCV's axes."""
+    angle = np.linspace(0, 0.5, frames)
+    out = np.tile(np.eye(4, dtype=np.float32), (frames, 1, 1))
+    out[:, 0, 0], out[:, 0, 2] = np.cos(angle), np.sin(angle)
+    out[:, 2, 0], out[:, 2, 2] = -np.sin(angle), np.cos(angle)
+    out[:, :3, 3] = np.stack((0 * angle, 0.1 * angle, np.linspace(0, 3, frames)), 1)
+    return out
+
+
 def report_of(out):
     """The rows of a report by name of the video."""
     report = json.loads((out / "report.json").read_text())

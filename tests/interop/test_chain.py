@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from published import same
 from safetensors.torch import load_file
 from test_export import both
 from test_hub import hub  # noqa: F401 (a fixture)
-from tiny_videos import moving
-from tiny_wan import write_wan
+from tiny_audio import tiny_wav2vec2
+from tiny_videos import moving, poses_of, write
+from tiny_wan import transformer, write_wan
 
 from vidistill import checkpoint, cli
 from vidistill.interop.hub import publish
@@ -59,11 +62,13 @@ def small(folder, frames, processes, *more):
     return [*size, "batch=2", f"parallel={'shard' if processes > 1 else 'replicate'}", *more]
 
 
-def distilled(folder, ending, data, paths, settings, processes):
-    """The student that a causal initialisation on `paths` and Self Forcing on `data` make."""
-    train(WAN / f"ode{ending}.yaml", f"data={paths}", f"init={folder}", "steps=2", *settings, processes=processes)
+def distilled(folder, ending, data, paths, settings, processes, expert=""):
+    """The student that a causal initialisation on `paths` and Self Forcing on `data` make; `expert`: where it, and the
+    critic, start, if the folder holds several networks."""
+    one = folder / expert
+    train(WAN / f"ode{ending}.yaml", f"data={paths}", f"init={one}", "steps=2", *settings, processes=processes)
     stage = f"wan-selfforcing{ending}"
-    roles = [f"init=runs/wan-ode{ending}/wan-ode{ending}", f"teacher={folder}", f"critic_init={folder}"]
+    roles = [f"init=runs/wan-ode{ending}/wan-ode{ending}", f"teacher={folder}", f"critic_init={one}"]
     turns = [f"data={data}", "steps=6", f"accumulate={2 // processes}"]
     train(WAN / f"selfforcing{ending}.yaml", *roles, *turns, *settings, processes=processes)
     return f"runs/{stage}/{stage}"
@@ -107,23 +112,78 @@ def text_or_image_to_video(tmp_path, hub, processes):  # noqa: F811
     text_to_video(tmp_path, hub, processes, "-5b", 48, 16, 4, 24.0)
 
 
-def image_to_video(tmp_path, hub, processes):  # noqa: F811
-    folder = write_wan(tmp_path / "models" / "Wan", image=True)
+def image_to_video(tmp_path, hub, processes, experts=False):  # noqa: F811
+    folder = write_wan(tmp_path / "models" / "Wan", image=not experts)
+    if experts:
+        for seed, name in enumerate(("transformer", "transformer_2")):
+            transformer(seed, in_channels=36).save_pretrained(folder / name)
     for k, picture in enumerate(moving(2, height=40, width=60)):
         save_png(f"{k}.png", picture)
     Path("pictures.txt").write_text("0.png\ta red fox runs\n1.png\ttwo boats at night\n", encoding="utf-8")
     options = ["--negative", "blurred", "--tokens", 8, "--frames", FRAMES, "--size", SIZE]
-    clip = ["--model", folder, "--image-encoder", folder]
-    run("data", "pictures", "data/p", "--file", "pictures.txt", *clip, *options)
+    clip = [] if experts else ["--image-encoder", folder]
+    run("data", "pictures", "data/p", "--file", "pictures.txt", "--model", folder, *clip, *options)
     made = ["--clips", 2, "--frames", FRAMES, "--size", SIZE]
     run("data", "trajectories", "data/t", "--teacher", folder, "--data", "data/p", *made, *SAMPLER)
-    settings = small(folder, FRAMES, processes, "dit.image_dim=12")
-    student = distilled(folder, "-i2v-14b", "data/p", "data/t", settings, processes)
+    settings = small(folder, FRAMES, processes, f"dit.image_dim={0 if experts else 12}")
+    ending, expert = ("-i2v-a14b", "transformer_2") if experts else ("-i2v-14b", "")
+    student = distilled(folder, ending, "data/p", "data/t", settings, processes, expert)
     exported(student)
     published(student, 16.0, hub, tmp_path, "--image", "0.png")
 
 
-KINDS = {"T2V": text_to_video, "TI2V": text_or_image_to_video, "I2V": image_to_video}
+def own_clips(folder, out, frames, *options):
+    """Import videos of one's own, with what lies beside them, as latents."""
+    text = ["--text", "kind=umt5", f"source={folder}", "folder=text", "length=8"]
+    size = ["--size", SIZE, "--fps", 16, "--frames", frames, "--cut", 0, "--split", "1,0,0", "--given", 1]
+    run("data", "videos", out, "--from", "clips", "--codec", folder, *size, *text, *options)
+    save_png("start.png", moving(1, height=32, width=48)[0])
+
+
+def camera(tmp_path, hub, processes):  # noqa: F811
+    folder, frames = write_wan(tmp_path / "models" / "Wan"), 10
+    for seed in range(2):
+        write(Path("clips") / f"{seed}.mp4", moving(40, seed=seed, height=32, width=48))
+        (Path("clips") / f"{seed}.txt").write_text("a red fox runs", encoding="utf-8")
+        np.save(Path("clips") / f"{seed}.poses.npy", poses_of(40))
+    own_clips(folder, "data/relic", 37)
+    settings = [f"frames={frames}", "curriculum=[]", "steps=2", "batch=2", "data=data/relic/train", f"codec={folder}"]
+    settings += [*DIT, "latent_size=[4,6]", f"parallel={'shard' if processes > 1 else 'replicate'}"]
+    train(WAN / "relic-teacher.yaml", f"init={folder}", *settings, processes=processes)
+    train(WAN / "relic-hybrid.yaml", "loss.noisy_chunks=1", *settings, processes=processes)
+    train(WAN / "relic-14b.yaml", "steps=3", *settings, processes=processes)
+    published("runs/wan-relic-14b/wan-relic-14b", 16.0, hub, tmp_path, "--image", "start.png")
+
+
+def audio(tmp_path, hub, processes):  # noqa: F811
+    folder = write_wan(tmp_path / "models" / "Wan")
+    heard = tiny_wav2vec2(tmp_path / "models" / "wav2vec2")
+    pcm = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
+    for seed in range(2):
+        write(Path("clips") / f"{seed}.mp4", moving(16, seed=seed, height=32, width=48), pcm=pcm)
+        (Path("clips") / f"{seed}.txt").write_text("a red fox runs", encoding="utf-8")
+    sound = ["kind=wav2vec2", f"source={heard.source}", "block=4", "context=4", "lookahead=2"]
+    own_clips(folder, "data/clips", 9, "--min-frames", 9, "--audio", *sound)
+    site = ["dit.sites.hidden.dim=256", "dit.sites.hidden.hidden=4", "dit.sites.hidden.layers=[1]"]
+    settings = small(folder, FRAMES, processes, *site)
+    train(WAN / "talker-teacher.yaml", f"init={folder}", "data=data/clips/train", "steps=2", *settings)
+    teacher = "runs/wan-talker-teacher/wan-talker-teacher"
+    made = ["--clips", 2, "--frames", FRAMES, *SAMPLER]
+    run("data", "trajectories", "data/t", "--teacher", teacher, "--data", "data/clips/train", *made)
+    train(WAN / "talker-init.yaml", "data=data/t", "steps=2", *settings, processes=processes)
+    roles = [f"teacher={teacher}", "data=data/t", "critic_warmup=0", "steps=3", f"accumulate={2 // processes}"]
+    train(WAN / "talker.yaml", *roles, "critic_steps=1", *settings, processes=processes)
+    published("runs/wan-talker/wan-talker", 16.0, hub, tmp_path, "--image", "start.png")
+
+
+KINDS = {
+    "T2V": text_to_video,
+    "TI2V": text_or_image_to_video,
+    "I2V": image_to_video,
+    "I2V of two experts": partial(image_to_video, experts=True),
+    "camera": camera,
+    "audio": audio,
+}
 
 
 def test_text_to_video_from_a_download_to_the_hub(tmp_path, hub, monkeypatch):  # noqa: F811

@@ -11,6 +11,7 @@ from typing import Any
 
 from vidistill import __version__, checkpoint
 from vidistill.checkpoint import CheckpointError, with_extension
+from vidistill.conditioning.controls import shows_picture
 from vidistill.interop.export import LAYOUTS, export_as
 from vidistill.interop.families import LAYOUT, NON_COMMERCIAL
 from vidistill.io import read_json, write_json, write_text
@@ -198,7 +199,8 @@ def front(record: Mapping[str, Any], licence: str, bases: list[str], to: str) ->
     yield f"license: {licence}"
     yield f"library_name: {'diffusers' if to == 'diffusers' else 'vidistill'}"
     if record.get("text"):
-        yield "pipeline_tag: text-to-video"
+        dit = checkpoint.parse(record, "the record", needs=False).dit
+        yield f"pipeline_tag: {'image' if dit and shows_picture(dit) else 'text'}-to-video"
     if bases:
         yield "base_model:"
         yield from (f"- {base}" for base in bases)

@@ -6,7 +6,7 @@ from typing import Any
 
 from vidistill import checkpoint
 from vidistill.data.clips import Clips
-from vidistill.data.importers.write import Part, write_split
+from vidistill.data.importers.write import Part, meta_of, write_split
 from vidistill.data.shards import META, DataError, Shard
 from vidistill.data.types import count_episodes
 from vidistill.progress import Bar
@@ -42,7 +42,7 @@ def encoded(out: Path, source: Path, name: str, codec: Any, part: Part) -> str:
         return dict(tensors), clips.meta["described"][starts[i] : starts[i] + count_episodes(tensors)]
 
     meta = {key: value for key, value in clips.meta.items() if key not in NOT_KEPT} | {"codec": name}
-    total = len(clips.parts)
+    meta, total = meta_of(meta, codec, clips.width_of("poses") > 0), len(clips.parts)
     with Bar(len(part.share(total)), out.name, "shard") as bar:
         whole = write_split(out, total, make, meta, codec, part, lambda _: bar.update())
     return f"{out}: {len(clips)} episodes" if whole else f"{out}: part {part.index + 1} is written"

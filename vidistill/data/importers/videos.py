@@ -31,7 +31,7 @@ from vidistill.data.importers.plan import (
 )
 from vidistill.data.importers.report import PAGE, summary, write_report
 from vidistill.data.importers.sidecars import Sidecars, fov_of, read_sidecars
-from vidistill.data.importers.write import PER_SHARD, Clip, Part, shard_of, write_split
+from vidistill.data.importers.write import PER_SHARD, Clip, Part, meta_of, shard_of, write_split
 from vidistill.data.shards import DataError, Shard
 from vidistill.progress import Bar, track
 
@@ -283,7 +283,7 @@ def write_one(out: Path, split: str, job: Import, source: str, encode: Encode | 
         return shard_of(list(clips_of(job, windows[i * PER_SHARD : (i + 1) * PER_SHARD])), encode)
 
     with Bar(len(part.share(shards)), split, "shard") as bar:
-        meta = job.meta(split, source)
+        meta = meta_of(job.meta(split, source), codec, job.poses)
         whole = write_split(out / split, shards, make, meta, codec, part, lambda _: bar.update())
     return f"{out / split}: {len(windows)} clips" if whole else f"{out / split}: part {part.index + 1} is written"
 

@@ -84,6 +84,13 @@ class Part:
 ALL = Part()
 
 
+def meta_of(meta: Mapping[str, Any], codec: Any, posed: bool) -> dict[str, Any]:
+    """`meta` of clips that `codec` (None: nothing) encodes: poses without actions need to know the px frames of a
+    latent, which packed actions show."""
+    told = codec is not None and posed and not meta.get("actions")
+    return {**meta, "temporal": codec.temporal_factor} if told else dict(meta)
+
+
 def write_split(
     folder: Path,
     shards: int,
