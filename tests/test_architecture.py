@@ -91,7 +91,7 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2643,
+    "data": 2646,
     "training": 1745,
     "evaluation": 2974,
     "worlds": 1464,
@@ -99,7 +99,7 @@ BUDGETS = {
     "ops": 1180,
     "cli": 1332,
     "serve": 1195,
-    "interop": 1046,
+    "interop": 1048,
     "conditioning": 788,
     "streaming": 680,
     "models": 598,

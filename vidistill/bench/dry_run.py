@@ -179,7 +179,7 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
     meta: dict[str, Any] = {"fps": 16.0, "temporal": FACTOR, "frames": cfg.frames, "levels": list(cfg.loss.levels)}
     meta["actions"] = [f"action {k}" for k in range((actions - 1) // FACTOR)]
     show = partial(shown, cfg, dit, size) if is_shown(dit.channels, dit.extra_channels) else None
-    meta |= {prompts_module.SHOWN: {}} if show else {}
+    meta |= {prompts_module.SHOWN: {"frames": cfg.frames, "size": size}} if show else {}
     if show and dit.image_dim:
         meta[prompts_module.IMAGE] = {"source": "random", "tokens": dit.image_tokens, "width": dit.image_dim}
     if kind == prompts_module.PROMPTS:
