@@ -1,6 +1,7 @@
 """The public names: there in a fresh process, loaded when they are asked for, and what the README shows."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,11 @@ def test_the_figures_of_the_pages_are_those_of_the_cards():
     script = Path(__file__).parents[2] / "scripts" / "zoo_table.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}: run python scripts/zoo_table.py"
+
+
+def test_no_module_takes_a_public_function_for_the_module_of_its_name():
+    package = Path(vidistill.__file__).parent
+    modules = {name for name, module in vidistill.PUBLIC.items() if name == module}
+    pattern = re.compile(rf"^from vidistill import .*\b({'|'.join(modules)})\b", re.MULTILINE)
+    assert modules == {"rollout"}
+    assert not [path for path in package.rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]

@@ -226,7 +226,7 @@ def test_data_of_other_pictures_is_refused(world, tmp_path):
     with pytest.raises(DataError, match="line 2: it has no tab"):
         (tmp_path / "bad.txt").write_text(f"{folder}/0.png\ta\nnothing\n")
         pictures(tmp_path / "out", tmp_path / "bad.txt", str(folder / "wan"))
-    with pytest.raises(DataError, match=r"line 1: there is no picture"):
+    with pytest.raises(DataError, match=r"line 1: .*none\.png"):
         (tmp_path / "bad.txt").write_text("none.png\ta\n")
         pictures(tmp_path / "out", tmp_path / "bad.txt", str(folder / "wan"))
     if kind == "clip":

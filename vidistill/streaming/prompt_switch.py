@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidistill import rollout
 from vidistill.conditioning.condition import Condition
 from vidistill.memory.cache import KVMemory
 from vidistill.models.student import CausalStudent
+from vidistill.rollout import recache as write_again
 from vidistill.schedules import ScheduleConfig
 
 
@@ -33,7 +33,7 @@ def keep(past: Past, cond: Condition) -> bool:
 def recache(past: Past, cond: Condition) -> bool:
     """The remembered frames are written again under the new prompt: `rollout.recache`."""
     rng = torch.Generator().manual_seed(past.seed)
-    rollout.recache(past.student, past.schedule, past.memory, past.latents, cond, past.start, rng)
+    write_again(past.student, past.schedule, past.memory, past.latents, cond, past.start, rng)
     return False
 
 
