@@ -210,6 +210,29 @@ def test_diffusers_settings_in_the_header_scale_its_adapter(base, tmp_path):
     check(moved(base, tmp_path / "l.safetensors"), {f"{layer}.weight": 2 * delta(layer)})
 
 
+@pytest.mark.parametrize(("said", "alpha"), [("2.0", 2.0), ("8", 8.0), ("None", RANK)])
+def test_kohyas_header_scales_layers_that_come_without_an_alpha(base, tmp_path, said, alpha):
+    one, other = LAYERS[:2]
+    state = {**pair(one, FLAT["kohya"](one)), **pair(other, FLAT["kohya"](other))}
+    state[FLAT["kohya"](other) + ".alpha"] = torch.tensor(ALPHA)
+    save_file(state, tmp_path / "l.safetensors", metadata={"ss_network_alpha": said, "ss_network_dim": "4"})
+    want = {f"{one}.weight": alpha / RANK * delta(one), f"{other}.weight": ALPHA / RANK * delta(other)}
+    check(moved(base, tmp_path / "l.safetensors"), want)
+
+
+@pytest.mark.parametrize("said", ["much", "nan", "0", "-1", ""])
+def test_an_alpha_of_kohyas_header_that_scales_nothing_is_named(base, tmp_path, said):
+    save_file(pair(L, L), tmp_path / "l.safetensors", metadata={"ss_network_alpha": said})
+    with pytest.raises(ValueError, match=r"l\.safetensors.*alpha"):
+        moved(base, tmp_path / "l.safetensors")
+
+
+def test_an_alpha_of_kohyas_header_is_not_overruled_in_silence(base, tmp_path):
+    save_file(pair(L, L), tmp_path / "l.safetensors", metadata={"ss_network_alpha": "2"})
+    with pytest.raises(ValueError, match="--lora-alpha"):
+        moved(base, tmp_path / "l.safetensors", lora_alpha=3.0)
+
+
 # --- everything else that an adapter may hold -------------------------------------------------------------------------
 
 

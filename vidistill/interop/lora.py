@@ -18,6 +18,7 @@ from vidistill.interop.keys import State, bare, looks_like, ours, to_diffusers_k
 from vidistill.io import read_json
 
 CONFIG = "adapter_config.json"
+KOHYA = "ss_network_alpha"  # of the header of kohya's files: the alpha of layers that come without one
 PEFT = "base_model.model."  # what peft puts before every name
 FLATTENED = re.compile(r"(lora_unet|lora_transformer|lycoris)_+(.*)")  # kohya: dots of a module's name are underscores
 
@@ -96,17 +97,19 @@ def adapter_file(path: Path) -> Path:
 
 
 def adapter_config(file: Path) -> dict[str, Any]:
-    """peft's settings of the adapter in `file`: beside it, or in its header where diffusers keeps them."""
+    """Settings of the adapter in `file`: peft's, beside it or in its header, where diffusers keeps them, or kohya's."""
     beside = file.parent / CONFIG
     if file.stem == "adapter_model" and beside.is_file():
         found: Any = read_json(beside)
     elif file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:
-                header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+                written = opened.metadata() or {}
+            header = json.loads(written.get("lora_adapter_metadata", "{}"))
             found = {key.removeprefix("transformer."): value for key, value in header.items()}
-        except (SafetensorError, ValueError, AttributeError) as error:
+        except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file}: lora_adapter_metadata in its header is damaged: {error}") from error
+        found |= kohya_alpha(file, written.get(KOHYA))
     else:
         found = {}
     if not isinstance(found, dict):
@@ -116,6 +119,16 @@ def adapter_config(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: {name} {found[name]!r} is not supported; allowed: {plain[:-1] or 'none'}")
     check_scales(file, found)
     return found
+
+
+def kohya_alpha(file: Path, said: str | None) -> dict[str, float]:
+    """The alpha in the header of a file of kohya's, if there is one; ValueError for one that is no number."""
+    if said is None or said == "None":
+        return {}
+    try:
+        return {KOHYA: float(said)}
+    except ValueError as error:
+        raise ValueError(f"{file}: {KOHYA} in its header is {said!r}, not a number") from error
 
 
 def check_scales(file: Path, config: Mapping[str, Any]) -> None:
@@ -199,8 +212,9 @@ def layer_name(written: str, flat: Mapping[str, str]) -> str:
 def scale_of(adapter: Adapter, layer: Layer, name: str) -> float:
     """What B A of a layer is multiplied by: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
 
-    Where nothing says alpha it is the rank, as diffusers, ComfyUI, DiffSynth and LightX2V read such files; peft's own
-    never go without. Source: LoRA 2106.09685, rsLoRA 2312.03732.
+    Where no layer says one it is that of kohya's header. Where nothing says alpha it is the rank, as diffusers,
+    ComfyUI, DiffSynth and LightX2V read such files; peft's own never go without. Source: LoRA 2106.09685, rsLoRA
+    2312.03732.
     """
     config, rank, alpha = adapter.config, layer.parts["down"].shape[0], adapter.alpha
     if (own := layer.parts.get("alpha")) is not None and own.numel() != 1:
@@ -212,6 +226,8 @@ def scale_of(adapter: Adapter, layer: Layer, name: str) -> float:
         wanted = patterned(config.get("rank_pattern") or {}, written, config.get("r", rank))
         if wanted != rank:
             raise ValueError(f"{adapter.source}: {name} has rank {rank}, {CONFIG} says {wanted}")
+    if not said and KOHYA in config:
+        said.append(config[KOHYA])
     if len({*said, *([] if alpha is None else [alpha])}) > 1:
         raise ValueError(
             f"{adapter.source}: alpha of {name} is {' and '.join(map(str, said))} there"
