@@ -24,7 +24,7 @@ from vidistill.conditioning.controls import shows_picture
 from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import ConfigError, build
 from vidistill.diffusion import LatentShape, NoiseSchedule
-from vidistill.io import is_ours, may_download, read_image, read_json, write_json
+from vidistill.io import is_ours, may_download, picture_files, read_image, read_json, write_json
 from vidistill.models.dit import VideoDiT
 from vidistill.models.student import CausalStudent
 from vidistill.record import FORMAT, Record
@@ -218,7 +218,7 @@ def find_checkpoint(name: str | Path) -> Path | None:
 
 
 def start_pictures(name: str | Path) -> list[Path]:
-    """Picture files (PNG) a checkpoint's clips can start from.
+    """Picture files a checkpoint's clips can start from.
 
     NAME-starts beside it or beside its family's name, else the bundled ones of its family or of its codec's.
     """
@@ -226,7 +226,7 @@ def start_pictures(name: str | Path) -> list[Path]:
     families = [path.name.split("-")[0], Path(read_record(path).get("codec") or "").name.split("-")[0]]
     folders = [path.with_name(f"{stem}-starts") for stem in (path.name, families[0])]
     folders += [zoo_folder() / f"{family}-starts" for family in families]
-    return next((sorted(f.glob("*.png")) for f in folders if f.is_dir()), [])
+    return next((picture_files(f) for f in folders if f.is_dir()), [])
 
 
 def load(

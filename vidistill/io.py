@@ -34,6 +34,9 @@ SUFFIXES = (".mp4", ".mkv", ".mov", ".avi")  # of videos that are written
 MAX_PICTURE = 2**29  # bytes of a picture file that are read
 # Decoders that are tried, as Pillow names them: others start programs, or read what is no picture.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA")
+WHOLE_RANGES = (255.0, 65535.0, 2.0**24 - 1, 2.0**31 - 1)  # of pictures of whole numbers that do not say their bits
+RANGES = (1.0, 255.0, 65535.0)  # of pictures of fractions
+FILLED = 0.25  # share of its range that the largest number of such a picture reaches at least
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 DOWNLOADS = "VIDISTILL_DOWNLOADS"  # environment variable: 1 lets the files of a checkpoint decide about downloads
@@ -351,6 +354,13 @@ def read_image(source: str | Path, size: tuple[int, int], formats: tuple[str, ..
     return read_image_bytes(path.read_bytes(), size, formats, where=str(path))
 
 
+def read_whole_image(path: Path, side: int = 4 * MAX_SIDE, pixels: int = 8 * MAX_SIDE**2) -> np.ndarray:
+    """The picture in a file as uint8 [H, W, 3] of the size it has, as `read_image_bytes` reads it."""
+    if path.stat().st_size > MAX_PICTURE:
+        raise ValueError(f"{path} holds {path.stat().st_size:,} bytes; at most {MAX_PICTURE:,} of a picture are read")
+    return np.asarray(_decoded(path.read_bytes(), None, side, pixels, str(path)))
+
+
 def read_image_bytes(
     data: bytes,
     size: tuple[int, int],
@@ -360,31 +370,36 @@ def read_image_bytes(
 ) -> np.ndarray:
     """The picture in `data` as uint8 [H, W, 3] of `size` (height, width), cropped to its shape, turned upright.
 
-    What is transparent becomes white; a mode of more than 8 bits is scaled by its own range; colours of a profile
-    become those of sRGB. formats: the only ones tried, as Pillow names them; default FORMATS. pixels: the most that
-    are read. ValueError, whatever the decoder says.
+    What is transparent becomes white; a mode of more than 8 bits is scaled by its range, see `to_rgb`; colours of a
+    profile become those of sRGB. formats: the only ones tried, as Pillow names them; default FORMATS. pixels: the most
+    that are read. ValueError, whatever the decoder says.
     """
     if data[:8] == b"\x89PNG\r\n\x1a\n" and _has_many_chunks(data):
         raise ValueError(f"{where} has more than {MAX_CHUNKS} parts; save it again")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, of sizes and tags: what matters is checked here
-            Image.init()
-            with Image.open(io.BytesIO(data), formats=[f for f in formats or FORMATS if f in Image.OPEN]) as picture:
-                if max(picture.size) > MAX_SIDE or picture.width * picture.height > pixels:
-                    said = f"at most {MAX_SIDE} a side and {pixels:,} pixels are read"
-                    raise Image.DecompressionBombError(f"it is {picture.width}x{picture.height}; {said}")
-                rgb = to_rgb(ImageOps.exif_transpose(picture))
-    except Exception as error:
-        kinds = " or ".join(formats or ("picture",))
-        damaged = isinstance(error, UnidentifiedImageError) or not str(error)
-        reason = "it is none, or damaged" if damaged else error
-        raise ValueError(f"{where} cannot be read as a {kinds} file: {reason}") from error
+    rgb = _decoded(data, formats, MAX_SIDE, pixels, where)
     height, width = size
     scale = min(rgb.width / width, rgb.height / height)  # source pixels a target pixel
     left, top = (rgb.width - width * scale) / 2, (rgb.height - height * scale) / 2
     box = (left, top, left + width * scale, top + height * scale)
     return np.array(rgb.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _decoded(data: bytes, formats: tuple[str, ...] | None, side: int, pixels: int, where: str) -> Image.Image:
+    """The picture in `data`, upright and in 8-bit RGB; ValueError, whatever the decoder says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of sizes and tags: what matters is checked here
+            Image.init()
+            with Image.open(io.BytesIO(data), formats=[f for f in formats or FORMATS if f in Image.OPEN]) as picture:
+                if max(picture.size) > side or picture.width * picture.height > pixels:
+                    said = f"at most {side} a side and {pixels:,} pixels are read"
+                    raise Image.DecompressionBombError(f"it is {picture.width}x{picture.height}; {said}")
+                return to_rgb(ImageOps.exif_transpose(picture), 32 if picture.format == "TIFF" else 16)
+    except Exception as error:
+        kinds = " or ".join(formats or ("picture",))
+        damaged = isinstance(error, UnidentifiedImageError) or not str(error)
+        reason = "it is none, or damaged" if damaged else error
+        raise ValueError(f"{where} cannot be read as a {kinds} file: {reason}") from error
 
 
 def _has_many_chunks(data: bytes) -> bool:
@@ -397,23 +412,39 @@ def _has_many_chunks(data: bytes) -> bool:
     return at < len(data)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image, bits: int = 16) -> Image.Image:
     """`picture` in 8-bit RGB: over white where it is transparent, scaled by its range where it has more bits.
 
-    The range of whole numbers is 16 bits or, if they are larger, their largest; that of fractions is 1, 255 or theirs.
+    bits: of whole numbers, where its mode does not say. Pictures of 16 bits have all of them as their range. Those of
+    32, as TIFF has them, do not say theirs, and fractions do not: it is the smallest of
+    RANGES (fractions) or WHOLE_RANGES (whole numbers) that holds their largest number, if that fills FILLED of it, or
+    is at most 1 in one of fractions. ValueError for others: they may be dark, or of another range.
     """
     if picture.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(picture, np.float64), posinf=0.0, neginf=0.0).clip(0)
         clear = values == picture.info.get("transparency", -1.0)
-        top = float(values.max())
-        ranges = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
-        values *= 255 / next((r for r in ranges if top <= r), top)
+        values *= 255 / _range_of(picture.mode, bits, float(values.max()))
         values[clear] = 255
         return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
         ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, to_srgb(picture.convert("RGBA"))).convert("RGB")
     return to_srgb(picture.convert("RGB") if picture.mode in ("P", "YCbCr") else picture).convert("RGB")
+
+
+def _range_of(mode: str, bits: int, top: float) -> float:
+    """The number that is white in a picture of more than 8 bits whose largest is `top`; see `to_rgb`."""
+    if mode != "F" and (mode != "I" or bits == 16):
+        return 65535.0
+    ranges = RANGES if mode == "F" else WHOLE_RANGES
+    found = next((r for r in ranges if top <= r), None)
+    if found is None or (0 < top < FILLED * found and found > 1):
+        known = ", ".join(f"{r:,.0f}" for r in ranges)
+        raise ValueError(
+            f"its largest number is {top:g}, which does not tell what white is (known: {known}); save it with 8 or 16 "
+            "bits a colour"
+        )
+    return found
 
 
 def to_srgb(picture: Image.Image) -> Image.Image:

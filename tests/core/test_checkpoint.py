@@ -233,6 +233,9 @@ def test_start_pictures_lie_beside_a_checkpoint_its_family_or_in_the_zoo(tmp_pat
     (tmp_path / "world-starts").mkdir()
     (tmp_path / "world-starts" / "a.png").touch()
     assert [p.name for p in checkpoint.start_pictures(tmp_path / "world-selfforcing")] == ["a.png"]
+    (tmp_path / "world-starts" / "b.JPG").touch()
+    (tmp_path / "world-starts" / "notes.txt").touch()
+    assert [p.name for p in checkpoint.start_pictures(tmp_path / "world-selfforcing")] == ["a.png", "b.JPG"]
     (tmp_path / "world-tf-starts").mkdir()
     assert not checkpoint.start_pictures(tmp_path / "world-tf") and not checkpoint.start_pictures(tmp_path / "shapes")
     for name in ("doom-mine", "mine"):

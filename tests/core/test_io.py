@@ -2,6 +2,7 @@
 
 import io as bytes_io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -307,6 +308,44 @@ def said_to_be(png, width, height):
     """The picture with another size in its header: what a bomb says of itself before anything is unpacked."""
     header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "top", "white"),
+    [
+        (np.float32, 0.0, 1),
+        (np.float32, 0.01, 1),
+        (np.float32, 1.0, 1),
+        (np.float32, 1.01, None),
+        (np.float32, 40.0, None),
+        (np.float32, 64.0, 255),
+        (np.float32, 255.5, None),
+        (np.float32, 40_000.0, 65535),
+        (np.float32, 1e6, None),
+        (np.int32, 0, 255),
+        (np.int32, 3, None),
+        (np.int32, 200, 255),
+        (np.int32, 256, None),
+        (np.int32, 16_384, 65535),
+        (np.int32, 70_000, None),
+        (np.int32, 2**23, 2**24 - 1),
+        (np.int32, 2**30, 2**31 - 1),
+    ],
+)
+def test_white_is_told_by_the_largest_number_or_the_picture_is_refused(kind, top, white):
+    px = np.full((16, 16), top, kind)
+    data = encoded(Image.fromarray(px), "TIFF")
+    if white is None:
+        with pytest.raises(ValueError, match=re.escape(f"largest number is {top:g},")):
+            read_image_bytes(data, (8, 8))
+        return
+    assert np.abs(read_image_bytes(data, (8, 8)).astype(float) - 255 * top / white).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_a_dark_picture_of_16_bits_stays_dark(kind):
+    data = encoded(Image.fromarray(np.full((16, 16), 1000, np.uint16)), kind)
+    assert (read_image_bytes(data, (8, 8)) == 4).all()
 
 
 def test_pictures_that_cannot_be_read_are_refused_by_name(tmp_path):

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_videos import SIDE, moving, poses_of, report_of, write
 
 from vidistill.cli.main import main
@@ -185,6 +186,29 @@ def test_a_phone_that_was_turned_is_turned_back(tmp_path, degrees):
     shown = np.rot90(px, degrees // 90, axes=(1, 2))  # counter-clockwise, as ffmpeg's own players show this file
     assert np.abs(found.astype(int) - shown).mean() < 3
     assert f"rotated by {degrees} degrees" in report_of(tmp_path / "out")[1]["a.mp4"]["odd"][0]
+
+
+def test_pictures_of_a_folder_mean_what_pictures_mean_everywhere(tmp_path):
+    """Turned as their EXIF says, 16 bits and fractions scaled by their range, what is transparent white."""
+    for t, px in enumerate(moving(20)):
+        folder = tmp_path / "in" / "walk"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture, tag = Image.fromarray(px), Image.Exif()
+        match t % 4:
+            case 0:
+                tag[0x0112] = 6  # to be turned by 90 degrees
+                picture.rotate(90, expand=True).save(folder / f"{t}.png", exif=tag)
+            case 1:
+                Image.fromarray(px[..., 0].astype(np.uint16) * 257).save(folder / f"{t}.tif")
+            case 2:
+                Image.fromarray(px[..., 0] / np.float32(255)).save(folder / f"{t}.tiff")
+            case 3:
+                Image.fromarray(np.concatenate((px, np.zeros_like(px[..., :1])), -1)).save(folder / f"{t}.png")
+    frames = imported(tmp_path / "out", tmp_path / "in", "--cut", "0").episode("frames", 0).numpy()
+    for t, px in enumerate(moving(20)):
+        grey = np.repeat(px[..., :1], 3, -1)
+        want = {0: px, 1: grey, 2: grey, 3: np.full_like(px, 255)}[t % 4]
+        assert np.abs(frames[t].astype(int) - want).max() <= 1, t
 
 
 def test_transparent_pixels_lie_over_black(tmp_path):

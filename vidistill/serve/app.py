@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import os
 import socket as sockets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -279,16 +279,21 @@ def read_starts(folder: str | Path, size: tuple[int, int]) -> dict[str, np.ndarr
     """The pictures of a folder as start images, uint8 [H, W, 3] of `size`, by file name without its suffix."""
     if not Path(folder).is_dir():
         raise ValueError(f"--starts {folder} is no folder of start images")
+    if not (found := picture_files(folder)):
+        raise ValueError(f"--starts {folder} holds no picture; put files there that end in {', '.join(PICTURES)}")
+    return by_name(found, size)
+
+
+def by_name(pictures: Iterable[Path], size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Pictures, uint8 [H, W, 3] of `size`, by file name without its suffix; ValueError where two have one name."""
     files: dict[str, Path] = {}
-    for path in picture_files(folder):
+    for path in pictures:
         name = os.fsencode(path.stem).decode(errors="replace")  # a name in another encoding cannot be sent
         if name == "upload":
             raise ValueError(f"{path}: that name is of the visitor's own picture; choose another")
         if name in files:
             raise ValueError(f"{files[name]} and {path} have one name on the page; rename one of them")
         files[name] = path
-    if not files:
-        raise ValueError(f"--starts {folder} holds no picture; put files there that end in {', '.join(PICTURES)}")
     return {name: read_image(path, size) for name, path in files.items()}
 
 
@@ -317,7 +322,7 @@ def load_world(
     if given and starts is not None:
         images = read_starts(starts, size)
     elif given:
-        images = {path.stem: read_image(path, size) for path in start_pictures(name)}
+        images = by_name(start_pictures(name), size)
     px_given = codec.px_frames(given) if given else 1
     audio = bundle.spec.audio
     return World(Path(name).stem, size, open_session, images, px_given, voice(audio.rate) if audio else None)

@@ -11,8 +11,9 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
+from vidistill.io import PICTURES, read_whole_image
+
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273 that need tone mapping
 SAMPLES = 16_384  # of sound, decoded before they are resampled
 
@@ -78,8 +79,7 @@ def frames_of(path: Path, fps: float = 0.0, start: float = 0.0) -> Iterator[Fram
     """
     if path.is_dir():
         for index, picture in enumerate(pictures_in(path)):
-            with opened(picture) as container:
-                yield Frame(index, index / fps, next(decoded(container)))
+            yield Frame(index, index / fps, still(picture))
         return
     with opened(path) as container:
         stream = container.streams.video[0]
@@ -88,6 +88,14 @@ def frames_of(path: Path, fps: float = 0.0, start: float = 0.0) -> Iterator[Fram
             with contextlib.suppress(av.error.FFmpegError):  # what cannot be sought is read from its beginning
                 container.seek(int((start + origin_of(stream)) / stream.time_base), stream=stream)
         yield from timed(decoded(container), stream)
+
+
+def still(picture: Path) -> Any:
+    """PyAV's frame of a picture, read as pictures are read everywhere; MediaError where it cannot be."""
+    try:
+        return av.VideoFrame.from_ndarray(read_whole_image(picture), format="rgb24")
+    except (OSError, ValueError) as error:
+        raise MediaError(str(error)) from error
 
 
 def decoded(container: Any) -> Iterator[Any]:
