@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vidistill import checkpoint
 from vidistill.cli.main import main
@@ -27,6 +27,7 @@ from vidistill.training.trainer import Trainer, train
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+from tiny_nets import tiny_ltx
 from tiny_ranks import together
 from tiny_training import rolled
 from tiny_wan import LENGTH, TEXT, WORDS, write_wan
@@ -311,6 +312,21 @@ def test_what_prompts_cannot_train_is_refused(wan, prompts, tmp_path, settings, 
         Trainer(stage(wan, prompts, tmp_path, **settings))
 
 
+def test_a_folder_of_another_family_is_refused_before_the_first_step(wan, prompts, tmp_path):
+    tiny_ltx(16, TEXT).save_pretrained(tmp_path / "ltx" / "transformer")
+    (tmp_path / "hunyuan").mkdir()
+    save_file({"double_blocks.0.img_attn_qkv.weight": torch.zeros(4, 4)}, tmp_path / "hunyuan" / "model.safetensors")
+    for settings, message in (
+        ({"init": str(tmp_path / "ltx")}, "is a LTX; one network"),
+        ({"critic_init": str(tmp_path / "ltx")}, "critic_init"),
+        ({"init": str(tmp_path / "hunyuan")}, "HunyuanVideo"),
+        ({"teacher": str(tmp_path / "hunyuan"), "init": str(wan)}, "HunyuanVideo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(stage(wan, prompts, tmp_path / "runs", **settings))
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
 def test_text_of_another_width_is_refused(wan, prompts, tmp_path):
     from tiny_wan import transformer
 
@@ -344,7 +360,6 @@ def test_a_folder_is_a_teacher_and_a_codec_of_the_same_door_as_our_own_checkpoin
 
 
 def test_the_original_layout_trains_through_the_same_door(wan, prompts, tmp_path):
-    from safetensors.torch import save_file
 
     from vidistill.interop.keys import infer_config, to_original, to_ours
 
@@ -369,7 +384,6 @@ def test_a_teacher_of_two_experts_needs_one_network_for_the_critic_and_then_trai
 
 
 def test_a_published_tiny_codec_is_opened_by_its_file_name(tmp_path):
-    from safetensors.torch import save_file
 
     from vidistill.codecs import build_codec
 
