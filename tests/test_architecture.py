@@ -95,7 +95,7 @@ BUDGETS = {
     "training": 1745,
     "evaluation": 2974,
     "worlds": 1464,
-    "bench": 1287,
+    "bench": 1309,
     "ops": 1180,
     "cli": 1332,
     "serve": 1196,

@@ -15,7 +15,7 @@ from vidistill.config import load_config
 from vidistill.diffusion import LatentShape
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.dit import VideoDiT
-from vidistill.models.layers import DiTConfig
+from vidistill.models.layers import DiTConfig, SiteConfig
 from vidistill.models.lora import LoraConfig, add_lora
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.ops.attention import use_backend
@@ -60,6 +60,15 @@ def test_planned_bytes_are_those_that_real_passes_keep(recomputed, text, width, 
     dit = replace(dit, checkpoint=recomputed)
     passes = plan.Passes(dit, (side, side), 2, count, STUDENT, precision="fp32")
     assert plan.kept_bytes(passes) == saved_on_the_cpu(passes)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_blocks_that_take_other_sites_are_counted_by_kind(recomputed):
+    sites = {"hidden": SiteConfig(dim=6, hidden=8, layers=(2, 3, 4)), "modulation": SiteConfig(dim=5)}
+    sites["qk"] = SiteConfig(dim=12, layers=(1, 2))
+    dit = DiTConfig(4, width=24, layers=7, heads=2, ffn=48, freq_dim=32, sites=sites, checkpoint=recomputed)
+    passes = plan.Passes(dit, (8, 8), 3, precision="fp32")
+    assert plan.kept_bytes(passes) == plan.live_bytes(passes)[0]
 
 
 def test_passes_beyond_the_second_cost_what_it_does():

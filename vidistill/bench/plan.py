@@ -1,13 +1,7 @@
-"""What a stage takes at its true size: its networks, and the bytes that each GPU holds at the peak of a step.
-
-Bytes of passes are counted on fake tensors, which have shapes and no numbers: passes run forward and backward at their
-true width and length with one block and with two, and every other block costs what the second does.
-"""
+"""What a stage takes at its true size: its networks, and the bytes that each GPU holds at the peak of a step."""
 
 import re
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -15,26 +9,22 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from vidistill import checkpoint
 from vidistill.bench import cost, step_time
+from vidistill.bench.passes import Passes, kept_bytes, live_bytes
 from vidistill.conditioning.condition import Condition, branches
 from vidistill.data import clips, shards
 from vidistill.data import prompts as prompts_module
 from vidistill.diffusion import LatentShape
 from vidistill.memory.policies import MemoryConfig
 from vidistill.memory.pooling import num_cells
-from vidistill.models.dit import VideoDiT, share_weights
+from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import NO_GRID, DiTConfig
 from vidistill.models.lora import LoraConfig
-from vidistill.models.student import CausalStudent, StudentConfig
-from vidistill.ops.attention import use_backend
-from vidistill.ops.precision import DTYPES, autocast, working_dtype
+from vidistill.models.student import CausalStudent
+from vidistill.ops.precision import DTYPES, working_dtype
 from vidistill.ops.sequence import SequenceGroup
 from vidistill.schedules import training
 from vidistill.teachers.wan import PAIRS, architecture, local_parts
@@ -122,85 +112,6 @@ def latent_size(cfg: TrainConfig, dit: DiTConfig) -> tuple[int, int] | None:
         if isinstance(source, clips.Clips):
             return source.latent_size[1:]
     return (dit.grid[0] * dit.patch[1], dit.grid[1] * dit.patch[2]) if dit.grid != NO_GRID else None
-
-
-# --- bytes of passes --------------------------------------------------------------------------------------------------
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operators inside have made and that are still there, now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.peak = 0, 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is None or storage._cdata in self._known | given:  # a view of what was there
-                continue
-            self._known.add(storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
-        return out
-
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-@dataclass(frozen=True)
-class Passes:
-    """`count` forwards of a clip of `frames` latent frames, with `grad` all held for one backward pass.
-
-    `memory`: a student's, into which each of them writes the first chunk of a stream; None: a clip seen at once.
-    `frozen`: gradient reaches the latents alone, as through a teacher, whose weights are of `dtype`. `cached`: passes
-    share the cast of a weight. `offload`: what autograd saves waits elsewhere. LoRA changes little of it: what its
-    matrices keep lies inside blocks.
-    """
-
-    dit: DiTConfig
-    size: tuple[int, int]
-    frames: int
-    count: int = 1
-    memory: StudentConfig | None = None
-    grad: bool = True
-    frozen: bool = False
-    dtype: torch.dtype = torch.float32
-    precision: str = "bf16"
-    cached: bool = True
-    offload: bool = False
-
-
-def kept_bytes(p: Passes) -> int:
-    """Bytes of all but weights that stay from these forwards to their backward passes."""
-    if any(site.layers for site in p.dit.sites.values()):
-        return live_bytes(p)[0]
-    one, two = (live_bytes(replace(p, dit=replace(p.dit, layers=n)))[0] for n in (1, 2))
-    return one + (p.dit.layers - 1) * (two - one)
-
-
-def live_bytes(p: Passes) -> tuple[int, int]:
-    """As `kept_bytes`, every block run; and the most that forward and backward passes work with beside that."""
-    with FakeTensorMode(), use_backend("sdpa"):
-        net = share_weights(VideoDiT(p.dit), p.dit, dtype=p.dtype).requires_grad_(not p.frozen)
-        shape = LatentShape(p.frames, p.dit.channels, *p.size, p.dit.patch)
-        student = CausalStudent(net, p.memory or StudentConfig(), shape)
-        x = torch.zeros(1, p.frames, p.dit.channels, *p.size, requires_grad=p.frozen)
-        cond, sigma = cost.blank_condition(p.dit, x.detach()), torch.zeros(1, p.frames)
-        memories = [student.new_memory(1, dtype=DTYPES[p.precision]) if p.memory else None for _ in range(p.count)]
-        elsewhere = saved_tensors_hooks(lambda x: (x.shape, x.dtype), lambda x: torch.empty(x[0], dtype=x[1]))
-        with LiveBytes() as live, torch.set_grad_enabled(p.grad), autocast(p.precision, "cpu", p.cached):
-            with elsewhere if p.offload else nullcontext():
-                made = [net(x, sigma, cond, memory=memory) for memory in memories]
-            kept = live.now - sum(v.nbytes for v in made)
-            if p.grad:
-                torch.autograd.backward([v.sum() for v in made])
-    return kept, live.peak - kept
 
 
 # --- bytes of a step --------------------------------------------------------------------------------------------------

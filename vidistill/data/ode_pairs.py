@@ -83,12 +83,10 @@ def trajectories(
     share = sum(min(at_once, clips - i * at_once) for i in own.share(-(-clips // at_once)))
     with Bar(share, "trajectories", "clip", shown=rank() == 0) as bar, autocast(precision, where):
         whole = write_trajectories(out, net, batch_of, meta, at_once, bar, own)
+    if not whole:
+        return f"{out}: part {own.index + 1} is written"
     shown = ",".join(f"{level:.4f}" for level in kept)
-    return (
-        f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
-        if whole
-        else f"{out}: part {own.index + 1} is written"
-    )
+    return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
 
 
 def digest(data: str | Path) -> str:
