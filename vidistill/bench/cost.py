@@ -9,6 +9,8 @@ gain.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from vidistill.models.dit import VideoDiT
 from vidistill.models.layers import DiTConfig
 from vidistill.ops.attention import use_backend
 from vidistill.schedules import ScheduleConfig, evaluations
+from vidistill.teachers.wan import PAIRS
 
 TEXT_TOKENS = 512
 TEMPORAL = 4  # pixel frames of a latent frame
@@ -93,6 +96,11 @@ PUBLISHED = (
 def network_called(source: str) -> str | None:
     """The network of NETWORKS that a published folder or hub id holds, by its name."""
     return next((network for name, network in FOLDERS.items() if name in source.lower()), None)
+
+
+def experts_called(source: str) -> int:
+    """How many experts a published folder or hub id holds, by its name; 1 for one of them."""
+    return 2 if "a14b" in source.lower() and Path(source).name not in chain(*PAIRS) else 1
 
 
 def parameters(cfg: DiTConfig) -> int:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,20 +27,17 @@ from vidistill.models.student import CausalStudent
 from vidistill.ops.precision import DTYPES, working_dtype
 from vidistill.ops.sequence import SequenceGroup
 from vidistill.schedules import training
-from vidistill.teachers.wan import PAIRS, architecture, local_parts
+from vidistill.teachers.wan import architecture, local_parts
 from vidistill.training.config import TrainConfig
 from vidistill.training.losses import OBJECTIVES
 
 RESERVED = 0.08  # share of a GPU that its context, communication and fragments take
 DOUBLED = ("teacher_forcing", "regression")  # the clean clip rides along
-NO_LORA = LoraConfig()
-EXPERTS = "a14b"  # in names of Wan2.2's folders with two of them
 
 
 @dataclass(frozen=True)
 class Role:
-    """A network of the stage: where it comes from, how that is known, its true architecture, and how many experts of
-    it take turns."""
+    """A network of the stage: where it is from, how that is known, its true architecture, how many take turns."""
 
     source: str
     known: str
@@ -62,12 +59,10 @@ def role(name: str | None, fallback: DiTConfig) -> Role:
     if name is None:
         return Role("", "new", fallback)
     if checkpoint.is_published(name) and Path(name).is_dir():
-        parts = local_parts(Path(name))
-        return Role(name, "read from its folder", architecture(parts[0]), len(parts))
+        first, *others = local_parts(Path(name))
+        return Role(name, "read from its folder", architecture(first), 1 + len(others))
     if network := cost.network_called(name):
-        inside = Path(name).name in chain(*PAIRS)  # one expert of a folder
-        experts = 2 if EXPERTS in name.lower() and not inside else 1
-        return Role(name, f"not here, {network} by its name", cost.NETWORKS[network], experts)
+        return Role(name, f"not here, {network} by its name", cost.NETWORKS[network], cost.experts_called(name))
     try:
         record = checkpoint.read_record(checkpoint.locate(name))
     except checkpoint.CheckpointError:
@@ -92,7 +87,7 @@ def network_cost(cfg: TrainConfig, name: str, r: Role) -> dict[str, Any]:
 
 
 def lora_of(cfg: TrainConfig, name: str) -> LoraConfig:
-    return {"student": cfg.lora, "critic": cfg.critic_lora}.get(name, NO_LORA)
+    return {"student": cfg.lora, "critic": cfg.critic_lora}.get(name, LoraConfig())
 
 
 def adapters(dit: DiTConfig, lora: LoraConfig) -> int:

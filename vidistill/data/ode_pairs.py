@@ -51,12 +51,8 @@ def trajectories(
     where = accelerator()
     loaded = checkpoint.load(teacher, "teacher", working_dtype(precision, where))
     net = loaded.net.to(where)
-    pictured = False
-    if dit := architecture_of(net):
-        check_pictured(teacher, dit.channels, dit.extra_channels, dit.image_dim)
-        pictured = dit.extra_channels == dit.channels + 1
     camera = loaded.record.get("world", {}).get("camera")
-    source = open_data(data, camera=camera and build(CameraConfig, camera), reference=pictured)
+    source = open_data(data, camera=camera and build(CameraConfig, camera), reference=is_told_reference(teacher, net))
     frames = frames or loaded.record["shape"]["frames"]
     noise = loaded.noise if "noise" in loaded.record else NoiseSchedule()
     steps, kept = sampler_levels(noise, steps, levels or tuple(noise.warp(u) for u in (1.0, 0.75, 0.5, 0.25)))
@@ -87,6 +83,14 @@ def trajectories(
         return f"{out}: part {own.index + 1} is written"
     shown = ",".join(f"{level:.4f}" for level in kept)
     return f"{out}: {clips} trajectories of {steps} steps, levels {shown}"
+
+
+def is_told_reference(name: str, net: Any) -> bool:
+    """Whether a network is told a reference picture; ValueError for one of other channels than are known."""
+    if (dit := architecture_of(net)) is None:
+        return False
+    check_pictured(name, dit.channels, dit.extra_channels, dit.image_dim)
+    return dit.extra_channels == dit.channels + 1
 
 
 def digest(data: str | Path) -> str:
