@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_world import FakeSession, FakeWorld, png, running, served, wait_until, watching
-from hostile import bloated_png, broken_pictures, connected, frame, upgraded
+from hostile import PING, TEXT, bloated_png, broken_pictures, connected, frame, upgraded
 
 from vidistill.conditioning.audio import AudioConfig, Track
 from vidistill.serve import protocol
 from vidistill.serve.app import REQUESTS_AT_ONCE, REQUESTS_S, Seats, ServeConfig, run
-from vidistill.serve.gate import LINGER_S, PIECE, WATCH_S, Budget, Gates, Limits, address_of
+from vidistill.serve.gate import LINGER_S, PIECE, WATCH_S, Budget, Fragments, Gates, Limits, address_of
 from vidistill.serve.log import LINES, Few
 from vidistill.serve.outbox import MAX_NOTES
 from vidistill.serve.player import Player
@@ -363,6 +363,40 @@ def test_a_protocol_that_takes_no_more_is_given_no_more(gated):
     gate._inner.transport.resume_reading()
     loop.run(5.1)
     assert len(gate._inner.pieces) == 3 and transport.reading
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 100_000])
+def test_fragments_are_counted_however_they_come(step):
+    first, more, last = frame(b"a", TEXT, False), frame(bytes(70_000), 0, False), frame(b"", 0, True)
+    sent = frame(b"x" * 200) + first + more + frame(b"", PING) + more + last + first
+    fragments, counts = Fragments(), []
+    for at in range(0, len(sent), step):
+        counts.append(fragments.see(sent[at : at + step]))
+    assert max(counts) == 3 and fragments.count == 1
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_message_of_endless_fragments_ends_its_connection(gated, whole):
+    """Many messages do not, and pings between the fragments do not help."""
+    loop, [(gate, transport)] = gated(Limits(share=0.99, request_s=1e9, fragments=50), ["127.0.0.1"])
+    gate.upgrade(gate._inner)
+    gate.data_received(frame(b"", TEXT, whole))
+    for _ in range(200):
+        gate.data_received(frame(b"", 0, False) * (not whole) + frame(b"", PING) + frame(b"") * whole)
+        loop.run(loop.now + 1)
+    assert transport.gone is not whole
+
+
+def test_a_server_ends_a_message_of_endless_fragments():
+    fake = FakeWorld()
+    with running(fake.world) as address, upgraded(address) as stream:
+        wait_until(lambda: fake.sessions)
+        with contextlib.suppress(OSError):
+            stream.sendall(frame(b"a", TEXT, False))
+            for _ in range(40):
+                stream.sendall(frame(b"", 0, False) * 100)
+                time.sleep(0.02)
+        assert ends(stream)
 
 
 def test_who_takes_no_answers_is_not_read(gated):

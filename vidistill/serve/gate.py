@@ -22,14 +22,16 @@ class Limits:
     """What connections may cost. A connection from this machine counts towards no address.
 
     `connections` in all, where the oldest without a request makes room, and `per_address`. `request_s`: from one
-    answer to the next complete request. `head_bytes` of a request, its address included. `share` of the event loop's
-    time that parsing may take, of all connections together.
+    answer to the next complete request. `head_bytes` of a request, its address included. `fragments` of a WebSocket's
+    message, which are kept until its last one comes. `share` of the event loop's time that parsing may take, of all
+    connections together.
     """
 
     connections: int = 256
     per_address: int = 32
     request_s: float = 10.0
     head_bytes: int = 16 * 1024
+    fragments: int = 1024
     share: float = 0.1
 
 
@@ -70,6 +72,36 @@ def hung_up(socket: Any) -> bool:
     return bool(poll.poll(0))
 
 
+class Fragments:
+    """Follows the frames of a WebSocket by their headers. Source: RFC 6455, section 5.2."""
+
+    def __init__(self) -> None:
+        self.count = 0  # of the message that is not complete yet
+        self._head, self._payload = bytearray(), 0  # of the next frame, as far as it has come; bytes left of this one
+
+    def see(self, data: bytes) -> int:
+        """Take in what comes next; returns the most fragments that a message had meanwhile."""
+        at, most = 0, self.count
+        while at < len(data):
+            if self._payload:
+                taken = min(self._payload, len(data) - at)
+                self._payload, at = self._payload - taken, at + taken
+                continue
+            self._head.append(data[at])
+            at += 1
+            if len(self._head) < 2:
+                continue
+            extended = {126: 2, 127: 8}.get(self._head[1] & 127, 0)
+            if len(self._head) == 2 + extended + 4 * (self._head[1] >> 7):  # with the mask, if there is one
+                long = int.from_bytes(self._head[2 : 2 + extended], "big")
+                self._payload = long if extended else self._head[1] & 127
+                if not self._head[0] & 8:  # pings may come between fragments
+                    self.count = 0 if self._head[0] & 128 else self.count + 1
+                    most = max(most, self.count)
+                self._head.clear()
+        return most
+
+
 class Gates:
     """All connections of a server, in the order they came; called by it for each new one as a protocol class is."""
 
@@ -104,6 +136,7 @@ class Gate(asyncio.Protocol):
         self._waiting = bytearray()  # not parsed yet: no more than one read, as reading stops until it is
         self._holds: set[str] = set()  # why no more is parsed for now
         self._admitted = self.upgraded = False
+        self._fragments = Fragments()
         self._next: asyncio.TimerHandle | None = None  # when to look again
         self._ready_at = 0.0  # when the next piece may be parsed
         self._due: asyncio.TimerHandle | None = None  # when a request must have been answered
@@ -147,6 +180,8 @@ class Gate(asyncio.Protocol):
         piece = bytes(self._waiting[:PIECE])
         del self._waiting[:PIECE]
         began = self._gates.clock()
+        if self.upgraded and self._fragments.see(piece) > self._gates.limits.fragments:
+            return self.drop()
         try:
             self._inner.data_received(piece)
         except Exception:
