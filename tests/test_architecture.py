@@ -91,14 +91,14 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2652,
+    "data": 2675,
     "training": 1745,
     "evaluation": 2974,
     "worlds": 1464,
     "bench": 1310,
     "ops": 1180,
     "cli": 1332,
-    "serve": 1196,
+    "serve": 1224,
     "interop": 1059,
     "conditioning": 788,
     "streaming": 680,

@@ -1,12 +1,16 @@
 """`vidistill data latents`: frames that are there, encoded."""
 
+import multiprocessing
+
+import pytest
 import torch
 from tiny_training import write_frames, write_latents
 
 from vidistill.checkpoint import load
 from vidistill.cli.main import main
 from vidistill.data.clips import Clips
-from vidistill.data.shards import latent_shard, write_shards
+from vidistill.data.importers.write import Part, write_split
+from vidistill.data.shards import DataError, latent_shard, write_shards
 from vidistill.data.types import pack_rows
 
 
@@ -41,3 +45,65 @@ def test_what_cannot_be_encoded_is_said(tmp_path, tiny_codec_path, capsys):
     for source, says in (("none", "no frames in it"), ("latents", "frames are needed"), ("odd", "multiples of 4")):
         assert run(tmp_path / "out", tmp_path / source, tiny_codec_path) == 1
         assert says in capsys.readouterr().err
+
+
+def held(write, folder, begun, go_on):
+    """Write two shards as another process does that has not got far."""
+
+    def make(i):
+        begun.set()
+        assert go_on.wait(60)
+        return {"frames": torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)}, [{"seed": i}]
+
+    write(folder, make)
+
+
+def by_parts(folder, make):
+    assert write_split(folder, 2, make, {"fps": 10.0})
+
+
+def at_once(folder, make):
+    write_shards(folder, (make(i) for i in range(2)), {"fps": 10.0})
+
+
+@pytest.mark.parametrize("write", [by_parts, at_once])
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path, write):
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "d"
+    begun, go_on = context.Event(), context.Event()
+    other = context.Process(target=held, args=(write, folder, begun, go_on))
+    other.start()
+    try:
+        assert begun.wait(60)
+        with pytest.raises(DataError, match=r"d\.partial is being written"):
+            write(folder, lambda i: pytest.fail("the same shard was made twice"))
+    finally:
+        go_on.set()
+        other.join(60)
+    assert other.exitcode == 0 and [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["d"]
+    names = ["meta.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == names and len(Clips(folder)) == 2
+
+
+def test_what_a_process_left_that_was_killed_is_written_again(tmp_path):
+    def killed(i):
+        if i:
+            raise KeyboardInterrupt
+        return {"frames": torch.ones(1, 2, 16, 16, 3, dtype=torch.uint8)}, [{}]
+
+    for write in (by_parts, at_once):
+        folder = tmp_path / write.__name__
+        with pytest.raises(KeyboardInterrupt):
+            write(folder, killed)
+        (folder.with_name(folder.name + ".partial") / ".strange").mkdir()
+        write(folder, lambda i: ({"frames": torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)}, [{}]))
+        assert len(Clips(folder)) == 2
+
+
+def test_a_part_stops_once_another_process_has_written_all(tmp_path):
+    def make(i):
+        if not (tmp_path / "d").is_dir():
+            by_parts(tmp_path / "d", lambda k: ({"frames": torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)}, [{}]))
+        return {"frames": torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)}, [{}]
+
+    assert write_split(tmp_path / "d", 2, make, {"fps": 10.0}, part=Part(0, 2))
+    assert not (tmp_path / "d.partial").exists() and len(Clips(tmp_path / "d")) == 2

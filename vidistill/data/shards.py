@@ -1,10 +1,12 @@
 """Recorded clips on disk: folders of safetensors shards that appear only when they are complete."""
 
+import fcntl
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from vidistill.data.types import Captioned, Episode, Talk, count_episodes, pack_
 from vidistill.io import read_json, write_atomic, write_text
 
 SETTINGS = "settings.json"
+WRITING = ".writing-"  # begins the names of files that are locked while a part is written
 
 Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the episode, a description of each
 
@@ -28,14 +31,43 @@ Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the 
 def write_shards(folder: str | Path, shards: Iterable[Shard], meta: Mapping) -> None:
     """Write shards and `meta` as a folder that appears only when complete; DataError if other things lie there."""
     partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    described: list[dict] = []
-    count = 0
-    for count, (tensors, episodes) in enumerate(shards, 1):
-        write_shard(partial / f"shard-{count - 1:05d}.safetensors", tensors)
-        described += episodes
-    finish_shards(folder, count, described, meta)
+    partial.mkdir(parents=True, exist_ok=True)
+    with alone(partial, "all") as lock:
+        for leftover in partial.iterdir():
+            if leftover != lock:
+                remove(leftover)
+        described: list[dict] = []
+        count = 0
+        for count, (tensors, episodes) in enumerate(shards, 1):
+            write_shard(partial / f"shard-{count - 1:05d}.safetensors", tensors)
+            described += episodes
+        finish_shards(folder, count, described, meta)
+        (Path(folder) / lock.name).unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(partial: Path, part: str) -> Iterator[Path]:
+    """Inside, no other process of this machine writes the same part of `partial`; gives the file that says so.
+
+    DataError where one does.
+    """
+    path = partial / f"{WRITING}{part}"
+    with path.open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{partial} is being written by another process: wait for it or stop it, or name another folder"
+            ) from error
+        yield path
 
 
 def partial_of(folder: str | Path) -> Path:

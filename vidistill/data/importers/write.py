@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,10 @@ from vidistill.conditioning.condition import Encode
 from vidistill.data.shards import (
     META,
     SETTINGS,
+    WRITING,
     DataError,
     Shard,
+    alone,
     finish_shards,
     latent_shard,
     partial_of,
@@ -103,13 +106,31 @@ def write_split(
     """Write this part of `shards` shards, those that are not there yet, and finish the folder once all are.
 
     `make(i)` gives shard i; `codec` turns its frames into latents; `done` is told how many clips a shard has. Returns
-    whether the folder is complete. DataError where one of other settings was begun.
+    whether the folder is complete. DataError where one of other settings was begun, and for a part
+    that another process writes.
     """
     if (folder / META).is_file():
         check_same(folder, read_meta(folder), meta)
         return True
     partial = begun(folder, {**meta, "shards": shards})
+    with alone(partial, f"{part.index + 1}-of-{part.count}"):
+        return write_part(folder, partial, shards, make, meta, codec, part, done)
+
+
+def write_part(
+    folder: Path,
+    partial: Path,
+    shards: int,
+    make: Callable[[int], Shard],
+    meta: Mapping[str, Any],
+    codec: Any,
+    part: Part,
+    done: Callable[[int], object],
+) -> bool:
+    """Write what is missing of a part into `partial`, and finish `folder` once all are there; see `write_split`."""
     for i in part.share(shards):
+        if (folder / META).is_file():  # finished by another process, which had all parts to write
+            break
         path = partial / f"shard-{i:05d}.safetensors"
         if not (path.is_file() and path.with_suffix(".json").is_file()):
             tensors, described = make(i)
@@ -121,6 +142,7 @@ def write_split(
     with (folder.parent / LOCK).open("ab") as lock:  # another process may finish at the same moment
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / META).is_file():
+            shutil.rmtree(partial, ignore_errors=True)
             return True
         paths = [partial / f"shard-{i:05d}.safetensors" for i in range(shards)]
         if not all(path.is_file() for path in paths):
@@ -128,7 +150,8 @@ def write_split(
         notes = [path.with_suffix(".json") for path in paths]
         described = [clip for note in notes for clip in read_json(note)]
         finish_shards(folder, shards, described, meta)
-        for note in (*(path.name for path in notes), SETTINGS):
+        locks = (path.name for path in folder.glob(f"{WRITING}*"))
+        for note in (*(path.name for path in notes), *locks, SETTINGS):
             (folder / note).unlink(missing_ok=True)
     return True
 
