@@ -22,6 +22,7 @@ from vidistill.evaluation import SUITES, any_world, own_probe, suite
 from vidistill.evaluation.any_world import METRICS, SUITE, AnyWorldConfig
 from vidistill.evaluation.footage import Footage, unpacked
 from vidistill.evaluation.own_probe import ActionClasses, OwnProbeConfig
+from vidistill.models.dit import extend
 from vidistill.models.layers import SiteConfig
 from vidistill.models.student import CausalStudent
 
@@ -246,3 +247,8 @@ def test_other_actions_lead_to_their_own_true_future(world):
     others = footage.clips.tensors["actions"].roll(-1, 0)[:9, :25]
     assert torch.equal(told[:, 1:], pack_actions(others, 4)[:, 1:])
     assert Path(footage.training).name == "train"
+    net = student.net.net
+    shown = extend(net, replace(net.cfg, extra_channels=net.cfg.channels + 4))
+    from_a_picture = replace(student, net=CausalStudent(shown, student.net.cfg, student.net.shape))
+    with pytest.raises(DataError, match="student"):
+        batch.condition(from_a_picture, judged.codec, None)

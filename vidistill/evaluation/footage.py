@@ -16,6 +16,7 @@ from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import ACTION_SITE, AUDIO_SITE, Condition, reference_channels, walked
+from vidistill.conditioning.controls import shows_picture
 from vidistill.config import build
 from vidistill.data.clips import Clips, start_of_clip
 from vidistill.data.shards import LATENT_RATE, META, DataError, read_meta
@@ -123,6 +124,8 @@ class Footage:
     ) -> Condition:
         """What a network is told of windows, of what it takes: actions, camera, sound, text and first picture."""
         dit = bundle.net.cfg if bundle.kind == "teacher" else bundle.net.net.cfg
+        if shows_picture(dit):
+            raise DataError(f"{bundle.name} makes clips of a picture it is shown; {self.folder} cannot judge those yet")
         factor, camera = codec.temporal_factor, bundle.record["world"].get("camera")
 
         def told(name: str) -> Tensor:
