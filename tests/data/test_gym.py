@@ -10,6 +10,7 @@ from tiny_env import SPACES, TinyEnv
 from vidistill.cli.main import main
 from vidistill.data.clips import Clips
 from vidistill.data.importers import gym
+from vidistill.data.importers import write as writing
 from vidistill.data.importers.actions import action_map
 from vidistill.data.importers.gym import GymConfig, is_deterministic, record, replay, resized
 from vidistill.worlds.futures import true_future
@@ -146,6 +147,25 @@ def test_a_recording_resumes_and_is_not_mixed_with_another(tmp_path, capsys):
     assert run(tmp_path / "out") == 0 and run(tmp_path / "out") == 0
     assert run(tmp_path / "out", "--repeat", "1") == 1
     assert "config" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_no_episode_that_was_written(tmp_path, monkeypatch, capsys):
+    real, written = writing.write_shard, []
+
+    def until_full(path, tensors):
+        if len(written) == 1:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        real(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_shard", until_full)
+        assert run(tmp_path / "out") == 1
+    assert "No space left" in capsys.readouterr().err and len(written) == 1
+    train = (tmp_path / "out" / "train" / "shard-00000.safetensors").stat().st_mtime_ns
+    assert run(tmp_path / "out") == 0
+    assert (tmp_path / "out" / "train" / "shard-00000.safetensors").stat().st_mtime_ns == train
+    assert [len(Clips(tmp_path / "out" / split)) for split in ("train", "validation", "test")] == [3, 1, 1]
 
 
 @pytest.mark.parametrize(

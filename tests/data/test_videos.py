@@ -474,13 +474,18 @@ def test_every_file_that_cannot_be_used_has_its_reason(tmp_path, many):
     folder = tmp_path / "in"
     whole = write(folder / "good.mp4", moving(40, seed=3))
     (folder / "empty.mp4").touch()
+    with av.open(str(folder / "none.mp4"), "w") as container:  # a video of no length
+        stream = container.add_stream("libx264", rate=16)
+        stream.height = stream.width = SIDE
+        container.start_encoding()
     (folder / "text.mp4").write_text("this is no video")
     (folder / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     write(folder / "black.mp4", np.zeros((40, SIDE, SIDE, 3), np.uint8))
     write(folder / "frozen.mp4", moving(1).repeat(40, 0))
     write(folder / "short.mp4", moving(6, seed=5))
-    write(folder / "hdr.mkv", moving(20, seed=6), codec="libx264", pix_fmt="yuv420p10le", options={
-        "x264-params": "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"})  # fmt: skip
+    for k, (name, transfer) in enumerate({"hdr.mkv": "smpte2084", "hlg.mkv": "arib-std-b67"}.items()):
+        write(folder / name, moving(20, seed=6 + k), codec="libx264", pix_fmt="yuv420p10le", options={
+            "x264-params": f"colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"})  # fmt: skip
     (folder / "lonely.txt").write_text("a caption")
     (folder / "lonely.actions.csv").write_text("a\n1\n")
     clips = imported(tmp_path / "out", folder)
@@ -489,18 +494,28 @@ def test_every_file_that_cannot_be_used_has_its_reason(tmp_path, many):
     reasons = {name: row["dropped"] for name, row in rows.items() if row["dropped"]}
     starts = {
         "empty.mp4": "corrupt: the file is empty",
+        "none.mp4": "corrupt: there is no picture",
         "text.mp4": "corrupt: not a media file",
         "cut.mp4": "corrupt: ",
         "black.mp4": "black",
         "frozen.mp4": "frozen",
         "short.mp4": "too short (under 17 frames)",
         "hdr.mkv": "HDR (PQ)",
+        "hlg.mkv": "HDR (HLG)",
     }
     assert set(reasons) == set(starts) and all(reasons[name].startswith(text) for name, text in starts.items()), reasons
     assert set(report["strays"]) == {"lonely.txt", "lonely.actions.csv"}
-    assert report["dropped"] == {"HDR": 1, "black": 1, "corrupt": 3, "frozen": 1, "too short": 1}
+    assert report["dropped"] == {"HDR": 2, "black": 1, "corrupt": 4, "frozen": 1, "too short": 1}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert all(text in page for text in ("corrupt: the file is empty", "lonely.txt", "Dropped (7)"))
+    assert all(text in page for text in ("corrupt: the file is empty", "lonely.txt", "Dropped (9)"))
+    assert not rows["none.mp4"]["odd"] and not rows["empty.mp4"]["odd"]  # nothing of them is used
+
+
+def test_a_list_that_names_what_is_not_there_loses_that_row_alone(tmp_path):
+    write(tmp_path / "here.mp4", moving(20))
+    (tmp_path / "list.csv").write_text("path,caption\nhere.mp4,a square\ngone.mp4,nothing\n")
+    assert names_of(imported(tmp_path / "out", tmp_path / "list.csv")) == ["here.mp4"]
+    assert report_of(tmp_path / "out")[1]["gone.mp4"]["dropped"].startswith("corrupt: ")
 
 
 def test_names_and_captions_are_of_any_script(tmp_path):

@@ -147,7 +147,7 @@ def refused(found: Inspection, fps: float) -> str:
 def oddities(found: Inspection, fps: float) -> tuple[str, ...]:
     """What is unusual about a video that can be used."""
     facts, odd = found.facts, []
-    if found.error:
+    if found.error and found.seconds:
         odd.append(f"corrupt: {found.error}; the {found.seconds:.1f} s before are used")
     if facts and facts["rotation"]:
         odd.append(f"rotated by {facts['rotation']} degrees, as the file asks")
