@@ -14,7 +14,7 @@ from tiny_talker import write_talker
 from tiny_videos import moving, write
 
 from vidistill import checkpoint
-from vidistill.cli import planning, recipe
+from vidistill.cli import planning, recipe, timing
 from vidistill.cli.main import main, parser
 from vidistill.conditioning.audio import to_pcm16
 from vidistill.io import read_video, save_png
@@ -88,7 +88,7 @@ def test_an_avatar_speaks_a_recording(tmp_path, monkeypatch):
 
 
 def test_the_tutorial_leads_from_videos_to_a_student(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "seconds_of", lambda cfg: 0.5)
+    monkeypatch.setattr(timing, "took_by_step", lambda cfg: timing.Took(0.5, 0.5))
     monkeypatch.setattr(planning, "LESS_SIZE", 10**9)  # the smallest networks, and small ones
     monkeypatch.setitem(recipe.SIZES, "small", (144, 1, 64))
     monkeypatch.setattr(recipe, "WARM", {"codec": None, "teacher": None})
