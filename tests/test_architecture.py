@@ -97,7 +97,7 @@ BUDGETS = {
     "worlds": 1464,
     "bench": 1310,
     "ops": 1180,
-    "cli": 1332,
+    "cli": 1473,
     "serve": 1224,
     "interop": 1059,
     "conditioning": 788,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from shell import commands_of, run_all
+from tiny_wan import LENGTH, TEXT, write_wan
 
 from vidistill import checkpoint
 from vidistill.cli import planning, recipe, timing
@@ -276,3 +277,78 @@ def test_budgets_are_times(text, capsys):
     with pytest.raises(SystemExit):
         main(["new", "x", "--data", "y", "--budget", text])
     assert "is no time" in capsys.readouterr().err
+
+
+# --- from a Wan network -----------------------------------------------------------------------------------------------
+
+
+def write_captioned(folder, wan, kind="text", side=32, fps=16.0):
+    """Clips of a world whose captions a Wan network reads, or of another kind."""
+    write_world(folder, kind, side=side, fps=fps)
+    for split in ("train", "test"):
+        meta = json.loads((folder / split / "meta.json").read_text())
+        meta |= {"text": {"kind": "umt5", "source": str(wan), "length": LENGTH}}
+        (folder / split / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture
+def wan(tmp_path, monkeypatch):
+    """A tiny Wan folder, and worlds whose tokens are as wide as its."""
+    monkeypatch.setitem(KINDS, "text", (0, TEXT, 0))
+    monkeypatch.setitem(KINDS, "both", (2, TEXT, 0))
+    return write_wan(tmp_path / "wan")
+
+
+@pytest.mark.parametrize("kind", ["text", "both"])
+def test_a_project_from_wan_passes_its_dry_run(tmp_path, wan, kind, monkeypatch, capsys):
+    data = write_captioned(tmp_path / "data", wan, kind)
+    assert new(tmp_path / "mine", data, "--init", str(wan), "--gpus", "2", "--gpu-memory", "0.0001") == 0
+    said = capsys.readouterr().out
+    assert ("whole weights" in said) == (kind == "both") and "shards: teacher, tf, selfforcing, diagonal" in said
+    monkeypatch.chdir(tmp_path / "mine")
+    for name in recipe.STAGES[1:]:
+        cfg = load_config(TrainConfig, f"{name}.yaml")
+        assert (cfg.lora.rank > 0) == (kind == "text") and cfg.parallel == "shard" and cfg.latent_size == (4, 4)
+        assert main(["train", f"{name}.yaml", "--dry-run"]) == 0
+        assert "exported and loaded" in capsys.readouterr().out
+    assert cfg.lora.rank == 0 or cfg.critic_lora.rank
+
+
+def test_a_project_from_wan_runs_from_clips_to_a_student(tmp_path, wan, monkeypatch):
+    data = write_captioned(tmp_path / "data", wan)
+    assert new(tmp_path / "mine", data, "--init", str(wan)) == 0
+    commands = commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")
+    assert [words[1] for words in commands] == ["data", *["train"] * 4, "generate"]
+    run_all(commands, monkeypatch)
+    student = checkpoint.load(str(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal"))
+    assert student.record["codec"] == str(wan) and student.record["dit"]["text_dim"] == TEXT
+    assert (tmp_path / "mine" / "rehearsal" / "out.mp4").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "says"),
+    [
+        ({"kind": "neither"}, (), "--text kind=umt5"),
+        ({"side": 24}, (), "multiples of 16"),
+        ({"fps": 4.0}, (), "--fps"),
+        ({}, ("--budget", "3h"), "--budget"),
+        ({}, ("--cold",), "--cold"),
+    ],
+)
+def test_what_wan_does_not_take_is_said(tmp_path, wan, capsys, changes, options, says):
+    data = write_captioned(tmp_path / "data", wan, **changes)
+    assert new(tmp_path / "mine", data, "--init", str(wan), *options) == 1
+    assert says in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
+def test_what_is_no_wan_is_said(tmp_path, capsys):
+    data = write_world(tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    for options, says in (
+        (("--init", str(tmp_path / "empty")), "safetensors"),
+        (("--init", "shapes-teacher"), "--init"),
+        (("--gpus", "2"), "--init"),
+    ):
+        assert new(tmp_path / "mine", data, *options) == 1
+        assert says in capsys.readouterr().err and not (tmp_path / "mine").exists()

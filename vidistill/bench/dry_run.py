@@ -144,7 +144,8 @@ def kind_of(cfg: TrainConfig, dit: DiTConfig) -> str:
         return prompts_module.open_data(cfg.data).kind
     if cfg.objective == "regression":
         return "trajectories"
-    return prompts_module.PROMPTS if cfg.rolls and dit.text_dim and not recorded(cfg, dit) else "latents"
+    from_noise = not cfg.schedule.given_chunks
+    return prompts_module.PROMPTS if cfg.rolls and dit.text_dim and from_noise and not recorded(cfg, dit) else "latents"
 
 
 def recorded(cfg: TrainConfig, dit: DiTConfig) -> bool:

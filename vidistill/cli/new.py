@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidistill.cli.options import positive_float, positive_int
+
 if TYPE_CHECKING:
     from vidistill.cli.planning import Plan
 
+BUDGET = 3 * 3600.0  # seconds
 UNITS = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0}
 
 
@@ -35,9 +38,13 @@ def add_new(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--budget",
         type=duration,
-        default=3 * 3600.0,
         help="wall time on this machine when nothing else runs, e.g. 3h or 90m (default: 3h)",
     )
+    p.add_argument(
+        "--init", help="a Wan network to start from, a folder or hf://ORG/NAME: the project is for GPUs then"
+    )
+    p.add_argument("--gpus", type=positive_int, help="with --init: how many (default: 1)")
+    p.add_argument("--gpu-memory", type=positive_float, help="with --init: GB of each of them (default: 80)")
     p.add_argument("--cold", action="store_true", help="start from nothing, not from bundled weights that fit")
     p.add_argument(
         "--check", choices=("codec", "teacher"), help="of a project: judge what run.sh trained; exit 1 if it is bad"
@@ -59,9 +66,24 @@ def run_new(args: argparse.Namespace) -> None:
     if args.name.exists() and (not args.name.is_dir() or any(args.name.iterdir())):
         raise ValueError(f"{args.name} is there and not empty; name a new folder, or remove it")
     check_folder(args.name, "NAME")
-    plan = planning.plan(args.data, args.budget, not args.cold)
+    if args.init:
+        print(from_wan(args))
+        return
+    if args.gpus or args.gpu_memory:
+        raise ValueError("--gpus and --gpu-memory size a project from a Wan network: add --init, or leave them out")
+    plan = planning.plan(args.data, args.budget or BUDGET, not args.cold)
     write_project(args.name, plan)
     print(plan.report(), f"start it: {args.name / 'run.sh'}", sep="\n")
+
+
+def from_wan(args: argparse.Namespace) -> str:
+    """Write a project that starts from a Wan network; returns what to say of it."""
+    from vidistill.cli import wan_recipe
+
+    if args.budget or args.cold:
+        raise ValueError("--budget and --cold size a project for this machine: leave them out beside --init")
+    made = wan_recipe.wan_plan(args.data, args.init, args.gpus or 1, args.gpu_memory or 80.0)
+    return f"{wan_recipe.write(args.name, made)}\nstart it: {args.name / 'run.sh'}"
 
 
 def write_project(folder: Path, plan: "Plan") -> None:

@@ -285,19 +285,25 @@ def codec_stage(world: World, choice: Choice, data: str) -> Stage:
     return Stage("codec", "Pixels to latents and back.", tuple(rows))
 
 
+def teacher_sites(dims: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Where a network takes what it is told beside captions: numbers a latent, by name."""
+    sites: dict[str, dict[str, Any]] = {}
+    if "actions" in dims:
+        sites["modulation"] = {"dim": dims["actions"], "hidden": 128}
+    if "audio" in dims:
+        sites["hidden"] = {"dim": dims["audio"], "hidden": 64, "activation": "norm"}
+    return sites
+
+
 def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
     """The bidirectional model of clips."""
     width, layers, ffn = SIZES[choice.size]
     patch = patch_of(world)
     area = 16 * patch[1] * patch[2]
-    dims = world.told_dims
-    sites: dict[str, Any] = {"modulation": {"dim": dims["actions"], "hidden": 128}} if "actions" in dims else {}
-    if "audio" in dims:
-        sites["hidden"] = {"dim": dims["audio"], "hidden": 64, "activation": "norm"}
     dit: dict[str, Any] = {"channels": 16, "patch": list(patch), "width": max(width, math.ceil((area + 32) / 32) * 32)}
     grid = [world.latent[0] // patch[1], world.latent[1] // patch[2]]
     dit |= {"layers": layers, "heads": 4, "ffn": ffn, "grid": grid, "predicts": "x0"}
-    if sites:
+    if sites := teacher_sites(world.told_dims):
         dit["sites"] = sites
     if world.text_dim:
         dit["text_dim"] = world.text_dim
