@@ -91,11 +91,11 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2675,
+    "data": 2678,
     "training": 1745,
     "evaluation": 2974,
     "worlds": 1464,
-    "bench": 1310,
+    "bench": 1311,
     "ops": 1180,
     "cli": 1473,
     "serve": 1224,
