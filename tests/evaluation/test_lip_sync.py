@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from vidistill.checkpoint import load
 from vidistill.cli.main import main
 from vidistill.evaluation import lip_sync, report, suite
 from vidistill.evaluation.clips import Batch, Data
+from vidistill.evaluation.intervals import certain
 from vidistill.evaluation.lip_sync import METRICS, SUITE, LipSyncConfig, identity, identity_drift
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.suite import measure
@@ -155,7 +157,7 @@ def test_sync_is_the_best_mean_correlation_and_its_shift():
 def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     folder = write_talker(tmp_path)
     cfg = LipSyncConfig(
-        clips=2, batch=2, streams=1, long_seconds=4.0, window=1.0, steps=2, workers=1, out=str(tmp_path), cache=""
+        clips=2, batch=2, streams=2, long_seconds=3.0, window=1.0, steps=2, workers=1, out=str(tmp_path), cache=""
     )
     net = load(folder / "student")
     record_path = folder / "student.json"
@@ -165,13 +167,25 @@ def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     result = suite.evaluate(SUITE, str(folder / "student"), cfg, teacher=str(folder / "teacher"))
     for row in ("student", "teacher", "real"):
         missing = {"frechet_paired"} if row == "real" else set()
-        assert set(result[row]) - {"name"} == set(METRICS) - missing and net.kind == "student"
-    assert set(result["streams"]) == {"student", "window", "real"} and len(result["streams"]["student"]["curve"]) == 3
+        found = {key for key in result[row] if not key.endswith("_interval")}
+        assert found - {"name"} == set(METRICS) - missing and net.kind == "student"
+    assert result["student"]["identity_drift"] == result["streams"]["student"]["drift"]
+    assert "sync_corr" in result["difference"]["student - teacher"]
+    assert all("identity_drift" not in row for row in result["difference"].values())
+    assert set(result["streams"]) == {"student", "window", "real"} and len(result["streams"]["student"]["curve"]) == 2
     assert {p.name for p in (tmp_path / "student-teacher").iterdir()} >= {"result.json", "streams.png", "clips.png"}
     short = LipSyncConfig(clips=2, streams=1, long_seconds=0.0, window=1.0, steps=2, workers=1, out="", cache="")
     alone = suite.evaluate(SUITE, str(folder / "student"), short, teacher=str(folder / "teacher"))
     assert "streams" not in alone
     assert "sync_corr" in list(report.table(METRICS, alone).columns[0].cells)
+
+
+def test_the_drift_of_streams_lies_in_its_interval():
+    same = torch.ones(8, 30)
+    same[:4, 20:] = 0  # half of the streams end as somebody else
+    found = certain(torch.arange(8), partial(lip_sync.stream_drift, same, 10.0, 1.0), 200)
+    low, high = found["identity_drift_interval"]
+    assert found["identity_drift"] == 0.5 and 0 < low < 0.5 < high < 1
 
 
 def test_a_diagnosis_is_drawn_and_printed(tmp_path, capsys):
