@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ACTIONS
 from tiny_nets import clip, tiny_dit, tiny_ltx
-from tiny_ranks import assert_same, first_gradients, result, together
+from tiny_ranks import assert_same, first_gradients, result, same_ranks, together
 from tiny_talker import talker_stage
 from tiny_training import DIT, OPTIM, codec_stage, dmd_stage, flow_stage
 from torch import nn
@@ -57,6 +57,12 @@ def broken_stage(root, **settings):
     tensors["latents"], tensors["images"] = (size * tensors[n].float() for n in ("latents", "images"))
     write_shards(root / "sizes", [(tensors, [{"seed": k} for k in range(6)])], meta)
     return STAGES["dmd"](root, data=str(root / "sizes"), loss=loss, **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks():
+    with same_ranks():
+        yield
 
 
 @pytest.fixture
@@ -295,11 +301,12 @@ def watched_step(cfg, out):
         summed.append(1)
         return scatter(*args, **kwargs)
 
-    setattr(torch.distributed, name, counted)
     trainer = Trainer(cfg)
     layer = next(m for n, m in trainer.roles.student.named_modules() if n.endswith("blocks.0.ffn.0"))
     layer.register_forward_pre_hook(lambda module, args: dtypes.add(str(module.weight.dtype)))
-    trainer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, name, counted)
+        trainer.step()
     if distributed.rank() == 0:
         save_tensors(out, {}, {"summed": len(summed), "dtypes": sorted(dtypes)})
 

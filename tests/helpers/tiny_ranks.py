@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import socket
 import time
+from contextlib import contextmanager
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -13,33 +15,87 @@ from vidistill.checkpoint import read_tensors, save_tensors
 from vidistill.training.trainer import Trainer
 
 
-def as_rank(rank, count, port, job, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+class Ranks:
+    """Forked processes that form a group for every job, as those of torchrun do."""
+
+    def __init__(self, count):
+        context, self.pipes, self.children = multiprocessing.get_context("fork"), [], []
+        for rank in range(count):
+            here, there = context.Pipe()
+            self.pipes.append(here)
+            self.children.append(
+                context.Process(target=as_rank, args=(rank, count, there, list(self.pipes)), daemon=True)
+            )
+            self.children[-1].start()
+            there.close()
+
+    def run(self, job, args):
+        """Run `job(*args)` in all of them; AssertionError where one of them ends."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for pipe in self.pipes:
+            pipe.send((port, job, args))
+        deadline, waiting = time.time() + 600, list(self.pipes)
+        while waiting:
+            assert time.time() < deadline, "the processes wait for each other"
+            for pipe in wait(waiting, timeout=1):
+                try:
+                    pipe.recv()
+                except EOFError:  # it has ended, and says why in its output
+                    raise AssertionError(f"process {self.pipes.index(pipe)} has ended") from None
+                waiting.remove(pipe)
+
+    def end(self):
+        for child, pipe in zip(self.children, self.pipes, strict=True):
+            child.kill()
+            child.join()
+            pipe.close()
+
+
+def as_rank(rank, count, jobs, others):
+    for pipe in others:  # of the parent, whose end is then seen by all
+        pipe.close()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)  # a forked process has no thread pool
-    with distributed.group():
-        job(*args)
+    while True:
+        try:
+            port, job, args = jobs.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        with distributed.group():
+            job(*args)
+        jobs.send(None)
+
+
+KEPT: list[dict[int, Ranks]] = []
+
+
+@contextmanager
+def same_ranks():
+    """Inside, jobs for as many processes run in the same ones: what torch works out once a process takes seconds."""
+    KEPT.append({})
+    try:
+        yield
+    finally:
+        for ranks in KEPT.pop().values():
+            ranks.end()
 
 
 def together(count, job, *args):
     """Run `job(*args)` in `count` processes that form a group as those of torchrun do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=as_rank, args=(r, count, port, job, args)) for r in range(count)]
-    for child in children:
-        child.start()
+    kept = KEPT[-1] if KEPT else {}
+    ranks = kept.pop(count, None) or Ranks(count)
     try:
-        deadline = time.time() + 600
-        while any(child.is_alive() for child in children) and not any(child.exitcode for child in children):
-            assert time.time() < deadline, "the processes wait for each other"
-            time.sleep(0.02)
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
-    assert [child.exitcode for child in children] == [0] * count
+        ranks.run(job, args)
+    except BaseException:
+        ranks.end()
+        raise
+    if KEPT:
+        kept[count] = ranks
+    else:
+        ranks.end()
 
 
 def steps(cfg, num, out):

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 from tiny_nets import DIT, SITES, VIEW, chunk_levels, clip, condition, tiny_dit, tiny_student
-from tiny_ranks import together
+from tiny_ranks import same_ranks, together
 
 from vidistill import distributed
 from vidistill.checkpoint import read_tensors, save_tensors
@@ -62,6 +62,13 @@ def replayed(student, x):
     for _, x0 in again:
         x0.square().sum().backward()
     return torch.cat(made, dim=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks():
+    run("clip", 1, lora=True)  # what it imports, processes that are forked have too
+    with same_ranks():
+        yield
 
 
 def every(frames):
