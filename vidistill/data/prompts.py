@@ -242,5 +242,5 @@ def prompts(
     own, meta = Part.of(part), {"source": "prompts", **WORLD, "fps": fps}
     share = sum(len(lines[i * PER_SHARD : (i + 1) * PER_SHARD]) for i in own.share(-(-len(lines) // PER_SHARD)))
     with Bar(share, "prompts", "prompt", shown=rank() == 0) as bar:
-        whole = write_prompts(out, lines, negative, encoder, meta, at_once, own, bar)
+        whole = write_prompts(out, lines, negative, encoder, meta, at_once, own, bar, PER_SHARD)
     return f"{out}: {len(lines)} prompts of {tokens} tokens" if whole else f"{out}: part {own.index + 1} is written"
