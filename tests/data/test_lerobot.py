@@ -9,6 +9,7 @@ import pytest
 
 from vidistill.cli.main import main
 from vidistill.data.clips import Clips
+from vidistill.data.shards import read_meta
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "lerobot"
 LAYOUTS = ("v2.1", "v3.0")
@@ -190,3 +191,27 @@ def test_what_cannot_be_read_is_said(tmp_path, copy, capsys, layout, damage, opt
     said = capsys.readouterr().err
     assert says in said
     assert "Traceback" not in said
+
+
+ONE_OF_MANY = {name: DAMAGE[name] for name in ("rows missing", "video missing", "video of another episode")}
+
+
+@pytest.mark.parametrize("damage", ONE_OF_MANY)
+def test_damaged_episodes_are_left_out_where_asked_and_each_is_named(tmp_path, copy, capsys, damage):
+    layout, damage, _, says = ONE_OF_MANY[damage]
+    root = copy(layout)
+    number = 2 if "episode_000002" in says else 1
+    damage(root)
+    assert run(tmp_path / "out", root, "--damaged", "skip") == 0
+    said = capsys.readouterr().out
+    assert "1 episodes are damaged" in said and f"episode {number} is left out" in said and says in said
+    metas = [read_meta(path.parent) for path in (tmp_path / "out").glob("*/meta.json")]
+    found = {clip["episode"] for meta in metas for clip in meta["described"]}
+    assert found and number not in found
+
+
+def test_a_data_set_without_a_whole_episode_is_refused(tmp_path, copy, capsys):
+    root = copy("v3.0")
+    emptied("videos/observation.images.top/chunk-000/file-000.mp4")(root)
+    assert run(tmp_path / "out", root, "--damaged", "skip") == 1
+    assert "no episode that is whole" in capsys.readouterr().err

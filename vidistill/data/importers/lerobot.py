@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -303,11 +303,7 @@ def clips_of(data: DataSet, asked: Asked, windows: Iterable[Window]) -> Iterator
         episode, picked = window.episode, window.frames
         rows = rows_of(data, episode, *(() if episode.video else (data.camera,)))
         frames = list((filmed if episode.video else kept)(data, asked, window, rows))
-        if len(frames) != len(picked):
-            raise DataError(
-                f"{episode.video or episode.rows}: episode {episode.number} shows {len(frames)} of {len(picked)} "
-                f"frames from {picked[0]} on; download the data set again"
-            )
+        check_shown(window, len(frames))
         about = {"episode": episode.number, "first": picked[0]}
         actions = actions_at(data, numbers_of(data, episode, rows), picked)
         yield Clip(np.stack(frames), about, task_of(data, episode, rows, picked[0]), actions)
@@ -347,6 +343,38 @@ def kept(data: DataSet, asked: Asked, window: Window, rows: Table) -> Iterator[n
             raise DataError(f"{window.episode.rows}: row {k} holds no picture ({error})") from error
 
 
+def whole(data: DataSet) -> tuple[DataSet, list[str]]:
+    """The data set without its damaged episodes, and what is wrong with each: all rows and pictures are read once.
+
+    DataError where none is left.
+    """
+    good, faults = list[Episode](), list[str]()
+    asked = Asked(data.fps, (2, 2), "crop")
+    for episode in data.episodes:
+        try:
+            rows = rows_of(data, episode, *(() if episode.video else (data.camera,)))
+            numbers_of(data, episode, rows)
+            window = Window(episode, tuple(range(episode.length)))
+            shown = sum(1 for _ in (filmed if episode.video else kept)(data, asked, window, rows))
+            check_shown(window, shown)
+            good.append(episode)
+        except DataError as error:
+            faults.append(f"episode {episode.number} is left out: {error}")
+    if not good:
+        raise DataError(f"{data.root} has no episode that is whole; {faults[0]}")
+    return replace(data, episodes=tuple(good)), faults
+
+
+def check_shown(window: Window, shown: int) -> None:
+    """DataError unless a window has as many pictures as frames."""
+    episode, picked = window.episode, window.frames
+    if shown != len(picked):
+        raise DataError(
+            f"{episode.video or episode.rows}: episode {episode.number} shows {shown} of {len(picked)} frames from "
+            f"{picked[0]} on; download the data set again"
+        )
+
+
 def split_up(data: DataSet, contents: Sequence[str], shares: Sequence[float] | None) -> dict[str, list[Episode]]:
     """The episodes of each split: the data set's own where it holds some out and no shares are asked for, else by what
     was done in them, so that copies of an episode stay together."""
@@ -371,7 +399,10 @@ def run(args: argparse.Namespace) -> str:
     if args.split is not None:
         check_shares(args.split)
     cut = WindowConfig(args.windows, args.frames, args.stride, args.per_scene, args.min_frames)
-    data, contents = surveyed(opened(args.source, args.camera, tuple(args.actions.split(","))))
+    data, faults = opened(args.source, args.camera, tuple(args.actions.split(","))), list[str]()
+    if args.damaged == "skip":
+        data, faults = whole(data)
+    data, contents = surveyed(data)
     asked = Asked(args.fps or data.fps / repeat_for(data.fps), args.size, args.resize)
     if asked.fps > data.fps:
         raise ValueError(
@@ -393,6 +424,7 @@ def run(args: argparse.Namespace) -> str:
     meta |= {"ranges": {name: [zero, one] for name, zero, one in ways}}
     meta |= {"px_size": args.size[0] if args.size[0] == args.size[1] else list(args.size)}
     said = [f"{len(data.episodes)} episodes at {asked.fps:g} frames/s; actions {', '.join(meta['actions'])}"]
+    said += [f"  {len(faults)} episodes are damaged", *(f"  {fault}" for fault in faults)] if faults else []
     said += [f"  {axis.name} never changes, and is left out" for axis in data.axes if not axis.ways]
     for split, episodes in split_up(data, contents, args.split).items():
         windows = {e.number: windows_of(data, e, asked.fps, cut) for e in episodes}
@@ -440,5 +472,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "--split", type="numbers", help="train,validation,test (default: the data's own, else 0.9,0.05,0.05)"
     )
     p.add_argument("--text", nargs="+", default=["kind=ngrams"], metavar="key=value", help="encoder of tasks, or none")
+    p.add_argument(
+        "--damaged",
+        choices=("stop", "skip"),
+        default="stop",
+        help="episodes that cannot be read: say the first, or leave them all out (reads everything twice)",
+    )
     p.add_argument("--codec", help="write latents of this codec instead of pixels")
     p.add_argument("--part", default="1/1", help="share of the work that this process does, e.g. 2/4 (default: all)")
