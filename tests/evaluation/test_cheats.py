@@ -21,7 +21,7 @@ from vidistill.evaluation.clips import Batch
 from vidistill.evaluation.intervals import badness
 from vidistill.evaluation.recall import nearest
 from vidistill.evaluation.rooms import Rooms
-from vidistill.evaluation.suite import Tally, add_certainty, add_row, measure, run_figures
+from vidistill.evaluation.suite import add_certainty, measure, run_figures
 from vidistill.worlds import WORLDS
 
 pytestmark = pytest.mark.timeout(900)
@@ -232,16 +232,10 @@ def judged(request, tmp_path_factory):
             made[batch.seed] = honest(codec, batch)
         return cheat(made[batch.seed], batch)
 
-    named = {figure.split("/")[0] for _, figure in CHEATS[request.param].values()}
-    wanted = {key: suite.metrics[key] for key in named}
+    rows |= {name: partial(cheating, cheat) for name, (cheat, _) in CHEATS[request.param].items()}
+    wanted = {key: metric for key, metric in suite.metrics.items() if metric.figure}
     tallies = measure(wanted, rows, data, {"student": RUNS})
-    real = tallies["real"][0]
-    result = {name: run_figures(wanted, runs, real) for name, runs in tallies.items()}
-    for name, (cheat, figure) in CHEATS[request.param].items():  # of each, the figure that is to catch it
-        key, tally = figure.split("/")[0], Tally(data)
-        for batch in data.batches:
-            add_row(tally, wanted[key].parts, partial(cheating, cheat), batch)
-        result[name] = run_figures({key: wanted[key]}, [tally], real)
+    result = {name: run_figures(wanted, runs, tallies["real"][0]) for name, runs in tallies.items()}
     mine = {name: result[name] for name in ("real", "student")}
     add_certainty(wanted, mine, {name: tallies[name] for name in mine}, {}, 100)
     return request.param, result
