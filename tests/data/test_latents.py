@@ -8,6 +8,7 @@ from tiny_training import write_frames, write_latents
 
 from vidistill.checkpoint import load
 from vidistill.cli.main import main
+from vidistill.data import shards as shards_module
 from vidistill.data.clips import Clips
 from vidistill.data.importers.write import Part, write_split
 from vidistill.data.shards import DataError, latent_shard, write_shards
@@ -28,6 +29,19 @@ def test_frames_become_the_latents_of_their_shards(tmp_path, tiny_codec_path):
     assert all(torch.equal(a[name], b[name]) for a, b in zip(clips.parts, want, strict=True) for name in b)
     assert clips.lengths("latents") == [3, 4, 3, 3] and clips.meta["described"] == [{"seed": 0}, {"seed": 1}] * 2
     assert (clips.meta["codec"], clips.meta["source"], clips.meta["fps"]) == (str(tiny_codec_path), "mine", 12.0)
+
+
+def test_pictures_of_a_long_clip_are_encoded_a_few_at_a_time(tiny_codec_path, monkeypatch):
+    codec, sizes = load(tiny_codec_path, "codec").net, []
+    frames = torch.randint(0, 256, (1, 33, 16, 16, 3), dtype=torch.uint8)
+    (whole, _) = latent_shard(({"frames": frames}, [{}]), codec)
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda px: sizes.append(len(px)) or encode(px))
+    monkeypatch.setattr(shards_module, "PICTURE_PX", 4 * 16 * 16)
+    (parts, _) = latent_shard(({"frames": frames}, [{}]), codec)
+    assert sizes == [1, 4, 4, 1], "the clip, and nine pictures"
+    torch.testing.assert_close(parts["images"], whole["images"], rtol=2e-3, atol=2e-3)
+    assert torch.equal(parts["latents"], whole["latents"])
 
 
 def test_all_splits_of_a_folder_are_encoded_in_parts(tmp_path, tiny_codec_path, capsys):

@@ -21,9 +21,11 @@ from vidistill.conditioning.condition import Encode, pack_actions, pack_audio
 from vidistill.data.meta import META, DataError, parse_meta
 from vidistill.data.types import Captioned, Episode, Talk, count_episodes, pack_rows, unpack_rows
 from vidistill.io import read_json, write_atomic, write_text
+from vidistill.ops.device import accelerator
 
 SETTINGS = "settings.json"
 WRITING = ".writing-"  # begins the names of files that are locked while a part is written
+PICTURE_PX = 2**23  # pixels of single pictures that are encoded at once: 20 of 480 x 832
 
 Shard = tuple[dict[str, Tensor], list[dict]]  # tensors whose first axis is the episode, a description of each
 
@@ -173,17 +175,20 @@ def latent_shard(shard: Shard, codec: Any) -> Shard:
 
     `latents` is the encoded stream; `images` holds, for the last pixel frame of every latent, the codec's latent of
     that picture alone, which is what a clip starts from. Px frames at the end of an episode that fill no whole latent
-    are left out.
+    are left out. The codec is moved to the GPU, if there is one.
     """
     tensors, described = shard
+    where = accelerator()
+    codec.to(where)
     factor = codec.temporal_factor
     latents, images = [], []
     count = count_episodes(tensors)
     for k in range(count):
         frames = unpack_rows(tensors, "frames", k)
         px = whole_latents(frames, factor).permute(0, 3, 1, 2).float() / 255
-        latents.append(codec.encode(px[None])[0].half())
-        images.append(codec.encode(px[::factor, None])[:, 0].half())
+        latents.append(codec.encode(px[None].to(where))[0].half().cpu())
+        pictures = px[::factor, None].split(max(1, PICTURE_PX // (px.shape[-2] * px.shape[-1])))
+        images.append(torch.cat([codec.encode(some.to(where))[:, 0].half().cpu() for some in pictures]))
     out = pack_rows("latents", latents) | pack_rows("images", images)
     for name in (n for n in tensors if n in LATENT_RATE):
         out |= pack_rows(name, [LATENT_RATE[name](unpack_rows(tensors, name, k), factor) for k in range(count)])
