@@ -22,7 +22,7 @@ from vidistill.training import networks
 ADAMW = replace(OPTIM, muon="")
 ROLES = ("student", "teacher", "critic")
 SLACK = 2**20  # bytes of what is no weight
-RESIDENT = 2**26  # bytes of what is no weight, in the view of the operating system
+RESIDENT = 2**27  # the same for the operating system, which also holds what malloc keeps and the profiler notes
 
 
 def wide(**settings):
@@ -86,7 +86,10 @@ def allocated(watched, mapped):
 
 
 def load_here(cfg, out, slack):
-    """Make the networks, with shards, a tensor and `slack` bytes at most; rank 0 writes what they are, whole."""
+    """Make the networks, with shards, a tensor and SLACK bytes at most; rank 0 writes what they are, whole.
+
+    `slack` 0: memory is not looked at; RESIDENT: also as the operating system sees it.
+    """
     if slack == RESIDENT:  # what is imported when networks are first made is no weight
         made(replace(cfg, teacher=str(write_teacher(out.with_name(f"first-{distributed.rank()}")))))
     with Anonymous() as memory, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
@@ -98,9 +101,9 @@ def load_here(cfg, out, slack):
     room = own + max(p.numel() * p.element_size() for p in params)
     if slack:
         files = {p.stat().st_size for p in Path(cfg.teacher).parent.glob("*.safetensors")}
-        assert own < allocated(watched, files) < room + slack
+        assert own < allocated(watched, files) < room + SLACK
     if slack == RESIDENT:
-        assert memory.peak < room + slack
+        assert own < memory.peak < room + RESIDENT < whole / 2
     state = {f"{name}.{n}": x for name, net in nets.items() for n, x in distributed.whole_state(net).items()}
     if distributed.rank() == 0:
         save_tensors(out, state, {})
