@@ -206,8 +206,9 @@ class SetAside:
         for module in net.modules():
             for name, p in module.named_parameters(recurse=False):
                 empty = torch.zeros((), dtype=dtype).expand(p.shape)  # of the device and type that LoRA asks for
-                setattr(module, name, nn.Parameter(empty, p.requires_grad))
-                self.values[id(getattr(module, name))] = p.detach()
+                placeholder = nn.Parameter(empty, p.requires_grad)
+                module.register_parameter(name, placeholder)
+                self.values[id(placeholder)] = p.detach()
 
     def to_meta(self, net: nn.Module) -> dict[str, Tensor]:
         """Turn the replaced parameters of `net` into ones that fully_shard takes; their values by name."""
@@ -215,7 +216,8 @@ class SetAside:
         for name in waiting:
             module, _, own = name.rpartition(".")
             p = net.get_parameter(name)
-            setattr(net.get_submodule(module), own, nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad))
+            empty = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+            net.get_submodule(module).register_parameter(own, empty)
         self.values.clear()
         return waiting
 
