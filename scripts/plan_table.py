@@ -3,6 +3,7 @@
 python scripts/plan_table.py [CONFIG ...]      default: all of configs/wan; with names the table is printed
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ PUBLISHED = {  # stage -> time as published
 HEAD = f"""# What the stages take
 
 Written by `python scripts/plan_table.py`: `vidistill train CONFIG --dry-run --gpus N --gpu-memory GB` for every stage.
-A cell says how many GB each GPU holds at the peak and the `accumulate` that fits, or what it would take; `-`: its
-batch or sequence does not divide so. Hours are estimates: operations at {step_time.UTILISATION:.0%} of an H100's
+A cell says how many GB each GPU holds at the peak and the `accumulate` that fits, with no other setting changed, or
+what it would take; `-`: its batch or sequence does not divide so. What a stage is planned for may change more. Hours are estimates: operations at {step_time.UTILISATION:.0%} of an H100's
 bfloat16 peak, what masks hide counted in full; reading and communication left out. No figure was measured on a GPU.
 
 """
+
+
+def planned(path: Path) -> str:
+    """What the head of a config says that it is planned for."""
+    named = re.search(r"^# Planned for (.*)\.$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return named[1] if named else ""
 
 
 def cell(planner: plan.Planner, cfg: TrainConfig, gpus: int, memory: float) -> str:
@@ -50,12 +57,12 @@ def table_row(path: Path, known: dict[str, int]) -> str:
     time: dict[str, Any] = step_time.estimate(cfg, dits, size, plan.seen_frames(cfg), 1)
     cells = [cell(planner, cfg, gpus, memory) for memory in MEMORY for gpus in GPUS]
     hours = " / ".join(f"{time['hours'] / gpus:.3g}" for gpus in (8, 32, 64))
-    return f"| `{path.stem}` | {' | '.join(cells)} | {hours} | {PUBLISHED.get(path.stem, '')} |"
+    return f"| `{path.stem}` | {planned(path)} | {' | '.join(cells)} | {hours} | {PUBLISHED.get(path.stem, '')} |"
 
 
 def table(paths: list[Path]) -> str:
     columns = [f"{gpus} x {memory} GB" for memory in MEMORY for gpus in GPUS]
-    head = ["stage", *columns, "hours on 8 / 32 / 64", "published"]
+    head = ["stage", "planned for, with", *columns, "hours on 8 / 32 / 64", "published"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     known: dict[str, int] = {}
     for path in paths:
