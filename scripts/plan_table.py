@@ -24,8 +24,9 @@ HEAD = f"""# What the stages take
 
 Written by `python scripts/plan_table.py`: `vidistill train CONFIG --dry-run --gpus N --gpu-memory GB` for every stage.
 A cell says how many GB each GPU holds at the peak and the `accumulate` that fits, with no other setting changed, or
-what it would take; `-`: its batch or sequence does not divide so. What a stage is planned for may change more. Hours are estimates: operations at {step_time.UTILISATION:.0%} of an H100's
-bfloat16 peak, what masks hide counted in full; reading and communication left out. No figure was measured on a GPU.
+what it would take; `-`: its batch or sequence does not divide so. What a stage is planned for may change more. Hours
+are estimates: operations at {step_time.UTILISATION:.0%} of an H100's bfloat16 peak, what masks hide counted in full;
+reading and communication left out. No figure was measured on a GPU.
 
 """
 
