@@ -108,7 +108,7 @@ BUDGETS = {
     "io": 308,
     "teachers": 300,
     "checkpoint": 267,
-    "distributed": 297,
+    "distributed": 299,
     "schedules": 150,
     "config": 139,
     "record": 139,
