@@ -1,6 +1,7 @@
 """Every command that writes looks at its outputs before it works, and overwrites nothing but files of ours."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -58,6 +59,11 @@ TABLE = {
     "data videos": ["data", "videos", "{}", "--from", "clips"],
     "data gym": ["data", "gym", "{}", "--env", "nobody/None-v0"],
     "data latents": ["data", "latents", "{}", "--from", "frames", "--codec", "shapes-codec"],
+    "data lerobot": ["data", "lerobot", "{}", "--from", "frames"],
+    "data minari": ["data", "minari", "{}", "--from", "nobody/none-v0"],
+    "data files": ["data", "files", "{}", "--from", "frames"],
+    "data pictures": ["data", "pictures", "{}", "--file", "prompts.txt", "--model", "nobody"],
+    "serve": ["serve", "--env", "nobody/None-v0", "--record", "{}"],
 }
 TAKEN = {  # what lies there already, foreign to us: what is made under the output's name
     "generate": [lambda out: text(out.with_suffix(".mp4")), lambda out: png(out.with_suffix(".png"))],
@@ -70,9 +76,11 @@ TAKEN = {  # what lies there already, foreign to us: what is made under the outp
     "new": [text, lambda out: text(out / "notes.txt")],
     **{f"data {kind}": [text, lambda out: text(out / "notes.txt")] for kind in ("doom", "shapes", "talker", "prompts")},
     **{f"data {kind}": [text, lambda out: text(out / "notes.txt")] for kind in ("trajectories", "videos", "gym")},
-    "data latents": [text, lambda out: text(out / "notes.txt")],
+    **{f"data {kind}": [text, lambda out: text(out / "notes.txt")] for kind in ("latents", "lerobot", "minari")},
+    **{f"data {kind}": [text, lambda out: text(out / "notes.txt")] for kind in ("files", "pictures")},
+    "serve": [text, lambda out: text(out / "notes.txt")],
 }
-ELSEWHERE = {"serve", "bench", "info", "publish"}  # they write nothing that the user names
+ELSEWHERE = {"bench", "info", "publish"}  # they write nothing that the user names
 
 
 @pytest.fixture
@@ -103,6 +111,12 @@ def here(tmp_path, monkeypatch):
         "vidistill.data.importers.videos.run",
         "vidistill.data.importers.gym.run",
         "vidistill.data.importers.latents.run",
+        "vidistill.data.importers.lerobot.run",
+        "vidistill.data.importers.minari.run",
+        "vidistill.data.importers.files.run",
+        "vidistill.data.pictures.pictures",
+        "vidistill.serve.environment.Real.of",
+        "vidistill.serve.app.run",
         "vidistill.evaluation.ablation.tuned",
     ):
         monkeypatch.setattr(place, worked)
@@ -159,7 +173,11 @@ def test_a_file_that_is_read_is_not_overwritten(here, capsys, source):
     assert WORK not in capsys.readouterr().err
 
 
-def test_the_table_knows_every_command():
+def test_the_table_knows_every_command(capsys):
     names = {add.__name__.removeprefix("add_") for add in COMMANDS}
     assert names == {command.split()[0] for command in TABLE if command != "frontier"} | ELSEWHERE
     assert parser().prog == "vidistill"
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    kinds = set(re.findall(r"^ {4}(\w+)\b", capsys.readouterr().out, re.MULTILINE))
+    assert kinds == {command.split()[1] for command in TABLE if command.startswith("data ")}

@@ -185,18 +185,23 @@ class KindParser(Parser):
 
 def run_importer(module: Any, args: argparse.Namespace) -> None:
     """Import, unless other things than data of ours lie where it is to be written."""
-    from vidistill.data.shards import META, DataError
     from vidistill.distributed import group
+
+    check_splits(args.out)
+    with group():
+        print(module.run(args))
+
+
+def check_splits(out: Path, what: str = "OUT") -> None:
+    """ValueError unless splits of data may be written into the folder `out`: it can be, and holds nothing else."""
+    from vidistill.data.shards import META, DataError
     from vidistill.io import check_folder, is_ours
 
-    out: Path = args.out
-    check_folder(out, "OUT")
+    check_folder(out, what)
     ours = {META, *IMPORTED, *(f"{split}.partial" for split in IMPORTED)}
     found = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if found and not found & ours and not is_ours(out / "sheet.png"):
         raise DataError(f"{out} is there and holds other things than data of ours; name a new folder")
-    with group():
-        print(module.run(args))
 
 
 def add_data(commands: Any) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vidistill.cli.data import check_splits
 from vidistill.cli.options import GAIN, OPTION_TYPES, SPEED, Arguments, add_command, positive_int, speed_of
 from vidistill.data.importers.options import add_world_options
 
@@ -48,6 +49,8 @@ def run_serve(args: argparse.Namespace) -> None:
         raise ValueError("name a student to play, or an environment with --env")
     if args.record and not args.env:
         raise ValueError("--record keeps what is played of an environment: name it with --env")
+    if args.record:
+        check_splits(args.record, "--record")
     shown = args.env if args.name is None else args.name
     door = {"host": args.host, "port": args.port, "max_viewers": args.max_viewers, "token": args.token}
 
