@@ -250,6 +250,15 @@ def test_a_ball_that_is_lost_is_seen():
     assert planning.moving_kept(px, px, 0.001) == 1 and planning.moving_kept(gone, px, 0.001) < 0.05
 
 
+def test_still_pixels_do_not_count_as_moving():
+    still = torch.full((1, 9, 3, 64, 64), 0.5)
+    px, noise = still.clone(), 0.01 * torch.randn(still.shape, generator=torch.Generator().manual_seed(0))
+    for t in range(9):
+        px[:, t, :, 5, 2 * t] = 1.0  # one pixel of 4096
+    assert planning.moving_kept(px + noise, px) > 0.9 and planning.moving_kept(still + noise, px) < 0.1
+    assert planning.moving_kept(still + noise, still) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "options", "says"),
     [

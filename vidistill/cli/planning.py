@@ -39,6 +39,7 @@ REST = 0.05  # of the budget: starting up, checks, videos
 ENOUGH = {"codec": 6000, "teacher": 12_000, "tf": 1000, "selfforcing": 3000, "diagonal": 2000}
 FEWEST = {"codec": 120, "teacher": 200, "tf": 30, "selfforcing": 60, "diagonal": 60}
 WARM_SHARE = 0.4  # of the steps that a stage from nothing needs, measured on a driving game
+AWAY = 0.05  # from its median over a clip, at which a pixel has moved at all
 BUSY = 1.25  # wall over planned time from which a machine is called busy
 MORE_SIZE, LESS_SIZE = 8000, 700  # steps of a teacher at which another size is worth its while
 GATES = {  # what a check asks for, least and most
@@ -348,10 +349,15 @@ def check_codec(folder: Path, plan: Mapping[str, Any]) -> dict[str, float]:
 
 
 def moving_kept(decoded: Tensor, px: Tensor, share: float = 0.01) -> float:
-    """How much of the pixels farthest from their median over the clip is there: 1 all, 0 the median in their place."""
+    """How much of the pixels farthest from their median over the clip is there: 1 all, 0 the median in their place.
+
+    1 for clips in which nothing moves."""
     away = (px - px.median(1, keepdim=True).values).abs().amax(2)
     error = (decoded - px).abs().amax(2)
-    far = away >= torch.quantile(away.flatten()[:: max(1, away.numel() // 1_000_000)], 1 - share)
+    quantile = torch.quantile(away.flatten()[:: max(1, away.numel() // 1_000_000)], 1 - share)
+    far = away >= quantile.clamp_min(AWAY)  # a ball is fewer pixels than `share`, and the still ones beside it none
+    if not far.any():
+        return 1.0
     return max(0.0, 1 - float(error[far].sum() / away[far].sum().clamp_min(1e-6)))
 
 
