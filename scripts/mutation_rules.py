@@ -17,7 +17,7 @@ COMPARISONS: dict[type[ast.cmpop], ast.cmpop] = {
     ast.NotEq: ast.Eq(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(), ast.In: ast.NotIn(), ast.NotIn: ast.In(),
 }  # fmt: skip
 GUARD = 1e-4  # a constant below it keeps a division from failing
-TOLD = {"log", "logger", "warnings", "print", "parser"}
+REPORTING = {"log", "logger", "warnings", "print", "parser"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def skipped(node: ast.AST) -> bool:
         root = node.func
         while isinstance(root, ast.Attribute):
             root = root.value
-        return isinstance(root, ast.Name) and (root.id in TOLD or root.id.endswith("Error"))
+        return isinstance(root, ast.Name) and (root.id in REPORTING or root.id.endswith("Error"))
     return False
 
 

@@ -296,13 +296,13 @@ class StartPicture(Modality):
 
     def __init__(self, net: Network) -> None:
         self._picture: Picture | None = None
-        self._told: tuple[Tensor, Tensor] | None = None  # tokens of the newest prompt, and with those of the picture
+        self._tokens: tuple[Tensor, Tensor] | None = None  # tokens of the newest prompt, and with those of the picture
 
     def show(self, picture: Picture | None) -> None:
         """A stream begins with `picture`; ValueError without one."""
         if picture is None:
             raise ValueError("this network is shown the picture a stream begins with: start from an `image`")
-        self._picture, self._told = picture, None
+        self._picture, self._tokens = picture, None
 
     def condition(self, values: Values, start: int, stop: int) -> Condition:
         assert self._picture is not None, "a stream begins before it is asked for"
@@ -310,9 +310,9 @@ class StartPicture(Modality):
         if self._picture.tokens is None:
             return Condition(channels=channels)
         prompt = values["prompt"]
-        if self._told is None or self._told[0] is not prompt:  # a memory knows tokens it has read by the object
-            self._told = prompt, before_text(self._picture.tokens, prompt)
-        return Condition(self._told[1], channels=channels)
+        if self._tokens is None or self._tokens[0] is not prompt:  # a memory knows tokens it has read by the object
+            self._tokens = prompt, before_text(self._picture.tokens, prompt)
+        return Condition(self._tokens[1], channels=channels)
 
 
 class Reference(Modality):

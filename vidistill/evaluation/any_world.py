@@ -245,8 +245,8 @@ def future_batch(judged: Judgement) -> tuple[Batch | None, dict[str, int]]:
             true.append(frames[:px_frames])
     if len(true) < LEAST_ROOMS:
         return None, ends
-    told = partial(footage.condition, starts, length)
-    return Batch(to_float(np.stack(true)), told, derived_seed(cfg.seed, 777_777)), ends
+    condition = partial(footage.condition, starts, length)
+    return Batch(to_float(np.stack(true)), condition, derived_seed(cfg.seed, 777_777)), ends
 
 
 @torch.inference_mode()

@@ -41,16 +41,16 @@ def write_paths(folder: Path, cfg: SpatialMemoryConfig, split: str) -> dict[str,
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--write-paths {folder} is not empty; name a new folder, which its paths are to be alone in")
     rooms = Rooms("doom", WORLDS["doom"], split, cfg.first_seed)
-    engine, told = rooms.world.config(), []
+    engine, paths = rooms.world.config(), []
     for batch in batches_of(rooms, cfg, GRID):
         actions, poses = (batch.facts[name].tolist() for name in ("actions", "poses"))
         starts = (255 * batch.px[:, 0]).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         for k, name in enumerate(names_of(batch)):
             write_json(folder / "paths" / f"{name}.json", {"actions": actions[k], "poses": poses[k]})
             save_png(folder / "starts" / f"{name}.png", starts[k])
-            told.append({"name": name, "frames": len(actions[k]), "video": f"videos/{name}.mp4"})
+            paths.append({"name": name, "frames": len(actions[k]), "video": f"videos/{name}.mp4"})
     known = {"format": FORMAT, "split": split, "first_seed": cfg.first_seed, "fps": engine.fps, "size": engine.size}
-    known |= {"actions": [*ACTIONS], "paths": told}
+    known |= {"actions": [*ACTIONS], "paths": paths}
     known["settings"] = {f.name: asdict(cfg)[f.name] for f in fields(PathConfig)}
     write_json(folder / "benchmark.json", known)
     return known
@@ -69,7 +69,7 @@ def read_paths(folder: Path, cfg: SpatialMemoryConfig) -> tuple[Rooms, SpatialMe
     settings = {**found["settings"], "seconds": tuple(found["settings"]["seconds"])}
     rooms = Rooms("doom", WORLDS["doom"], found["split"], found["first_seed"])
     own = replace(cfg, **settings, first_seed=found["first_seed"])
-    return rooms, own, {told["name"]: told["frames"] for told in found["paths"]}
+    return rooms, own, {path["name"]: path["frames"] for path in found["paths"]}
 
 
 def source_of(folder: Path, name: str) -> Path:

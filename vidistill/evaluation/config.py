@@ -10,7 +10,7 @@ MAY_BE_ZERO = ("long_seconds", "seed", "first_seed", "draws", "threads", "allow_
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """What every suite is told, whatever it looks at."""
+    """Settings that every suite has, whatever it looks at."""
 
     seed: int = 0
     seeds: int = 3  # of rollout noise that a student is judged with

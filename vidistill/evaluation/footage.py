@@ -128,17 +128,17 @@ class Footage:
             raise DataError(f"{bundle.name} makes clips of a picture it is shown; {self.folder} cannot judge those yet")
         factor, camera = codec.temporal_factor, bundle.record["world"].get("camera")
 
-        def told(name: str) -> Tensor:
+        def rows(name: str) -> Tensor:
             return torch.stack([self.rows(name, window, length, factor) for window in windows])
 
         per_frame: dict[str, Tensor] = {}
         if ACTION_SITE in dit.sites and self.clips.width_of("actions"):
-            per_frame[ACTION_SITE] = told("actions")
+            per_frame[ACTION_SITE] = rows("actions")
         if camera is not None:
-            per_frame |= walked(told("poses"), build(CameraConfig, camera), factor)
+            per_frame |= walked(rows("poses"), build(CameraConfig, camera), factor)
         elif AUDIO_SITE in dit.sites and self.clips.width_of("audio"):
-            per_frame[AUDIO_SITE] = told("audio")
-        tokens = told("tokens") if dit.text_dim and self.clips.width_of("tokens") else None
+            per_frame[AUDIO_SITE] = rows("audio")
+        tokens = rows("tokens") if dit.text_dim and self.clips.width_of("tokens") else None
         cond = start_of_clip(Condition(tokens, per_frame))
         if not dit.extra_channels or given is None:
             return cond
@@ -187,9 +187,9 @@ class Windows:
             rooms = torch.tensor([episode for episode, _ in few])
             px = self.footage.px(few, self.length, self.codec)
             asked = torch.stack([self.asked(window) for window in few]).expand(-1, px.shape[1], -1)
-            told = partial(self.footage.condition, few, self.length)
+            condition = partial(self.footage.condition, few, self.length)
             facts = {"asked": asked, "episodes": rooms}
-            yield Batch(px, told, derived_seed(self.seed, i), self.given, rooms=rooms, facts=facts)
+            yield Batch(px, condition, derived_seed(self.seed, i), self.given, rooms=rooms, facts=facts)
 
     def asked(self, window: Window) -> Tensor:
         if not self.footage.clips.width_of("actions"):
@@ -212,9 +212,9 @@ def check_same(bundle: Bundle, footage: Footage, pairs: Mapping[str, tuple[Any, 
 
 def check_world(bundle: Bundle, footage: Footage) -> None:
     """ValueError for a checkpoint that learned from another source, or another environment."""
-    told = [bundle.record.get("card", {}).get("data") or {}, footage.meta]
-    pairs = {"source": tuple(meta.get("source") for meta in told)}
-    pairs["environment"] = tuple((meta.get("config") or {}).get("env") for meta in told)
+    metas = [bundle.record.get("card", {}).get("data") or {}, footage.meta]
+    pairs = {"source": tuple(meta.get("source") for meta in metas)}
+    pairs["environment"] = tuple((meta.get("config") or {}).get("env") for meta in metas)
     check_same(bundle, footage, pairs)
 
 
@@ -225,7 +225,7 @@ def check_fits(bundle: Bundle, codec: Codec, footage: Footage) -> None:
         height, width = (side * codec.spatial_factor for side in (bundle.shape.height, bundle.shape.width))
         pairs["size"] = (f"{height}x{width}", size_of(footage, codec))
         pairs["frames a second"] = (record["world"].get("fps"), meta.get("fps"))
-        pairs["actions"] = tuple(", ".join(told.get("actions") or ()) or "none" for told in (record["world"], meta))
+        pairs["actions"] = tuple(", ".join(of.get("actions") or ()) or "none" for of in (record["world"], meta))
     if not footage.of_frames:
         codecs = record.get("codec") if bundle.kind != "codec" else bundle.name, meta.get("codec")
         pairs["codec"] = tuple(Path(str(name)).name for name in codecs)

@@ -76,8 +76,10 @@ class Walks:
                 "poses": poses,
                 "asked": torch.stack((turn, visible_walks(walk, poses, speed)), -1),
             }
-            told, rooms = partial(walk_condition, actions, poses), torch.arange(part.start, part.stop)
-            yield Batch(to_float(frames.numpy()), told, derived_seed(self.cfg.seed, start), facts=facts, rooms=rooms)
+            condition, rooms = partial(walk_condition, actions, poses), torch.arange(part.start, part.stop)
+            yield Batch(
+                to_float(frames.numpy()), condition, derived_seed(self.cfg.seed, start), facts=facts, rooms=rooms
+            )
 
 
 def walks(bundle: Bundle, codec: Codec, rooms: Rooms, cfg: MinutesConfig) -> Data:
@@ -108,8 +110,8 @@ class Streams:
         if batch.seed not in self.kept:
             if len(self.kept) == self.cfg.seeds:
                 del self.kept[next(iter(self.kept))]
-            told, total = (batch.facts["actions"], batch.facts["poses"]), batch.px.shape[1]
-            made = walk_along(self.student, self.codec, batch.px[:, :1], *told, total, batch.seed, self.cfg.precision)
+            walk, total = (batch.facts["actions"], batch.facts["poses"]), batch.px.shape[1]
+            made = walk_along(self.student, self.codec, batch.px[:, :1], *walk, total, batch.seed, self.cfg.precision)
             self.kept[batch.seed] = torch.cat(list(made), dim=1)[:, :total]
         return self.kept[batch.seed]
 

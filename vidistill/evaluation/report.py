@@ -135,12 +135,12 @@ def table(numbers: Mapping[str, Metric], result: Mapping[str, Any]) -> Table:
 def confusions(result: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
     """(title, lines of cells) of every confusion table: what was asked for downwards, what is read across."""
     for name, row in columns_of(result).items():
-        for attribute, told in row.get("confusion", {}).items():
+        for attribute, read in row.get("confusion", {}).items():
             edges = row.get("confusion_interval", {})
-            words = list(dict.fromkeys(word for shares in told.values() for word in shares))
+            words = list(dict.fromkeys(word for shares in read.values() for word in shares))
             body = [
                 [asked, *(cell(shares[word], edges.get(f"{attribute}/{asked}/{word}")) for word in words)]
-                for asked, shares in told.items()
+                for asked, shares in read.items()
             ]
             yield f"{name}: {attribute} asked for, and read", [["", *words], *body]
 

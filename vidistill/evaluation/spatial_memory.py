@@ -276,7 +276,7 @@ def followed(view: View) -> Tensor:
     return torch.stack((each.sum(1), (each & (seen == asked)).sum(1)), -1)
 
 
-def tells(row: Tally, kinds: Sequence[str], seconds: float | None = None) -> bool:
+def has_figures(row: Tally, kinds: Sequence[str], seconds: float | None = None) -> bool:
     """Whether a row has figures of some paths: always as a whole, drawn anew only if there are rooms enough."""
     batches = row.data.batches
     rooms = torch.cat([batch.rooms for batch in batches if batch.rooms is not None])
@@ -293,7 +293,7 @@ def by_seconds(column: int, of: Callable[[Tensor], Any] = float) -> Callable[[Ta
 
     def figure(row: Tally, real: Tally) -> dict[str, float]:
         values, away = row["revisited"][:, column].double(), row["seconds"]
-        lengths = [float(s) for s in away.unique() if tells(row, REVISITS, float(s))]
+        lengths = [float(s) for s in away.unique() if has_figures(row, REVISITS, float(s))]
         return {f"{s:g}": float(of(values[away == s].nanmean())) for s in lengths}
 
     return figure
@@ -303,8 +303,8 @@ def by_kind(name: str, column: int, kinds: Sequence[str]) -> Callable[[Tally, Ta
     """The mean for every kind of path."""
 
     def figure(row: Tally, real: Tally) -> dict[str, float]:
-        told = [kind for kind in kinds if tells(row, [kind])]
-        own = {kind: row[name][is_kind(row, kind), column].double() for kind in told}
+        enough = [kind for kind in kinds if has_figures(row, [kind])]
+        own = {kind: row[name][is_kind(row, kind), column].double() for kind in enough}
         return {kind: float(values.nanmean()) for kind, values in own.items() if len(values)}
 
     return figure
@@ -315,7 +315,7 @@ def mean_of(name: str, column: int, *kinds: str) -> Callable[[Tally, Tally], flo
 
     def figure(row: Tally, real: Tally) -> float:
         values = row[name][is_kind(row, *kinds or KINDS), column].double()
-        return float(values.nanmean()) if tells(row, kinds or [*KINDS]) else math.nan
+        return float(values.nanmean()) if has_figures(row, kinds or [*KINDS]) else math.nan
 
     return figure
 
@@ -325,7 +325,7 @@ def following(*kinds: str) -> Callable[[Tally, Tally], float]:
 
     def figure(row: Tally, real: Tally) -> float:
         asked, got = row["followed"][is_kind(row, *kinds or KINDS)].sum(0).double().unbind(-1)
-        return float((got / asked).nanmean(-1).nanmean()) if tells(row, kinds or [*KINDS]) else math.nan
+        return float((got / asked).nanmean(-1).nanmean()) if has_figures(row, kinds or [*KINDS]) else math.nan
 
     return figure
 
