@@ -93,7 +93,7 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 BUDGETS = {
     "data": 2701,
     "training": 1745,
-    "evaluation": 2975,
+    "evaluation": 2945,
     "worlds": 1464,
     "bench": 1311,
     "ops": 1180,

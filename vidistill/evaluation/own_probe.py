@@ -8,7 +8,7 @@ damaged: so its features are about motion, about what is shown, and about how we
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,12 @@ from vidistill.evaluation.probes import (
     STACK,
     Probe,
     ProbeConfig,
+    Progress,
     class_weights,
-    damage,
+    fit_probe,
     load_probe,
-    probe_losses,
     save_probe,
-    standardise,
 )
-from vidistill.ops.precision import autocast
 
 SCENE, PACE = "scene", "pace"
 PACES = ("forwards", "backwards", "twice as fast")
@@ -104,10 +102,10 @@ class OwnProbe:
     path: Path
 
 
-def own_probe(footage: Footage, codec: Codec, cfg: OwnProbeConfig, progress: Callable[[int], object]) -> OwnProbe:
+def own_probe(footage: Footage, codec: Codec, cfg: OwnProbeConfig, progress: Progress) -> OwnProbe:
     """The network of the world that footage shows, trained on its training clips unless it is kept beside them.
 
-    The name it is kept under holds a hash of those clips and of `cfg`; `progress(step)` after every step.
+    The name it is kept under holds a hash of those clips and of `cfg`; `progress(losses)` after every step.
     """
     training = footage.training
     path = training.parent / f"probe-{fingerprint(training, cfg)}"
@@ -167,38 +165,20 @@ def train(
     actions: Sequence[Tensor],
     classes: ActionClasses,
     cfg: OwnProbeConfig,
-    progress: Callable[[int], object],
+    progress: Progress,
 ) -> Probe:
     """A network trained on clips uint8 [T, 3, H, W] and the classes of their actions [T, heads]; by its seed alone."""
     heads = {**(classes.heads or {PACE: len(PACES)}), SCENE: max(2, len(clips))}
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        probe = Probe(ProbeConfig(cfg.size, 2, cfg.widths, cfg.features, heads=heads)).train()
-    probe = probe.to(memory_format=torch.channels_last)
-    optim = torch.optim.AdamW(probe.parameters(), lr=cfg.lr, weight_decay=0.02)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optim, cfg.lr, total_steps=cfg.steps, pct_start=0.1)
     joined = torch.cat(list(actions)) if actions else None
     weights = {
         name: class_weights(joined[:, i], num) if joined is not None and name in classes.heads else torch.ones(num)
         for i, (name, num) in enumerate(heads.items())
     }
-    draws, rng = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
+    sizes = ProbeConfig(cfg.size, 2, cfg.widths, cfg.features, heads=heads)
+    draws = np.random.default_rng(cfg.seed)
     draw = partial(stacks, clips, actions, list(classes.heads), cfg.batch, draws)
-    for step in range(cfg.steps):
-        px, own = draw()
-        px, own["damage"] = damage(px, rng)
-        with autocast("auto"):
-            raw = probe.raw(px)
-        losses = probe_losses(probe.answers(raw), own, weights)
-        optim.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
-        optim.step()
-        plan.step()
-        progress(step + 1)
     plain = partial(stacks, clips, (), (), cfg.batch, draws, paces=1)
-    standardise(probe.eval(), (plain()[0] for _ in range(40)))
-    return probe.requires_grad_(False)
+    return fit_probe(sizes, draw, weights, progress, steps=cfg.steps, seed=cfg.seed, lr=cfg.lr, plain=plain)
 
 
 def stacks(

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from vidistill.worlds.spec import WorldSpec
 
 BEFORE, AFTER = 2, 1  # frames of a stack before and after the one its labels belong to
 STACK = BEFORE + 1 + AFTER
+Labelled = tuple[Tensor, dict[str, Tensor]]  # stacks of frames, and what is right about each
+Progress = Callable[[dict[str, Tensor]], object]  # called with the losses of a step
 PLACES = ("told", "same")
 DAMAGES = ("blur", "saturation", "contrast", "noise")
 BUNDLED = WORLDS["doom"].probe  # in the zoo, but no network that `checkpoint.load` rebuilds
@@ -191,30 +194,30 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
     return (counts.sum() / classes / counts.clamp_min(1)).float()
 
 
-def train_probes(
-    frames: str | Path,
+def fit_probe(
+    cfg: ProbeConfig,
+    draw: Callable[[], Labelled],
+    weights: Mapping[str, Tensor],
+    progress: Progress,
     *,
-    seed: int = 0,
-    steps: int = 1500,
-    batch: int = 64,
+    steps: int,
+    seed: int,
     lr: float = 2e-3,
-    cfg: ProbeConfig = ProbeConfig(),
-    progress: Callable[[int, dict[str, float]], None] | None = None,
+    plain: Callable[[], Labelled] | None = None,
 ) -> Probe:
-    """A probe trained on a folder of recorded frames; `progress(step, losses)` is called after every step."""
-    clips = Clips(frames)
-    labels = labels_of(clips)
-    torch.manual_seed(seed)
-    probe = Probe(cfg).train().to(memory_format=torch.channels_last)
+    """A probe trained on the stacks [B, 4, 3, H, W] and labels that `draw()` gives, half of them damaged.
+
+    weights: of the classes of every head that has classes. Features are standardised on stacks of `plain()`, else of
+    `draw()`. `progress(losses)` is called after every step.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        probe = Probe(cfg).train().to(memory_format=torch.channels_last)
     optim = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=0.02)
     plan = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
-    weights = {
-        name: class_weights(labels[name], num) if name in world_of(clips).balanced else torch.ones(num)
-        for name, num in cfg.classes.items()
-    }
-    draws, rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        px, own = draw(clips, labels, batch, draws)
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        px, own = draw()
         px, own["damage"] = damage(px, rng)
         with autocast("auto"):
             raw = probe.raw(px)
@@ -224,13 +227,35 @@ def train_probes(
         torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
         optim.step()
         plan.step()
-        if progress is not None:
-            progress(step + 1, {name: float(v.detach()) for name, v in losses.items()})
-    standardise(probe.eval(), (draw(clips, labels, batch, draws)[0] for _ in range(40)))
+        progress(losses)
+    standardise(probe.eval(), ((plain or draw)()[0] for _ in range(40)))
     return probe.requires_grad_(False)
 
 
-def probe_losses(answers: dict[str, Tensor], own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def train_probes(
+    frames: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = 1500,
+    batch: int = 64,
+    lr: float = 2e-3,
+    cfg: ProbeConfig = ProbeConfig(),
+    progress: Progress = lambda losses: None,
+) -> Probe:
+    """A probe trained on a folder of recorded frames; `progress(losses)` is called after every step."""
+    clips = Clips(frames)
+    labels = labels_of(clips)
+    weights = {
+        name: class_weights(labels[name], num) if name in world_of(clips).balanced else torch.ones(num)
+        for name, num in cfg.classes.items()
+    }
+    draws = partial(draw, clips, labels, batch, np.random.default_rng(seed))
+    return fit_probe(cfg, draws, weights, progress, steps=steps, seed=seed, lr=lr)
+
+
+def probe_losses(
+    answers: Mapping[str, Tensor], own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """One loss for each head."""
     losses = {name: F.cross_entropy(answers[name], own[name], weights[name], ignore_index=IGNORED) for name in weights}
     for name in own.keys() - weights.keys() - {"damage"}:
@@ -292,9 +317,9 @@ def make_probe(
     """Train a probe on `frames`, measure it on `held_out`, save it as `out` with its card; returns the figures."""
     with Bar(steps, unit="step") as bar:
 
-        def progress(step: int, losses: dict[str, float]) -> None:
+        def progress(losses: dict[str, Tensor]) -> None:
             bar.update()
-            bar.note(", ".join(f"{name}={loss:.3f}" for name, loss in losses.items()))
+            bar.note(", ".join(f"{name}={float(loss.detach()):.3f}" for name, loss in losses.items()))
 
         probe = train_probes(frames, seed=seed, steps=steps, batch=batch, cfg=cfg, progress=progress)
     figures = probe_figures(probe, held_out)

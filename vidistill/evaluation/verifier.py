@@ -7,6 +7,7 @@ blends of two, and faces of which a piece around the eyes has run. All of them a
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidistill.codecs import Codec
-from vidistill.evaluation.probes import Probe, ProbeConfig, damage, probe_losses, save_probe, standardise
-from vidistill.ops.precision import autocast
-from vidistill.progress import track
+from vidistill.evaluation.probes import Probe, ProbeConfig, fit_probe, save_probe
+from vidistill.progress import Bar, track
 from vidistill.worlds.talker import face
 from vidistill.worlds.talker.recorder import MANNERS, TalkerConfig, is_held_out, pose_of
 
@@ -115,26 +115,9 @@ def run_together(px: Tensor, rng: np.random.Generator) -> tuple[Tensor, bool]:
 
 def train_verifier(faces: Faces, seed: int = 0, steps: int = 1200, batch: int = 64, lr: float = 2e-3) -> Probe:
     """The network, from drawn people; deterministic by its seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        probe = Probe(CFG).train().to(memory_format=torch.channels_last)
-    optim = torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=0.02)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optim, lr, total_steps=steps, pct_start=0.1)
-    draws, rng = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    for _ in track(range(steps), "verifier", steps, "step"):
-        px, own = samples(faces, batch, draws)
-        px, amount = damage(px, rng)
-        own["damage"] = amount
-        with autocast("auto"):
-            raw = probe.raw(px)
-        losses = probe_losses(probe.answers(raw), own, {"same": torch.ones(2)})
-        optim.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
-        optim.step()
-        plan.step()
-    standardise(probe.eval(), (samples(faces, batch, draws)[0] for _ in range(40)))
-    return probe.requires_grad_(False)
+    draw, weights = partial(samples, faces, batch, np.random.default_rng(seed)), {"same": torch.ones(2)}
+    with Bar(steps, "verifier", "step") as bar:
+        return fit_probe(CFG, draw, weights, lambda losses: bar.update(), steps=steps, seed=seed, lr=lr)
 
 
 @torch.no_grad()
