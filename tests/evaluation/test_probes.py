@@ -24,9 +24,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folders):
     losses = []
-    probe = probes.train_probes(
-        folders[0], steps=250, batch=48, lr=8e-3, cfg=TINY, progress=lambda step, own: losses.append(own)
-    )
+    probe = probes.train_probes(folders[0], steps=250, batch=48, lr=8e-3, cfg=TINY, progress=losses.append)
     return probe, losses
 
 

@@ -227,7 +227,7 @@ def fit_probe(
         torch.nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
         optim.step()
         plan.step()
-        progress(losses)
+        progress({name: loss.detach() for name, loss in losses.items()})
     standardise(probe.eval(), ((plain or draw)()[0] for _ in range(40)))
     return probe.requires_grad_(False)
 
@@ -319,7 +319,7 @@ def make_probe(
 
         def progress(losses: dict[str, Tensor]) -> None:
             bar.update()
-            bar.note(", ".join(f"{name}={float(loss.detach()):.3f}" for name, loss in losses.items()))
+            bar.note(", ".join(f"{name}={float(loss):.3f}" for name, loss in losses.items()))
 
         probe = train_probes(frames, seed=seed, steps=steps, batch=batch, cfg=cfg, progress=progress)
     figures = probe_figures(probe, held_out)
