@@ -211,6 +211,48 @@ def test_pictures_of_a_folder_mean_what_pictures_mean_everywhere(tmp_path):
         assert np.abs(frames[t].astype(int) - want).max() <= 1, t
 
 
+def test_a_video_that_is_turned_by_less_than_a_quarter_is_left_out(tmp_path, capsys):
+    write(tmp_path / "in" / "a.mp4", moving(24), rotate=45)
+    assert run(tmp_path / "out", tmp_path / "in", *ALL) == 1
+    assert "no video can be used" in capsys.readouterr().err
+    assert report_of(tmp_path / "out")[1]["a.mp4"]["dropped"].startswith("rotated by")
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(8, "linear light"), (16, "PQ"), (17, "SMPTE ST 428"), (18, "HLG")])
+def test_a_video_whose_light_is_not_that_of_screens_is_left_out(tmp_path, transfer, name):
+    (tmp_path / "in").mkdir()
+    with av.open(str(tmp_path / "in" / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = SIDE, SIDE, "yuv420p10le"
+        stream.codec_context.color_trc = transfer
+        for picture in moving(24):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode())
+    assert run(tmp_path / "out", tmp_path / "in", *ALL) == 1
+    assert report_of(tmp_path / "out")[1]["a.mkv"]["dropped"].startswith(f"HDR ({name})")
+
+
+@pytest.mark.parametrize("codec, pix_fmt, suffix", [
+    ("ffv1", "gray", ".mkv"), ("ffv1", "gray16le", ".mkv"), ("mjpeg", "yuvj420p", ".avi"), ("qtrle", "rgb24", ".mov"),
+    ("mpeg4", "yuv420p", ".avi"), ("prores_ks", "yuv422p10le", ".mov"), ("libvpx", "yuv420p", ".webm"),
+])  # fmt: skip
+def test_videos_of_odd_kinds_show_what_was_written(tmp_path, codec, pix_fmt, suffix):
+    px = moving(24)
+    if "gray" in pix_fmt:
+        px = np.repeat(px.mean(-1, keepdims=True), 3, -1).astype(np.uint8)
+    write(tmp_path / "in" / f"a{suffix}", px, codec=codec, pix_fmt=pix_fmt)
+    found = imported(tmp_path / "out", tmp_path / "in").episode("frames", 0).numpy()
+    assert found.shape == px.shape and np.abs(found.astype(int) - px).mean() < 30
+
+
+@pytest.mark.parametrize("first", [-1.0, 100.0])
+def test_a_video_that_does_not_begin_at_zero_is_read_from_its_first_frame(tmp_path, first):
+    px = moving(40)
+    write(tmp_path / "in" / "a.mkv", px, times=[first + t / 16 for t in range(40)])
+    found = imported(tmp_path / "out", tmp_path / "in").episode("frames", 0).numpy()
+    assert len(found) == 40 and np.abs(found.astype(int) - px).mean() < 12
+
+
 def test_transparent_pixels_lie_over_black(tmp_path):
     px = np.concatenate([moving(20), np.full((20, SIDE, SIDE, 1), 255, np.uint8)], -1)
     px[:, :, :24, 3] = 0

@@ -14,7 +14,7 @@ from av.video.reformatter import Interpolation
 from vidistill.io import PICTURES, read_whole_image
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi")
-HDR = {16: "PQ", 18: "HLG"}  # transfer characteristics of ITU-T H.273 that need tone mapping
+HDR = {8: "linear light", 16: "PQ", 17: "SMPTE ST 428", 18: "HLG"}  # transfers of ITU-T H.273 to be mapped first
 SAMPLES = 16_384  # of sound, decoded before they are resampled
 
 

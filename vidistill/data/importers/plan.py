@@ -139,6 +139,8 @@ def refused(found: Inspection, fps: float) -> str:
         return f"corrupt: {found.error}" if found.error else "corrupt: there are no frames in it"
     if found.facts["transfer"]:
         return f"HDR ({found.facts['transfer']}): its colours need tone mapping first, e.g. ffmpeg's zscale and tonemap"
+    if found.facts["rotation"] % 90:
+        return f"rotated by {found.facts['rotation']} degrees: only quarter turns are read; turn it with ffmpeg first"
     if found.fps < SLOW * fps:
         return f"wrong fps: {found.fps:g} where {fps:g} are asked for, frames would repeat; lower --fps"
     return ""
