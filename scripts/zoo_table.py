@@ -16,14 +16,14 @@ SOURCE = ("command", "commit", "machine")
 MARKS = "<!-- results: written by scripts/zoo_table.py -->", "<!-- end of results -->"
 # Rows of the README: student, its teacher, keys of its distance and of what it is asked to do, and what that is.
 ROWS = (
-    ("doom-teacher", "frechet", "action_following", "actions followed"),
-    ("doom-selfforcing", "frechet", "action_following", "actions followed"),
-    ("doom-diagonal", "frechet", "action_following", "actions followed"),
-    ("doom-tf", "frechet", "action_following", "actions followed"),
-    ("doom-relic", "quality.frechet", "quality.action_following", "actions followed"),
-    ("shapes-selfforcing", "frechet", "before.asked", "caption shown"),
-    ("shapes-diagonal", "frechet", "before.asked", "caption shown"),
-    ("talker", "frechet", "sync_corr", "lips in sync"),
+    ("doom-teacher", "quality.frechet_paired", "quality.action_following", "actions"),
+    ("doom-selfforcing", "quality.frechet_paired", "quality.action_following", "actions"),
+    ("doom-diagonal", "quality.frechet_paired", "quality.action_following", "actions"),
+    ("doom-tf", "quality.frechet_paired", "quality.action_following", "actions"),
+    ("doom-relic", "quality.frechet_paired", "quality.action_following", "actions"),
+    ("shapes-selfforcing", "frechet", "before.asked", "captions"),
+    ("talker", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
+    ("talker-selfforcing", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
 )
 
 
@@ -63,17 +63,21 @@ def groups(figures: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Ma
         yield name, {key: figures.get(key, "-") for key in SOURCE}, own
 
 
+def judged(figures: Mapping[str, Any], key: str) -> str:
+    """A figure and its interval, where there is one."""
+    value, edges = find(figures, key), find(figures, f"{key}_interval")
+    return "-" if value is None else f"{value:.2f}" + (f" ({edges[0]:.2f}-{edges[1]:.2f})" if edges else "")
+
+
 def results(cards: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| network | Frechet | follows its condition | frames/s | x teacher |", "|---|---|---|---|---|"]
+    lines = ["| network | Frechet | follows | frames/s | x teacher |", "|---|---|---|---|---|"]
     for name, distance, task, what in ROWS:
         figures = cards[name]["figures"]
         speed, teacher = figures.get("speed", {}), figures.get("beside_teacher", {})
         against = speed.get("fps_ratio") if "-teacher" in speed.get("command", "") else None
         if teacher.get("machine") == speed.get("machine"):  # ratios of another machine do not belong beside these
             against = against or teacher.get("fps_ratio")
-        stretch = find(figures, ".".join([*distance.split(".")[:-1], "stretch"]))
-        what += f" (history keys x {stretch:g})" if stretch else ""  # as it no longer streams
-        cells = (number(find(figures, distance)), f"{number(find(figures, task))} {what}", number(speed.get("fps")))
+        cells = (judged(figures, distance), f"{judged(figures, task)} {what}", number(speed.get("fps")))
         lines.append(f"| `{name}` | {' | '.join(cells)} | {number(against)} |")
     return "\n".join(lines)
 
