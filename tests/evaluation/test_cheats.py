@@ -17,11 +17,11 @@ from torch import Tensor
 from vidistill import checkpoint
 from vidistill.data.shards import frame_shards, write_shards
 from vidistill.evaluation import SUITES
-from vidistill.evaluation.clips import Batch
+from vidistill.evaluation.clips import Batch, Tally, View
 from vidistill.evaluation.intervals import badness
 from vidistill.evaluation.recall import nearest
 from vidistill.evaluation.rooms import Rooms
-from vidistill.evaluation.suite import add_certainty, measure, run_figures
+from vidistill.evaluation.suite import RUN_STEP, add_certainty, real_row, run_figures
 from vidistill.worlds import WORLDS
 
 pytestmark = pytest.mark.timeout(900)
@@ -205,11 +205,20 @@ def settings(name, folder):
     return cfg(clips=16, batch=8, episodes=16, frames=13, data=data)
 
 
-def honest(codec, batch, apart=0):
-    """Clips of the honest student; `apart`: with other noise."""
-    x = codec.encode(batch.px)
-    rng = torch.Generator().manual_seed(batch.seed + apart)
-    return codec.decode(x + NOISE * torch.randn(x.shape, generator=rng))
+class OnDemand(Tally):
+    """Clips of which a part is measured when a figure asks for it."""
+
+    def __init__(self, data, parts, row, run=0):
+        super().__init__(data)
+        seeded = [replace(batch, seed=batch.seed + run * RUN_STEP) for batch in data.batches]
+        self.measures, self.views = parts, [View(row(batch), batch, data) for batch in seeded]
+        alone = [batch.seed + torch.arange(len(batch.px)) for batch in seeded]
+        self.parts["rooms"] = [rooms if b.rooms is None else b.rooms for rooms, b in zip(alone, seeded, strict=True)]
+
+    def __getitem__(self, name):
+        if name not in self.parts:
+            self.parts[name] = [self.measures[name](view) for view in self.views]
+        return super().__getitem__(name)
 
 
 WORLDS_JUDGED = ["doom", "memory", "shapes", pytest.param("talker", marks=pytest.mark.slow)]
@@ -224,18 +233,29 @@ def judged(request, tmp_path_factory):
     codec = checkpoint.load_codec(student)
     cfg = settings(request.param, tmp_path_factory.mktemp("cheats"))
     data = suite.data(student, codec, Rooms(source, WORLDS[source]), cfg)
-    rows = {"student": lambda batch: honest(codec, batch), "other noise": lambda batch: honest(codec, batch, 77)}
-    data, made = replace(data, batches=list(data.batches)), {}
+    data, codes, made = replace(data, batches=list(data.batches)), {}, {}
 
-    def cheating(cheat, batch):
-        if batch.seed not in made:  # all cheat with the same clips
-            made[batch.seed] = honest(codec, batch)
-        return cheat(made[batch.seed], batch)
+    def honest(batch, apart=0):
+        """Clips of the honest student, made once; `apart`: with other noise."""
+        key = (batch.seed, apart)
+        if key not in made:
+            if id(batch.px) not in codes:
+                codes[id(batch.px)] = codec.encode(batch.px)
+            x = codes[id(batch.px)]
+            rng = torch.Generator().manual_seed(sum(key))
+            made[key] = codec.decode(x + NOISE * torch.randn(x.shape, generator=rng))
+        return made[key]
 
-    rows |= {name: partial(cheating, cheat) for name, (cheat, _) in CHEATS[request.param].items()}
-    wanted = {key: metric for key, metric in suite.metrics.items() if metric.figure}
-    tallies = measure(wanted, rows, data, {"student": RUNS})
-    result = {name: run_figures(wanted, runs, tallies["real"][0]) for name, runs in tallies.items()}
+    parts = {name: part for metric in suite.metrics.values() for name, part in metric.parts.items()}
+    wanted = {key: suite.metrics[key] for _, figure in CHEATS[request.param].values() for key in [figure.split("/")[0]]}
+    tallied = partial(OnDemand, data, parts)
+    tallies = {"real": [tallied(real_row)], "student": [tallied(honest, run) for run in range(RUNS)]}
+    tallies["other noise"] = [tallied(partial(honest, apart=77))]
+    real = tallies["real"][0]
+    result = {name: run_figures(wanted, runs, real) for name, runs in tallies.items()}
+    for name, (cheat, figure) in CHEATS[request.param].items():  # of each, the figure that is to catch it
+        key, row = figure.split("/")[0], lambda batch, cheat=cheat: cheat(honest(batch), batch)
+        result[name] = run_figures({key: wanted[key]}, [tallied(row)], real)
     mine = {name: result[name] for name in ("real", "student")}
     add_certainty(wanted, mine, {name: tallies[name] for name in mine}, {}, 100)
     return request.param, result
