@@ -91,13 +91,13 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2708,
+    "data": 2724,
     "training": 1745,
     "evaluation": 2945,
     "worlds": 1464,
     "bench": 1311,
     "ops": 1180,
-    "cli": 1481,
+    "cli": 1495,
     "serve": 1224,
     "interop": 1059,
     "conditioning": 788,

@@ -338,7 +338,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
     path = folder / f"state-{info['step']:08d}"
     new = path.with_name(path.name + NEXT)
-    first_does(lambda: shutil.rmtree(new, ignore_errors=True))
+    first_does(lambda: swap(new, path) if (new / INFO).is_file() else shutil.rmtree(new, ignore_errors=True))
     flat = {f"{n}{SCALAR}" if t.ndim == 0 else n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
     before = next((str(found) for found, _ in complete_shards(folder)), "none before it")
     with told_by_all(f"the state of step {info['step']} was not written (there is {before})"):

@@ -1,6 +1,9 @@
 """`vidistill data latents`: frames that are there, encoded."""
 
 import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -96,6 +99,33 @@ def test_a_folder_that_another_process_writes_is_left_alone(tmp_path, write):
     assert other.exitcode == 0 and [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["d"]
     names = ["meta.json", "shard-00000.safetensors", "shard-00001.safetensors"]
     assert sorted(p.name for p in folder.iterdir()) == names and len(Clips(folder)) == 2
+
+
+def forked(folder, gone):
+    """Begin to write shards as one does whose workers are forked, and tell their process id."""
+
+    def make(i):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        worker.start()
+        gone.put(worker.pid)
+        time.sleep(600)
+
+    at_once(folder, make)
+
+
+def test_workers_of_a_killed_process_hold_no_folder(tmp_path):
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "d"
+    pid = context.Queue()
+    writer = context.Process(target=forked, args=(folder, pid))
+    writer.start()
+    worker = pid.get(timeout=60)
+    try:
+        writer.kill()
+        writer.join(60)
+        at_once(folder, lambda i: ({"frames": torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8)}, [{}]))
+    finally:
+        os.kill(worker, signal.SIGKILL)
+    assert len(Clips(folder)) == 2
 
 
 def test_what_a_process_left_that_was_killed_is_written_again(tmp_path):

@@ -117,9 +117,23 @@ def test_an_embedding_equals_what_transformers_computes(wan, prompts):
 
 def test_a_second_call_encodes_nothing_and_a_missing_embedding_is_named(wan, prompts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TextCache, "_load", lambda self: pytest.fail("the encoder was loaded"))
-    args = ["data", "prompts", str(prompts), "--file", "nothing.txt", "--text", str(wan), "--negative"]
+    args = [
+        "data",
+        "prompts",
+        str(prompts),
+        "--file",
+        "nothing.txt",
+        "--text",
+        str(wan),
+        "--tokens",
+        str(LENGTH),
+        "--negative",
+    ]
     assert main([*args, "blurred"]) == 0 and "is there already (2 episodes)" in capsys.readouterr().out
     assert main([*args, "sharp"]) == 1 and "negative 'blurred' where 'sharp' is asked" in capsys.readouterr().err
+    (tmp_path / "others.txt").write_text("three boats\n")
+    for flag, value, key in (("--file", tmp_path / "others.txt", "digest"), ("--tokens", LENGTH + 1, "text")):
+        assert main([*args, "blurred", flag, str(value)]) == 1 and key in capsys.readouterr().err
     (tmp_path / "meta.json").write_text((prompts / "meta.json").read_text())
     with pytest.raises(DataError, match=r"shard-00000.safetensors is missing"):
         Prompts(tmp_path)

@@ -329,11 +329,14 @@ def reader(text: dict[str, Any]) -> "Encode":
 
 def run_trajectories(args: argparse.Namespace) -> None:
     from vidistill.data import ode_pairs
+    from vidistill.data.shards import META
     from vidistill.distributed import group
 
     values = values_of(args, TRAJECTORIES)
     asked = {name: values[name] for name in ("teacher", "clips", "frames", "seed", "guidance")}
-    if not is_there(args.out, {name: value for name, value in asked.items() if value is not None}):
+    said = {name: value for name, value in asked.items() if value is not None}
+    later = {"data": ode_pairs.digest(args.data)} if (args.data / META).is_file() else {}
+    if not is_there(args.out, said, later):
         with group():
             print(ode_pairs.trajectories(**values))
 
@@ -342,16 +345,25 @@ def run_prompts(args: argparse.Namespace) -> None:
     from vidistill.data import prompts
     from vidistill.distributed import group
 
-    if not is_there(args.out, {"negative": args.negative, "fps": args.fps}):
+    later: dict[str, Any] = {"text": read_by(args.text, args.tokens)}
+    if args.file.is_file():
+        later["digest"] = prompts.digest(prompts.read_lines(args.file))
+    if not is_there(args.out, {"negative": args.negative, "fps": args.fps}, later):
         with group():
             print(prompts.prompts(**values_of(args, PROMPTS)))
 
 
 def run_pictures(args: argparse.Namespace) -> None:
-    from vidistill.data import pictures
+    from vidistill.data import pictures, prompts
     from vidistill.distributed import group
 
-    if not is_there(args.out, {"negative": args.negative, "fps": args.fps, "codec": args.model}):
+    later: dict[str, Any] = {"text": read_by(args.model, args.tokens)}
+    later[prompts.SHOWN] = {"frames": args.frames, "size": list(args.size)}
+    if args.file.is_file():
+        found = pictures.read_list(args.file)
+        later["digest"] = prompts.digest([words for _, words in found])
+        later["pictures"] = prompts.digest([path.name for path, _ in found])
+    if not is_there(args.out, {"negative": args.negative, "fps": args.fps, "codec": args.model}, later):
         with group():
             print(pictures.pictures(**values_of(args, PICTURES)))
 
@@ -362,8 +374,16 @@ def values_of(args: argparse.Namespace, arguments: Arguments) -> dict[str, Any]:
     return {name: vars(args)[name] for name in names}
 
 
-def is_there(folder: Path, asked: Mapping[str, Any] | None = None) -> bool:
-    """Whether a data folder is complete already; says so. ValueError if it is not what is `asked` for."""
+def read_by(source: str, length: int) -> dict[str, Any]:
+    """What a folder of prompts says of its text encoder."""
+    return {"kind": "umt5", "source": str(source).removeprefix("hf://"), "length": length}
+
+
+def is_there(folder: Path, asked: Mapping[str, Any] | None = None, later: Mapping[str, Any] = {}) -> bool:
+    """Whether a data folder is complete already; says so. ValueError if it is not what is `asked` for.
+
+    `later`: what folders of earlier versions do not say, asked for where it is said.
+    """
     from vidistill.data.shards import META, partial_of, read_meta
     from vidistill.io import check_folder
 
@@ -372,9 +392,10 @@ def is_there(folder: Path, asked: Mapping[str, Any] | None = None) -> bool:
         check_folder(folder, "OUT")
         return False
     found = read_meta(folder)
+    asked = {**(asked or {}), **{key: value for key, value in later.items() if key in found}}
     other = [
         f"{key} {found.get(key)!r} where {value!r} is asked for"
-        for key, value in json.loads(json.dumps(asked or {})).items()
+        for key, value in json.loads(json.dumps(asked)).items()
         if found.get(key) != value
     ]
     if other:

@@ -1,6 +1,5 @@
 """Pictures with their prompts, as Wan's image-to-video networks are shown them."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from vidistill import checkpoint
 from vidistill.conditioning.condition import shown_clip
 from vidistill.data.importers.write import Part
-from vidistill.data.prompts import IMAGE, SHOWN, write_prompts
+from vidistill.data.prompts import IMAGE, SHOWN, digest, write_prompts
 from vidistill.data.shards import DataError
 from vidistill.distributed import rank
 from vidistill.io import read_image, read_text, to_float
@@ -61,7 +60,7 @@ def pictures(
 
     meta: dict[str, Any] = {"source": "pictures", **WORLD, "fps": fps, "codec": model, **told_of(clip)}
     meta[SHOWN] = {"frames": frames, "size": list(size)}
-    meta["pictures"] = hashlib.sha256("\n".join(path.name for path, _ in found).encode()).hexdigest()
+    meta["pictures"] = digest([path.name for path, _ in found])
     text, own = TextCache(model, cache_folder(), length=tokens, device=str(where)), Part.of(part)
     share = sum(len(found[i * PER_SHARD : (i + 1) * PER_SHARD]) for i in own.share(-(-len(found) // PER_SHARD)))
     with Bar(share, "pictures", "picture", shown=rank() == 0) as bar:

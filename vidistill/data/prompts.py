@@ -118,8 +118,7 @@ def write_prompts(
         return {**pack_rows("tokens", rows), **beside, **shown}, [{"caption": prompt} for prompt in own]
 
     text = {"kind": "umt5", "source": encoder.source, "length": encoder.length}
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    told = {PROMPTS: len(prompts), "negative": negative, "text": text, "digest": digest}
+    told = {PROMPTS: len(prompts), "negative": negative, "text": text, "digest": digest(prompts)}
     record = {**meta, **told, "per_shard": per_shard, "at_once": at_once}
     return write_split(Path(folder), -(-len(prompts) // per_shard), make, record, None, part)
 
@@ -223,6 +222,16 @@ class Pictures(Prompts):
         return Condition(before_text(image, text.tokens), channels=channels, negative=before_text(image, text.negative))
 
 
+def read_lines(file: Path) -> list[str]:
+    """The prompts in a file, one a line."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+
+
+def digest(lines: Sequence[str]) -> str:
+    """What tells a list of prompts, or of names, from another."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def prompts(
     out: Path,
     file: Path,
@@ -237,7 +246,7 @@ def prompts(
 
     `part`: the share that this process encodes, see `write.Part`; the folder is complete with the last one.
     """
-    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    lines = read_lines(file)
     encoder = TextCache(text, cache_folder(), length=tokens, device=str(accelerator()))
     own, meta = Part.of(part), {"source": "prompts", **WORLD, "fps": fps}
     share = sum(len(lines[i * PER_SHARD : (i + 1) * PER_SHARD]) for i in own.share(-(-len(lines) // PER_SHARD)))

@@ -3,12 +3,13 @@
 import fcntl
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from vidistill.data.meta import META, DataError, parse_meta
 from vidistill.data.types import Captioned, Episode, Talk, count_episodes, pack_rows, unpack_rows
 from vidistill.io import read_json, write_atomic, write_text
 from vidistill.ops.device import accelerator
+
+log = logging.getLogger("vidistill")
 
 SETTINGS = "settings.json"
 WRITING = ".writing-"  # begins the names of files that are locked while a part is written
@@ -69,7 +72,25 @@ def alone(partial: Path, part: str) -> Iterator[Path]:
             raise DataError(
                 f"{partial} is being written by another process: wait for it or stop it, or name another folder"
             ) from error
-        yield path
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): let no other process write it", partial, error.strerror)
+        _held.add(lock)
+        try:
+            yield path
+        finally:
+            _held.discard(lock)
+
+
+_held: set[IO[bytes]] = set()  # locks of this process
+
+
+def let_go() -> None:
+    """In a forked child: its parent alone holds the locks, or they would outlive it in workers that wait for ever."""
+    while _held:
+        _held.pop().close()
+
+
+os.register_at_fork(after_in_child=let_go)
 
 
 def partial_of(folder: str | Path) -> Path:

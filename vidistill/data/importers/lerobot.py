@@ -339,7 +339,7 @@ def kept(data: DataSet, asked: Asked, window: Window, rows: Table) -> Iterator[n
             file = io.BytesIO(held["bytes"]) if held["bytes"] else data.root / held["path"]
             with Image.open(file) as picture:
                 yield resized(np.asarray(picture.convert("RGB")), asked.size, asked.resize)
-        except (OSError, TypeError, KeyError) as error:
+        except Exception as error:  # a damaged file is whatever the decoder makes of it
             raise DataError(f"{window.episode.rows}: row {k} holds no picture ({error})") from error
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vidistill.conditioning.condition import Encode
+from vidistill.data.meta import parse_meta
 from vidistill.data.shards import (
     META,
     SETTINGS,
@@ -170,7 +171,9 @@ def append_clip(folder: Path, clip: Clip, meta: Mapping[str, Any]) -> None:
         tensors, described = shard_of([clip])
         write_shard(folder / f"shard-{record['shards']:05d}.safetensors", tensors)
         record |= {"shards": record["shards"] + 1, "described": [*record["described"], *described]}
-        write_text(folder / META, json.dumps({**record, "episodes": len(record["described"])}))
+        text = json.dumps({**record, "episodes": len(record["described"])})
+        parse_meta(json.loads(text), folder / META)
+        write_text(folder / META, text)
 
 
 def begun(folder: Path, settings: Mapping[str, Any]) -> Path:
