@@ -21,7 +21,7 @@ ROWS = (
     ("doom-diagonal", "quality.frechet_paired", "quality.action_following", "actions"),
     ("doom-tf", "quality.frechet_paired", "quality.action_following", "actions"),
     ("doom-relic", "quality.frechet_paired", "quality.action_following", "actions"),
-    ("shapes-selfforcing", "frechet", "before.asked", "captions"),
+    ("shapes-selfforcing", "quality.frechet_paired", "quality.before.asked", "captions"),
     ("talker", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
     ("talker-selfforcing", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
 )
@@ -65,7 +65,9 @@ def groups(figures: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Ma
 
 def judged(figures: Mapping[str, Any], key: str) -> str:
     """A figure and its interval, where there is one."""
-    value, edges = find(figures, key), find(figures, f"{key}_interval")
+    value, parts = find(figures, key), key.split(".")
+    places = (".".join([*parts[:i], f"{parts[i]}_interval", *parts[i + 1 :]]) for i in range(len(parts)))
+    edges = next((found for place in places if (found := find(figures, place))), None)
     return "-" if value is None else f"{value:.2f}" + (f" ({edges[0]:.2f}-{edges[1]:.2f})" if edges else "")
 
 
