@@ -220,15 +220,24 @@ def test_kohyas_header_scales_layers_that_come_without_an_alpha(base, tmp_path, 
     check(moved(base, tmp_path / "l.safetensors"), want)
 
 
+@pytest.mark.parametrize("name", ["diffusion_model.{}", "{}"])
+def test_a_converted_file_that_keeps_kohyas_header_is_not_scaled_twice(base, tmp_path, name):
+    state = {}
+    for layer in LAYERS[:2]:
+        state |= pair(layer, name.format(layer))
+    save_file(state, tmp_path / "l.safetensors", metadata={"ss_network_alpha": "1", "ss_network_dim": "4"})
+    check(moved(base, tmp_path / "l.safetensors"), {f"{layer}.weight": delta(layer) for layer in LAYERS[:2]})
+
+
 @pytest.mark.parametrize("said", ["much", "nan", "0", "-1", ""])
 def test_an_alpha_of_kohyas_header_that_scales_nothing_is_named(base, tmp_path, said):
-    save_file(pair(L, L), tmp_path / "l.safetensors", metadata={"ss_network_alpha": said})
+    save_file(pair(L, FLAT["kohya"](L)), tmp_path / "l.safetensors", metadata={"ss_network_alpha": said})
     with pytest.raises(ValueError, match=r"l\.safetensors.*alpha"):
         moved(base, tmp_path / "l.safetensors")
 
 
 def test_an_alpha_of_kohyas_header_is_not_overruled_in_silence(base, tmp_path):
-    save_file(pair(L, L), tmp_path / "l.safetensors", metadata={"ss_network_alpha": "2"})
+    save_file(pair(L, FLAT["kohya"](L)), tmp_path / "l.safetensors", metadata={"ss_network_alpha": "2"})
     with pytest.raises(ValueError, match="--lora-alpha"):
         moved(base, tmp_path / "l.safetensors", lora_alpha=3.0)
 

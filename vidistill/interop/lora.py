@@ -212,9 +212,10 @@ def layer_name(written: str, flat: Mapping[str, str]) -> str:
 def scale_of(adapter: Adapter, layer: Layer, name: str) -> float:
     """What B A of a layer is multiplied by: alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
 
-    Where no layer says one it is that of kohya's header. Where nothing says alpha it is the rank, as diffusers,
-    ComfyUI, DiffSynth and LightX2V read such files; peft's own never go without. Source: LoRA 2106.09685, rsLoRA
-    2312.03732.
+    Where no layer says one it is that of kohya's header, if layers are called as kohya calls them: whoever renames them
+    keeps the header and has multiplied it in (musubi-tuner's convert_lora.py). Where nothing says alpha it is the rank,
+    as diffusers, ComfyUI, DiffSynth and LightX2V read such files; peft's own never go without. Source: LoRA 2106.09685,
+    rsLoRA 2312.03732.
     """
     config, rank, alpha = adapter.config, layer.parts["down"].shape[0], adapter.alpha
     if (own := layer.parts.get("alpha")) is not None and own.numel() != 1:
@@ -226,7 +227,7 @@ def scale_of(adapter: Adapter, layer: Layer, name: str) -> float:
         wanted = patterned(config.get("rank_pattern") or {}, written, config.get("r", rank))
         if wanted != rank:
             raise ValueError(f"{adapter.source}: {name} has rank {rank}, {CONFIG} says {wanted}")
-    if not said and KOHYA in config:
+    if not said and KOHYA in config and FLATTENED.match(layer.keys["down"]):
         said.append(config[KOHYA])
     if len({*said, *([] if alpha is None else [alpha])}) > 1:
         raise ValueError(
