@@ -324,8 +324,9 @@ def test_a_project_from_wan_passes_its_dry_run(tmp_path, wan, kind, monkeypatch,
     assert cfg.lora.rank == 0 or cfg.critic_lora.rank
 
 
-def test_a_project_from_wan_runs_from_clips_to_a_student(tmp_path, wan, monkeypatch):
-    data = write_captioned(tmp_path / "data", wan)
+@pytest.mark.parametrize("kind", ["text", "both"])
+def test_a_project_from_wan_runs_from_clips_to_a_student(tmp_path, wan, kind, monkeypatch):
+    data = write_captioned(tmp_path / "my data", wan, kind)
     assert new(tmp_path / "mine", data, "--init", str(wan)) == 0
     commands = commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")
     assert [words[1] for words in commands] == ["data", *["train"] * 4, "generate"]
@@ -333,6 +334,19 @@ def test_a_project_from_wan_runs_from_clips_to_a_student(tmp_path, wan, monkeypa
     student = checkpoint.load(str(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal"))
     assert student.record["codec"] == str(wan) and student.record["dit"]["text_dim"] == TEXT
     assert (tmp_path / "mine" / "rehearsal" / "out.mp4").stat().st_size
+    assert bool(checkpoint.start_pictures(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal")) == (
+        kind == "both"
+    )
+
+
+def test_a_wan_folder_that_no_recipe_can_use_is_refused(tmp_path, wan, capsys):
+    data = write_captioned(tmp_path / "data", wan)
+    shutil.copytree(wan, tmp_path / "two")
+    shutil.copytree(wan / "transformer", tmp_path / "two" / "transformer_2")
+    shutil.copytree(wan / "transformer", tmp_path / "part" / "transformer")
+    for folder, says in (("two", "2 experts"), ("part", "vae/config.json")):
+        assert new(tmp_path / "mine", data, "--init", str(tmp_path / folder)) == 1
+        assert says in capsys.readouterr().err and not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize(

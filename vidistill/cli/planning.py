@@ -1,6 +1,7 @@
 """How a budget of time becomes steps: every stage is timed here, then each gets its share."""
 
 import math
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -142,7 +143,9 @@ class Plan:
         """run.sh."""
         held = ",".join(f"{name}:24" for name in self.world.actions)
         action = f" --action {held},still:12" if held else ""
-        return SCRIPT.format(frames=frames, action=action, report=self.judged(), budget=f"{self.budget / 3600:.2g} h")
+        return SCRIPT.format(
+            frames=shlex.quote(frames), action=action, report=self.judged(), budget=f"{self.budget / 3600:.2g} h"
+        )
 
     def judged(self) -> str:
         """The line of run.sh that judges the last student on clips that nothing learned from, where there are any."""

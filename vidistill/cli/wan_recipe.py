@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vidistill import checkpoint
 from vidistill.bench import plan
-from vidistill.cli.recipe import LEVELS, Choice, Row, Stage, World, choose, config, look, teacher_sites
+from vidistill.cli.recipe import LEVELS, Choice, Row, Stage, World, choose, config, look, teacher_sites, write_starts
 from vidistill.data.shards import DataError
 from vidistill.models.layers import DiTConfig
 from vidistill.teachers.wan import VAE_FACTORS
@@ -196,7 +197,15 @@ def wan_plan(data: Path, init: str, gpus: int, gpu_memory: float) -> WanPlan:
     """The plan of a project from a Wan folder or hub id; DataError or ValueError where they do not go together."""
     found = plan.role(str(Path(init).resolve()) if Path(init).is_dir() else init, UNKNOWN)
     if not checkpoint.is_published(found.source) or found.dit == UNKNOWN or found.dit.channels not in VAE_FACTORS:
-        raise ValueError(f"--init {init} is no Wan network; name a folder in diffusers' or Wan's own layout")
+        raise ValueError(f"--init {init} is no Wan network; name a folder in diffusers' layout")
+    if found.experts > 1:
+        raise ValueError(
+            f"--init {init} holds {found.experts} experts; a recipe trains one network: name Wan2.1 or TI2V-5B"
+        )
+    if Path(init).is_dir() and not (Path(init) / "vae" / "config.json").is_file():
+        raise ValueError(
+            f"--init {init} has no vae/config.json, which encodes the clips; name the whole diffusers folder"
+        )
     if found.dit.extra_channels:
         raise ValueError(
             f"--init {init} makes videos from pictures, which clips of one's own do not teach here; name a "
@@ -230,8 +239,10 @@ def write(folder: Path, made: WanPlan) -> str:
     frames = os.path.relpath(made.world.data, folder)
     about: dict[str, Any] = {"init": made.init, "gpus": made.gpus, "gpu_memory": made.gpu_memory, "frames": frames}
     (folder / "plan.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    script = folder / "run.sh"
-    script.write_text(SCRIPT.format(frames=frames, init=made.init, gpus=made.gpus), encoding="utf-8")
+    if made.world.given:
+        write_starts(folder / "starts", made.world)
+    script, quoted = folder / "run.sh", {"frames": shlex.quote(frames), "init": shlex.quote(made.init)}
+    script.write_text(SCRIPT.format(**quoted, gpus=made.gpus), encoding="utf-8")
     script.chmod(0o755)
     return f"{made.report(stages)}\nlook before: vidistill train {folder / 'teacher.yaml'} --dry-run --gpus {made.gpus}"
 
@@ -245,6 +256,7 @@ cd "$(dirname "$0")"
 gpus="${{GPUS:-{gpus}}}" steps=
 if [ -n "${{STEPS:-}}" ]; then
   rm -rf rehearsal && mkdir rehearsal && cp -r ./*.yaml rehearsal/
+  [ ! -d starts ] || cp -r starts rehearsal/
   cd rehearsal
   steps="steps=$STEPS critic_warmup=0"
 fi
@@ -260,8 +272,11 @@ train() {{
   fi
 }}
 
-vidistill data latents latents --from "$frames" --codec '{init}'
+vidistill data latents latents --from "$frames" --codec {init}
 for stage in teacher tf selfforcing diagonal; do train "$stage"; done
+if [ -d starts ]; then # pictures to begin from, where a stream finds them
+  mkdir -p runs/diagonal/diagonal-starts && cp starts/* runs/diagonal/diagonal-starts/
+fi
 vidistill generate runs/diagonal/diagonal -o out.mp4 --seconds 5
 echo "look at out.mp4, then play it: vidistill serve $PWD/runs/diagonal/diagonal"
 """
