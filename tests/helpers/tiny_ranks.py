@@ -69,6 +69,32 @@ def as_rank(rank, count, jobs, others):
         jobs.send(None)
 
 
+def in_group(rank, count, port, job, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)  # a forked process has no thread pool
+    with distributed.group():
+        job(*args)
+
+
+def ends_of(count, job, *args):
+    """Run `job(*args)` in `count` processes of one group that may die of it: their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=in_group, args=(r, count, port, job, args)) for r in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(400)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+        child.join()
+    return codes
+
+
 KEPT: list[dict[int, Ranks]] = []
 
 

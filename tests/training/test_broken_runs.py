@@ -1,15 +1,13 @@
 """Runs of several processes in which something breaks: they end, all of them, and go on from their last state."""
 
-import multiprocessing
 import os
 import resource
 import signal
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_ranks import as_rank, together
+from tiny_ranks import ends_of, together
 from tiny_training import OPTIM, flow_stage
 
 from vidistill import checkpoint, distributed
@@ -22,24 +20,6 @@ BREAKS_AT = 3  # the step after the last saved one
 def stage(root, **settings):
     base = flow_stage(root, steps=5, save_every=2, batch=2, optim=replace(OPTIM, muon=""))
     return replace(base, **settings)
-
-
-def ends_of(job, *args):
-    """The exit codes of two processes of one group that are left to end by themselves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=as_rank, args=(r, 2, port, job, args)) for r in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(400)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-        child.join()
-    return codes
 
 
 def dies(cfg):
@@ -75,7 +55,7 @@ def fills_its_disk(cfg):
 @pytest.mark.parametrize("parallel", distributed.PARALLEL)
 def test_a_run_whose_process_dies_ends_and_goes_on_from_its_last_state(tmp_path, parallel):
     cfg = stage(tmp_path, name="broken", parallel=parallel)
-    assert ends_of(dies, cfg) == [1, -signal.SIGKILL], "the process that lives does not wait for ever"
+    assert ends_of(2, dies, cfg) == [1, -signal.SIGKILL], "the process that lives does not wait for ever"
     assert newest_state(tmp_path / "runs" / "broken") is not None
     together(2, train, cfg)
     together(2, train, replace(cfg, name="once"))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_ranks import together
+from tiny_ranks import ends_of, together
 from tiny_training import dmd_stage, flow_stage, write_latents
 
 from vidistill import checkpoint, distributed
@@ -429,7 +429,7 @@ SAVES = {"check_written": 1, "checksums": 1, "write_json": 1, "swap": 2, "drop_s
 def test_a_sharded_state_stays_until_the_next_is_whole(tmp_path, name):
     cfg = flow_stage(tmp_path, parallel="shard", optim=replace(flow_stage(tmp_path).optim, muon=""))
     together(2, save_once, cfg)
-    together(2, killed_in, name, cfg)
+    assert ends_of(2, killed_in, name, cfg) == [0, 0]
     trainer = Trainer(cfg)
     trainer.resume()
     assert trainer.step_count == SAVES[name]
@@ -459,8 +459,12 @@ def flip(files):
     files[0].write_bytes(data)
 
 
+def lose(files):
+    files[-1].unlink()
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("break_it", [flip, lambda files: files[-1].unlink()], ids=["another bit", "a file is gone"])
+@pytest.mark.parametrize("break_it", [flip, lose], ids=["another bit", "a file is gone"])
 def test_shards_that_are_not_what_was_meant_do_not_replace_those_of_the_same_step(tmp_path, break_it):
     cfg = flow_stage(tmp_path, parallel="shard", optim=replace(flow_stage(tmp_path).optim, muon=""))
     together(2, save_once, cfg)
