@@ -97,7 +97,7 @@ BUDGETS = {
     "worlds": 1464,
     "bench": 1311,
     "ops": 1180,
-    "cli": 1504,
+    "cli": 1506,
     "serve": 1224,
     "interop": 1059,
     "conditioning": 788,

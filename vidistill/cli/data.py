@@ -343,10 +343,11 @@ def run_trajectories(args: argparse.Namespace) -> None:
 
 def run_prompts(args: argparse.Namespace) -> None:
     from vidistill.data import prompts
+    from vidistill.data.shards import META
     from vidistill.distributed import group
 
     later: dict[str, Any] = {"text": read_by(args.text, args.tokens)}
-    if args.file.is_file():
+    if (args.out / META).is_file() and args.file.is_file():
         later["digest"] = prompts.digest(prompts.read_lines(args.file))
     if not is_there(args.out, {"negative": args.negative, "fps": args.fps}, later):
         with group():
@@ -355,11 +356,12 @@ def run_prompts(args: argparse.Namespace) -> None:
 
 def run_pictures(args: argparse.Namespace) -> None:
     from vidistill.data import pictures, prompts
+    from vidistill.data.shards import META
     from vidistill.distributed import group
 
     later: dict[str, Any] = {"text": read_by(args.model, args.tokens)}
     later[prompts.SHOWN] = {"frames": args.frames, "size": list(args.size)}
-    if args.file.is_file():
+    if (args.out / META).is_file() and args.file.is_file():
         found = pictures.read_list(args.file)
         later["digest"] = prompts.digest([words for _, words in found])
         later["pictures"] = prompts.digest([path.name for path, _ in found])
