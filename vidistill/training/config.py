@@ -124,9 +124,7 @@ class TrainConfig:
     on_policy: bool = True
     replay: bool = False
     long_frames: int = 0  # latents of a stream; 0: every rollout is a clip of `frames` latents
-    prompt_switch: float = (
-        0.0  # share of streams that are told another prompt on the way, memory written again under it
-    )
+    prompt_switch: float = 0.0  # share of streams that switch to another prompt, memory written again under it
     ema: float = 0.999
     ema_start: int = 0  # student updates before which the average is a copy
     ema_warmup: float = EMA_WARMUP  # decay (1 + n) / (ema_warmup + n) at update n, at most ema; 1: ema, as published
