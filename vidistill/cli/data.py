@@ -335,7 +335,10 @@ def run_trajectories(args: argparse.Namespace) -> None:
     values = values_of(args, TRAJECTORIES)
     asked = {name: values[name] for name in ("teacher", "clips", "frames", "seed", "guidance")}
     said = {name: value for name, value in asked.items() if value is not None}
-    later = {"data": ode_pairs.digest(args.data)} if (args.data / META).is_file() else {}
+
+    def later() -> dict[str, Any]:
+        return {"data": ode_pairs.digest(args.data)} if (args.data / META).is_file() else {}
+
     if not is_there(args.out, said, later):
         with group():
             print(ode_pairs.trajectories(**values))
@@ -343,12 +346,12 @@ def run_trajectories(args: argparse.Namespace) -> None:
 
 def run_prompts(args: argparse.Namespace) -> None:
     from vidistill.data import prompts
-    from vidistill.data.shards import META
     from vidistill.distributed import group
 
-    later: dict[str, Any] = {"text": read_by(args.text, args.tokens)}
-    if (args.out / META).is_file() and args.file.is_file():
-        later["digest"] = prompts.digest(prompts.read_lines(args.file))
+    def later() -> dict[str, Any]:
+        lines = {"digest": prompts.digest(prompts.read_lines(args.file))} if args.file.is_file() else {}
+        return {"text": read_by(args.text, args.tokens), **lines}
+
     if not is_there(args.out, {"negative": args.negative, "fps": args.fps}, later):
         with group():
             print(prompts.prompts(**values_of(args, PROMPTS)))
@@ -356,15 +359,13 @@ def run_prompts(args: argparse.Namespace) -> None:
 
 def run_pictures(args: argparse.Namespace) -> None:
     from vidistill.data import pictures, prompts
-    from vidistill.data.shards import META
     from vidistill.distributed import group
 
-    later: dict[str, Any] = {"text": read_by(args.model, args.tokens)}
-    later[prompts.SHOWN] = {"frames": args.frames, "size": list(args.size)}
-    if (args.out / META).is_file() and args.file.is_file():
-        found = pictures.read_list(args.file)
-        later["digest"] = prompts.digest([words for _, words in found])
-        later["pictures"] = prompts.digest([path.name for path, _ in found])
+    def later() -> dict[str, Any]:
+        shown = {"frames": args.frames, "size": list(args.size)}
+        known = {"text": read_by(args.model, args.tokens), prompts.SHOWN: shown}
+        return known | (pictures.digests(pictures.read_list(args.file)) if args.file.is_file() else {})
+
     if not is_there(args.out, {"negative": args.negative, "fps": args.fps, "codec": args.model}, later):
         with group():
             print(pictures.pictures(**values_of(args, PICTURES)))
@@ -381,10 +382,12 @@ def read_by(source: str, length: int) -> dict[str, Any]:
     return {"kind": "umt5", "source": str(source).removeprefix("hf://"), "length": length}
 
 
-def is_there(folder: Path, asked: Mapping[str, Any] | None = None, later: Mapping[str, Any] = {}) -> bool:
+def is_there(
+    folder: Path, asked: Mapping[str, Any] | None = None, later: Callable[[], Mapping[str, Any]] = dict
+) -> bool:
     """Whether a data folder is complete already; says so. ValueError if it is not what is `asked` for.
 
-    `later`: what folders of earlier versions do not say, asked for where it is said.
+    `later`: what folders of earlier versions do not say, worked out for a complete one and asked for where it is said.
     """
     from vidistill.data.shards import META, partial_of, read_meta
     from vidistill.io import check_folder
@@ -394,7 +397,7 @@ def is_there(folder: Path, asked: Mapping[str, Any] | None = None, later: Mappin
         check_folder(folder, "OUT")
         return False
     found = read_meta(folder)
-    asked = {**(asked or {}), **{key: value for key, value in later.items() if key in found}}
+    asked = {**(asked or {}), **{key: value for key, value in later().items() if key in found}}
     other = [
         f"{key} {found.get(key)!r} where {value!r} is asked for"
         for key, value in json.loads(json.dumps(asked)).items()

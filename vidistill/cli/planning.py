@@ -14,6 +14,7 @@ from torch import Tensor
 from vidistill import checkpoint, metrics
 from vidistill.cli import timing
 from vidistill.cli.recipe import (
+    COPY_STARTS,
     SHORT,
     SIZES,
     STAGES,
@@ -144,7 +145,11 @@ class Plan:
         held = ",".join(f"{name}:24" for name in self.world.actions)
         action = f" --action {held},still:12" if held else ""
         return SCRIPT.format(
-            frames=shlex.quote(frames), action=action, report=self.judged(), budget=f"{self.budget / 3600:.2g} h"
+            frames=shlex.quote(frames),
+            copy_starts=COPY_STARTS,
+            action=action,
+            report=self.judged(),
+            budget=f"{self.budget / 3600:.2g} h",
         )
 
     def judged(self) -> str:
@@ -184,9 +189,7 @@ vidistill new . --check teacher $gate
 train tf
 train selfforcing
 train diagonal
-if [ -d starts ]; then # pictures to begin from, where a stream finds them
-  mkdir -p runs/diagonal/diagonal-starts && cp starts/* runs/diagonal/diagonal-starts/
-fi
+{copy_starts}
 vidistill generate runs/diagonal/diagonal -o out.mp4 --seconds 10{action}
 [ -d student ] || vidistill export runs/diagonal/diagonal --to ours --whole -o student # a folder to give away
 {report}

@@ -454,6 +454,13 @@ def write_warm(folder: Path, stages: Mapping[str, Stage], choice: Choice) -> Non
         checkpoint.export(folder / "init" / "teacher", net, record)
 
 
+# The lines of run.sh that put those pictures where a stream of the student finds them.
+COPY_STARTS = """\
+if [ -d starts ]; then # pictures to begin from, where a stream finds them
+  mkdir -p runs/diagonal/diagonal-starts && cp starts/* runs/diagonal/diagonal-starts/
+fi"""
+
+
 def write_starts(folder: Path, world: World, count: int = 8) -> None:
     """First pictures of episodes that no stage learns from, where there are any: what a stream begins with."""
     held = next((split for split in ("test", "validation", "train") if split in world.splits), "")

@@ -9,7 +9,19 @@ from typing import Any
 
 from vidistill import checkpoint
 from vidistill.bench import plan
-from vidistill.cli.recipe import LEVELS, Choice, Row, Stage, World, choose, config, look, teacher_sites, write_starts
+from vidistill.cli.recipe import (
+    COPY_STARTS,
+    LEVELS,
+    Choice,
+    Row,
+    Stage,
+    World,
+    choose,
+    config,
+    look,
+    teacher_sites,
+    write_starts,
+)
 from vidistill.data.shards import DataError
 from vidistill.models.layers import DiTConfig
 from vidistill.teachers.wan import VAE_FACTORS
@@ -242,7 +254,7 @@ def write(folder: Path, made: WanPlan) -> str:
     if made.world.given:
         write_starts(folder / "starts", made.world)
     script, quoted = folder / "run.sh", {"frames": shlex.quote(frames), "init": shlex.quote(made.init)}
-    script.write_text(SCRIPT.format(**quoted, gpus=made.gpus), encoding="utf-8")
+    script.write_text(SCRIPT.format(**quoted, gpus=made.gpus, copy_starts=COPY_STARTS), encoding="utf-8")
     script.chmod(0o755)
     return f"{made.report(stages)}\nlook before: vidistill train {folder / 'teacher.yaml'} --dry-run --gpus {made.gpus}"
 
@@ -274,9 +286,7 @@ train() {{
 
 vidistill data latents latents --from "$frames" --codec {init}
 for stage in teacher tf selfforcing diagonal; do train "$stage"; done
-if [ -d starts ]; then # pictures to begin from, where a stream finds them
-  mkdir -p runs/diagonal/diagonal-starts && cp starts/* runs/diagonal/diagonal-starts/
-fi
+{copy_starts}
 vidistill generate runs/diagonal/diagonal -o out.mp4 --seconds 5
 echo "look at out.mp4, then play it: vidistill serve $PWD/runs/diagonal/diagonal"
 """

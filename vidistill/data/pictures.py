@@ -1,6 +1,6 @@
 """Pictures with their prompts, as Wan's image-to-video networks are shown them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,26 @@ def pictures(
             bar.update()
         return {name: torch.stack(each) for name, each in rows.items()}
 
-    meta: dict[str, Any] = {"source": "pictures", **WORLD, "fps": fps, "codec": model, **told_of(clip)}
-    meta[SHOWN] = {"frames": frames, "size": list(size)}
-    meta["pictures"] = digest([path.name for path, _ in found])
+    meta: dict[str, Any] = {
+        "source": "pictures",
+        **WORLD,
+        "fps": fps,
+        "codec": model,
+        **told_of(clip),
+        SHOWN: {"frames": frames, "size": list(size)},
+        **digests(found),
+    }
     text, own = TextCache(model, cache_folder(), length=tokens, device=str(where)), Part.of(part)
     share = sum(len(found[i * PER_SHARD : (i + 1) * PER_SHARD]) for i in own.share(-(-len(found) // PER_SHARD)))
     with Bar(share, "pictures", "picture", shown=rank() == 0) as bar:
         lines = [prompt for _, prompt in found]
         whole = write_prompts(out, lines, negative, text, meta, part=own, per_shard=PER_SHARD, show=show)
     return f"{out}: {len(found)} pictures" if whole else f"{out}: part {own.index + 1} is written"
+
+
+def digests(found: Sequence[tuple[Path, str]]) -> dict[str, str]:
+    """What tells a list of pictures and prompts from another, as a folder says it."""
+    return {"digest": digest([words for _, words in found]), "pictures": digest([path.name for path, _ in found])}
 
 
 def told_of(clip: ImageEncoder | None) -> Mapping[str, Any]:
