@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from golden import Draws, Golden
 from golden_networks import grad_norms, grad_of, network, text
 from golden_rollouts import Run, live, variant_memory
-from parity import Draws, Golden
 from torch import Tensor
 from wan_tables import Table, TableScore, on_table, warp_timestep
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from parity import Golden
+from golden import Golden
 from torch import Tensor
 from wan_tables import Table
 

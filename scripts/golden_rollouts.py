@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from golden import Golden
 from golden_networks import network, text
-from parity import Golden
 from torch import Tensor
 from wan_tables import Table, on_table
 

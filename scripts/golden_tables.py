@@ -1,7 +1,7 @@
 """Goldens without a transformer: the scheduler's tables and solvers, and the Wan autoencoder, whole and streamed."""
 
 import torch
-from parity import Golden
+from golden import Golden
 from torch import Tensor
 from wan_solvers import solver
 from wan_tables import Table, warp_timestep

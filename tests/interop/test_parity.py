@@ -37,7 +37,7 @@ def test_every_recorded_output_is_reproduced_or_declined_by_name(folder):
 
 
 def test_the_goldens_cover_every_case_the_script_knows():
-    assert {json.loads((path / "config.json").read_text())["case"] for path in GOLDENS} == set(parity.cases())
+    assert {json.loads((path / "config.json").read_text())["case"] for path in GOLDENS} == set(parity.CASES)
 
 
 # --- folders it has never seen ----------------------------------------------------------------------------------------
