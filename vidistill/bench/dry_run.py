@@ -149,8 +149,13 @@ def kind_of(cfg: TrainConfig, dit: DiTConfig) -> str:
 
 
 def recorded(cfg: TrainConfig, dit: DiTConfig) -> bool:
-    """Whether only recorded clips have what the stage tells: actions, a camera's way, a reference picture."""
-    return ACTION_SITE in dit.sites or cfg.camera is not None or cfg.reference
+    """Whether only recorded clips have what the stage tells: actions, sound, a camera's way, a reference picture."""
+    return ACTION_SITE in dit.sites or takes_audio(cfg, dit) or cfg.camera is not None or cfg.reference
+
+
+def takes_audio(cfg: TrainConfig, dit: DiTConfig) -> bool:
+    """Whether the site of sound is told sound, and not the moves of a camera."""
+    return AUDIO_SITE in dit.sites and (cfg.camera is None or AUDIO_SITE not in cfg.camera.sites)
 
 
 class RandomText:
@@ -198,8 +203,9 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
         tensors["tokens"] = torch.randn(CLIPS, tokens, dit.told_width)
     if show is not None:
         tensors["channels"] = torch.randn(CLIPS, cfg.frames, dit.extra_channels, *size)
-    if cfg.reference and AUDIO_SITE in dit.sites:
+    if takes_audio(cfg, dit):
         tensors["audio"] = torch.randn(CLIPS, cfg.frames, dit.sites[AUDIO_SITE].dim)
+    if takes_audio(cfg, dit) and cfg.reference:
         tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
     if kind == "trajectories" or (dit.text_dim and not recorded(cfg, dit) and cfg.objective != "flow"):
         tensors["states"] = torch.randn(CLIPS, len(cfg.loss.levels) + 1, *clip[1:])
