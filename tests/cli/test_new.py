@@ -306,18 +306,20 @@ def wan(tmp_path, monkeypatch):
     """A tiny Wan folder, and worlds whose tokens are as wide as its."""
     monkeypatch.setitem(KINDS, "text", (0, TEXT, 0))
     monkeypatch.setitem(KINDS, "both", (2, TEXT, 0))
+    monkeypatch.setitem(KINDS, "talk", (0, TEXT, 64))
     return write_wan(tmp_path / "wan")
 
 
-@pytest.mark.parametrize("kind", ["text", "both"])
+@pytest.mark.parametrize("kind", ["text", "talk"])
 def test_a_project_from_wan_passes_its_dry_run(tmp_path, wan, kind, monkeypatch, capsys):
     data = write_captioned(tmp_path / "data", wan, kind)
     assert new(tmp_path / "mine", data, "--init", str(wan), "--gpus", "2", "--gpu-memory", "0.0001") == 0
     said = capsys.readouterr().out
-    assert ("whole weights" in said) == (kind == "both") and "shards: teacher, tf, selfforcing, diagonal" in said
+    assert ("whole weights" in said) == (kind == "talk") and "shards: teacher, tf, selfforcing, diagonal" in said
     monkeypatch.chdir(tmp_path / "mine")
     for name in recipe.STAGES[1:]:
         cfg = load_config(TrainConfig, f"{name}.yaml")
+        assert (cfg.loss.audio_guidance > 0) == (cfg.loss.drop_audio > 0) == (kind == "talk")
         assert (cfg.lora.rank > 0) == (kind == "text") and cfg.parallel == "shard" and cfg.latent_size == (4, 4)
         assert main(["train", f"{name}.yaml", "--dry-run"]) == 0
         assert "exported and loaded" in capsys.readouterr().out
