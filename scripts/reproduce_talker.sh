@@ -27,9 +27,9 @@ starts() { # pictures to begin from: held-out people
 teacher() { stage talker-teacher configs/talker/teacher.yaml; }
 init() { train talker-init configs/talker/init.yaml; }
 selfforcing() { stage talker-selfforcing configs/talker/selfforcing.yaml; }
-talker() { stage talker configs/talker/talker.yaml; }
+improved() { stage talker-improved configs/talker/improved.yaml; }
 
-stages="frames codec verifier latents starts teacher init selfforcing talker"
+stages="frames codec verifier latents starts teacher init selfforcing improved"
 for name in "${@:-}"; do
   case " $stages  " in
     *" $name "*) for s in ${name:-$stages}; do echo "== $s"; $s; done ;;

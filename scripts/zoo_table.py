@@ -22,7 +22,7 @@ ROWS = (
     ("doom-tf", "quality.frechet_paired", "quality.action_following", "actions"),
     ("doom-relic", "quality.frechet_paired", "quality.action_following", "actions"),
     ("shapes-selfforcing", "quality.frechet_paired", "quality.before.asked", "captions"),
-    ("talker", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
+    ("talker-improved", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
     ("talker-selfforcing", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
 )
 

@@ -150,7 +150,7 @@ def test_shapes_have_the_colour_the_ground_and_the_way_that_were_asked_for(name)
 # --- talkers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["talker", "talker-selfforcing"])
+@pytest.mark.parametrize("name", ["talker-selfforcing", "talker-improved"])
 def test_lips_open_with_the_sound_and_close_in_silence(name):
     pytest.importorskip("espeakng_loader")
     from vidistill.worlds.talker.face import read_mouth
@@ -172,7 +172,7 @@ def test_lips_open_with_the_sound_and_close_in_silence(name):
     assert corr > 0.6 and abs(offset) <= 1
 
 
-@pytest.mark.parametrize("name", ["talker", "talker-selfforcing"])
+@pytest.mark.parametrize("name", ["talker-selfforcing", "talker-improved"])
 def test_who_talks_stays_who_it_was(name):
     student, codec = loaded(name)
     pictures = [read_image(path, (64, 64)) for path in checkpoint.start_pictures("talker")[:3]]

@@ -69,7 +69,7 @@ def fields(value, path=""):
 
 BUNDLED = {
     name: json.loads((checkpoint.zoo_folder() / f"{name}.json").read_text())
-    for name in ("doom-relic", "shapes-diagonal", "talker", "doom-codec", "doom-teacher")
+    for name in ("doom-relic", "shapes-diagonal", "talker-selfforcing", "doom-codec", "doom-teacher")
 }
 PATHS = [(name, path) for name, record in BUNDLED.items() for path in fields(record)]
 VALUES = st.one_of(
