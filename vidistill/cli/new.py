@@ -1,7 +1,6 @@
 """`vidistill new`: a project for a world of one's own, sized for this machine and a budget of time."""
 
 import argparse
-import json
 import os
 import re
 from pathlib import Path
@@ -90,19 +89,11 @@ def write_project(folder: Path, plan: "Plan") -> None:
     """Write the files of a project."""
     from vidistill.cli import recipe
 
-    folder.mkdir(parents=True, exist_ok=True)
     frames = os.path.relpath(plan.world.data, folder)
     stages = plan.stages_for(frames if not plan.world.splits else f"{frames}/train", latents_of(plan))
-    for stage in stages.values():
-        (folder / f"{stage.name}.yaml").write_text(stage.text(), encoding="utf-8")
+    recipe.write_project(folder, plan.world, stages, plan.record(frames), plan.script(frames))
     (folder / "measured.yaml").write_text(MEASURED, encoding="utf-8")
-    (folder / "plan.json").write_text(json.dumps(plan.record(frames), indent=1), encoding="utf-8")
     recipe.write_warm(folder, stages, plan.choice)
-    if plan.world.given:
-        recipe.write_starts(folder / "starts", plan.world)
-    script = folder / "run.sh"
-    script.write_text(plan.script(frames), encoding="utf-8")
-    script.chmod(0o755)
 
 
 def latents_of(plan: "Plan") -> str:

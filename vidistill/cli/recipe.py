@@ -461,6 +461,21 @@ if [ -d starts ]; then # pictures to begin from, where a stream finds them
 fi"""
 
 
+def write_project(
+    folder: Path, world: World, stages: Mapping[str, Stage], about: Mapping[str, Any], script: str
+) -> None:
+    """The files of a project: a config a stage, what its commands read of the plan, pictures to begin from, run.sh."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages.values():
+        (folder / f"{stage.name}.yaml").write_text(stage.text(), encoding="utf-8")
+    (folder / "plan.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+    if world.given:
+        write_starts(folder / "starts", world)
+    run = folder / "run.sh"
+    run.write_text(script, encoding="utf-8")
+    run.chmod(0o755)
+
+
 def write_starts(folder: Path, world: World, count: int = 8) -> None:
     """First pictures of episodes that no stage learns from, where there are any: what a stream begins with."""
     held = next((split for split in ("test", "validation", "train") if split in world.splits), "")

@@ -1,11 +1,9 @@
 """A project that starts from a published Wan network instead of from nothing: for GPUs, with LoRA where that does."""
 
-import json
 import os
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from vidistill import checkpoint
 from vidistill.bench import plan
@@ -20,7 +18,7 @@ from vidistill.cli.recipe import (
     config,
     look,
     teacher_sites,
-    write_starts,
+    write_project,
 )
 from vidistill.data.shards import DataError
 from vidistill.models.layers import DiTConfig
@@ -251,18 +249,11 @@ def wan_plan(data: Path, init: str, gpus: int, gpu_memory: float) -> WanPlan:
 
 def write(folder: Path, made: WanPlan) -> str:
     """Write the files of a project; returns what to say of it."""
-    stages = made.stages()
-    folder.mkdir(parents=True, exist_ok=True)
-    for stage in stages.values():
-        (folder / f"{stage.name}.yaml").write_text(stage.text(), encoding="utf-8")
-    frames = os.path.relpath(made.world.data, folder)
-    about: dict[str, Any] = {"init": made.init, "gpus": made.gpus, "gpu_memory": made.gpu_memory, "frames": frames}
-    (folder / "plan.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    if made.world.given:
-        write_starts(folder / "starts", made.world)
-    script, quoted = folder / "run.sh", {"frames": shlex.quote(frames), "init": shlex.quote(made.init)}
-    script.write_text(SCRIPT.format(**quoted, gpus=made.gpus, copy_starts=COPY_STARTS), encoding="utf-8")
-    script.chmod(0o755)
+    stages, frames = made.stages(), os.path.relpath(made.world.data, folder)
+    about = {"init": made.init, "gpus": made.gpus, "gpu_memory": made.gpu_memory, "frames": frames}
+    quoted = {"frames": shlex.quote(frames), "init": shlex.quote(made.init)}
+    script = SCRIPT.format(**quoted, gpus=made.gpus, copy_starts=COPY_STARTS)
+    write_project(folder, made.world, stages, about, script)
     return f"{made.report(stages)}\nlook before: vidistill train {folder / 'teacher.yaml'} --dry-run --gpus {made.gpus}"
 
 
