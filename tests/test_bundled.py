@@ -40,12 +40,12 @@ def loaded(name):
 
 
 @functools.cache
-def walked(name, action, frames, start=3):
-    """Frames [T, 3, H, W] of a stream that holds one key ("": none) from a bundled start picture."""
+def walked(name, keys, frames, start=3):
+    """Frames [T, 3, H, W] of a stream that holds keys ("a+b"; "": none) from a bundled start picture."""
     student, codec = loaded(name)
-    image = read_image(checkpoint.start_pictures("doom")[start], (64, 64))
+    image = read_image(checkpoint.start_pictures(name)[start], (64, 64))
     with StreamSession(student, codec, StreamConfig(seed=start, pipelined=False), image=image) as session:
-        session.set(action={action: 1.0} if action else {})
+        session.set(action=dict.fromkeys(keys.split("+"), 1.0) if keys else {})
         return to_float(session.record(frames))
 
 
@@ -98,6 +98,38 @@ def test_what_learned_from_its_own_rollouts_stays_sharp(name):
     """Teacher forcing alone is at 0.2 to 0.4 by then."""
     px = walked(name, "forward", 45)
     assert 0.5 < metrics.sharpness(px[-15:]).mean() / metrics.sharpness(px[0]) < 1.6
+
+
+# --- drive ------------------------------------------------------------------------------------------------------------
+
+CARS = ("drive-diagonal", "drive-selfforcing")
+STARTS = (0, 1, 3)
+
+
+@pytest.mark.parametrize("name", CARS)
+def test_the_world_turns_against_the_wheel_and_only_then(name):
+    """The picture turns with the car: what lies ahead of it, in the upper half, moves aside."""
+
+    def aside(keys):
+        ahead = [walked(name, keys, SECOND, start)[..., :32, :] for start in STARTS]
+        return float(torch.stack([metrics.horizontal_flow(px[:-1], px[1:]).median() for px in ahead]).mean())
+
+    assert aside("gas+steer_left") > 0.8 and aside("gas+steer_right") < -2.5
+    assert abs(aside("gas")) < 0.4
+
+
+@pytest.mark.parametrize("name", CARS)
+def test_who_brakes_stays_and_who_gives_gas_leaves(name):
+    for start in STARTS:
+        stays, leaves = (walked(name, keys, SECOND, start) for keys in ("brake", "gas"))
+        assert metrics.psnr(stays[-1:], stays[:1]) > metrics.psnr(leaves[-1:], leaves[:1]) + 3
+
+
+@pytest.mark.parametrize("name", CARS)
+def test_a_drive_keeps_its_sharpness_and_its_colours(name):
+    px = walked(name, "gas+steer_left", 85)
+    for measure in (metrics.sharpness, metrics.saturation):
+        assert 0.6 < measure(px[-17:]).mean() / measure(px[0]) < 1.6
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
