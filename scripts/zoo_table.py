@@ -19,7 +19,7 @@ ROWS = (
     ("doom-teacher", "quality.frechet_paired", "quality.action_following", "actions"),
     ("doom-selfforcing", "quality.frechet_paired", "quality.action_following", "actions"),
     ("doom-diagonal", "quality.frechet_paired", "quality.action_following", "actions"),
-    ("doom-tf", "quality.frechet_paired", "quality.action_following", "actions"),
+    ("drive-diagonal", "quality.frechet_paired", "quality.action_following", "actions"),
     ("doom-relic", "quality.frechet_paired", "quality.action_following", "actions"),
     ("shapes-selfforcing", "quality.frechet_paired", "quality.before.asked", "captions"),
     ("talker-improved", "quality.frechet_paired", "quality.sync_corr", "lip sync"),
