@@ -310,12 +310,12 @@ def wan(tmp_path, monkeypatch):
     return write_wan(tmp_path / "wan")
 
 
-@pytest.mark.parametrize("kind", ["text", "talk"])
+@pytest.mark.parametrize("kind", ["text", "both", "talk"])
 def test_a_project_from_wan_passes_its_dry_run(tmp_path, wan, kind, monkeypatch, capsys):
     data = write_captioned(tmp_path / "data", wan, kind)
     assert new(tmp_path / "mine", data, "--init", str(wan), "--gpus", "2", "--gpu-memory", "0.0001") == 0
     said = capsys.readouterr().out
-    assert ("whole weights" in said) == (kind == "talk") and "shards: teacher, tf, selfforcing, diagonal" in said
+    assert ("whole weights" in said) == (kind != "text") and "shards: teacher, tf, selfforcing, diagonal" in said
     monkeypatch.chdir(tmp_path / "mine")
     for name in recipe.STAGES[1:]:
         cfg = load_config(TrainConfig, f"{name}.yaml")

@@ -205,8 +205,8 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
         tensors["channels"] = torch.randn(CLIPS, cfg.frames, dit.extra_channels, *size)
     if takes_audio(cfg, dit):
         tensors["audio"] = torch.randn(CLIPS, cfg.frames, dit.sites[AUDIO_SITE].dim)
-    if takes_audio(cfg, dit) and cfg.reference:
-        tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
+        if cfg.reference:
+            tensors["mouth"] = torch.rand(CLIPS, FACTOR * (cfg.frames - 1) + 1, 2)
     if kind == "trajectories" or (dit.text_dim and not recorded(cfg, dit) and cfg.objective != "flow"):
         tensors["states"] = torch.randn(CLIPS, len(cfg.loss.levels) + 1, *clip[1:])
     else:
