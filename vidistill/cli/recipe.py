@@ -84,6 +84,11 @@ class World:
             return {"guidance": 1.5, "audio_guidance": 2.0}
         return {"guidance": 2.0 if self.text_dim or self.audio else 1.0}
 
+    @property
+    def drops(self) -> dict[str, float]:
+        """Shares of clips whose conditions a teacher does not see; sound alone, too, where its scale is its own."""
+        return {"drop": 0.1, **({"drop_audio": 0.1} if "audio_guidance" in self.guidance else {})}
+
 
 def look(data: Path) -> World:
     """What the frames of a data folder (or of a folder with its splits) show; DataError where no stage takes them."""
@@ -323,12 +328,12 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
     ]
     if choice.warm_teacher:
         rows.append(Row("init", "init/teacher", f"what fits of {choice.warm_teacher}: 2.5 to 3 times fewer steps"))
-    loss = {"noise": {"shift": 5.0, "logit_normal": False}, "drop": 0.1, **world.guidance}
+    loss = {"noise": {"shift": 5.0, "logit_normal": False}, **world.drops, **world.guidance}
     if world.actions and loss["guidance"] == 1:
         loss["guidance"] = 1.5
     why = "guidance: what a sampler uses"
     if "audio_guidance" in loss:
-        loss["drop_audio"], why = 0.1, f"{why}; of text, and of sound that is dropped alone, too"
+        why += "; of text, and of sound that is dropped alone, too"
     rows += [
         Row("loss", loss, why),
         Row(
@@ -454,6 +459,14 @@ def write_warm(folder: Path, stages: Mapping[str, Stage], choice: Choice) -> Non
         checkpoint.export(folder / "init" / "teacher", net, record)
 
 
+def write_starts(folder: Path, world: World, count: int = 8) -> None:
+    """First pictures of episodes that no stage learns from, where there are any: what a stream begins with."""
+    held = next((split for split in ("test", "validation", "train") if split in world.splits), "")
+    clips = Clips(world.data / held)
+    for k in range(min(count, len(clips))):
+        save_png(folder / f"{k:02d}.png", clips.episode("frames", k)[0].numpy())
+
+
 # The lines of run.sh that put those pictures where a stream of the student finds them.
 COPY_STARTS = """\
 if [ -d starts ]; then # pictures to begin from, where a stream finds them
@@ -474,14 +487,6 @@ def write_project(
     run = folder / "run.sh"
     run.write_text(script, encoding="utf-8")
     run.chmod(0o755)
-
-
-def write_starts(folder: Path, world: World, count: int = 8) -> None:
-    """First pictures of episodes that no stage learns from, where there are any: what a stream begins with."""
-    held = next((split for split in ("test", "validation", "train") if split in world.splits), "")
-    clips = Clips(world.data / held)
-    for k in range(min(count, len(clips))):
-        save_png(folder / f"{k:02d}.png", clips.episode("frames", k)[0].numpy())
 
 
 def codec_geometry(stage: Stage, choice: Choice) -> TinyCodecConfig:

@@ -32,7 +32,6 @@ STEPS = {"teacher": 2000, "tf": 1000, "selfforcing": 720, "diagonal": 1200}
 RANK = {"teacher": 64, "tf": 128, "selfforcing": 128, "diagonal": 128}
 HALF = 0.5  # of a GPU's memory: what networks and what trains them may take before they are shards
 GUIDANCE = 4.0  # of Self Forcing (2506.08009), counted from the unconditional prediction
-SOUND = {"audio_guidance": 2.0}  # of sound beside captions, as configs/talker has it
 UNKNOWN = DiTConfig()
 
 
@@ -59,8 +58,8 @@ class WanPlan:
 
     @property
     def guidance(self) -> dict[str, float]:
-        """Scales at which a teacher is asked."""
-        return {"guidance": GUIDANCE, **(SOUND if self.world.audio else {})}
+        """Scales at which a teacher is asked: of text as published, of sound as in projects from nothing."""
+        return {**self.world.guidance, "guidance": GUIDANCE}
 
     def stages(self) -> dict[str, Stage]:
         """The stages, with shards where whole networks would fill a GPU."""
@@ -97,7 +96,6 @@ class WanPlan:
         if told:
             dit["sites"] = {site: {**one, "zero_init": True} for site, one in teacher_sites(told).items()}
         height, width = (side // self.side for side in world.size)
-        apart = {"drop_audio": 0.1} if world.audio else {}  # so that sound is guided by a scale of its own
         rows = [
             Row("name", "teacher"),
             Row("objective", "flow"),
@@ -114,7 +112,7 @@ class WanPlan:
                 "as the folder says; blocks recomputed, or clips of this size fit no GPU",
             ),
             *self.adapters("teacher"),
-            Row("loss", {"noise": {"shift": 5.0, "logit_normal": False}, "drop": 0.1, **apart, **self.guidance}),
+            Row("loss", {"noise": {"shift": 5.0, "logit_normal": False}, **world.drops, **self.guidance}),
             Row("optim", {"lr": 2e-5 if self.whole else 1e-4, "warmup": 100, "weight_decay": 0.01, "clip": 1.0}),
             Row("ema", 0.99),
             Row("sample_every", 250, "videos in runs/teacher/samples: stop when they look like yours"),
