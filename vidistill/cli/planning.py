@@ -103,7 +103,7 @@ class Plan:
         world, choice = self.world, self.choice
         lines = [
             f"{world.episodes} clips, {world.px_frames / world.fps / 3600:.2f} h, {world.size[0]}x{world.size[1]} px "
-            f"at {world.fps:g} frames/s; {', '.join(world.told) or 'nothing is told'}",
+            f"at {world.fps:g} frames/s; {', '.join(world.conditions) or 'no conditions'}",
             f"teacher: {choice.size} ({SIZES[choice.size][0]} wide, {SIZES[choice.size][1]} layers)"
             f"{', from bundled weights' if choice.warm_teacher else ''}; chunk {choice.chunk}: {choice.why_chunk}",
         ]

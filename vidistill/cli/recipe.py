@@ -66,14 +66,14 @@ class World:
         return 1 + (self.length - 1) // self.factor
 
     @property
-    def told(self) -> list[str]:
-        """What a network is told beside pictures."""
-        told = [f"actions {', '.join(self.actions)}"] * bool(self.actions) + ["captions"] * bool(self.text_dim)
-        return told + ["sound"] * bool(self.audio)
+    def conditions(self) -> list[str]:
+        """What a network is conditioned on beside pictures."""
+        named = [f"actions {', '.join(self.actions)}"] * bool(self.actions) + ["captions"] * bool(self.text_dim)
+        return named + ["sound"] * bool(self.audio)
 
     @property
-    def told_dims(self) -> dict[str, int]:
-        """Numbers a latent of what is told, as data holds it packed."""
+    def per_frame_dims(self) -> dict[str, int]:
+        """Numbers a latent of the per-frame conditions, as data holds them packed."""
         actions = self.factor * len(self.actions) + 1 if self.actions else 0
         return {name: dim for name, dim in {"actions": actions, "audio": self.factor * self.audio}.items() if dim}
 
@@ -291,7 +291,7 @@ def codec_stage(world: World, choice: Choice, data: str) -> Stage:
 
 
 def teacher_sites(dims: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Where a network takes what it is told beside captions: numbers a latent, by name."""
+    """The sites of per-frame conditions, whose numbers a latent are given by name."""
     sites: dict[str, dict[str, Any]] = {}
     if "actions" in dims:
         sites["modulation"] = {"dim": dims["actions"], "hidden": 128}
@@ -308,7 +308,7 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
     dit: dict[str, Any] = {"channels": 16, "patch": list(patch), "width": max(width, math.ceil((area + 32) / 32) * 32)}
     grid = [world.latent[0] // patch[1], world.latent[1] // patch[2]]
     dit |= {"layers": layers, "heads": 4, "ffn": ffn, "grid": grid, "predicts": "x0"}
-    if sites := teacher_sites(world.told_dims):
+    if sites := teacher_sites(world.per_frame_dims):
         dit["sites"] = sites
     if world.text_dim:
         dit["text_dim"] = world.text_dim
@@ -323,7 +323,7 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
         Row(
             "dit",
             dit,
-            f"{grid[0] * grid[1]} tokens a latent frame; told: {', '.join(world.told) or 'nothing'}",
+            f"{grid[0] * grid[1]} tokens a latent frame; conditions: {', '.join(world.conditions) or 'none'}",
         ),
     ]
     if choice.warm_teacher:
@@ -351,7 +351,7 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
     ]
     return Stage(
         "teacher",
-        "The bidirectional model: clips from noise, the first picture and what is told.",
+        "The bidirectional model: clips from noise, the first picture and conditions.",
         tuple(rows),
         "measured",
     )
@@ -395,7 +395,7 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
         "tf",
     )
     stream = LONGER * choice.clips
-    told = {"guidance": 1.3, "guidance_floor": 0.8} if world.actions and world.guidance == {"guidance": 1.0} else {}
+    floor = {"guidance": 1.3, "guidance_floor": 0.8} if world.actions and world.guidance == {"guidance": 1.0} else {}
     diagonal = Stage(
         "diagonal",
         "Diagonal Distillation: 4, 3, then 2 steps a chunk, memory as the last step left it, on streams that go on.",
@@ -408,7 +408,7 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
                 stream,
                 f"streams of {world.factor * stream / world.fps:.0f} s: what comes only after a while is in no clip",
             ),
-            Row("loss", {"motion": 0.2, **told}, "motion matched in distribution, or few steps make slow pictures"),
+            Row("loss", {"motion": 0.2, **floor}, "motion matched in distribution, or few steps make slow pictures"),
             Row("optim", {"lr": 5e-5}),
             Row("critic_optim", {"lr": 2e-4}),
             Row("critic_steps", 4, "a critic must keep near its student"),

@@ -123,7 +123,7 @@ def write_stand_ins(folder: Path, world: World, choice: Choice, stages: Mapping[
     tensors: dict[str, Tensor] = {
         name: torch.randn(clips, choice.clips, 16, height, width) for name in ("latents", "images")
     }
-    tensors |= {name: torch.rand(clips, choice.clips, width) for name, width in world.told_dims.items()}
+    tensors |= {name: torch.rand(clips, choice.clips, width) for name, width in world.per_frame_dims.items()}
     if world.text_dim:
         tensors["tokens"] = torch.randn(clips, 16, world.text_dim)
     meta = {"fps": world.fps, "actions": list(world.actions), "given": world.given, "temporal": world.factor}

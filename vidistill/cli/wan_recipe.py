@@ -54,7 +54,7 @@ class WanPlan:
     @property
     def whole(self) -> bool:
         """Whether all weights train: those of new inputs are no LoRA's."""
-        return bool(self.world.told_dims)
+        return bool(self.world.per_frame_dims)
 
     @property
     def guidance(self) -> dict[str, float]:
@@ -89,12 +89,12 @@ class WanPlan:
 
     def teacher(self) -> Stage:
         """Wan on clips of one's own."""
-        world, told = self.world, self.world.told_dims
+        world, dims = self.world, self.world.per_frame_dims
         dit = {f.name: getattr(self.dit, f.name) for f in fields(DiTConfig)}
         dit = {name: value for name, value in dit.items() if value != getattr(UNKNOWN, name)}
         dit = {name: list(value) if isinstance(value, tuple) else value for name, value in dit.items()}
-        if told:
-            dit["sites"] = {site: {**one, "zero_init": True} for site, one in teacher_sites(told).items()}
+        if dims:
+            dit["sites"] = {site: {**one, "zero_init": True} for site, one in teacher_sites(dims).items()}
         height, width = (side // self.side for side in world.size)
         rows = [
             Row("name", "teacher"),
@@ -196,7 +196,7 @@ class WanPlan:
         shards = [name for name in stages if config(stages, name).parallel == "shard"]
         height, width = world.size
         lines = [
-            f"{world.episodes} clips, {height}x{width} px at {world.fps:g} frames/s; {', '.join(world.told)}",
+            f"{world.episodes} clips, {height}x{width} px at {world.fps:g} frames/s; {', '.join(world.conditions)}",
             f"from {self.init}: {self.dit.width} wide, {self.dit.layers} layers; {how}",
             f"clips of {self.choice.clips} latents; chunk {self.choice.chunk}: {self.choice.why_chunk}",
             f"on {self.gpus} GPUs of {self.gpu_memory:g} GB, shards: {', '.join(shards) or 'none'}",
