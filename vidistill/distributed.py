@@ -359,7 +359,7 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """OSError, on every rank, unless the shards in `path` hold what `tensors` hold, all of it."""
     held, fault = 0, ""
     for file in path.glob(f"shard-{rank() + 1:05d}-*.safetensors"):
-        try:
+        try:  # a file that goes while it is read is a RuntimeError: torch maps it
             with safe_open(file, framework="pt") as shards:
                 for name in shards.keys():  # noqa: SIM118
                     mine: Any = tensors[name]
@@ -367,7 +367,7 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     found, held = shards.get_tensor(name), held + part.numel()
                     if found.shape != part.shape or not same_bits(found, part):
                         raise ValueError(f"{name} is not what was written")
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
             fault = f"{file}: {error}"
     total = torch.tensor([held, int(bool(fault))])
     if world_size() > 1:
@@ -400,12 +400,23 @@ def told_by_all(what: str) -> Iterator[None]:
 
 
 def checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of every weight file in `path`; the ranks share the reading, and all must ask."""
-    names = sorted(p.name for p in path.glob("*.safetensors"))
+    """SHA-256 of every weight file in `path`; the ranks share the reading, and all must ask.
+
+    Raises OSError on every rank where one of them cannot read its share.
+    """
+    listed = [sorted(p.name for p in path.glob("*.safetensors"))]
+    if world_size() > 1:  # what rank 0 sees: ranks that list other files would wait for each other
+        dist.broadcast_object_list(listed)
+    names, error = listed[0], None
     sums = torch.zeros(len(names), 32, dtype=torch.uint8)
     for i in range(rank(), len(names), world_size()):
-        with open(path / names[i], "rb") as file:
-            sums[i] = torch.tensor(list(hashlib.file_digest(file, "sha256").digest()), dtype=torch.uint8)
+        try:
+            with open(path / names[i], "rb") as file:
+                sums[i] = torch.tensor(list(hashlib.file_digest(file, "sha256").digest()), dtype=torch.uint8)
+        except OSError as caught:
+            error = caught
+    if largest(int(error is not None)):
+        raise error or OSError(f"{path}: another process of the run could not read its weights; it says why")
     if world_size() > 1:
         dist.all_reduce(sums)
     return {name: bytes(row.tolist()).hex() for name, row in zip(names, sums, strict=True)}

@@ -8,8 +8,11 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -447,6 +450,7 @@ def save_again(cfg, break_it):
         real(*args, **settings)
         if distributed.rank() == 0:
             break_it(sorted(trainer.folder.glob("*.next/*.safetensors")))
+        dist.barrier()
 
     dcp.save = save
     with pytest.raises((OSError, RuntimeError), match=r"not whole|first process"):
@@ -461,6 +465,46 @@ def flip(files):
 
 def lose(files):
     files[-1].unlink()
+
+
+def test_shards_that_go_while_they_are_read_are_not_whole(tmp_path, monkeypatch):
+    tensors = {"w": torch.arange(6.0)}
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True))
+    distributed.check_written(tmp_path, tensors)
+
+    def gone(file, **_):  # safetensors has read the header, torch then maps what is no longer there
+        file.unlink()
+        return torch.UntypedStorage.from_file(str(file), False, 8)
+
+    monkeypatch.setattr(distributed, "safe_open", gone)
+    with pytest.raises(OSError, match="not whole"):
+        distributed.check_written(tmp_path, tensors)
+
+
+def sum_what_is_gone(folder):
+    real = Path.glob
+
+    def glob(path, pattern):  # rank 0 lists them before one of them goes
+        found = list(real(path, pattern))
+        dist.barrier()
+        if distributed.rank() == 0:
+            found[-1].unlink()
+        dist.barrier()
+        return found if distributed.rank() == 0 else real(path, pattern)
+
+    Path.glob = glob
+    try:
+        with pytest.raises(OSError, match=r"b\.safetensors|another process"):
+            distributed.checksums(folder)
+    finally:
+        Path.glob = real
+
+
+@pytest.mark.timeout(600)
+def test_a_shard_that_is_gone_before_it_is_summed_ends_all_processes(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").write_bytes(b"weights")
+    together(2, sum_what_is_gone, tmp_path)
 
 
 @pytest.mark.timeout(600)
