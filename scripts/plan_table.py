@@ -47,14 +47,14 @@ def cell(planner: plan.Planner, cfg: TrainConfig, gpus: int, memory: float) -> s
     return f"{gb:.0f} GB, accumulate={row['accumulate']}" if row["fits"] else f"no: {gb:.0f} GB"
 
 
-def table_row(path: Path, known: dict[str, int]) -> str:
-    """The line of a stage; `known`: bytes of passes that were counted for others, and are for this one."""
+def table_row(path: Path) -> str:
+    """The line of a stage."""
     cfg = load_config(TrainConfig, path)
     roles = plan.roles_of(cfg)
     size = plan.latent_size(cfg, roles["student"].dit)
     if size is None:
         return ""
-    planner, dits = plan.Planner(roles, size, known), {name: r.dit for name, r in roles.items()}
+    planner, dits = plan.Planner(roles, size), {name: r.dit for name, r in roles.items()}
     time: dict[str, Any] = step_time.estimate(cfg, dits, size, plan.seen_frames(cfg), 1)
     cells = [cell(planner, cfg, gpus, memory) for memory in MEMORY for gpus in GPUS]
     hours = " / ".join(f"{time['hours'] / gpus:.3g}" for gpus in (8, 32, 64))
@@ -65,9 +65,8 @@ def table(paths: list[Path]) -> str:
     columns = [f"{gpus} x {memory} GB" for memory in MEMORY for gpus in GPUS]
     head = ["stage", "planned for, with", *columns, "hours on 8 / 32 / 64", "published"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    known: dict[str, int] = {}
     for path in paths:
-        lines.append(row := table_row(path, known))
+        lines.append(row := table_row(path))
         print(row, file=sys.stderr, flush=True)
     return "\n".join(filter(None, lines)) + "\n"
 

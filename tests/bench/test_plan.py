@@ -144,21 +144,15 @@ def test_what_does_not_fit_says_what_would(stage, monkeypatch):
         plan.checked(cfg, planner.roles, 1, 1e-6)
 
 
-@pytest.fixture(scope="module")
-def known():
-    """What was counted for one stage and is the same for another."""
-    return {}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
-def test_every_stage_fits_the_gpus_that_its_config_names(path, known):
+def test_every_stage_fits_the_gpus_that_its_config_names(path):
     named = re.search(r"^# Planned for (\d+) GPUs of (\d+) GB(?:: (.*))?\.$", path.read_text(), re.MULTILINE)
     assert named, f"{path.name} does not say which GPUs it is planned for"
     gpus, memory, settings = named.groups()
     cfg = load_config(TrainConfig, path, (settings or "").split())
     roles = plan.roles_of(cfg)
-    found = plan.Planner(roles, plan.latent_size(cfg, roles["student"].dit), known).plan(cfg, int(gpus), float(memory))
+    found = plan.Planner(roles, plan.latent_size(cfg, roles["student"].dit)).plan(cfg, int(gpus), float(memory))
     assert found["fits"] and found["accumulate"] == cfg.accumulate
 
 

@@ -52,6 +52,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+_counted: dict[str, tuple[int, int]] = {}  # by the text of passes, whose dicts have no hash
+
+
 @dataclass(frozen=True)
 class Passes:
     """`count` forwards of a clip of `frames` latent frames, with `grad` all held for one backward pass.
@@ -103,7 +106,16 @@ def with_blocks(dit: DiTConfig, blocks: Iterable[int]) -> DiTConfig:
 
 
 def live_bytes(p: Passes) -> tuple[int, int]:
-    """As `kept_bytes`, every block run; and the most that forward and backward passes work with beside that."""
+    """As `kept_bytes`, every block run; and the most that forward and backward passes work with beside that.
+
+    Counted once a process: stages have networks in common, and so have the sizes of one plan.
+    """
+    if (key := repr(p)) not in _counted:
+        _counted[key] = count_live(p)
+    return _counted[key]
+
+
+def count_live(p: Passes) -> tuple[int, int]:
     with FakeTensorMode(), use_backend("sdpa"):
         net = share_weights(VideoDiT(p.dit), p.dit, dtype=p.dtype).requires_grad_(not p.frozen)
         shape = LatentShape(p.frames, p.dit.channels, *p.size, p.dit.patch)

@@ -1,7 +1,7 @@
 """What a stage takes at its true size: its networks, and the bytes that each GPU holds at the peak of a step."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -113,21 +113,10 @@ def latent_size(cfg: TrainConfig, dit: DiTConfig) -> tuple[int, int] | None:
 
 
 class Planner:
-    """Counts what a step takes, under any settings that leave the networks of the stage as they are.
+    """Counts what a step takes, under any settings that leave the networks of the stage as they are."""
 
-    `known`: what other planners have counted, whose stages may have the same networks; it grows.
-    """
-
-    def __init__(self, roles: Mapping[str, Role], size: tuple[int, int], known: dict[str, int] | None = None) -> None:
+    def __init__(self, roles: Mapping[str, Role], size: tuple[int, int]) -> None:
         self.roles, self.size = roles, size
-        self._known: dict[str, int] = {} if known is None else known
-
-    def known(self, key: Any, count: Callable[[], int]) -> int:
-        """`count()`, run once for each `key`."""
-        name = repr(key)
-        if name not in self._known:
-            self._known[name] = count()
-        return self._known[name]
 
     def passes(self, cfg: TrainConfig, name: str, frames: int, **more: Any) -> Passes:
         """Passes of a role as the stage runs it: a teacher's weights are frozen, and its blocks not recomputed."""
@@ -147,17 +136,17 @@ class Planner:
 
     def kept(self, p: Passes) -> int:
         """`kept_bytes`, counted for one and for two passes: all others cost what the second does."""
-        one = self.known(replace(p, count=1), lambda: kept_bytes(replace(p, count=1)))
+        one = kept_bytes(replace(p, count=1))
         if p.count == 1:
             return one
-        two = self.known(replace(p, count=2), lambda: kept_bytes(replace(p, count=2)))
+        two = kept_bytes(replace(p, count=2))
         return one + (p.count - 1) * (two - one)
 
     def work(self, cfg: TrainConfig, name: str, frames: int, grad: bool = True) -> int:
         """Bytes that a pass of a role works with beside what it keeps: those of one block."""
         p = replace(self.passes(cfg, name, frames), grad=grad, frozen=False, offload=False)
         one = replace(p, dit=replace(p.dit, layers=1, sites={}, fov=0.0, checkpoint=True))
-        return self.known(("work", one), lambda: live_bytes(one)[1])
+        return live_bytes(one)[1]
 
     def scores(self, cfg: TrainConfig) -> int:
         """Bytes that the largest pass of a score without gradient works with, guidance's branches at once."""
