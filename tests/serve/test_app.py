@@ -193,6 +193,20 @@ def test_a_session_runs_only_a_little_ahead_of_what_is_shown():
     assert session.closed
 
 
+def test_a_frame_is_made_shortly_before_it_is_shown_so_that_late_keys_count():
+    session = FakeSession(fps=0.05)  # twenty seconds a frame
+    player = Player(lambda: session, lambda: None)
+    for _ in range(2):  # what is made before the first is shown
+        wait_until(lambda: player.take() is not None)
+    time.sleep(0.2)
+    assert session.made == 2
+    player._taken_at -= 20  # as if these had passed
+    player.pause(False)
+    wait_until(lambda: session.made == 3)
+    player.close()
+    wait_until(lambda: player.finished)
+
+
 def test_a_slow_machine_stretches_time_instead_of_stuttering():
     session = FakeSession(fps=100.0, chunk_s=0.2)  # 20 frames a second at best
     player = Player(lambda: session, lambda: None)

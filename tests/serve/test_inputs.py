@@ -56,7 +56,7 @@ def seasonal(tiny_student_path, monkeypatch):
     sessions = []
 
     def opened(seed, image):
-        sessions.append(StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1)))
+        sessions.append(StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=0)))
         return sessions[-1]
 
     return SimpleNamespace(sessions=sessions, world=World("seasons", (SIDE, SIDE), opened))

@@ -127,12 +127,20 @@ def test_frames_are_the_decoded_latents(session, codec):
     assert [f.chunk for f in frames] == [0] + [c for c in (1, 2, 3) for _ in range(12)]
 
 
-@pytest.mark.parametrize("queue", [0, 1, 5, 100])
+@pytest.mark.parametrize("queue", [None, 0, 1, 5, 100])
 def test_a_pipelined_stream_shows_the_same_pictures(session, queue):
     plain = take_chunks(session(), 8)
     ahead = take_chunks(session(StreamConfig(queue_frames=queue)), 8)
     assert np.array_equal(pictures(plain), pictures(ahead))
     assert [(f.index, f.chunk, f.run) for f in plain] == [(f.index, f.chunk, f.run) for f in ahead]
+
+
+def test_without_a_queue_a_chunk_takes_what_is_set_until_it_is_asked_for(session):
+    stream = session(StreamConfig(queue_frames=0))
+    take_chunks(stream, 2)
+    threading.Event().wait(0.2)  # a worker that did not wait would begin
+    wanted = stream.set(action={stream.actions[0]: 1.0})
+    assert next(stream.frames()).input_id == wanted
 
 
 def test_the_first_picture_is_the_decoded_start_picture(session, codec, tiny_image):
@@ -312,7 +320,7 @@ def test_a_held_action_is_packed_as_recorded_actions_are():
 # --- starting again ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [INLINE, StreamConfig(), StreamConfig(queue_frames=1)])
+@pytest.mark.parametrize("cfg", [INLINE, StreamConfig(), StreamConfig(queue_frames=1), StreamConfig(queue_frames=0)])
 def test_a_reset_dreams_the_same_dream_again(session, cfg):
     stream = session(cfg)
     first = take_chunks(stream, 5)

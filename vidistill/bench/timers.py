@@ -85,9 +85,9 @@ class StreamTimer:
         frames = codec.px_frames(self.bundle.picture_frames)
         return np.full((frames, shape.height * scale, shape.width * scale, 3), 128, np.uint8)
 
-    def open(self, pipelined: bool | None = None, queue_frames: int = 0) -> StreamSession:
+    def open(self, pipelined: bool | None = None, queue_frames: int | None = None) -> StreamSession:
         pipelined = self.codec is not None and (self.cfg.pipelined if pipelined is None else pipelined)
-        cfg = StreamConfig(self.cfg.seed, pipelined, queue_frames if pipelined else 0)
+        cfg = StreamConfig(self.cfg.seed, pipelined, queue_frames if pipelined else None)
         noise = self.drawn.get("noise")
         recorded = None if noise is None else Drawn(noise, self.drawn.get("fresh"))
         session = StreamSession(self.bundle, self.codec, cfg, image=self.image, drawn=recorded)
@@ -177,7 +177,7 @@ class StreamTimer:
     def speech(self) -> list[float]:
         """Milliseconds from sound, which comes as it is spoken, to the picture shown with it at the world's pace."""
         late, pause = [], 1 / self.fps
-        with self.open(queue_frames=1) as session:
+        with self.open(queue_frames=0) as session:
             if "audio" not in session.takes:
                 return []
             spoken = np.random.default_rng(0).uniform(-0.3, 0.3, round(session.takes["audio"]["rate"] * pause))

@@ -315,8 +315,8 @@ def load_world(
     check_gain(bundle, codec, gain)  # here rather than when somebody opens the page
 
     def open_session(seed: int, image: np.ndarray | None) -> Any:
-        # one queued frame: a chunk begins as late as possible and takes the latest keys
-        return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=1, gain=gain), image=image)
+        # no queue: the player says when a chunk begins, and it takes the latest keys
+        return StreamSession(bundle, codec, StreamConfig(seed=seed, queue_frames=0, gain=gain), image=image)
 
     images = None
     if given and starts is not None:

@@ -42,6 +42,7 @@ class Player:
         self._closing = False
         self._first = True
         self._block_s = 0.0  # longest recent wait for a frame: how far ahead to ask for the next chunk
+        self._taken_at = 0.0  # when the last frame was shown
         self._fps, self._frame_s = 0.0, 0.0  # the world's own, and what a frame costs
         self._thread = threading.Thread(target=self._run, name="vidistill-player", daemon=True)
         self._thread.start()
@@ -68,6 +69,8 @@ class Player:
         """The next frame to show, if there is one."""
         with self._lock:
             shown = self._frames.popleft() if self._frames and not self.paused else None
+            if shown is not None:
+                self._taken_at = time.perf_counter()
             self._lock.notify()
             return shown
 
@@ -122,9 +125,19 @@ class Player:
         """Blocks until another frame is needed; False when it is time to close."""
         with self._lock:
             ahead = min(1 + math.ceil(self._block_s / self.frame_s), session.frames_per_chunk)
-            while not self._closing and self._start is None and (self.paused or len(self._frames) >= ahead):
-                self._lock.wait()
+            while not self._closing and self._start is None:
+                if self.paused or len(self._frames) >= ahead:
+                    self._lock.wait()
+                elif (early := self._needed_at - time.perf_counter()) > 0:
+                    self._lock.wait(early)
+                else:
+                    break
             return not self._closing
+
+    @property
+    def _needed_at(self) -> float:
+        """When to ask for the next frame, to have it half a frame before it is shown."""
+        return self._taken_at + (len(self._frames) + 0.5) * self.frame_s - self._block_s
 
     def _begin(self, session: StreamSession) -> bool:
         """Start again if that was asked for."""

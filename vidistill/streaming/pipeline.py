@@ -26,7 +26,7 @@ class Pipeline:
     """Makes frames ahead, denoising and decoding in a thread each, or both in one where cores are `crowded`.
 
     Two teams of threads on the same cores wait for each other inside every operator and lose more than they overlap.
-    Holds no more than `capacity` frames, or one chunk if that is longer.
+    Holds no more than `capacity` frames, or one chunk if that is longer; with none, a chunk waits to be asked for.
     """
 
     def __init__(self, engine: Engine, capacity: int, threads: int, decode_threads: int, crowded: bool) -> None:
@@ -36,6 +36,7 @@ class Pipeline:
         self._todo: deque[Chunk] = deque()
         self._ready: deque[Frame] = deque()
         self._pending = 0  # frames of this run that are denoised and not yet taken
+        self._asked = False  # whether somebody waits for a frame
         jobs = {"denoise": (self._denoise, threads)}
         if not crowded:
             jobs["decode"] = (self._decode, decode_threads)
@@ -56,7 +57,10 @@ class Pipeline:
                 self._started = True
                 for worker in self._workers:
                     worker.start()
+            self._asked = True
+            self._turn.notify_all()
             self._turn.wait_for(lambda: self._ready or self._stopped)
+            self._asked = False
             if self.error is not None:
                 raise self.error
             if self.engine.closed:
@@ -115,11 +119,15 @@ class Pipeline:
                     self._decode_next()
 
     def _admit(self, run: Run, px_frames: int) -> bool:
-        """Wait until a chunk fits, or nothing waits, or `run` is over; True if the chunk may start."""
+        """Wait until a chunk fits, or `run` is over; True if the chunk may start."""
         with self._turn:
-            # "Nothing waits" comes first: a chunk longer than the queue would otherwise never start.
-            self._turn.wait_for(lambda: run.over or not self._pending or self._pending + px_frames <= self.capacity)
+            self._turn.wait_for(lambda: run.over or self._fits(px_frames))
             return not run.over
+
+    def _fits(self, px_frames: int) -> bool:
+        if not self._pending:  # first: a chunk longer than the queue would otherwise never start
+            return self.capacity > 0 or self._asked
+        return self._pending + px_frames <= self.capacity
 
     def _decode(self) -> None:
         while not self._stopped:

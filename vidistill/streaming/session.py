@@ -62,17 +62,18 @@ class StreamConfig:
 
     `pipelined`: denoise and decode in two worker threads, so that the next chunk is denoised while this one is decoded;
     otherwise everything happens in the thread that asks for frames. `queue_frames`: frames that may wait for the
-    consumer (0: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits, so
-    1 starts every chunk as late as possible and keeps inputs fresh. `memory` replaces the student's own. `threads` and
-    `decode_threads` are intra-op threads of the two workers (0: the caller's shared out, a quarter of them, at least
-    one, for decoding); where they are more than the cores of a CPU one worker does both. `switch`: what a change of the
-    prompt does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's own. `gain`:
-    how far a walker goes by the same action, for students that are told where the camera goes.
+    consumer (None: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits.
+    With 0 it starts when its first frame is asked for, as late as can be, so that its inputs are fresh. `memory`
+    replaces the student's own. `threads` and `decode_threads` are intra-op threads of the two workers (0: the caller's
+    shared out, a quarter of them, at least one, for decoding); where they are more than the cores of a CPU one worker
+    does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of SWITCHES;
+    `rewarm` replaces the schedule's own. `gain`: how far a walker goes by the same action, for students that are told
+    where the camera goes.
     """
 
     seed: int = 0
     pipelined: bool = True
-    queue_frames: int = 0
+    queue_frames: int | None = None
     memory: MemoryConfig | None = None
     threads: int = 0
     decode_threads: int = 0
@@ -84,7 +85,7 @@ class StreamConfig:
         if not 0 < self.gain <= MAX_GAIN:
             raise ValueError(f"stream.gain must be above 0 and at most {MAX_GAIN:g}, got {self.gain}")
         for name in ("queue_frames", "threads", "decode_threads"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"stream.{name} must not be negative, got {getattr(self, name)}")
         if self.switch not in SWITCHES:
             raise ValueError(f"stream.switch {self.switch!r} is unknown; choose one of {', '.join(SWITCHES)}")
@@ -155,7 +156,7 @@ class StreamSession:
         if cfg.pipelined:
             decode_threads = cfg.decode_threads or max(1, torch.get_num_threads() // 4)
             threads = cfg.threads or max(1, torch.get_num_threads() - decode_threads)
-            capacity = cfg.queue_frames or 2 * self.frames_per_chunk
+            capacity = 2 * self.frames_per_chunk if cfg.queue_frames is None else cfg.queue_frames
             crowded = engine.device.type == "cpu" and threads + decode_threads > cores()
             self._pipeline = Pipeline(engine, capacity, threads, decode_threads, crowded)
         self._source = self._pipeline.frames() if self._pipeline else inline(engine)
