@@ -75,6 +75,13 @@ def test_no_interval_of_a_share_begins_below_zero():
     assert row["share_interval"][0] == 0 < row["share_interval"][1] and row["drift_interval"][0] < -0.09
 
 
+def test_no_interval_of_a_share_ends_above_one():
+    draws = [{"row/share": x, "row/ratio": x + 0.01} for x in (1.0, 1.0, 1.0, 1.0, 0.7)]
+    row = {"share": 0.99, "ratio": 1.0}
+    add_intervals(row, draws, "row")
+    assert row["share_interval"][0] < row["share_interval"][1] == 1 and row["ratio_interval"][1] > 1
+
+
 def test_too_few_rooms_get_no_interval_and_a_word(caplog):
     assert drawn({"row": torch.zeros(LEAST_ROOMS - 1)}) == []
     assert f"at least {LEAST_ROOMS}" in caplog.text

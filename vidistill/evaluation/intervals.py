@@ -63,9 +63,13 @@ def interval(point: float, values: Sequence[float]) -> list[float] | None:
 
 
 def ranged(point: float, values: Sequence[float]) -> list[float] | None:
-    """The interval of a figure; what is never below zero, such as a share or a distance, has none that begins there."""
-    edges = interval(point, values)
-    return [max(0.0, edge) for edge in edges] if edges and min(point, *values) >= 0 else edges
+    """The interval of a figure, within what such a figure can be: what is never below zero (a share, a distance) has
+    none that begins there, and what reaches one and never more (a share) none that ends beyond."""
+    edges, drawn = interval(point, values), [point, *values]
+    if edges is None:
+        return None
+    low, high = (0.0 if min(drawn) >= 0 else -math.inf), (1.0 if max(drawn) == 1 else math.inf)
+    return [min(max(edge, low), high) for edge in edges]
 
 
 def add_intervals(row: dict[str, Any], draws: Sequence[Draw], path: str) -> None:
