@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-_counted: dict[str, tuple[int, int]] = {}  # by the text of passes, whose dicts have no hash
+_counted: dict[str, tuple[int, int]] = {}  # by repr: the dicts inside cannot be hashed
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def with_blocks(dit: DiTConfig, blocks: Iterable[int]) -> DiTConfig:
 def live_bytes(p: Passes) -> tuple[int, int]:
     """As `kept_bytes`, every block run; and the most that forward and backward passes work with beside that.
 
-    Counted once a process: stages have networks in common, and so have the sizes of one plan.
+    Counted once a process: stages have networks in common, and so do the sizes that one plan tries.
     """
     if (key := repr(p)) not in _counted:
         _counted[key] = count_live(p)

@@ -177,7 +177,7 @@ class StreamTimer:
     def speech(self) -> list[float]:
         """Milliseconds from sound, which comes as it is spoken, to the picture shown with it at the world's pace."""
         late, pause = [], 1 / self.fps
-        with self.open(queue_frames=0) as session:
+        with self.open(queue_frames=1) as session:
             if "audio" not in session.takes:
                 return []
             spoken = np.random.default_rng(0).uniform(-0.3, 0.3, round(session.takes["audio"]["rate"] * pause))

@@ -63,12 +63,12 @@ def interval(point: float, values: Sequence[float]) -> list[float] | None:
 
 
 def ranged(point: float, values: Sequence[float]) -> list[float] | None:
-    """The interval of a figure, within what such a figure can be: what is never below zero (a share, a distance) has
-    none that begins there, and what reaches one and never more (a share) none that ends beyond."""
+    """The interval of a figure, clipped at 0 for figures that are never negative, and at 1 for those that reach 1 and
+    never exceed it, as shares do."""
     edges, drawn = interval(point, values), [point, *values]
     if edges is None:
         return None
-    low, high = (0.0 if min(drawn) >= 0 else -math.inf), (1.0 if max(drawn) == 1 else math.inf)
+    low, high = (0.0 if min(drawn) >= 0 else -math.inf), (1.0 if math.isclose(max(drawn), 1.0) else math.inf)
     return [min(max(edge, low), high) for edge in edges]
 
 

@@ -42,7 +42,7 @@ class Player:
         self._closing = False
         self._first = True
         self._block_s = 0.0  # longest recent wait for a frame: how far ahead to ask for the next chunk
-        self._taken_at = 0.0  # when the last frame was shown
+        self._taken_at = -math.inf  # when the last frame was taken
         self._fps, self._frame_s = 0.0, 0.0  # the world's own, and what a frame costs
         self._thread = threading.Thread(target=self._run, name="vidistill-player", daemon=True)
         self._thread.start()
@@ -112,7 +112,7 @@ class Player:
             if frame is None:
                 raise RuntimeError("the session ended its stream")
             if chunk is not None and frame.chunk != chunk:
-                self._block_s = max(took, 0.9 * self._block_s)
+                self._block_s = max(took, 0.95 * self._block_s)
                 self._frame_s = 0.8 * self._frame_s + 0.2 * spent / count
             elif not self._block_s:
                 self._block_s = took  # nothing better is known yet
@@ -124,7 +124,7 @@ class Player:
     def _wait(self, session: StreamSession) -> bool:
         """Blocks until another frame is needed; False when it is time to close."""
         with self._lock:
-            ahead = min(1 + math.ceil(self._block_s / self.frame_s), session.frames_per_chunk)
+            ahead = min(1 + math.ceil(self._lead_s / self.frame_s), 1 + session.frames_per_chunk)
             while not self._closing and self._start is None:
                 if self.paused or len(self._frames) >= ahead:
                     self._lock.wait()
@@ -136,8 +136,13 @@ class Player:
 
     @property
     def _needed_at(self) -> float:
-        """When to ask for the next frame, to have it half a frame before it is shown."""
-        return self._taken_at + (len(self._frames) + 0.5) * self.frame_s - self._block_s
+        """When to ask for the next frame, to have it in time."""
+        return self._taken_at + (1 + len(self._frames)) * self.frame_s - self._lead_s
+
+    @property
+    def _lead_s(self) -> float:
+        """Seconds before a frame is due to ask for it: longest recent wait, and a margin for one that is longer."""
+        return self._block_s + max(self.frame_s / 2, self._block_s / 4)
 
     def _begin(self, session: StreamSession) -> bool:
         """Start again if that was asked for."""

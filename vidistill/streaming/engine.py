@@ -238,13 +238,13 @@ class Engine:
             if p.chunk != current:
                 # Only here, at a chunk's first pass, is there a wait or a jump: a chunk once begun is finished, and its
                 # inputs are as late as they can be without changing between its passes.
+                if not admit(self.px_frames(p.chunk)) or run.over:  # asked again, as `admit` may have waited for long
+                    return
                 if self.ahead and p.chunk > self.schedule.given_chunks:
                     passes = self._advance(p.chunk)
                     p = next(passes)
                 current = p.chunk
-                if not admit(self.px_frames(current)):
-                    return
-            if run.over:  # asked again, as `admit` may have waited for long
+            if run.over:
                 return
             if self._take_inputs(p):
                 # Memory changes before the chunk's first pass, never between two: all passes of a chunk see one past.

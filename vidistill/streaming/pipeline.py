@@ -26,7 +26,7 @@ class Pipeline:
     """Makes frames ahead, denoising and decoding in a thread each, or both in one where cores are `crowded`.
 
     Two teams of threads on the same cores wait for each other inside every operator and lose more than they overlap.
-    Holds no more than `capacity` frames, or one chunk if that is longer; with none, a chunk waits to be asked for.
+    Holds no more than `capacity` frames, or one chunk if that is longer; at 0 a chunk waits until it is asked for.
     """
 
     def __init__(self, engine: Engine, capacity: int, threads: int, decode_threads: int, crowded: bool) -> None:

@@ -62,8 +62,8 @@ class StreamConfig:
 
     `pipelined`: denoise and decode in two worker threads, so that the next chunk is denoised while this one is decoded;
     otherwise everything happens in the thread that asks for frames. `queue_frames`: frames that may wait for the
-    consumer (None: two chunks, which keeps both workers busy); a chunk starts when it fits there or when nothing waits.
-    With 0 it starts when its first frame is asked for, as late as can be, so that its inputs are fresh. `memory`
+    consumer (None: two chunks, which keeps both workers busy); a chunk starts when it fits there or nothing waits;
+    with 0, only when its first frame is asked for, so that its inputs are fresh. `memory`
     replaces the student's own. `threads` and `decode_threads` are intra-op threads of the two workers (0: the caller's
     shared out, a quarter of them, at least one, for decoding); where they are more than the cores of a CPU one worker
     does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of SWITCHES;
