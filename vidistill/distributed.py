@@ -178,6 +178,14 @@ def first_does(act: Callable[[], T]) -> T | None:
     return made
 
 
+def first_says(act: Callable[[], T]) -> T:
+    """As `first_does`, and every rank gets what rank 0 made."""
+    made: list[Any] = [first_does(act)]
+    if world_size() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
 @torch.no_grad()
 def mean_gradients(params: Iterable[nn.Parameter], accumulate: int) -> None:
     """Turn gradients summed over micro-batches into means over these and over ranks (sharded ones are that already)."""
@@ -358,8 +366,8 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """OSError, on every rank, unless the shards in `path` hold what `tensors` hold, all of it."""
     held, fault = 0, ""
-    for file in path.glob(f"shard-{rank() + 1:05d}-*.safetensors"):
-        try:  # a file that goes while it is read is a RuntimeError: torch maps it
+    try:  # a file that disappears while it is read raises RuntimeError, as torch maps it
+        for file in path.glob(f"shard-{rank() + 1:05d}-*.safetensors"):
             with safe_open(file, framework="pt") as shards:
                 for name in shards.keys():  # noqa: SIM118
                     mine: Any = tensors[name]
@@ -367,8 +375,8 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     found, held = shards.get_tensor(name), held + part.numel()
                     if found.shape != part.shape or not same_bits(found, part):
                         raise ValueError(f"{name} is not what was written")
-        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-            fault = f"{file}: {error}"
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        fault = f"{path}: {error}"
     total = torch.tensor([held, int(bool(fault))])
     if world_size() > 1:
         dist.all_reduce(total)
@@ -400,14 +408,10 @@ def told_by_all(what: str) -> Iterator[None]:
 
 
 def checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of every weight file in `path`; the ranks share the reading, and all must ask.
-
-    Raises OSError on every rank where one of them cannot read its share.
-    """
-    listed = [sorted(p.name for p in path.glob("*.safetensors"))]
-    if world_size() > 1:  # what rank 0 sees: ranks that list other files would wait for each other
-        dist.broadcast_object_list(listed)
-    names, error = listed[0], None
+    """SHA-256 of every weight file in `path`; the ranks share the reading, and all must ask. OSError on all of them
+    where one cannot read its share."""
+    # what rank 0 sees: ranks that list different files would wait for each other
+    names, error = first_says(lambda: sorted(p.name for p in path.glob("*.safetensors"))), None
     sums = torch.zeros(len(names), 32, dtype=torch.uint8)
     for i in range(rank(), len(names), world_size()):
         try:
@@ -431,21 +435,26 @@ def read_info(path: Path) -> dict[str, Any]:
 
     Shards of earlier versions carry no checksums.
     """
+    info, files = first_says(lambda: parse_info(path))
+    found = None if files is None else checksums(path)
+    for name in sorted(set(files or {}) | set(found or {})):
+        if (files or {}).get(name) != (found or {}).get(name):
+            raise ValueError(f"{path / name} is damaged, missing or of another state; restore it, or remove {path}")
+    return info
+
+
+def parse_info(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """The info of the shards in `path` and the checksums of their files, where it carries them."""
     damaged = f"{path / INFO} is damaged; restore the state, or remove it"
     try:
         info = json.loads((path / INFO).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{damaged} ({error})") from error
-    if not isinstance(info, dict):
-        raise ValueError(damaged)
-    told = info.pop("checksum", None)
+    told = info.pop("checksum", None) if isinstance(info, dict) else ""
     if told is not None and told != text_checksum(info):
         raise ValueError(damaged)
-    files, found = info.pop("files", None), checksums(path) if told is not None else None
-    for name in sorted(set(files or {}) | set(found or {})):
-        if (files or {}).get(name) != (found or {}).get(name):
-            raise ValueError(f"{path / name} is damaged, missing or of another state; restore it, or remove {path}")
-    return info
+    files = info.pop("files", None)
+    return info, None if told is None else files or {}
 
 
 def drop_shards(folder: Path, keep: Path | None = None) -> None:
