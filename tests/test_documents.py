@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = {"vidistill/zoo/README.md"}  # by scripts/zoo_table.py
+GENERATED = {"vidistill/zoo/README.md", "configs/wan/PLAN.md"}  # by scripts/zoo_table.py, scripts/plan_table.py
 CITED = re.compile(r"\(D\d+(?:, D\d+)*\)")
 TEXT = {".py", ".yaml", ".md", ".sh"}
 
