@@ -17,7 +17,7 @@ codec() { stage shapes-codec configs/shapes/codec.yaml; }
 probe() { # the judge of vidistill eval
   [ -f vidistill/zoo/probes/shapes-probe.json ] || python -c 'from vidistill.evaluation.probes import SHAPES_PROBE, make_probe; print(make_probe("data/shapes-judge/frames", "data/shapes-heldout/frames", "vidistill/zoo/probes/shapes-probe", cfg=SHAPES_PROBE))'
 }
-latents() { vidistill data shapes data/shapes/latents --episodes 2048 --frames 81 --codec shapes-codec; }
+latents() { vidistill data shapes data/shapes/latents --episodes 4096 --frames 81 --codec shapes-codec; }
 teacher() { stage shapes-teacher configs/shapes/teacher.yaml; }
 tf() { train shapes-tf configs/shapes/tf.yaml; }
 selfforcing() {
