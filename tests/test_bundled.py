@@ -13,6 +13,7 @@ from vidistill.data.types import Captioned
 from vidistill.evaluation.clips import Batch, teacher_row
 from vidistill.evaluation.config import SuiteConfig
 from vidistill.evaluation.lip_sync import talk_condition
+from vidistill.evaluation.probes import load_probe, read
 from vidistill.evaluation.prompt_adherence import batch_of
 from vidistill.evaluation.quality import walk_condition
 from vidistill.io import read_image, to_float
@@ -177,6 +178,21 @@ def test_shapes_have_the_colour_the_ground_and_the_way_that_were_asked_for(name)
             shown.append(seen(to_float(session.record(33))[8:]))
     assert [found[:2] for found in shown] == [asked[:2] for asked in ASKED]
     assert sum(found[2] == asked[2] for found, asked in zip(shown, ASKED, strict=True)) >= len(ASKED) - 1
+
+
+@pytest.mark.parametrize("name", LISTENERS)
+def test_circles_triangles_and_rings_are_told_apart(name):
+    """Squares and crosses are not, which README says."""
+    student, codec = loaded(name)
+    probe, shown = load_probe(bundled=WORLDS["shapes"].probe), []
+    for shape in ("circle", "triangle", "ring"):
+        for colour, ground, way in ASKED:
+            with StreamSession(student, codec, StreamConfig(seed=0, pipelined=False)) as session:
+                session.set(prompt=shapes.caption({"colour": colour, "shape": shape, "motion": way, "ground": ground}))
+                px = to_float(session.record(33))[8:]
+            found = read(probe, px[None], 2).labels["shape"]
+            shown.append(float((found == shapes.ATTRIBUTES["shape"].index(shape)).float().mean()) > 0.5)
+    assert sum(shown) >= 15, "of 18"
 
 
 # --- talkers ----------------------------------------------------------------------------------------------------------
