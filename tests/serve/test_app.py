@@ -196,7 +196,8 @@ def test_a_session_runs_only_a_little_ahead_of_what_is_shown():
 def test_a_frame_is_made_shortly_before_it_is_shown_so_that_late_keys_count():
     session = FakeSession(fps=0.05)  # twenty seconds a frame
     player = Player(lambda: session, lambda: None)
-    for _ in range(2):  # what is made before the first is shown
+    wait_until(lambda: session.made == 2)  # before the first is shown
+    for _ in range(2):
         wait_until(lambda: player.take() is not None)
     time.sleep(0.2)
     assert session.made == 2
