@@ -165,17 +165,21 @@ def largest(value: int) -> int:
     return int(shared)
 
 
+def all_do(act: Callable[[], T], otherwise: Exception) -> T:
+    """Let every rank act; where one fails, all end: with their own error, or with `otherwise`."""
+    error = None
+    try:
+        made = act()
+    except (OSError, ValueError, RuntimeError) as caught:
+        error = caught
+    if largest(int(error is not None)):
+        raise error or otherwise
+    return made
+
+
 def first_does(act: Callable[[], T]) -> T | None:
     """Let rank 0 act and return what it made, None elsewhere; where it fails, every rank ends with an error."""
-    made, error = None, None
-    if rank() == 0:
-        try:
-            made = act()
-        except (OSError, ValueError, RuntimeError) as caught:
-            error = caught
-    if largest(int(error is not None)):
-        raise error or RuntimeError("the first process of the run could not go on; it says why")
-    return made
+    return all_do(act if rank() == 0 else lambda: None, RuntimeError("the first process could not go on; it says why"))
 
 
 def first_says(act: Callable[[], T]) -> T:
@@ -349,7 +353,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
     first_does(lambda: swap(new, path) if (new / INFO).is_file() else shutil.rmtree(new, ignore_errors=True))
     flat = {f"{n}{SCALAR}" if t.ndim == 0 else n: t.reshape(1) if t.ndim == 0 else t for n, t in tensors.items()}
     before = next((str(found) for found, _ in complete_shards(folder)), "none before it")
-    with told_by_all(f"the state of step {info['step']} was not written (there is {before})"):
+    with raised_by_all(f"the state of step {info['step']} was not written (there is {before})"):
         dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
     check_written(new, flat)
     files = checksums(new)
@@ -365,7 +369,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor], info: Mapping[str, 
 
 def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """OSError, on every rank, unless the shards in `path` hold what `tensors` hold, all of it."""
-    held, fault = 0, ""
+    held, fault, file = 0, "", path
     try:  # a file that disappears while it is read raises RuntimeError, as torch maps it
         for file in path.glob(f"shard-{rank() + 1:05d}-*.safetensors"):
             with safe_open(file, framework="pt") as shards:
@@ -376,7 +380,7 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
                     if found.shape != part.shape or not same_bits(found, part):
                         raise ValueError(f"{name} is not what was written")
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        fault = f"{path}: {error}"
+        fault = f"{file}: {error}"
     total = torch.tensor([held, int(bool(fault))])
     if world_size() > 1:
         dist.all_reduce(total)
@@ -396,7 +400,7 @@ def swap(new: Path, path: Path) -> None:
 
 
 @contextmanager
-def told_by_all(what: str) -> Iterator[None]:
+def raised_by_all(what: str) -> Iterator[None]:
     """Inside, what torch's checkpoints cannot do on one rank is an OSError on all of them that begins with `what`."""
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -408,19 +412,16 @@ def told_by_all(what: str) -> Iterator[None]:
 
 
 def checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of every weight file in `path`; the ranks share the reading, and all must ask. OSError on all of them
-    where one cannot read its share."""
-    # what rank 0 sees: ranks that list different files would wait for each other
-    names, error = first_says(lambda: sorted(p.name for p in path.glob("*.safetensors"))), None
+    """SHA-256 of every weight file that rank 0 sees in `path`; the ranks share the reading, and all must ask."""
+    names = first_says(lambda: sorted(p.name for p in path.glob("*.safetensors")))
     sums = torch.zeros(len(names), 32, dtype=torch.uint8)
-    for i in range(rank(), len(names), world_size()):
-        try:
+
+    def read_share() -> None:
+        for i in range(rank(), len(names), world_size()):
             with open(path / names[i], "rb") as file:
                 sums[i] = torch.tensor(list(hashlib.file_digest(file, "sha256").digest()), dtype=torch.uint8)
-        except OSError as caught:
-            error = caught
-    if largest(int(error is not None)):
-        raise error or OSError(f"{path}: another process of the run could not read its weights; it says why")
+
+    all_do(read_share, OSError(f"{path}: another process of the run could not read its weights; it says why"))
     if world_size() > 1:
         dist.all_reduce(sums)
     return {name: bytes(row.tolist()).hex() for name, row in zip(names, sums, strict=True)}
@@ -444,17 +445,17 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def parse_info(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """The info of the shards in `path` and the checksums of their files, where it carries them."""
+    """The info of the shards in `path`, and the checksums of their files where it carries them."""
     damaged = f"{path / INFO} is damaged; restore the state, or remove it"
     try:
         info = json.loads((path / INFO).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{damaged} ({error})") from error
-    told = info.pop("checksum", None) if isinstance(info, dict) else ""
-    if told is not None and told != text_checksum(info):
+    checksum = info.pop("checksum", None) if isinstance(info, dict) else ""
+    if checksum is not None and checksum != text_checksum(info):
         raise ValueError(damaged)
     files = info.pop("files", None)
-    return info, None if told is None else files or {}
+    return info, None if checksum is None else files or {}
 
 
 def drop_shards(folder: Path, keep: Path | None = None) -> None:
