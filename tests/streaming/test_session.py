@@ -645,8 +645,9 @@ def test_a_stream_with_other_linear_layers_equals_its_own_rollout_and_leaves_the
     assert error < {"packed": 1e-4, "bf16": 0.1, "int8": 0.1}[linears]
 
 
-def test_a_stream_that_advances_goes_on_at_a_later_chunk(session):
-    s = session()
+@pytest.mark.parametrize("cfg", [INLINE, StreamConfig(queue_frames=0)], ids=["inline", "a worker that waits"])
+def test_a_stream_that_advances_goes_on_at_a_later_chunk(session, cfg):
+    s = session(cfg)
     frames = s.frames()
     next(f for f in frames if f.chunk == 4)
     passed = s.advance(10.0)

@@ -235,17 +235,15 @@ class Engine:
         passes, current = endless(self.schedule), -1
         while True:
             p = next(passes)
-            if p.chunk != current:
-                # Only here, at a chunk's first pass, is there a wait or a jump: a chunk once begun is finished, and its
-                # inputs are as late as they can be without changing between its passes.
-                if not admit(self.px_frames(p.chunk)) or run.over:  # asked again, as `admit` may have waited for long
-                    return
-                if self.ahead and p.chunk > self.schedule.given_chunks:
-                    passes = self._advance(p.chunk)
-                    p = next(passes)
-                current = p.chunk
-            if run.over:
+            # Only at a chunk's first pass is there a wait or a jump: a chunk once begun is finished, and its inputs are
+            # as late as they can be without changing between its passes.
+            begins = p.chunk != current
+            if (begins and not admit(self.px_frames(p.chunk))) or run.over:  # asked after `admit`, which may wait long
                 return
+            if begins and self.ahead and p.chunk > self.schedule.given_chunks:
+                passes = self._advance(p.chunk)
+                p = next(passes)
+            current = p.chunk
             if self._take_inputs(p):
                 # Memory changes before the chunk's first pass, never between two: all passes of a chunk see one past.
                 # The schedule goes on as one that knows of the switch: `rewarm` may give its chunk more steps.

@@ -62,13 +62,12 @@ class StreamConfig:
 
     `pipelined`: denoise and decode in two worker threads, so that the next chunk is denoised while this one is decoded;
     otherwise everything happens in the thread that asks for frames. `queue_frames`: frames that may wait for the
-    consumer (None: two chunks, which keeps both workers busy); a chunk starts when it fits there or nothing waits;
-    with 0, only when its first frame is asked for, so that its inputs are fresh. `memory`
-    replaces the student's own. `threads` and `decode_threads` are intra-op threads of the two workers (0: the caller's
-    shared out, a quarter of them, at least one, for decoding); where they are more than the cores of a CPU one worker
-    does both. `switch`: what a change of the prompt does to memory unless `set` says otherwise, one of SWITCHES;
-    `rewarm` replaces the schedule's own. `gain`: how far a walker goes by the same action, for students that are told
-    where the camera goes.
+    consumer (None: two chunks, which keeps both workers busy); a chunk starts when it fits there or nothing waits; with
+    0, only when its first frame is asked for, so that its inputs are fresh. `memory` replaces the student's own.
+    `threads` and `decode_threads` are intra-op threads of the two workers (0: the caller's shared out, a quarter of
+    them, at least one, for decoding); where they are more than the cores of a CPU one worker does both. `switch`: what
+    a change of the prompt does to memory unless `set` says otherwise, one of SWITCHES; `rewarm` replaces the schedule's
+    own. `gain`: how far a walker goes by the same action, for students conditioned on camera motion.
     """
 
     seed: int = 0
@@ -85,8 +84,8 @@ class StreamConfig:
         if not 0 < self.gain <= MAX_GAIN:
             raise ValueError(f"stream.gain must be above 0 and at most {MAX_GAIN:g}, got {self.gain}")
         for name in ("queue_frames", "threads", "decode_threads"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"stream.{name} must not be negative, got {getattr(self, name)}")
+            if (count := getattr(self, name)) is not None and count < 0:
+                raise ValueError(f"stream.{name} must not be negative, got {count}")
         if self.switch not in SWITCHES:
             raise ValueError(f"stream.switch {self.switch!r} is unknown; choose one of {', '.join(SWITCHES)}")
         if not self.pipelined and (self.threads or self.decode_threads):
