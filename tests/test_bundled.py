@@ -167,15 +167,17 @@ def test_a_reader_of_shapes_reads_what_was_drawn():
             assert seen(to_float(frames)) == (colour, ground, way)
 
 
+def prompted(name, colour, shape, way, ground):
+    """What a student shows [T, 3, H, W] of a caption, once it has begun."""
+    caption = shapes.caption({"colour": colour, "shape": shape, "motion": way, "ground": ground})
+    with StreamSession(*loaded(name), StreamConfig(seed=0, pipelined=False)) as session:
+        session.set(prompt=caption)
+        return to_float(session.record(33))[8:]
+
+
 @pytest.mark.parametrize("name", LISTENERS)
 def test_shapes_have_the_colour_the_ground_and_the_way_that_were_asked_for(name):
-    student, codec = loaded(name)
-    shown = []
-    for colour, ground, way in ASKED:
-        words = {"colour": colour, "shape": "circle", "motion": way, "ground": ground}
-        with StreamSession(student, codec, StreamConfig(seed=0, pipelined=False)) as session:
-            session.set(prompt=shapes.caption(words))
-            shown.append(seen(to_float(session.record(33))[8:]))
+    shown = [seen(prompted(name, colour, "circle", way, ground)) for colour, ground, way in ASKED]
     assert [found[:2] for found in shown] == [asked[:2] for asked in ASKED]
     assert sum(found[2] == asked[2] for found, asked in zip(shown, ASKED, strict=True)) >= len(ASKED) - 1
 
@@ -183,14 +185,10 @@ def test_shapes_have_the_colour_the_ground_and_the_way_that_were_asked_for(name)
 @pytest.mark.parametrize("name", LISTENERS)
 def test_circles_triangles_and_rings_are_told_apart(name):
     """Squares and crosses are not, which README says."""
-    student, codec = loaded(name)
     probe, shown = load_probe(bundled=WORLDS["shapes"].probe), []
     for shape in ("circle", "triangle", "ring"):
         for colour, ground, way in ASKED:
-            with StreamSession(student, codec, StreamConfig(seed=0, pipelined=False)) as session:
-                session.set(prompt=shapes.caption({"colour": colour, "shape": shape, "motion": way, "ground": ground}))
-                px = to_float(session.record(33))[8:]
-            found = read(probe, px[None], 2).labels["shape"]
+            found = read(probe, prompted(name, colour, shape, way, ground)[None], 2).labels["shape"]
             shown.append(float((found == shapes.ATTRIBUTES["shape"].index(shape)).float().mean()) > 0.5)
     assert sum(shown) >= 15, "of 18"
 

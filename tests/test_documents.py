@@ -30,6 +30,14 @@ def test_documents_keep_their_size():
     assert size(*written) <= 120 * 1024, sorted(((size(n), n) for n in written), reverse=True)
 
 
+def test_the_plan_of_wan_has_every_stage_as_its_config_is_planned():
+    table = (ROOT / "configs/wan/PLAN.md").read_text(encoding="utf-8").splitlines()
+    rows = dict(re.findall(r"^\| `(.+?)` \| (.*?) \|", line)[0] for line in table if line.startswith("| `"))
+    heads = {p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "configs/wan").glob("*.yaml")}
+    planned = {name: re.findall(r"^# Planned for (.*)\.$", head, re.MULTILINE) for name, head in heads.items()}
+    assert rows == {name: "".join(found[:1]) for name, found in planned.items()}
+
+
 def test_every_decision_that_is_cited_exists_and_numbers_are_in_order():
     decided = [
         int(n) for n in re.findall(r"^\*\*D(\d+)\.", (ROOT / "vidistill/DECISIONS.md").read_text(), re.MULTILINE)
