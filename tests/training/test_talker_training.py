@@ -208,13 +208,28 @@ def test_curation_draws_only_good_clips_and_the_card_counts_the_others(tmp_path)
 
 def test_an_init_that_still_learnt_is_refused_and_a_converged_one_is_not(tmp_path):
     assert plateau([1.0] * 8) == 0 and plateau([8, 7, 6, 5, 4, 3, 2, 1]) > 0.5
-    Trainer(talker_stage(tmp_path, init_plateau=0.01))
+    stage = talker_stage(tmp_path, init_plateau=0.01)
     path = tmp_path / "student.json"
-    record = json.loads(path.read_text())
-    record["card"]["losses"] = [8, 7, 6, 5, 4, 3, 2, 1]
-    path.write_text(json.dumps(record))
+
+    def try_init(losses, **train):
+        record = json.loads(path.read_text())
+        settings = {"steps": 80, "curriculum": [], "optim": {"decay": 0.0}, **train}
+        record["card"] |= {"losses": losses, "train": settings}
+        path.write_text(json.dumps(record))
+        Trainer(stage)
+
+    try_init([1.0] * 8)
     with pytest.raises(ValueError, match="still learning"):
-        Trainer(talker_stage(tmp_path, init_plateau=0.01))
+        try_init([8, 7, 6, 5, 4, 3, 2, 1])
+    falling = [8, 7, 6, 5, 1, 1, 1, 1]  # it stood still as soon as its rate fell
+    with pytest.raises(ValueError, match="still learning"):
+        try_init(falling, optim={"decay": 0.5})
+    with pytest.raises(ValueError, match="2 of its 8 logged losses"):
+        try_init(falling, optim={"decay": 0.75})
+    longer = [1, 1, 1, 1, 8, 7, 6, 5]  # longer clips cost more, and were still being learnt
+    try_init([2, 2, 2, 2, 8, 8, 8, 8], curriculum=[[0, 3], [40, 7]])
+    with pytest.raises(ValueError, match="still learning"):
+        try_init(longer, curriculum=[[0, 3], [40, 7]])
 
 
 def test_broken_rollouts_are_told_from_sound_ones_and_teach_less(tmp_path):

@@ -183,15 +183,30 @@ def plateau(losses: Sequence[float]) -> float:
     return (before - after) / abs(before) if before else 0.0
 
 
+def settled_part(losses: Sequence[float], train: Mapping[str, Any]) -> Sequence[float]:
+    """The losses of the steps at the full rate with clips of their last length: a loss also stands still because the
+    rate falls, and jumps where clips get longer."""
+    steps, curriculum = train.get("steps") or 1, train.get("curriculum") or [[0, 0]]
+    begin, end = curriculum[-1][0] / steps, 1 - train.get("optim", {}).get("decay", 0.0)
+    return losses[math.ceil(begin * len(losses)) : max(0, math.floor(end * len(losses)))]
+
+
 def check_plateau(name: str, card: Mapping[str, Any], limit: float) -> None:
     """Raise ValueError unless the loss of a checkpoint had stopped falling when its training ended; logs its fall."""
     losses = card.get("losses")
     if not losses:
         raise ValueError(f"init_plateau asks how {name} converged, which its card does not say; set init_plateau=0")
-    fall = plateau(losses)
+    settled = settled_part(losses, card.get("train") or {})
+    if len(settled) < 4:
+        raise ValueError(
+            f"{name} does not show that it had converged: {len(settled)} of its {len(losses)} logged losses were taken "
+            "at the full rate with clips of their last length, and a loss also stands still because the rate falls; "
+            "train it with a smaller optim.decay, or set init_plateau=0"
+        )
+    fall = plateau(settled)
     if fall > limit:
         raise ValueError(
-            f"{name} was still learning: its loss fell by {fall:.1%} from the third to the last quarter of its "
-            f"{card.get('steps')} steps, more than init_plateau {limit:.1%}; train it longer, or raise init_plateau"
+            f"{name} was still learning: its loss fell by {fall:.1%} from the third to the last quarter of its steps "
+            f"at the full rate, more than init_plateau {limit:.1%}; train it longer, or raise init_plateau"
         )
     log.info("%s had converged: its loss fell by %.2g over its last quarter (at most %.2g)", name, fall, limit)
