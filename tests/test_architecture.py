@@ -58,7 +58,7 @@ OPTIONAL = {
     "sentencepiece": Extra("wan", HUB),
     "ftfy": Extra("wan", HUB),
     "peft": Extra("lora"),
-    "huggingface_hub": Extra("hub", ("interop/hub",)),
+    "huggingface_hub": Extra("hub", ("interop/hub", "teachers/wan")),
     "xformers": Extra("cuda", ("ops/*",)),
     "triton": Extra("cuda", ("ops/*",)),
     "vizdoom": Extra("doom", ("worlds/doom/*",)),

@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,8 +158,18 @@ def test_two_experts_share_the_levels(tmp_path):
     )
 
 
+def file_of(x):
+    """The file that a tensor's memory is mapped from; "" if it is none's."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= x.data_ptr() < last:
+            return name if name.startswith("/") else ""
+    return ""
+
+
 def test_a_hub_id_is_read_from_the_local_cache_without_the_network(tmp_path, monkeypatch):
-    """Through diffusers' own loading: two experts, their boundary and the scheduler's shift, as from a folder."""
+    """Two experts, their boundary and the scheduler's shift, as from a folder; weights stay in their files."""
     from huggingface_hub import constants
 
     commit = "0" * 40
@@ -179,8 +190,15 @@ def test_a_hub_id_is_read_from_the_local_cache_without_the_network(tmp_path, mon
     assert isinstance(hub.net, Experts) and hub.net.boundary == 0.8 and hub.noise.shift == folder.noise.shift == 3.0
     weights = hub.net.state_dict()
     assert all(torch.equal(x, weights[name]) for name, x in folder.net.state_dict().items())
+    stored = read_teacher("tiny/wan", dtype="", offline=True)
+    assert all(file_of(p).endswith(".safetensors") for p in stored.net.parameters())
     with pytest.raises(FileNotFoundError, match="offline"):
         read_teacher("tiny/other", **FLOAT, offline=True)
+    (snapshot / "transformer").rename(snapshot / "unet")
+    with pytest.raises(FileNotFoundError, match="tiny/wan"):
+        read_teacher("tiny/wan", **FLOAT, offline=True)
+    with pytest.raises(FileNotFoundError, match="models/wan/14b"):
+        read_teacher("models/wan/14b", **FLOAT, offline=True)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 8), (2, 8, 4)])

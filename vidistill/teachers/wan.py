@@ -24,6 +24,7 @@ log = logging.getLogger("vidistill")
 
 # Folders of the high-noise and the low-noise expert, or of the only network.
 PAIRS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+PUBLISHED = ["model_index.json", "scheduler/*", *(f"{name}/*" for name in PAIRS[0])]  # what is fetched of a hub id
 BOUNDARY = {False: 0.875, True: 0.9}  # Wan2.2: the level where experts change, by whether an image is given
 WORLD = {"fps": 16.0, "temporal": 4}  # pixel frames a second, and of one latent
 FPS = {16: 16.0, 48: 24.0}  # latent channels -> pixel frames a second
@@ -100,13 +101,9 @@ def load(source: str | Path, **options: Any) -> Teacher:
     Raises FileNotFoundError if nothing is there, ValueError with the keys that do not fit.
     """
     cfg = LoadConfig(**options)
-    folder = Path(source)
-    if folder.is_dir():
-        parts, index = local_parts(folder), read_json(folder / "model_index.json")
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    else:
-        parts, index, scheduler = hub_parts(str(source), cfg)
-    nets = [network(part, cfg, f"{source}") for part in parts]
+    folder = Path(source) if Path(source).is_dir() else fetched(str(source), cfg.offline)
+    index, scheduler = (read_json(folder / name) for name in ("model_index.json", "scheduler/scheduler_config.json"))
+    nets = [network(part, cfg, f"{source}") for part in parts_in(folder)]
     net: VideoDiT | Experts = nets[0]
     if len(nets) == 2:
         image = nets[0].cfg.extra_channels > 0
@@ -129,7 +126,7 @@ class Part:
     config: Mapping[str, Any]
 
 
-def local_parts(folder: Path) -> list[Part]:
+def parts_in(folder: Path) -> list[Part]:
     """The networks in a folder: one, or Wan2.2's high-noise and low-noise expert."""
     for first, second in PAIRS:
         if (folder / first).is_dir():
@@ -152,28 +149,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def hub_parts(source: str, cfg: LoadConfig) -> tuple[list[Part], dict[str, Any], dict[str, Any]]:
-    """The networks of a hub id, its index and its scheduler's config, through diffusers' own loading and cache."""
+def fetched(source: str, offline: bool) -> Path:
+    """The folder of a hub id in the hub's own cache; its networks and their configs are downloaded if they are missing.
+
+    Weights are then mapped from their files as those of any folder, so a process that needs a shard holds no more.
+    """
     try:
-        from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanTransformer3DModel
+        from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ImportError("loading from the hub needs diffusers: pip install 'vidistill[wan]'") from error
+        raise ImportError("the hub is read by huggingface_hub: pip install 'vidistill[hub]'") from error
     try:
-        index = DiffusionPipeline.load_config(source, local_files_only=cfg.offline)
-        scheduler: Any = {}
-        if index.get("scheduler"):
-            scheduler = UniPCMultistepScheduler.load_config(source, subfolder="scheduler", local_files_only=cfg.offline)
-        names = [name for name in PAIRS[0] if (index.get(name) or [None])[0]]
-        parts = []
-        for name in names:
-            dtype = getattr(torch, cfg.dtype) if cfg.dtype else "auto"
-            net = WanTransformer3DModel.from_pretrained(
-                source, subfolder=name, torch_dtype=dtype, local_files_only=cfg.offline
-            )
-            parts.append(Part(net.state_dict(), dict(net.config)))
-    except OSError as error:
-        raise io.not_found(source, "the teacher", error, cfg.offline) from error
-    return parts, dict(index), dict(scheduler)
+        folder = Path(snapshot_download(source, allow_patterns=PUBLISHED, local_files_only=offline))
+        if not (folder / PAIRS[0][0]).is_dir():
+            raise FileNotFoundError(f"it has no folder named {PAIRS[0][0]}, as diffusers' layout has")
+    except (OSError, ValueError) as error:  # a name that can be none of the hub is a ValueError
+        raise io.not_found(source, "the teacher", error, offline) from error
+    return folder
 
 
 def network(part: Part, cfg: LoadConfig, source: str) -> VideoDiT:
