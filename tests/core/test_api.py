@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 import vidistill
 from vidistill.ops.attention import constant_in_graphs
+
+ZOO_TABLE = Path(__file__).parents[2] / "scripts" / "zoo_table.py"
 
 
 def video_size(path):
@@ -69,9 +72,24 @@ def test_the_snippet_of_the_readme_writes_a_video(tmp_path):
 
 
 def test_the_figures_of_the_pages_are_those_of_the_cards():
-    script = Path(__file__).parents[2] / "scripts" / "zoo_table.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, ZOO_TABLE, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}: run python scripts/zoo_table.py"
+
+
+@pytest.mark.parametrize(
+    ("interval", "trainings", "asked", "said"),
+    [
+        ([1.1, 2.0], 2, {"least": 1.0}, "held"),
+        ([0.1, 0.9], 2, {"least": 1.0}, "not held"),
+        ([0.9, 1.1], 2, {"least": 1.0}, "undecided"),
+        ([0.1, 0.9], 0, {"most": 1.0}, "held"),
+        ([1.1, 2.0], 0, {"most": 1.0}, "not held"),
+        ([1.1, 2.0], 1, {"least": 1.0}, "undecided, one training"),
+    ],
+)
+def test_a_claim_is_decided_by_a_whole_interval_and_never_by_one_training(interval, trainings, asked, said):
+    verdict = runpy.run_path(str(ZOO_TABLE))["verdict"]
+    assert verdict({"interval": interval, "trainings": trainings, **asked}) == said
 
 
 def test_no_module_takes_a_public_function_for_the_module_of_its_name():
