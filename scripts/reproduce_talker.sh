@@ -25,7 +25,7 @@ starts() { # pictures to begin from: held-out people
   python -c 'from pathlib import Path; from vidistill.worlds.talker.recorder import write_starts; write_starts(Path("vidistill/zoo/talker-starts"), 6)'
 }
 teacher() { stage talker-teacher configs/talker/teacher.yaml; }
-init() { train talker-init configs/talker/init.yaml; }
+init() { stage talker-init configs/talker/init.yaml; }
 selfforcing() { stage talker-selfforcing configs/talker/selfforcing.yaml; }
 improved() { stage talker-improved configs/talker/improved.yaml; }
 
