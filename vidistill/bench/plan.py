@@ -27,7 +27,7 @@ from vidistill.models.student import CausalStudent
 from vidistill.ops.precision import DTYPES, working_dtype
 from vidistill.ops.sequence import SequenceGroup
 from vidistill.schedules import training
-from vidistill.teachers.wan import architecture, local_parts
+from vidistill.teachers.wan import architecture, parts_in
 from vidistill.training.config import TrainConfig
 from vidistill.training.losses import OBJECTIVES
 
@@ -59,7 +59,7 @@ def role(name: str | None, fallback: DiTConfig) -> Role:
     if name is None:
         return Role("", "new", fallback)
     if checkpoint.is_published(name) and Path(name).is_dir():
-        first, *others = local_parts(Path(name))
+        first, *others = parts_in(Path(name))
         return Role(name, "read from its folder", architecture(first), 1 + len(others))
     if network := cost.network_called(name):
         return Role(name, f"not here, {network} by its name", cost.NETWORKS[network], cost.experts_called(name))
