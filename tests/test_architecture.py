@@ -92,7 +92,7 @@ MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
     "data": 2724,
-    "training": 1752,
+    "training": 1754,
     "evaluation": 2948,
     "worlds": 1464,
     "bench": 1314,

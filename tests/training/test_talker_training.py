@@ -211,10 +211,10 @@ def test_an_init_that_still_learnt_is_refused_and_a_converged_one_is_not(tmp_pat
     stage = talker_stage(tmp_path, init_plateau=0.01)
     path = tmp_path / "student.json"
 
-    def try_init(losses, **train):
+    def try_init(losses, done=80, **train):
         record = json.loads(path.read_text())
         settings = {"steps": 80, "curriculum": [], "optim": {"decay": 0.0}, **train}
-        record["card"] |= {"losses": losses, "train": settings}
+        record["card"] |= {"losses": losses, "train": settings, "steps": done}
         path.write_text(json.dumps(record))
         Trainer(stage)
 
@@ -228,6 +228,7 @@ def test_an_init_that_still_learnt_is_refused_and_a_converged_one_is_not(tmp_pat
         try_init(falling, optim={"decay": 0.75})
     longer = [1, 1, 1, 1, 8, 7, 6, 5]  # longer clips cost more, and were still being learnt
     try_init([2, 2, 2, 2, 8, 8, 8, 8], curriculum=[[0, 3], [40, 7]])
+    try_init([2, 2, 2, 2, 8, 8, 8, 8], done=40, curriculum=[[0, 3], [20, 7]], optim={"decay": 0.5})  # it ended early
     with pytest.raises(ValueError, match="still learning"):
         try_init(longer, curriculum=[[0, 3], [40, 7]])
 

@@ -160,10 +160,15 @@ def fetched(source: str, offline: bool) -> Path:
         raise ImportError("the hub is read by huggingface_hub: pip install 'vidistill[hub]'") from error
     try:
         folder = Path(snapshot_download(source, allow_patterns=PUBLISHED, local_files_only=offline))
-        if not (folder / PAIRS[0][0]).is_dir():
-            raise FileNotFoundError(f"it has no folder named {PAIRS[0][0]}, as diffusers' layout has")
     except (OSError, ValueError) as error:  # a name that can be none of the hub is a ValueError
         raise io.not_found(source, "the teacher", error, offline) from error
+    index = read_json(folder / "model_index.json")
+    named = [name for name in PAIRS[0] if (index.get(name) or [None])[0]] or PAIRS[0][:1]
+    if missing := [name for name in named if not (folder / name).is_dir()]:  # half a download, or Wan's own layout
+        raise FileNotFoundError(
+            f"{source} has no {' and no '.join(missing)} here, in diffusers' layout: fetch all of it with "
+            f"`hf download {source}`, or name its folder"
+        )
     return folder
 
 

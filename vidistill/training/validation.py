@@ -183,12 +183,14 @@ def plateau(losses: Sequence[float]) -> float:
     return (before - after) / abs(before) if before else 0.0
 
 
-def settled_part(losses: Sequence[float], train: Mapping[str, Any]) -> Sequence[float]:
+def settled_part(losses: Sequence[float], card: Mapping[str, Any]) -> list[float]:
     """The losses of the steps at the full rate with clips of their last length: a loss also stands still because the
-    rate falls, and jumps where clips get longer."""
-    steps, curriculum = train.get("steps") or 1, train.get("curriculum") or [[0, 0]]
-    begin, end = curriculum[-1][0] / steps, 1 - train.get("optim", {}).get("decay", 0.0)
-    return losses[math.ceil(begin * len(losses)) : max(0, math.floor(end * len(losses)))]
+    rate falls, and jumps where clips get longer. A run may have ended before the steps that were planned."""
+    train, count = card.get("train") or {}, len(losses)
+    planned = train.get("steps") or card.get("steps") or count
+    done, first = card.get("steps") or planned, (train.get("curriculum") or [[0, 0]])[-1][0]
+    last = planned - round(train.get("optim", {}).get("decay", 0.0) * planned)
+    return [loss for k, loss in enumerate(losses) if k * done >= first * count and (k + 1) * done <= last * count]
 
 
 def check_plateau(name: str, card: Mapping[str, Any], limit: float) -> None:
@@ -196,12 +198,13 @@ def check_plateau(name: str, card: Mapping[str, Any], limit: float) -> None:
     losses = card.get("losses")
     if not losses:
         raise ValueError(f"init_plateau asks how {name} converged, which its card does not say; set init_plateau=0")
-    settled = settled_part(losses, card.get("train") or {})
+    settled = settled_part(losses, card)
     if len(settled) < 4:
         raise ValueError(
             f"{name} does not show that it had converged: {len(settled)} of its {len(losses)} logged losses were taken "
             "at the full rate with clips of their last length, and a loss also stands still because the rate falls; "
-            "train it with a smaller optim.decay, or set init_plateau=0"
+            "train it with a smaller optim.decay, an earlier last length in its curriculum or a smaller log_every, or "
+            "set init_plateau=0"
         )
     fall = plateau(settled)
     if fall > limit:
