@@ -198,6 +198,11 @@ def test_a_hub_id_is_read_from_the_local_cache_without_the_network(tmp_path, mon
         (snapshot / name).rename(snapshot / f"no-{name}")
         with pytest.raises(FileNotFoundError, match=rf"tiny/wan.*{name}"):
             read_teacher("tiny/wan", **FLOAT, offline=True)
+        with pytest.raises(FileNotFoundError, match=rf"{commit}.*{name}"):
+            read_teacher(snapshot, **FLOAT)
+    (snapshot / "model_index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tiny/wan.*model_index\.json"):
+        read_teacher("tiny/wan", **FLOAT, offline=True)
     with pytest.raises(FileNotFoundError, match="models/wan/14b"):
         read_teacher("models/wan/14b", **FLOAT, offline=True)
 

@@ -59,7 +59,7 @@ def role(name: str | None, fallback: DiTConfig) -> Role:
     if name is None:
         return Role("", "new", fallback)
     if checkpoint.is_published(name) and Path(name).is_dir():
-        first, *others = parts_in(Path(name))
+        first, *others = parts_in(Path(name), name)
         return Role(name, "read from its folder", architecture(first), 1 + len(others))
     if network := cost.network_called(name):
         return Role(name, f"not here, {network} by its name", cost.NETWORKS[network], cost.experts_called(name))

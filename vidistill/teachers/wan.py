@@ -103,7 +103,7 @@ def load(source: str | Path, **options: Any) -> Teacher:
     cfg = LoadConfig(**options)
     folder = Path(source) if Path(source).is_dir() else fetched(str(source), cfg.offline)
     index, scheduler = (read_json(folder / name) for name in ("model_index.json", "scheduler/scheduler_config.json"))
-    nets = [network(part, cfg, f"{source}") for part in parts_in(folder)]
+    nets = [network(part, cfg, f"{source}") for part in parts_in(folder, f"{source}")]
     net: VideoDiT | Experts = nets[0]
     if len(nets) == 2:
         image = nets[0].cfg.extra_channels > 0
@@ -126,14 +126,21 @@ class Part:
     config: Mapping[str, Any]
 
 
-def parts_in(folder: Path) -> list[Part]:
-    """The networks in a folder: one, or Wan2.2's high-noise and low-noise expert."""
+def parts_in(folder: Path, source: str) -> list[Part]:
+    """The networks in the folder of `source`: one, or Wan2.2's high-noise and low-noise expert.
+
+    FileNotFoundError where there is none, or not every one that its index names: half a download.
+    """
+    index = read_json(folder / "model_index.json")
+    named = [name for name in PAIRS[0] if (index.get(name) or [None])[0]]
+    if missing := [name for name in named if not (folder / name).is_dir()]:
+        raise FileNotFoundError(f"{source} has no {' and no '.join(missing)}, which its index names: download it again")
     for first, second in PAIRS:
         if (folder / first).is_dir():
             names = [first] + ([second] if (folder / second).is_dir() else [])
             return [part_in(folder / name) for name in names]
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} holds neither safetensors files nor a folder named transformer")
+        raise FileNotFoundError(f"{source} holds neither safetensors files nor a folder named transformer")
     return [part_in(folder)]
 
 
@@ -162,12 +169,10 @@ def fetched(source: str, offline: bool) -> Path:
         folder = Path(snapshot_download(source, allow_patterns=PUBLISHED, local_files_only=offline))
     except (OSError, ValueError) as error:  # a name that can be none of the hub is a ValueError
         raise io.not_found(source, "the teacher", error, offline) from error
-    index = read_json(folder / "model_index.json")
-    named = [name for name in PAIRS[0] if (index.get(name) or [None])[0]] or PAIRS[0][:1]
-    if missing := [name for name in named if not (folder / name).is_dir()]:  # half a download, or Wan's own layout
+    if not (folder / "model_index.json").is_file():  # it says how many networks there are
         raise FileNotFoundError(
-            f"{source} has no {' and no '.join(missing)} here, in diffusers' layout: fetch all of it with "
-            f"`hf download {source}`, or name its folder"
+            f"{source} has no model_index.json of diffusers' layout here: fetch all of it with `hf download {source}`, "
+            "or name its folder"
         )
     return folder
 
