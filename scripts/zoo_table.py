@@ -118,7 +118,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def zoo_page(found: Mapping[str, Mapping[str, Any]], told: Sequence[Mapping[str, Any]]) -> str:
+def zoo_page(found: Mapping[str, Mapping[str, Any]], claimed: Sequence[Mapping[str, Any]]) -> str:
     aliases = json.loads((ZOO / "aliases.json").read_text(encoding="utf-8"))
     also = {stem: alias for alias, stem in aliases.items()}
     lines = [
@@ -145,7 +145,7 @@ def zoo_page(found: Mapping[str, Mapping[str, Any]], told: Sequence[Mapping[str,
         "As far as networks of two to four million parameters can say. A whole 95 % interval decides, never one",
         "training, whose own noise it does not hold; a difference is in favour of the claim where it is positive.",
         "",
-        *claims(told),
+        *claims(claimed),
     ]
     for name, record in found.items():
         figures = record["card"].get("figures")
@@ -165,9 +165,9 @@ def pages() -> dict[Path, str]:
     found, readme = records(), ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    told: Any = OmegaConf.to_container(OmegaConf.load(CLAIMS))
+    claimed: Any = OmegaConf.to_container(OmegaConf.load(CLAIMS))
     table = results({name: record["card"] for name, record in found.items()})
-    return {readme: f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", ZOO / "README.md": zoo_page(found, told)}
+    return {readme: f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}", ZOO / "README.md": zoo_page(found, claimed)}
 
 
 def main() -> int:
