@@ -235,9 +235,19 @@ NAMED = (
         tests=BUNDLED,
     ),
     Named(
-        "keys three times as long", "vidistill/zoo/doom-relic.json", '"stretch": 1.0', '"stretch": 3.0', tests=BUNDLED
+        "keys three times as long",
+        "vidistill/zoo/doom-relic.json",
+        '\n   "stretch": 1.0',
+        '\n   "stretch": 3.0',
+        tests=BUNDLED,
     ),
-    Named("keys of length 1.3", "vidistill/zoo/doom-relic.json", '"stretch": 1.0', '"stretch": 1.3', tests=BUNDLED),
+    Named(
+        "keys of length 1.3",
+        "vidistill/zoo/doom-relic.json",
+        '\n   "stretch": 1.0',
+        '\n   "stretch": 1.3',
+        tests=BUNDLED,
+    ),
     Named("a head believed too early", "vidistill/models/dit.py", "X0_ERROR = 0.03", "X0_ERROR = 0.3", tests=BUNDLED),
     Named(
         "a filter ten times as wide", "vidistill/zoo/doom-codec.json", '"smooth": 0.08', '"smooth": 0.8', tests=BUNDLED

@@ -3,9 +3,11 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from mutation_rules import sites
+from mutants import named
+from mutation_rules import NAMED, sites
 
 CODE = '''
 SCALE = 2.0
@@ -48,6 +50,13 @@ def test_every_rule_changes_one_line_and_no_text_type_or_setting():
         differ = [a != b for a, b in zip(CODE.splitlines(), changed.splitlines(), strict=True)]
         assert sum(differ) == 1 and differ.index(True) == site.line - 1
         assert site.scope == ("" if "SCALE" in site.before or "def" in site.before else "mean")
+
+
+def test_every_named_mutant_changes_its_file():
+    found = list(named())  # exits where a text does not stand in its file once
+    assert len(found) == len(NAMED)
+    for mutant in found:
+        assert mutant.content != Path(mutant.file).read_bytes(), mutant.key
 
 
 @pytest.mark.slow
