@@ -24,7 +24,7 @@ def mean(x: int, total: int, first=1) -> float:
     if x > total and not first:
         raise ValueError(f"{x + 1} is too many")
     assert total + 1
-    return other(x[first:], total) / (total - 1)
+    return other(x[first:], max(total, first)) / (total - 1)
 '''
 CHANGES = {
     ("constant", "SCALE = 4.0"),
@@ -33,11 +33,11 @@ CHANGES = {
     ("condition", "if x > total and (first):"),
     ("comparison", "if (x >= total) and not first:"),
     ("statement", "pass"),
-    ("operator", "return (other(x[first:], total) * (total - 1))"),
-    ("operator", "return other(x[first:], total) / ((total + 1))"),
-    ("constant", "return other(x[first:], total) / (total - 2)"),
-    ("arguments", "return other(total, x[first:]) / (total - 1)"),
-    ("off by one", "return other(x[first + 1:], total) / (total - 1)"),
+    ("operator", "return (other(x[first:], max(total, first)) * (total - 1))"),
+    ("operator", "return other(x[first:], max(total, first)) / ((total + 1))"),
+    ("constant", "return other(x[first:], max(total, first)) / (total - 2)"),
+    ("arguments", "return other(max(total, first), x[first:]) / (total - 1)"),
+    ("off by one", "return other(x[first + 1:], max(total, first)) / (total - 1)"),
 }
 
 

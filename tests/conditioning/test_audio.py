@@ -1,5 +1,6 @@
 """Features of sound are causal but for a bounded look-ahead, and a stream's are those of the whole clip."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -77,6 +78,34 @@ def test_features_tell_silence_loudness_and_pitch_apart():
     )
     assert np.allclose(silent, -1) and soft.mean() < loud.mean() and abs(loud).max() < 2
     assert loud[:16].argmax() < high[:16].argmax()
+
+
+def test_features_rise_by_one_where_sound_gets_e_to_the_sixth_as_powerful():
+    cfg, pcm = AudioConfig(), noise(8)
+    loud, soft = (clip_features(pcm * math.exp(by / 2), 8, cfg)[4] for by in (6.0, 0.0))
+    heard = soft > 0  # far above the floor
+    assert heard.any() and np.allclose((loud - soft)[heard], 1.0, atol=0.01)
+
+
+def test_wav2vec2_hears_the_shape_of_a_sound_and_neither_its_loudness_nor_its_offset(tmp_path):
+    cfg, pcm = tiny_wav2vec2(tmp_path), noise(10)
+    assert np.allclose(audio.hidden_states(0.3 * pcm + 0.2, cfg), audio.hidden_states(pcm, cfg), atol=1e-4)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_an_encoder_is_downloaded_only_where_that_is_allowed(allowed, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    asked = []
+
+    def read(source, local_files_only):
+        asked.append((source, local_files_only))
+        raise OSError("not there")
+
+    monkeypatch.setattr(transformers.Wav2Vec2Model, "from_pretrained", read)
+    monkeypatch.setattr(audio, "may_download", lambda: allowed)
+    with pytest.raises(OSError, match=r"facebook/wav2vec2-base"):
+        audio.wav2vec2("hf://facebook/wav2vec2-base")
+    assert asked == [("facebook/wav2vec2-base", not allowed)]
 
 
 def test_what_is_pushed_late_follows_silence_and_what_waits_can_be_hushed():

@@ -155,6 +155,13 @@ def test_given_chunks_come_out_as_they_went_in():
     assert torch.equal(chunks[0], given) and not torch.equal(chunks[1], given)
 
 
+def test_given_frames_behind_a_given_chunk_are_not_part_of_it():
+    student, given = tiny_student(WINDOW), clip(7)
+    noise = chunk_noise(student, 1, 0, given)
+    assert torch.equal(noise(0), given[:, :3]) and torch.equal(noise(1), given[:, 3:6])
+    assert torch.equal(noise(2), chunk_noise(student, 1, 0)(2))  # it is given in part only
+
+
 def test_pinned_frames_are_seen_and_predicted_clean_and_the_callers_noise_is_untouched():
     student, image = tiny_student(WINDOW), clip(1, seed=8)
     noise, seen = clip(6), []
@@ -244,6 +251,12 @@ def test_every_chunk_of_every_seed_has_noise_of_its_own():
         firsts |= {noise(chunk).flatten()[0].item() for chunk in range(200)}
         firsts.add(torch.randn(1, generator=torch.Generator().manual_seed(seed)).item())  # a caller's own draws
     assert len(firsts) == 4 * 201
+
+
+def test_a_seed_keeps_its_noise_from_version_to_version():
+    """What people share is a seed: its clip must not change behind their backs."""
+    firsts = [chunk_noise(tiny_student(), 1, 7)(chunk).flatten()[:2].tolist() for chunk in (0, 3)]
+    assert firsts == [pytest.approx([1.7619286, 1.0881221]), pytest.approx([-0.6199873, -0.2101199])]
 
 
 def test_writing_finished_frames_again_under_the_same_prompt_keeps_the_newest_chunk_whole():

@@ -84,6 +84,14 @@ def test_an_oracle_is_sampled_exactly(steps):
     assert torch.allclose(out, x0, atol=1e-5)
 
 
+@pytest.mark.parametrize("held", [0, 1, 3])
+def test_on_its_way_every_frame_that_is_not_given_is_as_noisy_as_the_level_says(held):
+    x0, noise = clip(seed=4), clip(seed=5)
+    given = x0[:, :held] if held else None
+    for level, x in trajectory(Oracle(x0), noise, (1.0, 0.7, 0.2), Condition(), given=given):
+        assert torch.allclose(x[:, held:], ((1 - level) * x0 + level * noise)[:, held:], atol=1e-5)
+
+
 def test_given_frames_stay_and_are_told_to_be_clean():
     told, given = [], clip(2, seed=6)
 

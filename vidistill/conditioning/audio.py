@@ -15,7 +15,7 @@ from vidistill.io import may_download, not_found
 
 FLOOR = 1e-5  # power of silence: what is softer is not heard
 KEPT = 256  # px frames whose features a stream may ask for again
-LOUD = 6.0  # log power of speech above the floor at which features are 1
+LOUD = 6.0  # log power of speech above the floor at which features are 0
 
 
 @dataclass(frozen=True)
