@@ -47,6 +47,7 @@ TRAINING = (
     "tests/training/test_consumers.py",
     "tests/training/test_trainer.py",
     "tests/training/test_relic_training.py",
+    "tests/training/test_long_switches.py",
 )
 WIRED = ("tests/models/test_wiring.py", "tests/models/test_student.py")
 HEARD = ("tests/training/test_talker_training.py", "tests/streaming/test_session.py")

@@ -17,6 +17,9 @@ from vidistill.rollout import chunk_noise, rollout
 from vidistill.sampling import guided
 from vidistill.schedules import ScheduleConfig, training
 from vidistill.training.losses import (
+    EMPTY,
+    FLICKER,
+    FROZEN,
     LossConfig,
     Roles,
     changing,
@@ -34,6 +37,7 @@ from vidistill.training.losses import (
     score_difference,
     sid,
     teacher_forcing,
+    valid_rollouts,
 )
 from vidistill.training.motion import DISTANCES, MotionHead, motion, motion_gradient, motion_pull, motion_weights
 
@@ -470,6 +474,29 @@ def test_channel_weights_and_soundness_weigh_motion_as_they_weigh_scores(monkeyp
         grads.append(torch.autograd.grad(dmd(roles, x, batch, replace(cfg, dmd=0.0, motion=1.0), rng()).value, x)[0])
     trust = torch.tensor([1.0] + [0.25] * (B - 1)).view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(grads[1], trust * grads[0] * torch.tensor(weights)[:, None, None])
+
+
+def test_dmd_logs_its_gradient_where_it_teaches_and_the_share_of_broken_clips(monkeypatch):
+    batch, roles = clip(given=2), Roles(None, Gaussian(0.5), Gaussian(-1.0, 0.5))
+    monkeypatch.setattr("vidistill.training.losses.valid_rollouts", lambda *_: torch.tensor([1.0] + [0.0] * (B - 1)))
+    logs = dmd(roles, batch.x, batch, replace(CFG, invalid_weight=0.25), rng()).logs
+    grad = score_difference(roles, batch.x, batch, CFG, rng())["grad"]
+    assert logs["dmd_grad"].item() == pytest.approx(grad[:, 2:].abs().mean().item())
+    assert logs["invalid"].item() == pytest.approx(1 - 1 / B)
+
+
+@pytest.mark.parametrize("off", [0.9, 1.1])
+def test_clips_are_broken_below_a_share_of_real_contrast_and_motion_or_above_one_of_its_change(off):
+    real = randn(4, 9, 3, 8, 8)
+    contrast, moves = real[:, 1:].std(dim=(3, 4)).mean(), motion(real, 1).abs().mean()
+    picture, changing = real[:1, :1], real[:1]
+    steady = 0.5 * moves * torch.arange(9.0).view(1, -1, 1, 1, 1)  # it moves and does not change how
+    flat = off * EMPTY * contrast / picture.std(dim=(3, 4)).mean() * picture + steady
+    still = picture + off * FROZEN * moves / motion(changing, 1).abs().mean() * changing
+    changes = motion(real, 1).diff(dim=1).abs().mean() / motion(changing, 1).diff(dim=1).abs().mean()
+    flickering = off * FLICKER * changes * changing
+    found = [valid_rollouts(x, real, 1).item() for x in (flat, still, flickering)]
+    assert found == ([0.0, 0.0, 1.0] if off < 1 else [1.0, 1.0, 0.0])
 
 
 @pytest.mark.parametrize("fn", [flow, teacher_forcing, diffusion_forcing, dmd])
