@@ -90,6 +90,21 @@ def test_windows_after_the_switch_are_of_the_new_prompt(tmp_path):
     assert not torch.allclose(with_switch[2].x0[:, 3:], without[2].x0[:, 3:])
 
 
+@torch.no_grad()
+def test_a_stream_that_goes_on_reads_its_prompt_with_the_weights_it_has_now(tmp_path):
+    made = []
+    for fresh in (False, True):
+        trainer = Trainer(stage(tmp_path, prompt_switch=0.0))
+        rolled(trainer)
+        for p in trainer.roles.student.parameters():
+            p.mul_(1.2)
+        if fresh:
+            trainer.samplers[0].rollouts.memory.clear_cache()
+        trainer.step_count = 1
+        made.append(rolled(trainer).x0)
+    assert torch.equal(*made)
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_gradient_after_a_switch_is_of_the_new_frames_alone(tmp_path, replay):
     trainer = Trainer(stage(tmp_path, long_frames=18, replay=replay))  # a stream of two calls, that must switch between
