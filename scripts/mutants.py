@@ -68,7 +68,13 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files of the pa
     ),
     "trainer": (
         ("training/trainer.py", "training/optim.py", "training/validation.py", "training/config.py"),
-        (*TRAINING, "tests/training/test_trackers.py", HEARD[0], "tests/training/test_run_folder.py"),
+        (
+            *TRAINING,
+            "tests/training/test_trackers.py",
+            HEARD[0],
+            "tests/training/test_run_folder.py",
+            "tests/core/test_config.py",
+        ),
     ),
     "evaluation": (  # the report is drawn for people
         ("evaluation/[!r]*.py", "evaluation/rooms.py", "metrics.py"),

@@ -176,3 +176,6 @@ def test_a_recipe_is_all_that_weights_depend_on():
     assert recipe(build(TrainConfig, own | {"loss": {"drop": 0.1}, "threads": 1, "out": "elsewhere"})) == same
     for other in ({"loss": {"drop": 0.2}}, {"seed": 1}, {"steps": 999}, {"optim": {"lr": 2e-4}}, {"data": "data/y"}):
         assert recipe(build(TrainConfig, own | other)) != same
+    sites = {"modulation": {"dim": 3}, "hidden": {"dim": 5}}
+    turned = dict(reversed(sites.items()))
+    assert len({recipe(build(TrainConfig, own | {"dit": {"sites": s}})) for s in (sites, turned)}) == 1

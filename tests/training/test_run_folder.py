@@ -38,6 +38,7 @@ from vidistill.training.run_folder import (
 )
 from vidistill.training.trackers import MetricsLog, read_rows
 from vidistill.training.trainer import METRICS, Trainer, train
+from vidistill.training.validation import ValidationConfig
 
 
 def started(job, *args):
@@ -555,6 +556,7 @@ def test_a_state_keeps_what_it_said(tmp_path):
     [
         ({"seed": 2**53}, "seed"),
         ({"seed": 2**63 - 1}, "seed"),
+        ({"sequence": 2, "objective": "codec"}, "a codec has no tokens"),
         ({"name": "../esc"}, "name"),
         ({"name": "a/../../esc"}, "name"),
         ({"name": "/esc"}, "name"),
@@ -564,6 +566,12 @@ def test_a_state_keeps_what_it_said(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path, change, field):
     with pytest.raises(ValueError, match=field):
         flow_stage(tmp_path, **change)
+
+
+def test_the_seed_of_validation_is_bounded_as_the_others_are():
+    assert ValidationConfig("clips", seed=2**53 - 1).seed
+    with pytest.raises(ValueError, match=r"validation\.seed"):
+        ValidationConfig("clips", seed=2**53)
 
 
 def test_the_largest_seed_trains(tmp_path):

@@ -336,6 +336,10 @@ def test_diagnosis_finds_the_gradient_by_chunk_and_level_and_its_agreement_with_
     roles = replace(trainer.roles, teacher=Truth(trainer.held.batch.x), critic=Truth(x))
     told = validation.diagnose(roles, trainer.cfg.schedule, trainer.held, trainer.loss, look.levels)
     assert np.allclose(told["cosine"], 1, atol=1e-3) and np.min(told["norm"]) > 0.1
+    error = (
+        (x - trainer.held.batch.x)[:, 1:].unflatten(1, (2, 3)).square().mean((0, 2, 3, 4, 5)).sqrt()
+    )  # of each chunk
+    assert np.allclose(told["norm"], error.tolist(), rtol=1e-3)
     against = replace(trainer.roles, teacher=Truth(2 * x - trainer.held.batch.x), critic=Truth(x))
     worse = validation.diagnose(against, trainer.cfg.schedule, trainer.held, trainer.loss, look.levels)
     assert np.allclose(worse["cosine"], -1, atol=1e-3)

@@ -27,11 +27,14 @@ from torch import nn
 
 from vidistill import checkpoint, distributed, tensors
 from vidistill.checkpoint import read_tensors
+from vidistill.data.prompts import Prompts
+from vidistill.distributed import Part
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import StudentConfig
 from vidistill.ops import attention
 from vidistill.rollout import chunk_noise
 from vidistill.training import optim as train_states
+from vidistill.training import trainer as trainer_module
 from vidistill.training.config import EXPORTS
 from vidistill.training.interruption import Interruption
 from vidistill.training.losses import Loss, LossConfig
@@ -595,6 +598,44 @@ def test_the_teachers_sample_starts_from_the_noise_of_the_new_frames(root):
         assert noise.shape == sample.x0.shape
     whole = chunk_noise(trainer.roles.student, 2, trainer.samplers[0].rollouts.seed)
     assert torch.equal(noise[:, -3:], whole(3)) and sample.first == 7 and sample.skipped == 3
+
+
+def test_batches_are_read_ahead_until_a_run_goes_on_somewhere_else(root, monkeypatch):
+    begun, read_ahead = [], trainer_module.read_ahead
+
+    def counted(read, steps, workers):
+        begun.append(True)
+        return read_ahead(read, steps, workers)
+
+    monkeypatch.setattr(trainer_module, "read_ahead", counted)
+    trainer = Trainer(flow_stage(root))
+    for trainer.step_count in (0, 1, 2):
+        assert torch.equal(trainer.next_batch().x, trainer.batch(trainer.step_count).x)
+    assert len(begun) == 1
+    trainer.step_count = 7
+    assert torch.equal(trainer.next_batch().x, trainer.batch(7).x) and len(begun) == 2
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_process_reads_all_rows_only_where_rollouts_are_judged_beside_them(root, weight, monkeypatch):
+    monkeypatch.setattr(trainer_module.distributed, "parts", lambda *_: [Part(2, 4), Part(3, 4)])
+    trainer = Trainer(dmd_stage(root, batch=4, accumulate=2, loss=LossConfig(guidance=2.0, invalid_weight=weight)))
+    assert trainer.rows == (slice(2, 4) if weight == 1 else slice(None))
+
+
+@pytest.mark.parametrize("loss", [{"forcing": 1.0}, {"invalid_weight": 0.5}])
+def test_losses_that_read_recorded_clips_are_refused_where_there_are_only_prompts(root, loss, monkeypatch):
+    monkeypatch.setattr(trainer_module, "open_data", lambda *_: object.__new__(Prompts))
+    with pytest.raises(ValueError, match="prompts alone"):
+        Trainer(dmd_stage(root, loss=LossConfig(guidance=2.0, **loss)))
+
+
+def test_a_turn_draws_what_it_drew_in_every_version(root):
+    """A run goes on with the clips and the noise that it would have had."""
+    turn = flow_stage(root, seed=7).turn(3, LossConfig())
+    drawn = torch.randint(10**6, (3,), generator=turn.rng()).tolist()
+    assert drawn == torch.randint(10**6, (3,), generator=turn.rng(3)).tolist()
+    assert drawn == [558_822, 514_836, 820_735]
 
 
 def test_a_teacher_of_another_world_is_refused(root):
