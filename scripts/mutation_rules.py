@@ -259,9 +259,11 @@ EQUIVALENT: dict[str, str] = {  # key of a mutant -> why no test can tell it fro
     "vidistill/conditioning/controls.py:Modality.condition: raise NotImplementedError -> pass": (
         "every kind of input has a method of its own, nobody calls this one"
     ),
-    "vidistill/training/losses.py:valid_rollouts: return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * wanted[1]) "
-    "& (changes < FLICKER * wanted[2])).to(x) -> return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * wanted[1]) & "
-    "((changes <= FLICKER * wanted[2]))).to(x)": "no clip changes by that share of real ones to the last bit",
+    "vidistill/training/losses.py:valid_rollouts: return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * "
+    "wanted[1]) & (changes < FLICKER * wanted[2])).to(x) -> return ((contrast > EMPTY * wanted[0]) & (moves > FROZEN * "
+    "wanted[1]) & ((changes <= FLICKER * wanted[2]))).to(x)": (
+        "no clip changes by that share of real ones to the last bit"
+    ),
     "vidistill/training/trainer.py:Trainer.normalisation_clips: for step in range(8): -> for step in range(8 - 1):": (
         "how many clips a codec is normalised on is a choice; seven do as well"
     ),
