@@ -17,7 +17,7 @@ COMPARISONS: dict[type[ast.cmpop], ast.cmpop] = {
     ast.NotEq: ast.Eq(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(), ast.In: ast.NotIn(), ast.NotIn: ast.In(),
 }  # fmt: skip
 GUARD = 1e-4  # a constant below it keeps a division from failing
-REPORTING = {"log", "logger", "warnings", "print", "parser"}
+REPORTING = {"log", "logger", "warnings", "print", "parser", "axes"}
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,14 @@ def test_frechet_refuses_what_it_cannot_measure(bad, word):
         metrics.frechet(bad, torch.zeros(5, 4))
 
 
+def test_sync_finds_the_shift_of_curves_that_are_just_long_enough():
+    curve = torch.randn(8, 19, generator=torch.Generator().manual_seed(0))
+    later, now = curve[:, 1:16], curve[:, 3:18]  # 15 frames: what is now comes two frames later in the other
+    assert metrics.sync(later, now) == (pytest.approx(1.0), 2)
+    with pytest.raises(ValueError, match="T >= 15"):
+        metrics.sync(later[:, 1:], now[:, 1:])
+
+
 def test_balanced_accuracy_counts_every_class_equally_and_skips_ignored_labels():
     true = torch.tensor([0, 0, 0, 0, 1, 1, -100])
     assert metrics.balanced_accuracy(torch.tensor([0, 0, 0, 0, 0, 1, 0]), true, 3) == pytest.approx(0.75)

@@ -112,6 +112,8 @@ def test_damage_hurts_the_first_half_and_says_by_how_much():
     slope = hurt.diff(dim=-1).abs().mean((1, 2, 3, 4))
     only_blur = (amount[:, 0] > 0.5) & (amount[:, 1:] == 0).all(1)
     assert only_blur.any() and slope[only_blur].max() < 0.8 * slope[32:].min()
+    grey, amount = probes.damage(torch.full((256, 4, 3, 16, 16), 0.5), torch.Generator().manual_seed(2))  # noise alone
+    assert torch.allclose(grey.std((1, 2, 3, 4)), 0.06 * amount[:, 3], rtol=0.1, atol=1e-4)
 
 
 def test_class_weights_make_rare_classes_count_as_much():

@@ -132,6 +132,37 @@ def test_clips_of_one_combination_of_attributes_are_one_scene():
     assert 0.35 < share < 0.65 and AdherenceConfig().clips == 256
 
 
+def test_a_switch_is_judged_by_the_last_window_before_it_and_that_at_the_end():
+    asked = [torch.full((2, 1, len(ATTRIBUTES)), k) for k in range(2)]
+    seen, scene = [], torch.arange(2)
+
+    class Watching:
+        fps, heads = 10.0, ATTRIBUTES
+
+        def read(self, px):
+            seen.append((px[0, 0].item(), px.shape[1]))
+            times = torch.arange(px.shape[1])
+            return Reading(torch.zeros(2, len(times), 1), dict.fromkeys(ATTRIBUTES, (px >= 20).long()), times)
+
+    px = torch.arange(60.0).expand(2, -1)  # frames that are their number; the switch comes at frame 20
+    cfg = AdherenceConfig(before=2.0, after=4.0, window=1.0, draws=20)
+    found = prompt_adherence.judge_switch(px, *asked, scene, Watching(), cfg)
+    assert sorted(seen) == [(0.0, 60), (10.0, 10), (50.0, 10)]
+    assert found["before"]["asked"] == found["after"]["asked"] == 1.0
+
+
+def test_targets_are_nine_tenths_of_the_teacher_for_the_best_policy():
+    shown = {"keep": (0.5, 0.6), "recache": (0.8, 0.9)}
+    rows = {p: {"before": {"asked": a}, "after": {"asked": b}} for p, (a, b) in shown.items()}
+    teacher = {"before": {"asked": 0.8}, "after": {"asked": 1.0}}
+    found = SUITE.targets({"switch": rows, "teacher": teacher})
+    assert [(t.value, t.low, t.met) for t in found] == [
+        (0.8, pytest.approx(0.72), True),
+        (0.9, pytest.approx(0.9), True),
+    ]
+    assert "before a switch" in found[0].text and SUITE.targets({"switch": rows}) == []
+
+
 def test_intervals_of_confusions_and_switches_are_over_scenes():
     scene = torch.arange(12)
     shown, asked = (torch.zeros(12, 1, 1, dtype=torch.long) for _ in range(2))
