@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_env  # noqa: F401  (registers the environment)
 import torch
+import torch.nn.functional as F
 from conftest import CODEC, DIT, STUDENT, random_dit
 
 from vidistill import checkpoint
@@ -20,8 +21,10 @@ from vidistill.data.shards import DataError, write_shards
 from vidistill.diffusion import LatentShape
 from vidistill.evaluation import SUITES, any_world, own_probe, suite
 from vidistill.evaluation.any_world import METRICS, SUITE, AnyWorldConfig
+from vidistill.evaluation.clips import Data
 from vidistill.evaluation.footage import Footage, unpacked
 from vidistill.evaluation.own_probe import ActionClasses, OwnProbeConfig
+from vidistill.evaluation.probes import Probe, ProbeConfig
 from vidistill.models.dit import extend
 from vidistill.models.layers import SiteConfig
 from vidistill.models.student import CausalStudent
@@ -30,6 +33,15 @@ ENV = "tiny_env:Tiny-v0"
 FRAMES = 7  # latents of a clip: 25 px frames
 SHAPE = LatentShape(FRAMES, 4, 4, 4)
 OWN = OwnProbeConfig(steps=250, batch=32, lr=8e-3, size=16, widths=(24, 32), features=16)
+
+
+def test_a_probe_sees_clips_of_any_size_in_its_own():
+    probe = Probe(ProbeConfig(16, 2, (24, 32), 16, heads={"turn": 3})).eval()
+    large = torch.rand(2, 9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = F.interpolate(large.flatten(0, 1), (16, 16), mode="bilinear", antialias=True).unflatten(0, (2, 9))
+    with torch.no_grad():
+        seen, want = Data([], 12.0, probe, fitted=True).read(large), Data([], 12.0, probe).read(small)
+    assert torch.equal(seen.features, want.features)
 
 
 @pytest.fixture(scope="module")

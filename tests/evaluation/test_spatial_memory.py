@@ -19,6 +19,7 @@ from vidistill.data.types import Episode
 from vidistill.diffusion import LatentShape
 from vidistill.evaluation import SUITES, suite
 from vidistill.evaluation import spatial_memory as sm
+from vidistill.evaluation.clips import Batch, Data, Tally
 from vidistill.evaluation.probes import load_probe, read
 from vidistill.evaluation.report import table
 from vidistill.evaluation.rooms import Rooms
@@ -33,6 +34,18 @@ from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
 DOOM = DoomConfig(supersample=3)
 CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=8, seeds=1, cache="")
+
+
+@pytest.mark.parametrize(("rooms", "enough"), [((4, 4, 5), False), ((4, 5, 6), True)])
+def test_a_kind_of_path_is_drawn_anew_where_three_rooms_have_it(rooms, enough):
+    kind, away = torch.zeros(4, dtype=torch.long), torch.tensor([2.0, 2.0, 2.0, 5.0])
+    own = Batch(torch.zeros(4, 1), None, 0, facts={"kind": kind, "seconds": away}, rooms=torch.tensor([*rooms, 9]))
+    whole, drawn = (Tally(Data([own], 12.0)) for _ in range(2))
+    whole.parts, drawn.parts = {"rooms": [own.rooms]}, {"rooms": [own.rooms[[1, 0, 2, 3]] + 1]}
+    first, other = list(KINDS)[:2]
+    assert sm.has_figures(whole, [first], 5.0), "all paths together have figures however few they are"
+    assert sm.has_figures(drawn, [first], 2.0) == enough
+    assert not sm.has_figures(drawn, [first], 5.0) and not sm.has_figures(drawn, [other])
 
 
 @pytest.mark.parametrize("frames", [35, 88, 175, 350])
