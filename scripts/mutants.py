@@ -77,7 +77,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files of the pa
         ),
     ),
     "evaluation": (  # the report is drawn for people
-        ("evaluation/[!r]*.py", "evaluation/rooms.py", "metrics.py"),
+        ("evaluation/[!r]*.py", "evaluation/rooms.py", "evaluation/recall.py", "metrics.py"),
         ("tests/core/test_metrics.py", "tests/evaluation/test_[!c]*.py"),
     ),
 }

@@ -12,7 +12,7 @@ from tiny_training import OPTIM, dmd_stage, rolled
 
 from vidistill import checkpoint
 from vidistill.checkpoint import Bundle
-from vidistill.conditioning.condition import Condition
+from vidistill.conditioning.condition import VIEW_SITE, Condition
 from vidistill.data.shards import write_shards
 from vidistill.data.types import Batch
 from vidistill.memory.policies import MemoryConfig
@@ -88,6 +88,14 @@ def test_windows_after_the_switch_are_of_the_new_prompt(tmp_path):
     assert torch.equal(with_switch[1].x0, without[1].x0)
     assert torch.equal(with_switch[2].x0[:, :3], without[2].x0[:, :3]), "what was shown stays"
     assert not torch.allclose(with_switch[2].x0[:, 3:], without[2].x0[:, 3:])
+
+
+def test_the_camera_of_a_stream_goes_on_from_the_heading_it_has():
+    rollouts = LongRollout(CausalStudent(random_dit(LISTENER), STUDENT, SHAPE), ScheduleConfig(levels=(1.0,)), 15)
+    before, told = (torch.tensor([[0.0, 0.5, 1.5, 2.0]])[..., None] * k for k in (1.0, 10.0))
+    rollouts.cond = Condition(per_frame={VIEW_SITE: before + 3.0})
+    following = rollouts.next_condition(Condition(per_frame={VIEW_SITE: told + 7.0}), 3).per_frame[VIEW_SITE]
+    assert following[0, :, 0].tolist() == [5.0 + turned for turned in (5.0, 15.0, 20.0)]  # it has turned by 2 from 3
 
 
 @torch.no_grad()
