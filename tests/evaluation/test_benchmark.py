@@ -14,7 +14,7 @@ from vidistill.cli.main import main
 from vidistill.data.shards import frame_shards, write_shards
 from vidistill.evaluation import SUITES, benchmark
 from vidistill.evaluation.spatial_memory import SUITE, SpatialMemoryConfig
-from vidistill.io import read_json, save_png, write_json, write_video
+from vidistill.io import read_image, read_json, save_png, write_json, write_video
 from vidistill.worlds import WORLDS
 from vidistill.worlds.doom.recorder import DoomConfig, record_many, seeds
 
@@ -71,10 +71,11 @@ def test_paths_say_all_that_another_system_needs(written, small):
 
 
 def play(folder, written, frames=0, size=64, fps=17.5, pictures=False):
-    """A copy of the paths with videos of noise."""
+    """A copy of the paths with videos of noise behind the start picture."""
     shutil.copytree(written, folder)
     for path in read_json(folder / "benchmark.json")["paths"]:
         px = np.random.default_rng(0).integers(0, 255, (path["frames"] + frames, size, size, 3)).astype(np.uint8)
+        px[0] = read_image(folder / "starts" / f"{path['name']}.png", (size, size))
         target = folder / "videos" / path["name"]
         if pictures:
             for t, frame in enumerate(px):
@@ -99,6 +100,29 @@ def test_a_video_of_another_kind_is_named(tmp_path, written, small, wrong, said)
     with pytest.raises(ValueError, match=said) as error:
         benchmark.judge_videos(folder, small)
     assert read_json(folder / "benchmark.json")["paths"][0]["name"] in str(error.value)
+
+
+def test_a_video_of_another_path_or_one_frame_late_is_named(tmp_path, written, small):
+    folder = play(tmp_path / "swapped", written, pictures=True)
+    one, other = (folder / "videos" / path["name"] for path in read_json(folder / "benchmark.json")["paths"])
+    (one / "0000.png").rename(folder / "a.png")
+    (other / "0000.png").rename(one / "0000.png")
+    (folder / "a.png").rename(other / "0000.png")
+    with pytest.raises(ValueError, match="does not begin with starts/") as error:
+        benchmark.judge_videos(folder, small)
+    assert str(one) in str(error.value)
+    folder = play(tmp_path / "late", written, frames=1, pictures=True)
+    for path in read_json(folder / "benchmark.json")["paths"]:
+        (folder / "videos" / path["name"] / "0000.png").unlink()
+    with pytest.raises(ValueError, match="does not begin with starts/"):
+        benchmark.judge_videos(folder, small)
+
+
+def test_pictures_are_read_in_the_order_of_their_numbers(tmp_path):
+    for t in range(12):
+        save_png(tmp_path / "videos" / "walk" / f"{t}.png", np.full((8, 8, 3), 20 * t, np.uint8))
+    shown = benchmark.load(tmp_path, "walk", 12, 8, 17.5)
+    assert shown[:, 0, 0, 0].tolist() == [20 * t for t in range(12)]
 
 
 def test_what_is_missing_or_foreign_is_named(tmp_path, written, small):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vidistill import metrics
 from vidistill.evaluation import report
 from vidistill.evaluation.clips import Batch
 from vidistill.evaluation.report import Pictures, Sheet
@@ -23,6 +24,7 @@ from vidistill.worlds.doom.recorder import ACTIONS
 
 FORMAT = "vidistill-memory-2"
 GRID = 12  # px frames: all paths are 1 + a multiple of it
+START_DB = 20.0  # to the start picture: a codec keeps 30, the frame behind it has 16 in the middle, other rooms 9
 FPS_OFF = 0.01  # share by which the rate of a video may differ
 
 
@@ -109,7 +111,14 @@ def check_videos(folder: Path, frames: Mapping[str, int], size: int, fps: float)
             f"folder {missing[0]} of its pictures); all paths must be played"
         )
     for name, count in frames.items():
-        load(folder, name, count, size, fps)
+        first = load(folder, name, count, size, fps)[0]
+        start = read_image(folder / "starts" / f"{name}.png", (size, size))
+        likeness = float(metrics.psnr(*(to_float(px[None])[None] for px in (first, start))))
+        if likeness < START_DB:
+            raise ValueError(
+                f"{source_of(folder, name)} does not begin with starts/{name}.png ({likeness:.1f} dB to it, at least "
+                f"{START_DB:g}): its first frame is that picture, and the actions lead to the frames behind it"
+            )
 
 
 def report_folder(folder: Path, out: str) -> Path:

@@ -1,7 +1,6 @@
 """Video files and folders of pictures as frames, decoded by PyAV one at a time."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 
-from vidistill.io import PICTURES, read_whole_image
+from vidistill.io import picture_files, read_whole_image
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".gif", ".avi")
 HDR = {8: "linear light", 16: "PQ", 17: "SMPTE ST 428", 18: "HLG"}  # transfers of ITU-T H.273 to be mapped first
@@ -46,17 +45,6 @@ class Facts:
     aspect: float = 1.0  # width of a pixel over its height
 
 
-def natural(name: str) -> list[Any]:
-    """What names are sorted by so that frame2 comes before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, in the order of their names."""
-    found = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-    return sorted(found, key=lambda p: natural(p.name))
-
-
 def opened(path: Path) -> Any:
     """PyAV's container of a file; MediaError where there is none to read."""
     if path.is_file() and not path.stat().st_size:
@@ -78,7 +66,7 @@ def frames_of(path: Path, fps: float = 0.0, start: float = 0.0) -> Iterator[Fram
     true only from the beginning on (`start` 0).
     """
     if path.is_dir():
-        for index, picture in enumerate(pictures_in(path)):
+        for index, picture in enumerate(picture_files(path)):
             yield Frame(index, index / fps, still(picture))
         return
     with opened(path) as container:

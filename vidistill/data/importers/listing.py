@@ -8,9 +8,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from vidistill.data.importers.decode import PICTURES, VIDEOS, natural
+from vidistill.data.importers.decode import VIDEOS
 from vidistill.data.shards import DataError
-from vidistill.io import read_text
+from vidistill.io import PICTURES, natural, read_text
 
 CAPTIONS = ".txt"
 ACTIONS = (".actions.csv", ".actions.jsonl")
