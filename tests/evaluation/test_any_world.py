@@ -1,9 +1,11 @@
 """A world that is not bundled: clips of an environment and of videos, judged by what is learned from them."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from conftest import CODEC, DIT, STUDENT, random_dit
 
 from vidistill import checkpoint
+from vidistill.checkpoint import Bundle
 from vidistill.cli.main import main
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.condition import pack_actions
@@ -21,8 +24,8 @@ from vidistill.data.shards import DataError, write_shards
 from vidistill.diffusion import LatentShape
 from vidistill.evaluation import SUITES, any_world, own_probe, suite
 from vidistill.evaluation.any_world import METRICS, SUITE, AnyWorldConfig
-from vidistill.evaluation.clips import Data
-from vidistill.evaluation.footage import Footage, unpacked
+from vidistill.evaluation.clips import Data, Tally
+from vidistill.evaluation.footage import Footage, check_world, unpacked
 from vidistill.evaluation.own_probe import ActionClasses, OwnProbeConfig
 from vidistill.evaluation.probes import Probe, ProbeConfig
 from vidistill.models.dit import extend
@@ -42,6 +45,24 @@ def test_a_probe_sees_clips_of_any_size_in_its_own():
     with torch.no_grad():
         seen, want = Data([], 12.0, probe, fitted=True).read(large), Data([], 12.0, probe).read(small)
     assert torch.equal(seen.features, want.features)
+
+
+def test_one_action_all_along_is_read_back_by_luck_as_well():
+    data = Data([], 12.0, heads={"turn": 2})
+    tally = Tally(data)
+    tally.parts = {"read": [torch.zeros(4, 3, 1)], "asked": [torch.zeros(4, 3, 1)]}
+    assert math.isnan(any_world.above_chance(tally, tally))
+
+
+def test_files_from_another_place_are_told_of(caplog):
+    def bundle(place):
+        return Bundle("mine", "student", None, {"card": {"data": {"source": "videos", "from": place}}})
+
+    held = SimpleNamespace(meta={"source": "videos", "from": "cats"})
+    check_world(bundle("cats"), held)
+    assert not caplog.records
+    check_world(bundle("cars"), held)
+    assert "mine learned from files of cars, judged are files of cats" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -96,11 +96,13 @@ def test_figures_of_several_runs_are_averaged_part_by_part():
     assert mean_of([{"offset": 3}]) == {"offset": 3}
 
 
-def test_people_are_told_only_of_differences_that_are_clear():
+def test_people_see_every_difference_with_its_interval_and_those_that_are_clear_first():
     clear = {"value": -0.2, "interval": [-0.3, -0.1], "verdict": "better"}
     found = {"a": clear, "b": {**clear, "verdict": "not distinguishable"}, "c": {"value": 1.0, "interval": None}}
+    found = {"b": found["b"], "c": found["c"], "a": found["a"], "d": {"value": None, "interval": None}}
     assert differences({"difference": {"student - teacher": found}}) == [
-        "student - teacher: a better by -0.2 (-0.3 to -0.1)",
-        "student - teacher: 2 of 3 figures do not tell them apart",
+        "student - teacher: a -0.2 (-0.3 to -0.1): better",
+        "student - teacher: b -0.2 (-0.3 to -0.1): not distinguishable",
+        "student - teacher: c +1 (no interval): no verdict",
     ]
     assert differences({}) == []

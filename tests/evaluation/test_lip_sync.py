@@ -180,6 +180,22 @@ def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     assert "sync_corr" in list(report.table(METRICS, alone).columns[0].cells)
 
 
+def test_a_talker_stands_beside_what_it_was_trained_from(tmp_path):
+    folder = write_talker(tmp_path)
+    for name in ("init", "trained"):
+        for suffix in (".json", ".safetensors"):
+            (folder / f"{name}{suffix}").write_bytes((folder / f"student{suffix}").read_bytes())
+    path = folder / "trained.json"
+    record = json.loads(path.read_text())
+    record["card"] = {**record.get("card", {}), "parents": [str(folder / "init"), str(folder / "teacher")]}
+    path.write_text(json.dumps(record))
+    found = SUITE.others(load(folder / "trained"), {"teacher": None, "vs": None})
+    assert {row: bundle.name for row, bundle in found.items()} == {"teacher": "teacher", "vs": "init"}
+    named = {"teacher": str(folder / "teacher"), "vs": str(folder / "student")}
+    assert SUITE.others(load(folder / "trained"), named)["vs"].name == "student"
+    assert SUITE.others(load(folder / "student"), {**named, "vs": None}).keys() == {"teacher"}
+
+
 def test_the_drift_of_streams_lies_in_its_interval():
     same = torch.ones(8, 30)
     same[:4, 20:] = 0  # half of the streams end as somebody else

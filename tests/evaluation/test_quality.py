@@ -15,11 +15,13 @@ from vidistill import checkpoint, evaluation
 from vidistill.cli.main import main
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.camera import CameraConfig
-from vidistill.conditioning.condition import walked
+from vidistill.conditioning.condition import Condition, walked
 from vidistill.data.clips import Clips
+from vidistill.data.shards import frame_shards, write_shards
+from vidistill.data.types import split_seeds
 from vidistill.evaluation import clips as clips_module
 from vidistill.evaluation import probes, quality, report, suite
-from vidistill.evaluation.clips import Data, Tally, repeat_row, student_row, teacher_row
+from vidistill.evaluation.clips import Batch, Data, Tally, repeat_row, student_row, teacher_row
 from vidistill.evaluation.quality import METRICS, SUITE, EvalConfig, HeldOut
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import StreamTally, curve_drifts, student_chunks
@@ -445,11 +447,11 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(cfg, tiny_student_p
     whole = suite.evaluate(SUITE, str(tiny_student_path), replace(cfg, cache=""), quick=True)
     made, plain = [], suite.add_row
 
-    def stopping(tally, parts, row, batch):
+    def stopping(*told):
         if len(made) == 5:
             raise KeyboardInterrupt
-        made.append(batch)
-        plain(tally, parts, row, batch)
+        made.append(told)
+        plain(*told)
 
     monkeypatch.setattr(suite, "add_row", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -499,6 +501,117 @@ def test_guidance_is_chosen_on_validation_and_the_reasons_are_written(
     figures = {float(scale): row["frechet_paired"] for scale, row in found["scales"].items()}
     assert set(figures) == {1.0, 3.0} and found["guidance"] == min(figures, key=figures.get)
     assert "on validation" in found["why"] and found["split"] == "validation" and len(found["lost"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--choose-guidance", "1,2", "--suite", "minutes"], "--suite say nothing to --choose-guidance"),
+        (["--choose-guidance", "1,2", "--split", "test", "--guidance", "3"], "--split test, --guidance say nothing"),
+        (["--choose-guidance", "1,2", "--quick", "--vs", "doom-tf"], "--vs, --quick say nothing"),
+        (["--choose-guidance", "1,2", "--glance"], "--glance say nothing"),
+        (["--glance", "--split", "test"], "validation clips; leave out --split test"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(tiny_teacher_path, capsys, given, said):
+    assert main(["eval", str(tiny_teacher_path), *given]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_guidance_is_chosen_on_the_rooms_and_by_the_metrics_that_are_asked_for(tiny_teacher_path, monkeypatch):
+    asked = []
+
+    def choose(suite, name, scales, cfg):
+        asked.append((cfg.first_seed, cfg.clips, cfg.metrics, scales))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "choose_guidance", choose)
+    more = ["--first-seed", "500", "--clips", "8", "--metric", "lpips=a", "--metric", "fvd=b"]
+    assert main(["eval", str(tiny_teacher_path), "--choose-guidance", "1,2", *more]) == 130
+    assert asked == [(500, 8, {"lpips": "a", "fvd": "b"}, [1.0, 2.0])]
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_a_scale_of_the_text_leaves_that_of_the_sound(tiny_teacher_path, monkeypatch, guidance):
+    teacher = checkpoint.load(tiny_teacher_path)
+    own = replace(teacher, record={**teacher.record, "guidance": 1.5, "audio_guidance": 2.0})
+    scales = []
+    monkeypatch.setattr(clips_module, "branches", lambda cond, *told: scales.append(told) or ([], []))
+    monkeypatch.setattr(clips_module, "start", lambda *_: (None, Condition(), (1, FRAMES)))
+    monkeypatch.setattr(clips_module, "sample", lambda net, noise, *_, **__: noise)
+    batch = Batch(torch.zeros(1, 25, 3, 16, 16), None, 0)
+    teacher_row(own, checkpoint.load_codec(own), EvalConfig(cache="", guidance=guidance))(batch)
+    assert scales == [(guidance or 1.5, 2.0)]
+
+
+def test_samples_of_other_settings_are_told_of_once(cfg, tiny_teacher_path, caplog):
+    cache = Path(cfg.cache)
+    cache.mkdir(parents=True)
+    told = "keeps samples of other settings"
+    for expected in (0, 1, 0):  # an empty folder, one with other samples, and one with these
+        caplog.clear()
+        with caplog.at_level("INFO", logger="vidistill"):
+            suite.evaluate(SUITE, str(tiny_teacher_path), replace(cfg, steps=2 + expected))
+        assert sum(told in record.message for record in caplog.records) == expected
+
+
+def test_broken_clips_are_not_judged(cfg, tiny_student_path, monkeypatch):
+    plain = suite.Suite.__dataclass_fields__["student"].default
+
+    def broken(*told):
+        row = plain(*told)
+        return lambda batch: row(batch).index_fill(1, torch.tensor([5]), torch.nan)
+
+    with pytest.raises(ValueError, match="clips of student hold numbers that are not finite"):
+        suite.evaluate(replace(SUITE, student=broken), str(tiny_student_path), cfg, quick=True)
+    stream = StreamTally(10, 2)
+    stream.add(torch.rand(1, 4, 3, 8, 8))
+    with pytest.raises(ValueError, match="streams hold"):
+        stream.add(torch.full((1, 4, 3, 8, 8), torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"fps": 5.0}, "fps 5.0"), ({"source": "nonsense"}, "source 'nonsense'"), ({"turn": True}, "turn")],
+)
+def test_episodes_of_another_engine_are_refused(tmp_path, change, said):
+    engine = asdict(DOOM.config(supersample=3, num_frames=60))
+    meta = {"source": "doom", "split": "test", "fps": 17.5, "config": engine}
+    if "turn" in change:
+        key = next(name for name in engine if "turn" in name)
+        meta["config"], said = {**engine, key: 11.25}, f"{key} 11.25"
+    else:
+        meta |= change
+    episodes = (walk(seed, 60) for seed in split_seeds("test", 4))
+    write_shards(tmp_path / "test" / "frames", frame_shards(episodes), meta)
+    with pytest.raises(ValueError, match=re.escape(f"recorded with {said}")):
+        Rooms("doom", DOOM, "test").episodes(str(tmp_path / "{split}"), "frames", (4, 60), (4, 60))
+
+
+def test_half_of_a_judgement_is_not_taken_from_another_judge(cfg, tiny_student_path, world, monkeypatch, tmp_path):
+    made, plain = [], suite.add_row
+
+    def stopping(*told):
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(told)
+        plain(*told)
+
+    for file in world.glob("probe.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    own = replace(cfg, probe=str(tmp_path / "probe"))
+    monkeypatch.setattr(suite, "add_row", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        suite.evaluate(SUITE, str(tiny_student_path), own, quick=True)
+    made.clear()
+    probe = probes.load_probe(tmp_path / "probe")
+    next(probe.parameters()).data.mul_(1.5)
+    for file in tmp_path.glob("probe.*"):
+        file.unlink()
+    probes.save_probe(tmp_path / "probe", probe, {})
+    monkeypatch.setattr(suite, "add_row", lambda *told: (made.append(told), plain(*told)))
+    suite.evaluate(SUITE, str(tiny_student_path), own, quick=True)
+    assert len(made) == 10
 
 
 def record_split(opened, plain):

@@ -36,12 +36,12 @@ DOOM = DoomConfig(supersample=3)
 CFG = SpatialMemoryConfig(seconds=(2.0,), paths=1, batch=8, seeds=1, cache="")
 
 
-@pytest.mark.parametrize(("rooms", "enough"), [((4, 4, 5), False), ((4, 5, 6), True)])
-def test_a_kind_of_path_is_drawn_anew_where_three_rooms_have_it(rooms, enough):
-    kind, away = torch.zeros(4, dtype=torch.long), torch.tensor([2.0, 2.0, 2.0, 5.0])
-    own = Batch(torch.zeros(4, 1), None, 0, facts={"kind": kind, "seconds": away}, rooms=torch.tensor([*rooms, 9]))
+@pytest.mark.parametrize(("rooms", "enough"), [((1, 2, 3, 4, 5, 5), False), ((1, 2, 3, 4, 5, 6), True)])
+def test_a_kind_of_path_is_drawn_anew_where_six_rooms_have_it(rooms, enough):
+    kind, away = torch.zeros(7, dtype=torch.long), torch.tensor([2.0] * 6 + [5.0])
+    own = Batch(torch.zeros(7, 1), None, 0, facts={"kind": kind, "seconds": away}, rooms=torch.tensor([*rooms, 9]))
     whole, drawn = (Tally(Data([own], 12.0)) for _ in range(2))
-    whole.parts, drawn.parts = {"rooms": [own.rooms]}, {"rooms": [own.rooms[[1, 0, 2, 3]] + 1]}
+    whole.parts, drawn.parts = {"rooms": [own.rooms]}, {"rooms": [own.rooms.flip(0)]}
     first, other = list(KINDS)[:2]
     assert sm.has_figures(whole, [first], 5.0), "all paths together have figures however few they are"
     assert sm.has_figures(drawn, [first], 2.0) == enough
@@ -236,11 +236,14 @@ def test_the_suite_end_to_end_on_tiny_random_students(bench):
     assert [c.header for c in table(METRICS, result).columns[1:]] == rows
 
 
-def test_a_baseline_that_is_damaged_is_told_and_not_left_out(bench, tmp_path):
+def test_a_baseline_that_is_damaged_is_told_and_not_left_out(bench, tmp_path, caplog):
     for file in bench.glob("relic*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     student = checkpoint.load(tmp_path / "relic")
     assert contenders(student, {}).keys() == {"window"}
+    assert [record.message for record in caplog.records if "no baseline" in record.message] == [
+        f"relic has no baseline {tmp_path / 'relic-full'}; name a student that has that memory (--full)"
+    ]
     (tmp_path / "relic-window.json").write_text("{")
     with pytest.raises(checkpoint.CheckpointError, match="damaged"):
         contenders(student, {})

@@ -48,7 +48,6 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--split",
         choices=("test", "validation"),
-        default="test",
         help="whose rooms: test for what is published (default), validation to choose settings by",
     )
     p.add_argument("--first-seed", type=non_negative_int, help="the first room of the split (default: 0)")
@@ -57,6 +56,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--metric",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=PATH",
         help="published metrics on local weights: lpips, fvd, vbench.subject_consistency and others",
@@ -87,7 +87,7 @@ def run_outside(args: argparse.Namespace) -> dict[str, Any]:
     given |= {"--vs": args.vs, "--guidance": args.guidance, "--choose-guidance": args.choose_guidance}
     if args.videos:  # its paths say the rest
         given |= {"--write-paths": args.write_paths, "--clips": args.clips, "--first-seed": args.first_seed}
-        given |= {"--split": args.split != "test", "--quick": args.quick}
+        given |= {"--split": args.split, "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         option = "--videos" if args.videos else "--write-paths"
         raise ValueError(f"{', '.join(foreign)} say nothing to {option}; leave them out")
@@ -98,7 +98,7 @@ def run_outside(args: argparse.Namespace) -> dict[str, Any]:
     settings = {key: value for key, value in asked.items() if value}
     cfg = memory.config(**{**(memory.quick if args.quick else {}), **settings})
     if args.write_paths:
-        written: dict[str, Any] = benchmark.write_paths(args.write_paths, cfg, args.split)
+        written: dict[str, Any] = benchmark.write_paths(args.write_paths, cfg, args.split or "test")
         print(f"{len(written['paths'])} paths in {args.write_paths}; videos belong into {args.write_paths / 'videos'}")
         return written
     result: dict[str, Any] = benchmark.judge_videos(args.videos, cfg)
@@ -114,7 +114,7 @@ def run_frontier(args: argparse.Namespace) -> dict[str, Any]:
     given |= {"--window": args.window, "--full": args.full, "--suite": args.suite != "quality", "--out": args.out}
     given |= {"--data": args.data, "--metric": args.metric, "--vs": args.vs}
     given |= {"--guidance": args.guidance, "--choose-guidance": args.choose_guidance}
-    given |= {"--first-seed": args.first_seed, "--split": args.split != "test", "--quick": args.quick}
+    given |= {"--first-seed": args.first_seed, "--split": args.split, "--quick": args.quick}
     if foreign := [key for key, value in given.items() if value]:
         raise ValueError(f"{', '.join(foreign)} say nothing to a frontier; its YAML names cells, clips and folder")
     report.check_plots()
@@ -128,17 +128,38 @@ def run_guidance(args: argparse.Namespace) -> dict[str, Any]:
     from vidistill.evaluation import SUITES, suite, suite_of
     from vidistill.io import write_json
 
+    given = {"--suite": args.suite != "quality", "--split test": args.split == "test", "--guidance": args.guidance}
+    given |= {"--teacher": args.teacher, "--vs": args.vs, "--window": args.window, "--full": args.full}
+    given |= {"--quick": args.quick, "--glance": args.glance}
+    if foreign := [key for key, value in given.items() if value]:
+        raise ValueError(
+            f"{', '.join(foreign)} say nothing to --choose-guidance, which chooses a teacher's scale on validation by "
+            "the suite of quality; leave them out"
+        )
     own = (
         SUITES["any_world"] if args.data else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
     )
-    asked = {"clips": args.clips, "data": args.data and str(args.data), "out": str(args.out or own.config().out)}
-    cfg = own.config(**{key: value for key, value in asked.items() if value})
+    cfg = own.config(**settings_of(args, "clips"))
     result = suite.choose_guidance(own, args.name, args.choose_guidance, cfg)
     path = Path(cfg.out) / f"{result['teacher']}-guidance.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"guidance {result['guidance']:g}: {result['why']} ({path})")
     return result
+
+
+def settings_of(args: argparse.Namespace, counted: str) -> dict[str, Any]:
+    """What is asked of a suite; `counted`: its name for --clips."""
+    asked = {
+        "first_seed": args.first_seed,
+        counted: args.clips,
+        "out": args.out and str(args.out),
+        "data": args.data and str(args.data),
+        "metrics": dict(item.partition("=")[::2] for item in args.metric),
+        "allow_pickle": args.allow_pickle,
+        "guidance": args.guidance,
+    }
+    return {key: value for key, value in asked.items() if value}
 
 
 def run_suite(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,20 +183,13 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     if args.glance and (args.teacher or args.out or args.vs):
         option = "--teacher" if args.teacher else "--vs" if args.vs else "--out"
         raise ValueError(f"{option} says nothing to --glance, which shows the student alone; leave one of them out")
+    if args.glance and args.split == "test":
+        raise ValueError("--glance is to choose by, and shows validation clips; leave out --split test")
     chosen = "any_world" if args.data else args.suite if args.suite != "quality" else ""
     own = SUITES[chosen] if chosen else suite_of(args.name, checkpoint.read_record(checkpoint.locate(args.name)))
-    asked = {
-        "first_seed": args.first_seed,
-        COUNTED[args.suite]: args.clips,
-        "out": args.out and str(args.out),
-        "data": args.data and str(args.data),
-        "metrics": dict(item.partition("=")[::2] for item in args.metric),
-        "allow_pickle": args.allow_pickle,
-        "guidance": args.guidance,
-    }
-    settings = {key: value for key, value in asked.items() if value}
+    settings = settings_of(args, COUNTED[args.suite])
     if not args.glance:
-        return suite.run(own, args.name, named, args.split, args.quick, **settings)
+        return suite.run(own, args.name, named, args.split or "test", args.quick, **settings)
     cfg = own.config(**settings)
     result = suite.glance(own, args.name, cfg)
     print("  ".join(f"{key} {value:.3f}" for key, value in result.items() if isinstance(value, float)))

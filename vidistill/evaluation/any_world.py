@@ -104,7 +104,9 @@ def chance(row: Tally) -> float | None:
 def above_chance(row: Tally, real: Tally) -> float | None:
     """Following beyond that of other clips' actions, as a share of what there is: 0 by luck, 1 if all is read back."""
     own, luck = following(row), chance(row)
-    return None if own is None or luck is None else (own - luck) / (1 - luck)
+    if own is None or luck is None:
+        return None
+    return (own - luck) / (1 - luck) if luck < 1 else math.nan  # one class alone is read back by luck as well
 
 
 def by_action(row: Tally, real: Tally) -> dict[str, float] | None:

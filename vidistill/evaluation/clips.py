@@ -238,11 +238,13 @@ def start(bundle: Bundle, codec: Codec, batch: Batch) -> tuple[Tensor | None, Co
 
 
 def teacher_row(teacher: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
-    """Clips that the teacher samples in `cfg.steps` guided Euler steps, kept in `cfg.cache`."""
+    """Clips that the teacher samples in `cfg.steps` guided Euler steps, kept in `cfg.cache`. `cfg.guidance` is that of
+    text or actions; a sound has the scale that the record says."""
     record, sigmas = teacher.record, teacher.noise.steps(cfg.steps)
     text, audio = float(record.get("guidance", 1.0)), float(record.get("audio_guidance", 0.0))
-    text, audio = (text, audio) if cfg.guidance is None else (cfg.guidance, 0.0)
+    text = text if cfg.guidance is None else cfg.guidance
     weights, dtype = digest(teacher.net.state_dict()), str(working_dtype(cfg.precision))
+    others = [cfg.cache] if cfg.cache and any(Path(cfg.cache).glob("*.safetensors")) else []
 
     def row(batch: Batch) -> Tensor:
         given, cond, size = start(teacher, codec, batch)
@@ -257,7 +259,10 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
         inputs = {"given": given, "noise": noise, "tokens": cond.tokens, "channels": cond.channels, **cond.per_frame}
         known = {name: x for name, x in inputs.items() if x is not None}
         settings = [sigmas, [text, audio] if audio else text, dtype, record.get("dit")]
-        return codec.decode(cached(cfg.cache, digest(known, weights, json.dumps(settings)), make))
+        key = digest(known, weights, json.dumps(settings))
+        if others and not sample_file(folder := others.pop(), key).is_file():  # of the first clips, which all share
+            log.info("%s keeps samples of other settings or clips; these are sampled anew", folder)
+        return codec.decode(cached(cfg.cache, key, make))
 
     return row
 
@@ -271,15 +276,17 @@ def digest(tensors: Mapping[str, Tensor], *more: str) -> str:
     return made.hexdigest()[:24]
 
 
+def sample_file(folder: str, key: str) -> Path:
+    return Path(folder) / f"{key}.safetensors"
+
+
 def cached(folder: str, key: str, make: Callable[[], Tensor]) -> Tensor:
     """`make()`, or what it gave before under this key; half precision either way."""
-    path = Path(folder) / f"{key}.safetensors"
+    path = sample_file(folder, key)
     if folder and path.is_file():
         return checkpoint.read_tensors(path)[0]["x"].float()
     x = make().half()
     if folder:
-        if any(Path(folder).glob("*.safetensors")):
-            log.info("%s keeps samples of other settings or clips; these are sampled anew", folder)
         checkpoint.save_tensors(path, {"x": x}, {"key": key})
     return x.float()
 

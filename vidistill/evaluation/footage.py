@@ -3,6 +3,7 @@
 A world that is not bundled has no engine to ask: what is judged on is what lies in the folder of a split.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,6 +26,8 @@ from vidistill.diffusion import derived_seed
 from vidistill.evaluation.clips import Batch
 from vidistill.evaluation.intervals import LEAST_ROOMS
 from vidistill.io import to_float, to_uint8
+
+log = logging.getLogger("vidistill")
 
 Window = tuple[int, int]  # episode, first entry of its `kind`
 TRAIN = "train"
@@ -211,8 +214,16 @@ def check_same(bundle: Bundle, footage: Footage, pairs: Mapping[str, tuple[Any, 
 
 
 def check_world(bundle: Bundle, footage: Footage) -> None:
-    """ValueError for a checkpoint that learned from another source, or another environment."""
+    """ValueError for a checkpoint that learned from another source, or another environment; a warning for files that
+    came from another place, which may show another world."""
     metas = [bundle.record.get("card", {}).get("data") or {}, footage.meta]
+    places = [str(meta["from"]) for meta in metas if meta.get("from")]
+    if len(set(places)) > 1:
+        log.warning(
+            "%s learned from files of %s, judged are files of %s: figures mean nothing unless both show the same world",
+            bundle.name,
+            *places,
+        )
     pairs = {"source": tuple(meta.get("source") for meta in metas)}
     pairs["environment"] = tuple((meta.get("config") or {}).get("env") for meta in metas)
     check_same(bundle, footage, pairs)

@@ -1,5 +1,6 @@
 """Does a student that hears move its lips to the sound, and stay who it is? Judged beside teacher and real video."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vidistill import checkpoint, metrics
-from vidistill.checkpoint import Bundle
+from vidistill.checkpoint import Bundle, CheckpointError
 from vidistill.codecs import Codec
 from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning.condition import Condition, pack_audio, reference_channels
@@ -28,7 +29,7 @@ from vidistill.evaluation.probes import Probe, load_probe
 from vidistill.evaluation.report import Metric, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import streamed
-from vidistill.evaluation.suite import Judgement, Suite, clip_size
+from vidistill.evaluation.suite import Judgement, Suite, beside_student, clip_size, find
 from vidistill.evaluation.verifier import blinks, look_at
 from vidistill.io import to_float, to_uint8
 from vidistill.memory.policies import MemoryConfig
@@ -259,5 +260,14 @@ def long_identity(judged: Judgement) -> None:
     judged.pictures.sheets.append(Sheet.beside("streams", shown, "Long streams.", "stream", length / 12))
 
 
+def beside_talker(student: Bundle, named: Mapping[str, str | None]) -> Mapping[str, Bundle]:
+    """Its teacher, and another student: what it was trained from, unless one is named."""
+    for parent in student.record.get("card", {}).get("parents", []) if not named.get("vs") else []:
+        with contextlib.suppress(CheckpointError, FileNotFoundError):
+            if (init := find(parent)).kind == "student" and init.name != student.name:
+                return {**beside_student(student, named), "vs": init}
+    return beside_student(student, named)
+
+
 ROWS = {"codec": codec_row, "repeat": lambda codec: repeat_row}
-SUITE = Suite("lip_sync", LipSyncConfig, talks, METRICS, targets, long_identity, ROWS)
+SUITE = Suite("lip_sync", LipSyncConfig, talks, METRICS, targets, long_identity, ROWS, others=beside_talker)

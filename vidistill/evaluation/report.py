@@ -146,14 +146,14 @@ def confusions(result: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]
 
 
 def differences(result: Mapping[str, Any]) -> list[str]:
-    """Where two rows differ by more than chance, a line each, and how many figures do not tell."""
+    """How two rows differ, a line for every figure: those that tell them apart first."""
     out = []
     for pair, found in result.get("difference", {}).items():
-        clear = {key: d for key, d in found.items() if d.get("verdict") in ("better", "worse")}
-        for key, d in clear.items():
-            low, high = d["interval"]
-            out.append(f"{pair}: {key} {d['verdict']} by {d['value']:+.3g} ({low:+.3g} to {high:+.3g})")
-        out.append(f"{pair}: {len(found) - len(clear)} of {len(found)} figures do not tell them apart")
+        for key, d in sorted(found.items(), key=lambda item: item[1].get("verdict") not in ("better", "worse")):
+            edges, verdict = d["interval"], d.get("verdict") or "no verdict"
+            if d["value"] is not None:
+                told = "no interval" if edges is None else f"{edges[0]:+.3g} to {edges[1]:+.3g}"
+                out.append(f"{pair}: {key} {d['value']:+.3g} ({told}): {verdict}")
     return out
 
 

@@ -3,9 +3,11 @@
 Whatever chooses between checkpoints or settings opens "validation"; what is published is measured on "test".
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vidistill.data.clips import Clips
 from vidistill.data.shards import frame_shards, write_shards
@@ -13,6 +15,7 @@ from vidistill.data.types import SPLITS, split_name
 from vidistill.progress import track
 from vidistill.worlds.spec import WorldSpec
 
+FREE = ("num_frames", "supersample")  # settings of an engine that may differ: how long, and how finely drawn
 FOLDERS: Mapping[str, str] = {"validation": "heldout"}  # how the folders of a split are named, where not as it is
 
 
@@ -45,7 +48,7 @@ class Rooms:
         """Recorded episodes, recorded now if they are missing.
 
         made, need: (episodes, frames) to record, and that suffice. ValueError for a folder of another split, of other
-        rooms, or of too few.
+        rooms, of another engine, or of too few.
         """
         folder, wanted = self.folder(data, part), self.seeds(offset, made[0])
         if not folder.exists():
@@ -54,6 +57,7 @@ class Rooms:
             meta = {"source": self.source, "split": self.split, "config": asdict(cfg), "fps": cfg.fps}
             write_shards(folder, frame_shards(recording, 16), meta)
         clips = Clips(folder)
+        self.check_recorded(folder, clips.meta)
         have, found = tuple(clips.tensors["frames"].shape[:2]), clips.meta["split"]
         if split_name(found) != split_name(self.split):
             raise ValueError(
@@ -68,3 +72,15 @@ class Rooms:
                 "remove it to record them, or name another eval.data"
             )
         return clips
+
+    def check_recorded(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        """ValueError for episodes of another source, rate or engine, as far as they say what made them."""
+        cfg = self.world.config()
+        here, own = {"source": self.source, "fps": cfg.fps, **asdict(cfg)}, meta.get("config") or {}
+        there = {**(own if asdict(cfg).keys() <= own.keys() else {}), "source": meta["source"], "fps": meta["fps"]}
+        for name in there.keys() & here.keys() - set(FREE):
+            if json.dumps(here[name]) != json.dumps(there[name]):  # a tuple here is a list there
+                raise ValueError(
+                    f"{folder} was recorded with {name} {there[name]!r}, rooms are judged with {here[name]!r}: remove "
+                    "it to record them anew, or name another eval.data"
+                )

@@ -4,6 +4,7 @@ Students are told the same actions as the real engine, and start from the same p
 `worlds.doom.paths`. A student that pastes what it remembers wins some of the figures and loses others.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,9 +48,11 @@ from vidistill.worlds.doom.labels import action_labels, visible_walks
 from vidistill.worlds.doom.paths import FIRST_ROOM, FORWARD, KINDS, REVISITS, Path, PathConfig, paths_of
 from vidistill.worlds.doom.recorder import ACTIONS
 
+log = logging.getLogger("vidistill")
+
 BASELINES = ("window", "full")  # the same student with another memory: NAME-window, NAME-full
 HEADS = ("turn", "walk")  # of the probe, that actions are read from
-FEW_ROOMS = 3  # of a kind of path, below which their spread says nothing
+FEW_ROOMS = 6  # of a kind of path: that fewer agree is chance in more than 5 % (a sign test)
 SAME_DB = 40.0  # beyond it no eye tells two pictures apart
 
 
@@ -81,6 +84,15 @@ class PoseReader:
             xs.append(self.inputs(reading.features[0]))
             ys.append(planar_motion(path)[reading.times])
         x, y = torch.cat(xs).double(), torch.cat(ys)
+        if len(x) < x.shape[1]:
+            log.warning(
+                "%s has %d frames to fit what reads motion on, fewer than its %d weights: errors of motion will be "
+                "large; remove the folder to record more",
+                clips.folder,
+                len(x),
+                x.shape[1],
+            )
+        self.frames = len(x)
         self.weights = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
 
     @staticmethod
@@ -205,6 +217,8 @@ def contenders(student: Bundle, named: Mapping[str, str | None]) -> dict[str, Bu
         own = own if own in checkpoint.zoo_names() else str(student.folder / own)
         if named.get(row) or checkpoint.find_checkpoint(own) or own in checkpoint.zoo_names():
             found[row] = checkpoint.load(named.get(row) or own, "student")
+        else:
+            log.warning("%s has no baseline %s; name a student that has that memory (--%s)", student.name, own, row)
     return found
 
 
@@ -396,6 +410,7 @@ def details(judged: Judgement) -> None:
     result["pose_error"] = pose_error(walks, build(CameraConfig, camera), factor) if camera else None
     assert judged.data.probe is not None
     judged.protocol |= {"counted": counted(judged.data, cfg), "texture_chance": 1 / judged.data.probe.cfg.textures}
+    judged.protocol |= {"motion_frames": judged.data.reader.frames}
 
 
 def counted(data: Data, cfg: SpatialMemoryConfig) -> dict[str, dict[str, int]]:

@@ -72,6 +72,12 @@ def streamed(
         return to_float(session.record(frames, cues=cues if "prompt" in session.takes else ()))
 
 
+def check_finite(px: Tensor, what: str) -> None:
+    """ValueError for pictures that hold nan or infinity: means that leave them out would look right."""
+    if not px.isfinite().all():
+        raise ValueError(f"{what} hold numbers that are not finite: what made them is broken, and none of it is judged")
+
+
 class StreamTally:
     """Curves by frame of streams that arrive piece by piece, one picture a window, and the frames of the last one."""
 
@@ -87,6 +93,7 @@ class StreamTally:
         px = px[:, : self.length - self.seen]
         if not px.shape[1]:
             return
+        check_finite(px, "streams")
         joined = px if self.tail is None else torch.cat((self.tail, px), dim=1)
         fresh = px if self.tail is not None else px[:, 1:]
         for name, curve in PICTURES.items() if fresh.shape[1] else ():

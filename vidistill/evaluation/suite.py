@@ -37,7 +37,7 @@ from vidistill.evaluation.intervals import add_intervals, bootstrap, compare, me
 from vidistill.evaluation.published import published
 from vidistill.evaluation.report import Metric, Pictures, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
-from vidistill.evaluation.streams import CURVES, StreamTally, curve_drifts
+from vidistill.evaluation.streams import CURVES, StreamTally, check_finite, curve_drifts
 from vidistill.io import check_folder
 from vidistill.progress import Bar
 from vidistill.worlds import WORLDS
@@ -188,7 +188,7 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
         rows |= {name: row for name, make in suite.variants.items() if (row := make(rows["student"]))}
     wanted = {key: m for key, m in suite.metrics.items() if m.figure and (m.glance or not glance)}
     runs = {"student": 1 if glance else cfg.seeds, "teacher": cfg.teacher_seeds}
-    kept = Unfinished("" if glance else cfg.cache, "" if glance else fingerprint(bundles, codec, cfg, wanted))
+    kept = Unfinished("" if glance else cfg.cache, "" if glance else fingerprint(bundles, codec, cfg, wanted, data))
     counts = {row: runs.get(bundle.kind, 1) for row, bundle in bundles.items()}
     tallies = measure(wanted, rows, data, counts, kept)
     result = {name: run_figures(wanted, own, tallies["real"][0]) for name, own in tallies.items()}
@@ -205,13 +205,23 @@ def judge(suite: Suite, bundles: Mapping[str, Bundle], cfg: Any, split: str, gla
     return Judgement(bundles, codec, rooms, cfg, data, tallies, result, pictures, unfinished=kept)
 
 
-def fingerprint(bundles: Mapping[str, Bundle], codec: Codec, cfg: Any, wanted: Mapping[str, Metric]) -> str:
-    """All that the measurements of clips depend on, but the clips."""
+def stamps(path: str) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of a file, or of those in a folder."""
+    found = sorted(p for p in (Path(path), *Path(path).rglob("*")) if p.is_file())
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+
+
+def fingerprint(bundles: Mapping[str, Bundle], codec: Codec, cfg: Any, wanted: Mapping[str, Metric], data: Data) -> str:
+    """All that the measurements of clips depend on, but the clips: also the weights of what judges, whatever file they
+    are read from."""
     told = {row: {k: v for k, v in bundle.record.items() if k != "card"} for row, bundle in bundles.items()}
     nets = {row: digest(bundle.net.state_dict()) for row, bundle in bundles.items()}
     shown = digest(codec.state_dict()) if isinstance(codec, nn.Module) else ""
+    judges: list[Any] = [stamps(path) for path in cfg.metrics.values()]
+    judges += [digest(data.probe.state_dict())] if data.probe else []
+    judges += [digest({"reader": data.reader.weights})] if data.reader else []
     return json.dumps(
-        [told, nets, shown, {**asdict(cfg), "out": ""}, sorted(wanted), checkpoint.git_commit()], default=str
+        [told, nets, shown, judges, {**asdict(cfg), "out": ""}, sorted(wanted), checkpoint.git_commit()], default=str
     )
 
 
@@ -232,14 +242,16 @@ def measure(
                 bar.describe(f"clips: {name}")
                 for k, tally in enumerate(tallies[name]):
                     own = replace(batch, seed=batch.seed + k * RUN_STEP)
-                    unfinished.add(f"{name} {k}", partial(add_row, tally, parts, row, own), tally, own)
+                    unfinished.add(f"{name} {k}", partial(add_row, name, tally, parts, row, own), tally, own)
                     bar.update()
     return tallies
 
 
-def add_row(tally: Tally, parts: Mapping[str, Callable[..., Tensor]], row: Row, batch: Batch) -> None:
+def add_row(name: str, tally: Tally, parts: Mapping[str, Callable[..., Tensor]], row: Row, batch: Batch) -> None:
     """Measure the clips that a row shows for a batch."""
-    tally.add(parts, row(batch), batch)
+    px = row(batch)
+    check_finite(px, f"clips of {name}")
+    tally.add(parts, px, batch)
 
 
 def figures(wanted: Mapping[str, Metric], row: Tally, real: Tally) -> dict[str, Any]:
