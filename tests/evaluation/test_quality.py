@@ -528,7 +528,7 @@ def test_guidance_is_chosen_on_the_rooms_and_by_the_metrics_that_are_asked_for(t
     monkeypatch.setattr(suite, "choose_guidance", choose)
     more = ["--first-seed", "500", "--clips", "8", "--metric", "lpips=a", "--metric", "fvd=b"]
     assert main(["eval", str(tiny_teacher_path), "--choose-guidance", "1,2", *more]) == 130
-    assert asked == [(500, 8, {"lpips": "a", "fvd": "b"}, [1.0, 2.0])]
+    assert asked == [(500, 8, {"lpips": "a", "fvd": "b"}, (1.0, 2.0))]
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])
