@@ -201,7 +201,7 @@ def settings(name, folder):
     write_shards(folder / "doom-heldout" / "frames", frame_shards(episodes, 8), meta)
     data = str(folder / "doom-{split}")
     if name == "memory":
-        return cfg(paths=3, seconds=(5.0,), data=data)
+        return cfg(paths=6, seconds=(5.0,), data=data)
     return cfg(clips=16, batch=8, episodes=16, frames=13, data=data)
 
 
