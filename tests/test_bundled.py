@@ -196,8 +196,10 @@ def test_circles_triangles_and_rings_are_told_apart(name):
 
 # --- talkers ----------------------------------------------------------------------------------------------------------
 
+TALKERS = ("talker-selfforcing", "talker-improved", "talker-init")
 
-@pytest.mark.parametrize("name", ["talker-selfforcing", "talker-improved"])
+
+@pytest.mark.parametrize("name", TALKERS)
 def test_lips_open_with_the_sound_and_close_in_silence(name):
     pytest.importorskip("espeakng_loader")
     from vidistill.worlds.talker.face import read_mouth
@@ -219,7 +221,7 @@ def test_lips_open_with_the_sound_and_close_in_silence(name):
     assert corr > 0.6 and abs(offset) <= 1
 
 
-@pytest.mark.parametrize("name", ["talker-selfforcing", "talker-improved"])
+@pytest.mark.parametrize("name", TALKERS)
 def test_who_talks_stays_who_it_was(name):
     student, codec = loaded(name)
     pictures = [read_image(path, (64, 64)) for path in checkpoint.start_pictures("talker")[:3]]
@@ -287,6 +289,21 @@ def test_a_teacher_turns_and_walks_as_it_is_told(name):
     assert max(abs(ahead), abs(still)) < 0.3
     assert zoom(px[2, 3:-2], px[2, 5:]).mean() > 1.01
     assert metrics.flicker(px[3]).mean() < 0.012, "what stands still does not shimmer"
+
+
+def test_a_teacher_of_cars_turns_the_world_against_the_wheel():
+    starts = [to_float(read_image(checkpoint.start_pictures("drive")[k], (64, 64))) for k in STARTS]
+    real = torch.stack(starts)[:, None].expand(-1, 25, -1, -1, -1)
+
+    def aside(*keys):
+        held = torch.tensor([float(name in keys) for name in ("steer_left", "steer_right", "gas", "brake")])
+        actions = held.expand(len(starts), 25, -1)
+        px = sampled("drive-teacher", Batch(real, functools.partial(walk_condition, actions, actions[..., :3]), 0))
+        ahead = px[:, :SECOND, :, :32]
+        return float(metrics.horizontal_flow(ahead[:, :-1], ahead[:, 1:]).median(1).values.mean())
+
+    assert aside("gas", "steer_left") > 0.8 and aside("gas", "steer_right") < -0.8
+    assert abs(aside("gas")) < 0.4
 
 
 def test_a_teacher_of_shapes_shows_what_was_asked_for():
