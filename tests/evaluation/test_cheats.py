@@ -59,6 +59,12 @@ def repeating(px: Tensor, batch: Batch) -> Tensor:
     return px[:, times - (times % 8 == 7).long()]
 
 
+def looping(px: Tensor, batch: Batch) -> Tensor:
+    """The second half is the first one again."""
+    few = px.shape[1] // 2
+    return torch.cat((px[:, :-few], px[:, :few]), 1)
+
+
 def late(px: Tensor, batch: Batch) -> Tensor:
     """By four frames."""
     return torch.cat((px[:, :1].expand(-1, 4, -1, -1, -1), px[:, :-4]), 1)
@@ -146,6 +152,7 @@ CHEATS: dict[str, dict[str, tuple[Cheat, str]]] = {
     "doom": {
         **PICTURES,
         "one frame in eight repeated": (repeating, "stuck_frames"),
+        "a repeated clip": (looping, "action_following"),
         "late": (late, "action_following"),
         "backwards": (backwards, "turn_following"),
         "mirrored": (mirrored, "turn_following"),
@@ -166,6 +173,20 @@ CHEATS: dict[str, dict[str, tuple[Cheat, str]]] = {
         "mirrored": (mirrored, "rpe_rot"),
         "late": (late, "action_following"),
     },
+    "minutes": {
+        "blurred": (blurred, "sharpness_ratio/8"),
+        "over-sharpened": (sharpened, "sharpness_ratio/8"),
+        "saturating": (saturated, "saturation_ratio/8"),
+        "pasting the first frame": (paste_start, "motion_ratio/4"),
+        "frozen": (frozen, "stuck_frames/8"),
+        "one frame in eight repeated": (repeating, "stuck_frames/4"),
+        "a repeated clip": (looping, "returns/8"),
+        "back to the start": (snapping, "returns/8"),
+        "walls alone": (walls, "flat_frames/8"),
+        "late": (late, "action_following/8"),
+        "mirrored": (mirrored, "rpe_rot/4"),
+        "another room's video": (elsewhere, "action_following/4"),
+    },
     "shapes": {
         **PICTURES,
         "ignoring the prompt": (elsewhere, "before/asked"),
@@ -175,6 +196,7 @@ CHEATS: dict[str, dict[str, tuple[Cheat, str]]] = {
     "talker": {
         **PICTURES,
         "ignoring the sound": (elsewhere, "sync_corr"),
+        "a repeated clip": (looping, "sync_corr"),
         "late": (late, "sync_offset_frames"),
         "mouth that hardly opens": (still_mouths, "mouth_motion_ratio"),
         "another person's video": (elsewhere, "identity"),
@@ -186,7 +208,7 @@ CHEATS: dict[str, dict[str, tuple[Cheat, str]]] = {
 
 def suite_of(name):
     """(world, suite) of a column of cheats."""
-    return ("doom", SUITES["memory"]) if name == "memory" else (name, SUITES[WORLDS[name].suites[0]])
+    return ("doom", SUITES[name]) if name in SUITES else (name, SUITES[WORLDS[name].suites[0]])
 
 
 def settings(name, folder):
@@ -202,6 +224,8 @@ def settings(name, folder):
     data = str(folder / "doom-{split}")
     if name == "memory":
         return cfg(paths=6, seconds=(5.0,), data=data)
+    if name == "minutes":
+        return cfg(streams=8, marks=(4.0, 8.0), span=2.0, data=data)
     return cfg(clips=16, batch=8, episodes=16, frames=13, data=data)
 
 
@@ -221,7 +245,7 @@ class OnDemand(Tally):
         return super().__getitem__(name)
 
 
-WORLDS_JUDGED = ["doom", "memory", "shapes", pytest.param("talker", marks=pytest.mark.slow)]
+WORLDS_JUDGED = ["doom", "memory", "minutes", "shapes", pytest.param("talker", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=WORLDS_JUDGED)
