@@ -414,3 +414,12 @@ def test_a_checkpoint_is_never_chosen_on_clips_of_the_test(tmp_path):
     clips.meta["split"] = "test"
     with pytest.raises(ValueError, match=r"validation\.data"):
         validation.held_out(clips, ValidationConfig(clips=2), 7, torch.device("cpu"))
+
+
+def test_a_card_says_on_what_its_checkpoint_was_chosen(tmp_path):
+    look = ValidationConfig(str(tmp_path / "talks"), clips=2, every=2)
+    trainer = Trainer(talker_stage(tmp_path, validation=look))
+    assert trainer.record()["card"]["chosen_on"] == "nothing: the last step is kept"
+    trainer.peak = replace(trainer.peak, step=2, score=1.0)
+    chosen = trainer.record()["card"]["chosen_on"]
+    assert chosen["data"] == str(tmp_path / "talks") and len(chosen["seeds"]) == 2

@@ -418,8 +418,8 @@ class Trainer:
             "recipe": recipe(cfg),
             "train": asdict(cfg),
         }
-        if self.held is not None and cfg.validation.every:
-            card["chosen_on"] = dict(self.held.origin)
+        chosen = self.held.origin if self.held and self.peak.step else None
+        card["chosen_on"] = dict(chosen) if chosen else "nothing: the last step is kept"
         if cfg.objective == "codec":
             return {"card": card}
         assert self.shape is not None
