@@ -264,9 +264,6 @@ EQUIVALENT: dict[str, str] = {  # key of a mutant -> why no test can tell it fro
     "wanted[1]) & ((changes <= FLICKER * wanted[2]))).to(x)": (
         "no clip changes by that share of real ones to the last bit"
     ),
-    "vidistill/training/trainer.py:Trainer.normalisation_clips: for step in range(8): -> for step in range(8 - 1):": (
-        "how many clips a codec is normalised on is a choice; seven do as well"
-    ),
     "vidistill/training/losses.py:score_difference: grad[:, :g] = 0.0 -> pass": (
         "whoever uses the gradient leaves the given frames out again"
     ),

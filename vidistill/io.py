@@ -336,13 +336,13 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
 
 def natural(name: str) -> list[Any]:
     """What names are sorted by so that frame2 comes before frame10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def picture_files(folder: str | Path) -> list[Path]:
     """The files of `folder` that are pictures by their names, in the order of their numbers; hidden ones are not."""
     found = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and p.is_file()]
-    return sorted((p for p in found if not p.name.startswith(".")), key=lambda p: natural(p.name))
+    return sorted((p for p in found if not p.name.startswith(".")), key=lambda p: (natural(p.name), p.name))
 
 
 def read_image(source: str | Path, size: tuple[int, int], formats: tuple[str, ...] | None = None) -> np.ndarray:

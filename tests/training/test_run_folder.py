@@ -556,7 +556,7 @@ def test_a_state_keeps_what_it_said(tmp_path):
     [
         ({"seed": 2**53}, "seed"),
         ({"seed": 2**63 - 1}, "seed"),
-        ({"sequence": 2, "objective": "codec"}, "a codec has no tokens"),
+        ({"sequence": 2, "objective": "codec"}, "sequence=1"),
         ({"name": "../esc"}, "name"),
         ({"name": "a/../../esc"}, "name"),
         ({"name": "/esc"}, "name"),

@@ -38,7 +38,7 @@ def add_eval(commands: Any) -> argparse.ArgumentParser:
     p.add_argument(
         "--clips",
         type=positive_int,
-        help="held-out clips or captions (default and protocol: 256; any world: 128), paths of each kind (4), or "
+        help="held-out clips or captions (default and protocol: 256; any world: 128), paths of each kind (6), or "
         "walks of minutes (64)",
     )
     p.add_argument("--window", help="suite memory: the baseline with window memory (default: NAME-window)")

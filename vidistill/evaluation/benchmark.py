@@ -24,7 +24,7 @@ from vidistill.worlds.doom.recorder import ACTIONS
 
 FORMAT = "vidistill-memory-2"
 GRID = 12  # px frames: all paths are 1 + a multiple of it
-START_DB = 20.0  # to the start picture: a codec keeps 30, the frame behind it has 16 in the middle, other rooms 9
+START_DB = 20.0  # to the start picture: a codec keeps 30; medians: the next frame 16, other rooms 9
 FPS_OFF = 0.01  # share by which the rate of a video may differ
 
 

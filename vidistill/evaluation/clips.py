@@ -244,7 +244,7 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
     text, audio = float(record.get("guidance", 1.0)), float(record.get("audio_guidance", 0.0))
     text = text if cfg.guidance is None else cfg.guidance
     weights, dtype = digest(teacher.net.state_dict()), str(working_dtype(cfg.precision))
-    others = [cfg.cache] if cfg.cache and any(Path(cfg.cache).glob("*.safetensors")) else []
+    unsaid = bool(cfg.cache) and any(Path(cfg.cache).glob("*.safetensors"))
 
     def row(batch: Batch) -> Tensor:
         given, cond, size = start(teacher, codec, batch)
@@ -260,8 +260,10 @@ def teacher_row(teacher: Bundle, codec: Codec, cfg: SuiteConfig) -> Row:
         known = {name: x for name, x in inputs.items() if x is not None}
         settings = [sigmas, [text, audio] if audio else text, dtype, record.get("dit")]
         key = digest(known, weights, json.dumps(settings))
-        if others and not sample_file(folder := others.pop(), key).is_file():  # of the first clips, which all share
-            log.info("%s keeps samples of other settings or clips; these are sampled anew", folder)
+        nonlocal unsaid
+        if unsaid and not sample_file(cfg.cache, key).is_file():
+            log.info("%s keeps samples of other settings or clips; these are sampled anew", cfg.cache)
+        unsaid = False  # the first clips tell
         return codec.decode(cached(cfg.cache, key, make))
 
     return row

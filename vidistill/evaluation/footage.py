@@ -220,7 +220,7 @@ def check_world(bundle: Bundle, footage: Footage) -> None:
     places = [str(meta["from"]) for meta in metas if meta.get("from")]
     if len(set(places)) > 1:
         log.warning(
-            "%s learned from files of %s, judged are files of %s: figures mean nothing unless both show the same world",
+            "%s learned from files of %s, judged are files of %s: figures mean little unless both show the same world",
             bundle.name,
             *places,
         )

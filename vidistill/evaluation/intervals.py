@@ -112,7 +112,7 @@ def compare(
             pairs = [(draw.get(f"{one}/{path}", math.nan), draw.get(f"{other}/{path}", math.nan)) for draw in draws]
             point = own[path] - beside[path]
             out[path] = {"value": point, "interval": interval(point, [a - b for a, b in pairs])}
-            if metric.best and draws:
+            if metric.best and out[path]["interval"] is not None:
                 sides = [(own[path], beside[path]), *pairs]
                 lost, *spread = [badness(metric.best, a) - badness(metric.best, b) for a, b in sides]
                 edges = interval(lost, spread)

@@ -1,11 +1,12 @@
 """Does a student that hears move its lips to the sound, and stay who it is? Judged beside teacher and real video."""
 
-import contextlib
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,14 @@ from vidistill.evaluation.probes import Probe, load_probe
 from vidistill.evaluation.report import Metric, Sheet, Target
 from vidistill.evaluation.rooms import Rooms
 from vidistill.evaluation.streams import streamed
-from vidistill.evaluation.suite import Judgement, Suite, beside_student, clip_size, find
+from vidistill.evaluation.suite import Judgement, Suite, beside_student, clip_size, source_of
 from vidistill.evaluation.verifier import blinks, look_at
 from vidistill.io import to_float, to_uint8
 from vidistill.memory.policies import MemoryConfig
 from vidistill.progress import track
 from vidistill.worlds import WORLDS
+
+log = logging.getLogger("vidistill")
 
 BLACK = 0.06  # brightness below which a frame is black
 FROZEN, FROZEN_RUN = 0.05, 4  # of the motion of real video, for at least so many frames in a row
@@ -262,11 +265,25 @@ def long_identity(judged: Judgement) -> None:
 
 def beside_talker(student: Bundle, named: Mapping[str, str | None]) -> Mapping[str, Bundle]:
     """Its teacher, and another student: what it was trained from, unless one is named."""
-    for parent in student.record.get("card", {}).get("parents", []) if not named.get("vs") else []:
-        with contextlib.suppress(CheckpointError, FileNotFoundError):
-            if (init := find(parent)).kind == "student" and init.name != student.name:
-                return {**beside_student(student, named), "vs": init}
-    return beside_student(student, named)
+    init = None if named.get("vs") else init_of(student)
+    return {**beside_student(student, named), **({"vs": checkpoint.load(init, "student")} if init else {})}
+
+
+def init_of(student: Bundle) -> str | None:
+    """The talker a student was trained from, by its card; None, and a warning, where it is not at hand."""
+    own = student.folder / student.name
+    for parent in student.record.get("card", {}).get("parents", []):
+        for name in (parent, Path(parent).name):
+            try:
+                path = checkpoint.locate(name)
+            except CheckpointError:
+                continue
+            record = checkpoint.read_record(path)
+            same = all(record.get(key) == student.record.get(key) for key in ("kind", "codec", "audio"))
+            if same and source_of(record) == source_of(student.record) and path != own:
+                return str(path)
+    log.warning("what %s was trained from is not here to stand beside it; name a student (--vs)", student.name)
+    return None
 
 
 ROWS = {"codec": codec_row, "repeat": lambda codec: repeat_row}

@@ -77,8 +77,9 @@ class Rooms:
         """ValueError for episodes of another source, rate or engine, as far as they say what made them."""
         cfg = self.world.config()
         here, own = {"source": self.source, "fps": cfg.fps, **asdict(cfg)}, meta.get("config") or {}
-        there = {**(own if asdict(cfg).keys() <= own.keys() else {}), "source": meta["source"], "fps": meta["fps"]}
-        for name in there.keys() & here.keys() - set(FREE):
+        there = {**(own if asdict(cfg).keys() <= own.keys() else {}), "fps": meta["fps"]}
+        there |= {"source": meta["source"]} if meta.get("source") else {}
+        for name in sorted(there.keys() & here.keys() - set(FREE)):
             if json.dumps(here[name]) != json.dumps(there[name]):  # a tuple here is a list there
                 raise ValueError(
                     f"{folder} was recorded with {name} {there[name]!r}, rooms are judged with {here[name]!r}: remove "

@@ -440,5 +440,5 @@ SUITE = Suite(
     rows={name: partial(lambda row, codec: row, row) for name, row in ROWS.items()},
     student=played,
     others=contenders,
-    quick={"paths": 3, "seconds": (5.0,), "seeds": 1, "draws": 100},
+    quick={"paths": FEW_ROOMS, "seconds": (5.0,), "seeds": 1, "draws": 100},
 )

@@ -217,7 +217,7 @@ def fingerprint(bundles: Mapping[str, Bundle], codec: Codec, cfg: Any, wanted: M
     told = {row: {k: v for k, v in bundle.record.items() if k != "card"} for row, bundle in bundles.items()}
     nets = {row: digest(bundle.net.state_dict()) for row, bundle in bundles.items()}
     shown = digest(codec.state_dict()) if isinstance(codec, nn.Module) else ""
-    judges: list[Any] = [stamps(path) for path in cfg.metrics.values()]
+    judges: list[Any] = [stamps(path) for path in cfg.metrics.values() if path]
     judges += [digest(data.probe.state_dict())] if data.probe else []
     judges += [digest({"reader": data.reader.weights})] if data.reader else []
     return json.dumps(

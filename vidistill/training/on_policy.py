@@ -176,7 +176,7 @@ class LongRollout:
 
     def continue_stream(self, batch: Batch, draw: Random, rng: AnyGenerator, *, grad: bool, record: bool) -> Rollout:
         assert self.tail is not None and self.memory is not None
-        self.memory.clear_cache()  # what was read once was read by the weights of then
+        self.memory.clear_cache()  # text was read by earlier weights
         student, frames = self.student, batch.x.shape[1]
         new = self.new_frames(frames)
         first = whole_chunks(student, self.length)

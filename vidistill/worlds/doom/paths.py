@@ -39,7 +39,7 @@ class PathConfig:
     """
 
     seconds: tuple[float, ...] = (2.0, 5.0, 10.0, 20.0)
-    paths: int = 4
+    paths: int = 6
     lead: int = 8
     hold: int = 12
     judged: int = 6
