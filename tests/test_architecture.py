@@ -105,7 +105,7 @@ BUDGETS = {
     "models": 598,
     "memory": 566,
     "codecs": 495,
-    "io": 311,
+    "io": 312,
     "teachers": 300,
     "checkpoint": 267,
     "distributed": 310,

@@ -342,7 +342,8 @@ def natural(name: str) -> list[Any]:
 def picture_files(folder: str | Path) -> list[Path]:
     """The files of `folder` that are pictures by their names, in the order of their numbers; hidden ones are not."""
     found = [p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and p.is_file()]
-    return sorted((p for p in found if not p.name.startswith(".")), key=lambda p: (natural(p.name), p.name))
+    shown = (p for p in found if not re.match(r"\.[^.]", p.name))  # "....png" is a name, "._1.png" a file beside one
+    return sorted(shown, key=lambda p: (natural(p.name), p.name))
 
 
 def read_image(source: str | Path, size: tuple[int, int], formats: tuple[str, ...] | None = None) -> np.ndarray:
