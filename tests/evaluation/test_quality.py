@@ -443,8 +443,8 @@ def test_a_target_says_whether_it_is_met(value, met):
     assert target.met is met and ("met" if met else "missed") in str(target) and "0.8 to 1.2" in str(target)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_where_it_was(cfg, tiny_student_path, monkeypatch):
-    whole = suite.evaluate(SUITE, str(tiny_student_path), replace(cfg, cache=""), quick=True)
+def stopped(path, cfg, monkeypatch):
+    """Half an evaluation; returns a list that gets what is measured from now on."""
     made, plain = [], suite.add_row
 
     def stopping(*told):
@@ -455,11 +455,16 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(cfg, tiny_student_p
 
     monkeypatch.setattr(suite, "add_row", stopping)
     with pytest.raises(KeyboardInterrupt):
-        suite.evaluate(SUITE, str(tiny_student_path), cfg, quick=True)
-    kept = Path(cfg.cache) / "unfinished"
-    assert len(list(kept.iterdir())) == 5
+        suite.evaluate(SUITE, str(path), cfg, quick=True)
     made.clear()
     monkeypatch.setattr(suite, "add_row", lambda *told: (made.append(told), plain(*told)))
+    return made
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(cfg, tiny_student_path, monkeypatch):
+    whole = suite.evaluate(SUITE, str(tiny_student_path), replace(cfg, cache=""), quick=True)
+    made, kept = stopped(tiny_student_path, cfg, monkeypatch), Path(cfg.cache) / "unfinished"
+    assert len(list(kept.iterdir())) == 5
     result = suite.evaluate(SUITE, str(tiny_student_path), cfg, quick=True)
     assert len(made) == 2 * 5 - 5 and not list(kept.iterdir())
     assert {row: result[row] for row in ("real", "student", "codec")} == {
@@ -589,27 +594,15 @@ def test_episodes_of_another_engine_are_refused(tmp_path, change, said):
 
 
 def test_half_of_a_judgement_is_not_taken_from_another_judge(cfg, tiny_student_path, world, monkeypatch, tmp_path):
-    made, plain = [], suite.add_row
-
-    def stopping(*told):
-        if len(made) == 5:
-            raise KeyboardInterrupt
-        made.append(told)
-        plain(*told)
-
     for file in world.glob("probe.*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     own = replace(cfg, probe=str(tmp_path / "probe"))
-    monkeypatch.setattr(suite, "add_row", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        suite.evaluate(SUITE, str(tiny_student_path), own, quick=True)
-    made.clear()
+    made = stopped(tiny_student_path, own, monkeypatch)
     probe = probes.load_probe(tmp_path / "probe")
     next(probe.parameters()).data.mul_(1.5)
     for file in tmp_path.glob("probe.*"):
         file.unlink()
     probes.save_probe(tmp_path / "probe", probe, {})
-    monkeypatch.setattr(suite, "add_row", lambda *told: (made.append(told), plain(*told)))
     suite.evaluate(SUITE, str(tiny_student_path), own, quick=True)
     assert len(made) == 10
 
