@@ -137,7 +137,9 @@ def changes(node: ast.AST) -> Iterator[tuple[str, str]]:
         case ast.Assign([ast.Attribute() | ast.Subscript()]) | ast.Continue() | ast.Break() | ast.Raise():
             yield "statement", "pass"
         case ast.Call(func, [first, second, *rest], keywords) if not (
-            any(isinstance(a, ast.Starred) for a in (first, second)) or ast.unparse(func) in ("max", "min")
+            any(isinstance(a, ast.Starred) for a in (first, second))
+            or ast.unparse(func) in ("max", "min")
+            or ast.dump(first) == ast.dump(second)
         ):
             yield "arguments", ast.unparse(ast.Call(func, [second, first, *rest], keywords))
         case _:

@@ -142,7 +142,20 @@ def test_a_track_of_any_length_holds_a_bounded_piece():
     assert len(track._features) < frames and len(track._came) < frames
 
 
+def test_bands_are_triangles_on_the_mel_scale_that_sum_to_one():
+    filters = audio.mel_filters(8, 16_000, 4096)
+    hz = np.fft.rfftfreq(4096, 1 / 16_000)
+    steps = np.diff(2595 * np.log10(1 + hz[filters.argmax(1)] / 700))  # between the peaks
+    assert np.allclose(filters.sum(1), 1) and np.allclose(steps, steps.mean(), rtol=0.05)
+    inside = [hz[row > 0][[0, -1]] for row in filters]
+    assert all(abs(low - 60) < 8 for low, _ in inside[:1]) and all(abs(high - 7600) < 8 for _, high in inside[-1:])
+    peaks = hz[filters.argmax(1)]
+    assert all(inside[k][1] == pytest.approx(peaks[k + 1], abs=8) for k in range(7))
+    assert all(inside[k + 1][0] == pytest.approx(peaks[k], abs=8) for k in range(7))
+
+
 def test_pcm_survives_bytes():
+    assert to_pcm16(np.array([-3.0, -1.0, 0.0, 1.0, 3.0], np.float32)).tolist() == [-32767, -32767, 0, 32767, 32767]
     pcm = noise(1)
     assert np.abs(from_pcm16(np.frombuffer(to_pcm16(pcm).tobytes(), "<i2")) - pcm).max() < 1e-4
 

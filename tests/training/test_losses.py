@@ -24,6 +24,7 @@ from vidistill.training.losses import (
     Roles,
     changing,
     chunk_levels,
+    clean_frames,
     critic_flow,
     diffusion_forcing,
     dmd,
@@ -339,8 +340,23 @@ def test_dmd_adds_its_terms_with_their_weights():
     assert parts[3].value.item() == pytest.approx(0.5 * steps, rel=1e-4), "the head starts as the identity"
 
 
+def test_edges_count_in_both_directions_of_a_picture():
+    px, off = torch.zeros(1, 2, 3, 4, 6), torch.zeros(1, 2, 3, 4, 6)
+    off[..., 1:] = 1.0  # one step along each row,
+    off[..., 2:, :] += 2.0  # and a larger one down each column
+    roles = Roles(student=lambda x, noise, rng: (x + off, torch.zeros(1)))
+    found = reconstruction(roles, px, None, LossConfig(), rng()).logs["edges"]
+    assert found.item() == pytest.approx(1 / 5 + 2 / 3)
+
+
+@pytest.mark.parametrize(("noisy", "clean"), [(0, 0), (1, 4), (2, 1), (3, 0), (9, 0)])
+def test_noisy_chunks_are_the_last_ones_and_at_most_all(student, noisy, clean):
+    assert clean_frames(student, F, LossConfig(noisy_chunks=noisy)) == clean  # chunks of 1, 3 and 3 frames
+
+
 def test_the_motion_head_learns_and_its_copy_follows():
     head = MotionHead(4)
+    assert not head.net[-1](randn(1, 64, 3, 3)).any(), "it starts as the identity"
     x, y = randn(2, 3, 4, 5, 5), randn(2, 3, 4, 5, 5, seed=1)
     head(x, y).backward()
     assert head.net[-1].weight.grad.abs().max() > 0
