@@ -394,7 +394,16 @@ def test_drift_shows_a_stream_that_loses_its_colour_and_not_one_that_keeps_it(wo
     for tally, clip in zip(tallies, (px, fading)):
         tally.add(clip)
     real, lost = (curve_drifts(t, tallies[0]) for t in tallies)
-    assert real["late"]["saturation_ratio"] == 1 and quality.late_following(tallies[0], asked, data) > 0.8
+    quality.add_late_following(real, tallies[0], asked, data, 0)
+    assert real["late"]["saturation_ratio"] == 1 and real["late"]["action_following"] > 0.8
+    assert "late_interval" not in real  # of two streams
+    many, eight = StreamTally(45, 10), px.repeat(4, 1, 1, 1, 1)
+    eight[:2, -10:] = 0.5  # two of eight show nothing at the end
+    many.add(eight)
+    row = {"late": {}}
+    quality.add_late_following(row, many, asked.repeat(4, 1, 1), data, 50)
+    low, high = row["late_interval"]["action_following"]
+    assert low < row["late"]["action_following"] < high < 1 and row["late"]["action_following"] < 0.95
     assert lost["saturation_drift"] < 0.3 * real["saturation_drift"] and lost["late"]["saturation_ratio"] < 0.3
 
 

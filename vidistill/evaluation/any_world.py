@@ -291,7 +291,7 @@ def long_streams(judged: Judgement) -> None:
         classes, whole = windows_of(data).classes, footage.length(latents, factor)
         asked = torch.stack([classes(footage.actions(window, whole, factor)) for window in windows])
         asked = asked[:, around(length, asked.shape[1])]
-        judged.result["student"]["late"]["action_following"] = quality.late_following(tallies["student"], asked, data)
+        quality.add_late_following(judged.result["student"], tallies["student"], asked, data, cfg.draws)
 
 
 def around(count: int, period: int) -> Tensor:

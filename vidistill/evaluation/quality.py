@@ -34,6 +34,7 @@ from vidistill.evaluation.clips import (
     without_filter,
 )
 from vidistill.evaluation.config import SuiteConfig
+from vidistill.evaluation.intervals import certain
 from vidistill.evaluation.probes import load_probe
 from vidistill.evaluation.report import Metric, Target
 from vidistill.evaluation.rooms import Rooms
@@ -335,19 +336,26 @@ def long_walks(judged: Judgement) -> None:
     assert judged.rooms.world.asked is not None and data.probe is not None
     asked = torch.stack(list(judged.rooms.world.asked(clips).values()), -1)[: cfg.streams]
     for name, tally in tallies.items():
-        judged.result[name]["late"]["action_following"] = late_following(tally, asked, data)
+        add_late_following(judged.result[name], tally, asked, data, cfg.draws)
 
 
-def late_following(tally: StreamTally, asked: Tensor, data: Data) -> float:
-    """How well the last window of streams follows the actions asked [S, T, heads] along them."""
+def add_late_following(row: dict[str, Any], tally: StreamTally, asked: Tensor, data: Data, draws: int) -> None:
+    """How well the last window of streams follows the actions asked [S, T, heads] along them, and its interval."""
     assert tally.tail is not None
     reading = data.read(tally.tail)
     times = reading.times + tally.seen - tally.tail.shape[1]
-    scores = [
-        metrics.balanced_accuracy(reading.labels[name], asked[:, times, i], classes)
-        for i, (name, classes) in enumerate(data.heads.items())
-    ]
-    return sum(scores) / len(scores)
+
+    def figures(index: Tensor) -> dict[str, float]:
+        scores = [
+            metrics.balanced_accuracy(reading.labels[name][index], asked[index][:, times, i], classes)
+            for i, (name, classes) in enumerate(data.heads.items())
+        ]
+        return {"action_following": sum(scores) / len(scores)}
+
+    found = certain(torch.arange(len(asked)), figures, draws)
+    row["late"]["action_following"] = found["action_following"]
+    if edges := found.get("action_following_interval"):
+        row.setdefault("late_interval", {})["action_following"] = edges
 
 
 def walk_along(
