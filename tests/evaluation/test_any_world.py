@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_cheats as cheats
 import tiny_env  # noqa: F401  (registers the environment)
 import torch
 import torch.nn.functional as F
@@ -126,10 +127,42 @@ def test_actions_are_read_from_real_video_and_not_from_video_of_other_actions(ev
     assert real["action_above_chance"] > 0.5 > 0.2 > abs(evaluated[0]["repeat"]["action_above_chance"])
     footage, student = Footage.open(world / "data", "test"), checkpoint.load(world / "student")
     data = any_world.held_out(student, checkpoint.load_codec(student), footage, protocol(world))
-    cheats = {"mirrored": lambda b: b.px.flip(-1), "elsewhere": lambda b: b.px.roll(1, 0)}
-    tallies = suite.measure(METRICS, cheats, data)
+    others = {"mirrored": lambda b: b.px.flip(-1), "elsewhere": lambda b: b.px.roll(1, 0)}
+    tallies = suite.measure(METRICS, others, data)
     figures = {name: suite.run_figures(METRICS, own, tallies["real"][0]) for name, own in tallies.items()}
-    assert all(figures[name]["action_above_chance"] < 0.3 for name in cheats), figures
+    assert all(figures[name]["action_above_chance"] < 0.3 for name in others), figures
+
+
+CAUGHT = {
+    "mirrored": (cheats.mirrored, "action_above_chance"),
+    "another clip's video": (cheats.elsewhere, "action_above_chance"),
+    "late": (cheats.late, "action_above_chance"),
+    "backwards": (cheats.backwards, "action_above_chance"),
+    "blurred": (cheats.blurred, "sharpness_ratio"),
+    "over-sharpened": (cheats.sharpened, "sharpness_ratio"),
+    "saturating": (cheats.saturated, "saturation_ratio"),
+    "pasting the first frame": (cheats.paste_start, "motion_ratio"),
+    "frozen": (cheats.frozen, "stuck_frames"),
+    "one frame in eight repeated": (cheats.repeating, "stuck_frames"),
+    "walls alone": (cheats.walls, "flat_frames"),
+}
+
+
+def test_cheats_in_a_world_of_ones_own_are_caught_by_the_figure_that_names_them(evaluated, world):
+    """The honest student shows real video with a little noise of its own."""
+    footage, student = Footage.open(world / "data", "test"), checkpoint.load(world / "student")
+    data = any_world.held_out(student, checkpoint.load_codec(student), footage, protocol(world))
+
+    def honest(batch):
+        noise = torch.randn(batch.px.shape, generator=torch.Generator().manual_seed(batch.seed))
+        return (batch.px + 0.003 * noise).clamp(0, 1)
+
+    rows = {"student": honest} | {name: lambda b, do=do: do(b.px, b) for name, (do, _) in CAUGHT.items()}
+    tallies = suite.measure(METRICS, rows, data, {"student": 3})
+    result = {name: suite.run_figures(METRICS, own, tallies["real"][0]) for name, own in tallies.items()}
+    mine = {name: result[name] for name in ("real", "student")}
+    suite.add_certainty(METRICS, mine, {name: tallies[name] for name in mine}, {}, 100)
+    assert not [name for name, (_, figure) in CAUGHT.items() if not cheats.flagged(result, name, figure)]
 
 
 def test_the_network_is_trained_once_for_the_same_clips_and_settings(evaluated, world, monkeypatch):
