@@ -180,7 +180,7 @@ def test_the_command_prints_exactly_the_promised_keys(tmp_path, capsys):
     assert "sync_corr" in list(report.table(METRICS, alone).columns[0].cells)
 
 
-def test_a_talker_stands_beside_what_it_was_trained_from(tmp_path):
+def test_a_talker_stands_beside_what_it_was_trained_from(tmp_path, caplog):
     folder = write_talker(tmp_path)
     for name in ("init", "trained"):
         for suffix in (".json", ".safetensors"):
@@ -193,7 +193,13 @@ def test_a_talker_stands_beside_what_it_was_trained_from(tmp_path):
     assert {row: bundle.name for row, bundle in found.items()} == {"teacher": "teacher", "vs": "init"}
     named = {"teacher": str(folder / "teacher"), "vs": str(folder / "student")}
     assert SUITE.others(load(folder / "trained"), named)["vs"].name == "student"
-    assert SUITE.others(load(folder / "student"), {**named, "vs": None}).keys() == {"teacher"}
+    assert SUITE.others(load(folder / "student"), {**named, "vs": None}).keys() == {"teacher"} and not caplog.records
+    record["card"]["parents"] = [str(folder / "teacher")]  # no student came before it, and none is missed
+    path.write_text(json.dumps(record))
+    assert lip_sync.init_of(load(folder / "trained")) is None and not caplog.records
+    record["card"]["parents"] = [str(folder / "lost"), str(folder / "teacher")]
+    path.write_text(json.dumps(record))
+    assert lip_sync.init_of(load(folder / "trained")) is None and "lost, which is not here" in caplog.text
 
 
 def test_the_drift_of_streams_lies_in_its_interval():

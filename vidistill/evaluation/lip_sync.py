@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vidistill import checkpoint, metrics
-from vidistill.checkpoint import Bundle, CheckpointError
+from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
 from vidistill.conditioning.audio import AudioConfig, clip_features, from_pcm16
 from vidistill.conditioning.condition import Condition, pack_audio, reference_channels
@@ -270,19 +270,19 @@ def beside_talker(student: Bundle, named: Mapping[str, str | None]) -> Mapping[s
 
 
 def init_of(student: Bundle) -> str | None:
-    """The talker a student was trained from, by its card; None, and a warning, where it is not at hand."""
+    """The talker a student was trained from, by its card; None where it was none, and a warning where a parent is not
+    at hand."""
     own = student.folder / student.name
     for parent in student.record.get("card", {}).get("parents", []):
-        for name in (parent, Path(parent).name):
-            try:
-                path = checkpoint.locate(name)
-            except CheckpointError:
-                continue
+        names = [parent, Path(parent).name]
+        here = [name for name in names if checkpoint.find_checkpoint(name) or name in checkpoint.zoo_names()]
+        for path in map(checkpoint.locate, here):
             record = checkpoint.read_record(path)
             same = all(record.get(key) == student.record.get(key) for key in ("kind", "codec", "audio"))
             if same and source_of(record) == source_of(student.record) and path != own:
                 return str(path)
-    log.warning("what %s was trained from is not here to stand beside it; name a student (--vs)", student.name)
+        if not here:
+            log.warning("%s was trained from %s, which is not here; name a student (--vs)", student.name, parent)
     return None
 
 

@@ -152,8 +152,8 @@ def differences(result: Mapping[str, Any]) -> list[str]:
         for key, d in sorted(found.items(), key=lambda item: item[1].get("verdict") not in ("better", "worse")):
             edges, verdict = d["interval"], d.get("verdict") or "no verdict"
             if d["value"] is not None:
-                told = "no interval" if edges is None else f"{edges[0]:+.3g} to {edges[1]:+.3g}"
-                out.append(f"{pair}: {key} {d['value']:+.3g} ({told}): {verdict}")
+                span = "no interval" if edges is None else f"{edges[0]:+.3g} to {edges[1]:+.3g}"
+                out.append(f"{pair}: {key} {d['value']:+.3g} ({span}): {verdict}")
     return out
 
 
