@@ -214,6 +214,16 @@ def test_worlds_that_are_named_nowhere_are_recorded(tmp_path, env, options, name
     assert clips.episode("frames", 0).float().std() > 5 and (clips.episode("actions", 0)[1:] > 0).any()
 
 
+def test_a_recorded_game_is_whole_to_its_edges(tmp_path):
+    """The paddle of Breakout is at 189 of 210 rows: a square cut from the middle would lose it."""
+    pytest.importorskip("ale_py")
+    few = ("--rate", "15", "--size", "70x80", "--episodes", "1", "--validation", "0", "--test", "0")
+    assert run(tmp_path / "out", *few, env="ale_py:ALE/Breakout-v5") == 0
+    first = Clips(tmp_path / "out" / "train").episode("frames", 0)[0].int()  # a third of the rows, half of the columns
+    red = (first - torch.tensor([200, 72, 72])).abs().amax(-1) < 40
+    assert 4 <= red[63].sum() <= 12 and red[63, 8:72].any()
+
+
 def test_the_tiny_world_is_a_sound_environment():
     from gymnasium.utils.env_checker import check_env
 

@@ -74,7 +74,7 @@ def test_pictures_and_actions_are_those_that_minari_holds(tmp_path, recorded, bo
             episode = next(iter(minari.load_dataset("tiny/seen-v0").iterate_episodes([k])))
             px = episode.observations["camera"] if both else episode.observations
             assert np.array_equal(
-                clips.episode("frames", i).numpy(), np.stack([resized(x, (24, 24), "crop") for x in px])
+                clips.episode("frames", i).numpy(), np.stack([resized(x, (24, 24), "stretch") for x in px])
             )
     assert seen == {0, 1, 2, 3}
 

@@ -48,14 +48,15 @@ class GymConfig:
     """How episodes of environment `env` are recorded. `repeat`: steps a frame; `start`: idle steps before the first.
 
     `crop`: pixels cut off at top, bottom, left and right; then the picture is made `size` (height, width) as `resize`
-    says. `policy`: random, sticky or MODULE:FUNCTION, which is called with (environment, generator) for every episode
-    and returns a function from an observation to an action of the environment. `least`: frames of the shortest episode.
+    says; stretched, because what matters may stand at its edges (the paddle of Breakout). `policy`: random, sticky or
+    MODULE:FUNCTION, which is called with (environment, generator) for every episode and returns a function from an
+    observation to an action of the environment. `least`: frames of the shortest episode.
     """
 
     env: str
     options: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] = (64, 64)
-    resize: str = "crop"
+    resize: str = "stretch"
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     repeat: int = 1
     start: int = 0

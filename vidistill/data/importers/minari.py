@@ -26,7 +26,7 @@ class MinariConfig:
     observation: str = ""
     fps: float = 15.0
     size: tuple[int, int] = (64, 64)
-    resize: str = "crop"
+    resize: str = "stretch"
     names: tuple[str, ...] = ()
     least: int = 17
 
@@ -121,7 +121,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--observation", default="", help="key of the picture, where observations are dictionaries")
     p.add_argument("--fps", type="rate", default=15.0, help="frames a second (default: 15)")
     p.add_argument("--size", type="size", default=(64, 64), help="pixels of a frame (default: 64x64)")
-    p.add_argument("--resize", choices=("crop", "fit", "stretch"), default="crop", help="into the size (default: crop)")
+    ways = ("crop", "fit", "stretch")
+    p.add_argument("--resize", choices=ways, default="stretch", help="into the size (default: stretch)")
     p.add_argument("--names", help="of actions, with commas, as of `data gym`")
     p.add_argument("--min-frames", type="count", default=17, help="frames of an episode at least (default: 17)")
     p.add_argument("--split", type="numbers", default=(0.9, 0.05, 0.05), help="shares of train,validation,test")

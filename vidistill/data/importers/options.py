@@ -18,7 +18,8 @@ def add_world_options(p: Any, required: bool = False, frames: int = 321) -> None
     p.add_argument("--start", type="number", default=0, help="idle steps before the first frame (default: 0)")
     p.add_argument("--size", type="size", default=(64, 64), help="pixels of a frame (default: 64x64)")
     p.add_argument("--crop", type="numbers", default=(0, 0, 0, 0), help="pixels cut off first: TOP,BOTTOM,LEFT,RIGHT")
-    p.add_argument("--resize", choices=("crop", "fit", "stretch"), default="crop", help="into the size (default: crop)")
+    ways = ("crop", "fit", "stretch")
+    p.add_argument("--resize", choices=ways, default="stretch", help="into the size (default: stretch)")
     p.add_argument("--names", help="of actions, with commas: one an axis of a Box, one a value else")
     p.add_argument(
         "--keys", nargs="+", default=[], metavar="ACTION=KEY", help="keys of the page, e.g. steer_minus=ArrowLeft"
