@@ -59,9 +59,9 @@ def groups(figures: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Ma
     for key, value in figures.items():
         if isinstance(value, Mapping) and "command" in value:
             yield from groups(value, key)
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and key != "confusion":  # which stands in tables of its own
             own |= {f"{key} {inner}": x for inner, x in value.items()}
-        elif key not in SOURCE:
+        elif key not in (*SOURCE, "confusion"):
             own[key] = value
     if own:
         yield name, {key: figures.get(key, "-") for key in SOURCE}, own
@@ -118,6 +118,14 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def confusion(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    """For each attribute of a caption, the shares of what was seen (columns) where a value was asked for (rows)."""
+    for attribute, rows in tables.items():
+        yield from ("", f"| {attribute} asked | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|")
+        for asked, seen in rows.items():
+            yield f"| {asked} | {' | '.join(f'{seen.get(value, 0.0):.3f}' for value in rows)} |"
+
+
 def zoo_page(found: Mapping[str, Mapping[str, Any]], claimed: Sequence[Mapping[str, Any]]) -> str:
     aliases = json.loads((ZOO / "aliases.json").read_text(encoding="utf-8"))
     also = {stem: alias for alias, stem in aliases.items()}
@@ -155,6 +163,7 @@ def zoo_page(found: Mapping[str, Mapping[str, Any]], claimed: Sequence[Mapping[s
         for _, source, own in groups(figures):
             told = ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in own.items())
             lines.append(f"| {told} | `{source['command']}` | {source['commit']} | {source['machine']} |")
+        lines += confusion(figures.get("quality", {}).get("confusion", {}))
         if note := record["card"].get("note"):
             lines += ["", note[0].upper() + note[1:] + "."]
     return "\n".join(lines) + "\n"
