@@ -46,6 +46,16 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
+def new_site(cfg: DiTConfig, name: str) -> Site:
+    """The untrained projections of a site of `cfg`."""
+    return Site(cfg.projected[name], cfg.width, 0 if name == "modulation" else cfg.layers)
+
+
+def new_pool_weights(cfg: DiTConfig) -> nn.ParameterDict:
+    """Scores that pool by averages until they are trained, of each factor."""
+    return nn.ParameterDict({str(s): nn.Parameter(torch.zeros(cfg.layers, cfg.heads, s, s)) for s in cfg.pool_factors})
+
+
 class VideoDiT(nn.Module):
     """Video diffusion transformer with one timestep per frame.
 
@@ -66,16 +76,12 @@ class VideoDiT(nn.Module):
             )
         if cfg.image_dim:
             self.img_emb = ImageEmbedding(cfg.image_dim, width)
-        self.pool_weights = nn.ParameterDict(
-            {str(s): nn.Parameter(torch.zeros(cfg.layers, cfg.heads, s, s)) for s in cfg.pool_factors}
-        )
+        self.pool_weights = new_pool_weights(cfg)
         if cfg.grid != NO_GRID:
             self.position = nn.Parameter(0.02 * torch.randn(cfg.grid[0] * cfg.grid[1], width))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = Head(cfg)
-        self.sites = nn.ModuleDict(
-            {name: Site(site, width, 0 if name == "modulation" else cfg.layers) for name, site in cfg.projected.items()}
-        )
+        self.sites = nn.ModuleDict({name: new_site(cfg, name) for name in cfg.projected})
         self.initialise()
 
     def initialise(self) -> None:
@@ -358,8 +364,13 @@ def extend(net: VideoDiT, cfg: DiTConfig) -> VideoDiT:
         raise ValueError(f"dit.sites.{loud[0]} is new to this network: set zero_init so that it starts without effect")
     if wanted == net.cfg:
         return net
-    other, state = VideoDiT(wanted), net.state_dict()
+    with torch.device("meta"):  # what `net` has is not made again, where every process may hold one
+        other = VideoDiT(wanted)
+    other.sites.update({name: new_site(wanted, name) for name in new})
+    other.pool_weights = new_pool_weights(wanted)
+    state = net.state_dict()
     grown = other.patch_embedding.in_features - net.patch_embedding.in_features
     state["patch_embedding.weight"] = F.pad(state["patch_embedding.weight"], (0, grown))
-    other.load_state_dict({**other.state_dict(), **state}, assign=True)
+    own = {name: x for name, x in other.state_dict().items() if not x.is_meta}
+    other.load_state_dict({**own, **state}, assign=True)
     return other.train(net.training)
