@@ -1,6 +1,7 @@
 """`vidistill data gym`: any environment in, episodes with named actions out, and their true futures."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,6 +136,19 @@ def test_sticky_actions_stay_longer_than_random_ones():
         return (np.abs(np.diff(actions, axis=0)).max(1) > 0).sum()
 
     assert 0 < runs("sticky") < runs("random") < 120
+
+
+def test_a_clip_goes_on_with_another_episode_where_one_ends(tmp_path):
+    """Each ends after 4 steps, two frames: then its successor's first picture, whatever is held."""
+    cfg = config(restart=True, options={"ends": 4}, repeat=3)
+    clip = record(cfg, 0)
+    assert len(clip.frames) == 24 and np.array_equal(replay(cfg, 0, clip.actions), clip.frames)
+    floors = [frame[:2].tobytes() for frame in clip.frames]  # an episode has a floor of its own, the square is below
+    assert [floors.index(floor) for floor in floors] == [k - k % 3 for k in range(24)]
+    assert record(replace(cfg, restart=False), 0).frames.tolist() == clip.frames[:3].tolist()
+    few = ("--option", "ends=1", "--restart", "--min-frames", "24")
+    assert run(tmp_path / "out", *few) == 0
+    assert Clips(tmp_path / "out" / "train").meta["config"]["restart"] is True
 
 
 def test_clips_are_encoded_while_they_are_recorded(tmp_path, tiny_codec_path):

@@ -63,7 +63,8 @@ class Store:
 class Played:
     """A session of an environment, as the page takes it: a frame is `repeat` steps of what is held.
 
-    An episode that is over, or has all its frames, is stored, and the next one begins by the next seed.
+    An episode that is over (unless its clip goes on: `restart`), or has all its frames, is stored, and the next one
+    begins by the next seed.
     """
 
     nfe_per_chunk, memory_bytes, frames_per_chunk, queued_audio_s = 0.0, 0, 1, 0.0
@@ -105,12 +106,13 @@ class Played:
         run = index = 0
         while True:
             number, held = self._input, np.array(self._held, np.float32)
-            if not self._fresh and (self._over or len(self._frames) >= self.real.cfg.num_frames):
+            cfg, ended = self.real.cfg, self._over and not self.real.cfg.restart
+            if not self._fresh and (ended or len(self._frames) >= cfg.num_frames):
                 self._store()
                 self._begin(self.seed + 1)
             elif not self._fresh:
-                _, self._over = gym.advance(self._env, self.real.named, held, self.real.cfg.repeat)
-                self._frames.append(gym.shot(self._env, self.real.cfg))
+                _, self._over = gym.follow(self._env, cfg, self.real.named, held, self._over)
+                self._frames.append(gym.shot(self._env, cfg))
                 self._actions.append(held)
             self._fresh = False
             run, index = self._run, 0 if run != self._run else index

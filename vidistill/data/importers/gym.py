@@ -50,7 +50,8 @@ class GymConfig:
     `crop`: pixels cut off at top, bottom, left and right; then the picture is made `size` (height, width) as `resize`
     says; stretched, because what matters may stand at its edges (the paddle of Breakout). `policy`: random, sticky or
     MODULE:FUNCTION, which is called with (environment, generator) for every episode and returns a function from an
-    observation to an action of the environment. `least`: frames of the shortest episode.
+    observation to an action of the environment. `least`: frames of the shortest episode. `restart`: a clip goes on with
+    another episode where one ends.
     """
 
     env: str
@@ -64,6 +65,7 @@ class GymConfig:
     least: int = 17
     policy: str = "random"
     names: tuple[str, ...] = ()
+    restart: bool = False
 
     def __post_init__(self) -> None:
         if min(self.repeat, self.num_frames, self.least, *self.size) < 1 or min(self.start, *self.crop) < 0:
@@ -236,10 +238,11 @@ def policy_of(cfg: GymConfig, env: Any, named: ActionMap, rng: np.random.Generat
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-def begin(env: Any, cfg: GymConfig, named: ActionMap, seed: int) -> tuple[Any, bool]:
-    """Start an episode: what is observed at its first frame, and whether it is over already."""
+def begin(env: Any, cfg: GymConfig, named: ActionMap, seed: int | None) -> tuple[Any, bool]:
+    """Start the episode of a seed (None: of the next): what is observed at its first frame, and whether it is over."""
     observation, _ = env.reset(seed=seed)
-    env.action_space.seed(seed)
+    if seed is not None:
+        env.action_space.seed(seed)
     if not cfg.start:
         return observation, False
     return advance(env, named, np.zeros(len(named.names), np.float32), cfg.start)
@@ -254,13 +257,18 @@ def advance(env: Any, named: ActionMap, numbers: np.ndarray, steps: int) -> tupl
     return observation, False
 
 
+def follow(env: Any, cfg: GymConfig, named: ActionMap, numbers: np.ndarray, over: bool) -> tuple[Any, bool]:
+    """Hold actions for a frame, or restart where the episode is over: what is observed then, and whether it is over."""
+    return begin(env, cfg, named, None) if over else advance(env, named, numbers, cfg.repeat)
+
+
 def play(env: Any, cfg: GymConfig, named: ActionMap, seed: int, num: int, choose: Choose) -> Clip:
     """The episode that `choose` plays from the start of a seed, of `num` frames or as many as there are."""
     observation, over = begin(env, cfg, named, seed)
     frames, actions = [shot(env, cfg)], [np.zeros(len(named.names), np.float32)]
-    while len(frames) < num and not over:
+    while len(frames) < num and (cfg.restart or not over):
         numbers = choose(observation)
-        observation, over = advance(env, named, numbers, cfg.repeat)
+        observation, over = follow(env, cfg, named, numbers, over)
         frames.append(shot(env, cfg))
         actions.append(numbers)
     return Clip(np.stack(frames), {"seed": seed}, actions=np.stack(actions))
@@ -283,8 +291,8 @@ def record_long(cfg: GymConfig, seed: int) -> Clip:
             return clip
         longest = max(longest, len(clip.frames))
     raise DataError(
-        f"--env {cfg.env} ended after {longest} frames at most in {TRIES} episodes, {cfg.least} are asked for; lower "
-        "--min-frames or --repeat, or give a --policy that lasts longer"
+        f"--env {cfg.env} ended after {longest} frames at most in {TRIES} episodes, {cfg.least} are asked for; add "
+        "--restart, lower --min-frames or --repeat, or give a --policy that lasts longer"
     )
 
 
@@ -332,7 +340,7 @@ def asked(args: argparse.Namespace) -> tuple[GymConfig, float, ActionMap, dict[s
     """The config, frames a second, actions and keys that a command line asks for."""
     options = {"env": args.env, "options": settings(args.option), "size": args.size, "resize": args.resize}
     options |= {"crop": tuple(int(n) for n in args.crop), "start": args.start, "num_frames": args.frames}
-    options |= {"least": args.min_frames, "policy": args.policy}
+    options |= {"least": args.min_frames, "policy": args.policy, "restart": args.restart}
     options["names"] = tuple(filter(None, (args.names or "").split(",")))
     if len(options["crop"]) != 4:
         raise ValueError(f"--crop is TOP,BOTTOM,LEFT,RIGHT in pixels, got {len(options['crop'])} numbers")

@@ -11,6 +11,7 @@ def add_world_options(p: Any, required: bool = False, frames: int = 321) -> None
     )
     p.add_argument("--frames", type="count", default=frames, help=f"frames of an episode at most (default: {frames})")
     p.add_argument("--min-frames", type="count", default=17, help="frames of an episode at least (default: 17)")
+    p.add_argument("--restart", action="store_true", help="clips go on with another episode where one ends")
     p.add_argument(
         "--rate", type="rate", help="steps a second (default: what the environment says, which may be wrong)"
     )
