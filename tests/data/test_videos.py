@@ -553,6 +553,23 @@ def test_every_file_that_cannot_be_used_has_its_reason(tmp_path, many):
     assert not rows["none.mp4"]["odd"] and not rows["empty.mp4"]["odd"]  # nothing of them is used
 
 
+def test_videos_in_which_nothing_moves_are_kept_where_that_is_asked(tmp_path):
+    folder = tmp_path / "in"
+    for k in range(8):
+        write(folder / f"still{k}.mp4", moving(1, seed=k).repeat(40, 0))
+    write(folder / "moves.mp4", moving(40, seed=9))
+    write(folder / "black.mp4", np.zeros((40, SIDE, SIDE, 3), np.uint8))
+    imported(tmp_path / "out", folder, "--frozen", "keep", "--split", "0.5,0,0.5")
+    report, rows = report_of(tmp_path / "out")
+    assert report["used"] == 9 and report["dropped"] == {"black": 1}
+    assert rows["still0.mp4"]["odd"] == ["frozen"] and not rows["moves.mp4"]["odd"]
+    assert {rows[f"still{k}.mp4"]["split"] for k in range(8)} == {"train", "test"}, "each is another video"
+    write(folder / "again.mp4", moving(1, seed=0).repeat(40, 0))
+    imported(tmp_path / "more", folder, "--frozen", "keep", "--split", "0.5,0,0.5")
+    more = report_of(tmp_path / "more")[1]
+    assert more["again.mp4"]["split"] == more["still0.mp4"]["split"] == rows["still0.mp4"]["split"]
+
+
 def test_a_list_that_names_what_is_not_there_loses_that_row_alone(tmp_path):
     write(tmp_path / "here.mp4", moving(20))
     (tmp_path / "list.csv").write_text("path,caption\nhere.mp4,a square\ngone.mp4,nothing\n")

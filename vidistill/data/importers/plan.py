@@ -80,17 +80,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is asked of the videos of a data set. `split`: shares of train, validation and test."""
+    """What is asked of the videos of a data set. `split`: shares of train, validation and test; `duplicates` (other
+    encodings) and `frozen` (nothing moves): keep or drop."""
 
     fps: float
     windows: WindowConfig = WindowConfig()
     split: tuple[float, ...] = (0.9, 0.05, 0.05)
     duplicates: str = "keep"
+    frozen: str = "drop"
 
     def __post_init__(self) -> None:
         check_shares(self.split)
-        if self.duplicates not in ("keep", "drop"):
-            raise ValueError(f"--duplicates is keep or drop, got {self.duplicates!r}")
+        for name in ("duplicates", "frozen"):
+            if getattr(self, name) not in ("keep", "drop"):
+                raise ValueError(f"--{name} is keep or drop, got {getattr(self, name)!r}")
+
+    def shows(self, scene: Scene) -> bool:
+        """Whether a scene is worth a clip."""
+        return not scene.black and (not scene.frozen or self.frozen == "keep")
 
 
 def check_shares(shares: Sequence[float]) -> None:
@@ -111,7 +118,7 @@ def common_rate(inspected: Sequence[Inspection]) -> float:
 def decide(inspected: Sequence[Inspection], faults: Mapping[int, str], cfg: PlanConfig) -> list[Verdict]:
     """What becomes of every video, in their order; `faults`: what is wrong with what lies beside some of them."""
     of = clusters(inspected)
-    split = splits((inspected[of[k]].fingerprint for k, found in enumerate(inspected) if found.scenes), cfg.split)
+    split = splits((shown_by(inspected[of[k]], cfg) for k, found in enumerate(inspected) if found.scenes), cfg.split)
     out = []
     for k, found in enumerate(inspected):
         head = inspected[of[k]]
@@ -125,12 +132,19 @@ def decide(inspected: Sequence[Inspection], faults: Mapping[int, str], cfg: Plan
         windows, lost = windows_of(k, found, cfg)
         odd = (*oddities(found, cfg.fps), *([f"another encoding of {first}"] if first else []), *lost)
         reason = "" if windows else "; ".join(lost) or "no window fits it"
-        out.append(
-            Verdict(
-                found.name, reason, odd if windows else (), split[head.fingerprint] if windows else "", first, windows
-            )
-        )
+        if not windows:
+            out.append(Verdict(found.name, reason, same_as=first))
+            continue
+        if any(scene.frozen and cfg.shows(scene) for scene in found.scenes):
+            odd = (*odd, "frozen")
+        out.append(Verdict(found.name, "", odd, split[shown_by(head, cfg)], first, windows))
     return out
+
+
+def shown_by(found: Inspection, cfg: PlanConfig) -> str:
+    """What decides the split of a video: what moves in it; all of its pictures where nothing does, and it is kept."""
+    still = cfg.frozen == "keep" and all(scene.frozen for scene in found.scenes)
+    return found.content if still else found.fingerprint
 
 
 def refused(found: Inspection, fps: float) -> str:
@@ -171,7 +185,7 @@ def windows_of(item: int, found: Inspection, cfg: PlanConfig) -> tuple[tuple[Win
     windows, lost = list[Window](), Counter[str]()
     for number, scene in enumerate(found.scenes):
         total = frames_in(scene, cfg.fps)
-        if scene.black or scene.frozen:
+        if not cfg.shows(scene):
             lost["black" if scene.black else "frozen"] += 1
         elif not (cut := cfg.windows.cut(total)):
             wanted = cfg.windows.least if cfg.windows.mode == "whole" else cfg.windows.frames

@@ -257,7 +257,7 @@ def run(args: argparse.Namespace) -> str:
     fps = asked.fps or common_rate(inspected)
     if args.audio:
         asked = replace(asked, audio=build(AudioConfig, {**settings(args.audio), "fps": fps}))
-    job = settle(listing.items, inspected, asked, PlanConfig(fps, windows, args.split, args.duplicates))
+    job = settle(listing.items, inspected, asked, PlanConfig(fps, windows, args.split, args.duplicates, args.frozen))
     report = summary(inspected, job.verdicts, listing.strays, fps)
     write_report(out, job.items, inspected, report, asked.still_fps)
     said = told(out, report)
@@ -343,6 +343,9 @@ def add_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--duplicates", choices=("keep", "drop"), default="keep", help="other encodings of a video (default: keep)"
+    )
+    p.add_argument(
+        "--frozen", choices=("drop", "keep"), default="drop", help="videos in which nothing moves (default: drop)"
     )
     p.add_argument(
         "--given", type=int, choices=(0, 1), help="latents a clip starts from (default: 0 for captions alone)"
