@@ -211,29 +211,31 @@ def test_worlds_without_a_picture_are_refused(tmp_path, capsys, env, says):
 
 
 @pytest.mark.parametrize(
-    ("env", "options", "names"),
+    ("env", "options", "names", "fps"),
     [
-        ("CartPole-v1", ("--resize", "fit", "--repeat", "1", "--frames", "17"), ["action0", "action1"]),
+        ("CartPole-v1", ("--resize", "fit", "--repeat", "1", "--frames", "17"), ["action0", "action1"], 50),
         ("CarRacing-v3", ("--names", "steer,gas,brake", "--crop", "0,50,0,0", "--frames", "17"),
-         ["steer_minus", "steer_plus", "gas", "brake"]),
-        ("ale_py:ALE/Breakout-v5", ("--option", "frameskip=1", "--rate", "60"), ["fire", "right", "left"]),
+         ["steer_minus", "steer_plus", "gas", "brake"], 50 / 3),
+        ("ale_py:ALE/Breakout-v5", ("--option", "frameskip=1"), ["fire", "right", "left"], 15),
     ],
 )  # fmt: skip
-def test_worlds_that_are_named_nowhere_are_recorded(tmp_path, env, options, names):
+def test_worlds_that_are_named_nowhere_are_recorded(tmp_path, env, options, names, fps):
     pytest.importorskip({"CarRacing-v3": "Box2D", "CartPole-v1": "pygame"}.get(env, "ale_py"))
     few = ("--episodes", "1", "--validation", "0", "--test", "0", "--min-frames", "9")
     assert run(tmp_path / "out", *options, *few, env=env) == 0
     clips = Clips(tmp_path / "out" / "train")
-    assert clips.meta["actions"] == names and clips.meta["deterministic"]
+    assert clips.meta["actions"] == names and clips.meta["deterministic"] and clips.meta["fps"] == pytest.approx(fps)
     assert clips.episode("frames", 0).float().std() > 5 and (clips.episode("actions", 0)[1:] > 0).any()
 
 
 def test_a_recorded_game_is_whole_to_its_edges(tmp_path):
     """The paddle of Breakout is at 189 of 210 rows: a square cut from the middle would lose it."""
     pytest.importorskip("ale_py")
-    few = ("--rate", "15", "--size", "70x80", "--episodes", "1", "--validation", "0", "--test", "0")
+    few = ("--size", "70x80", "--episodes", "1", "--validation", "0", "--test", "0")
     assert run(tmp_path / "out", *few, env="ale_py:ALE/Breakout-v5") == 0
-    first = Clips(tmp_path / "out" / "train").episode("frames", 0)[0].int()  # a third of the rows, half of the columns
+    clips = Clips(tmp_path / "out" / "train")
+    assert clips.meta["fps"] == 15 and clips.meta["config"]["repeat"] == 1  # 60 on the console, 4 a step
+    first = clips.episode("frames", 0)[0].int()  # a third of the rows, half of the columns
     red = (first - torch.tensor([200, 72, 72])).abs().amax(-1) < 40
     assert 4 <= red[63].sum() <= 12 and red[63, 8:72].any()
 

@@ -29,6 +29,7 @@ from vidistill.progress import Bar
 
 SPLITS = {"train": 0, "validation": HELD_OUT_SEED, "test": 2 * HELD_OUT_SEED}  # split -> its first seed
 TRIES, ANOTHER = 20, 10 * HELD_OUT_SEED  # episodes tried for one that is long enough; from the seed of one to the next
+ATARI = 60.0  # frames a second
 HELD = (2, 8)  # frames that a random action is held, at least and at most
 STAYS = 0.9  # how likely a sticky action is to stay for another frame
 RATES = (12.0, 18.0)  # frames a second that suit a small world
@@ -175,7 +176,13 @@ def key_name(key: Any) -> str:
 
 
 def rate_of(env: Any) -> float:
-    """Steps a second that an environment says it is made for; 0 where it says nothing."""
+    """Steps a second that an environment is made for, as it says; 0 where it says nothing.
+
+    Atari's say 30 whatever they skip: the console shows ATARI frames (ALE's `frameskip`, a number or a range).
+    """
+    if hasattr(env.unwrapped, "ale"):
+        skip = env.unwrapped._frameskip
+        return ATARI / (skip if isinstance(skip, int) else (skip[0] + skip[1] - 1) / 2)
     return float(env.metadata.get("render_fps") or 0)
 
 
