@@ -180,8 +180,9 @@ def rate_of(env: Any) -> float:
 
     Atari's say 30 whatever they skip: the console shows ATARI frames (ALE's `frameskip`, a number or a range).
     """
-    if hasattr(env.unwrapped, "ale"):
-        skip = env.unwrapped._frameskip
+    own = vars(env.unwrapped)
+    if "ale" in own:
+        skip = own["_frameskip"]
         return ATARI / (skip if isinstance(skip, int) else (skip[0] + skip[1] - 1) / 2)
     return float(env.metadata.get("render_fps") or 0)
 
