@@ -12,19 +12,21 @@ from tiny_relic import CAMERA, MEMORY, SITES
 
 from vidistill.checkpoint import Bundle
 from vidistill.conditioning.camera import RELIC, numbers, opposite, place_of, planar
+from vidistill.conditioning.controls import move_keys
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.serve import protocol
 from vidistill.streaming.session import StreamConfig, StreamSession
 
 
-def session(memory=MEMORY, camera=CAMERA, gain=1.0):
-    dit = replace(DIT, sites=SITES if camera else DIT.sites)
+def session(memory=MEMORY, camera=CAMERA, gain=1.0, without=(), world=WORLD):
+    sites = {name: site for name, site in (SITES if camera else DIT.sites).items() if name not in without}
+    dit = replace(DIT, sites=sites)
     student = CausalStudent(random_dit(dit), StudentConfig(3, 0, memory), SHAPE).eval().requires_grad_(False)
     with torch.no_grad():
         for p in student.net.sites.parameters():
             p.add_(0.1)
-    world = {**WORLD, "camera": asdict(camera)} if camera else WORLD
+    world = {**world, "camera": asdict(camera)} if camera else world
     described = {"sites": {n: {"dim": s.dim} for n, s in dit.sites.items()}, "text_dim": 0, "extra_channels": 0}
     record = {"dit": described, "schedule": {**SCHEDULE, "given_chunks": 0}, "world": world}
     return StreamSession(Bundle("roamer", "student", student, record), None, StreamConfig(pipelined=False, gain=gain))
@@ -45,6 +47,28 @@ def test_the_map_shows_here_and_what_is_kept_of_every_frame():
         assert shown["here"][0] == pytest.approx(0.15 * 32, abs=0.01)  # 8 latents of 4 frames; the first stands still
         assert shown["path"][-1] == shown["here"][:2] and len(shown["path"]) == 4
         assert [x for x, _ in shown["path"]] == sorted(x for x, _ in shown["path"])
+
+
+def test_a_camera_that_nothing_else_moves_goes_by_its_own_moves():
+    filmed = {name: value for name, value in WORLD.items() if name not in ("actions", "keys")}
+    with session(without=("modulation",), world=filmed) as stream:
+        moves = ["forward", "backward", "left", "right", "turn_left", "turn_right"]
+        assert list(stream.actions) == moves
+        assert stream.takes["action"] == {"kind": "hold", "names": moves, "keys": {"left": ["q"], "right": ["e"]}}
+        stream.set(action={"right": 0.5})
+        latents = stream.latents()
+        for _ in range(2):
+            next(latents)
+        assert stream.navigator.map["here"] == pytest.approx([0, -0.5 * 0.15 * 20, 0], abs=0.01)  # the first stands
+        told = stream.inputs.condition(stream.inputs.control, 6, 9).per_frame
+        assert set(told) == {"hidden", "qk"}
+        assert told["hidden"][0, :, CAMERA.actions.index("right")] == pytest.approx([0.5] * 3, abs=1e-4)
+    flown = replace(CAMERA, actions=("left", "right", "up", "down", "static"))
+    assert move_keys(flown.actions) == {
+        "left": ["ArrowLeft"], "right": ["ArrowRight"], "up": ["ArrowUp"], "down": ["ArrowDown"]
+    }  # fmt: skip
+    with session(without=("modulation",)) as stream:  # the data named what was done
+        assert list(stream.actions) == ["turn_left", "turn_right", "forward", "backward"]
 
 
 def test_the_way_home_undoes_the_way_and_a_key_ends_it():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidistill.conditioning.audio import Track, from_pcm16
-from vidistill.conditioning.camera import CameraConfig, Pose, latent_rate, wanted
+from vidistill.conditioning.camera import MOVES, CameraConfig, Pose, latent_rate, wanted
 from vidistill.conditioning.condition import (
     ACTION_SITE,
     AUDIO_SITE,
@@ -109,7 +109,13 @@ class Network:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        return self.record.played.actions if ACTION_SITE in self.sites else ()
+        """What can be held: the actions of its world, or the moves of its camera where it is told nothing else."""
+        played = self.record.played
+        if ACTION_SITE in self.sites:
+            actions: tuple[str, ...] = played.actions
+            return actions
+        moves = played.actions or (played.camera.actions if played.camera else ())
+        return tuple(name for name in moves if name in MOVES) if played.camera else ()
 
     def px_frames(self, start: int, stop: int) -> tuple[int, int]:
         """First px frame of latents start..stop-1, and the one after their last."""
@@ -134,6 +140,14 @@ def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[st
     return tuple(float(v) for v in values)
 
 
+def move_keys(names: Sequence[str]) -> dict[str, list[str]]:
+    """Keys of a camera's moves that the page has none for: beside those that walk and turn, theirs where none does."""
+    sides = ("q", "e") if "turn_left" in names or "turn_right" in names else ("ArrowLeft", "ArrowRight")
+    heights = ("r", "f") if "forward" in names or "backward" in names else ("ArrowUp", "ArrowDown")
+    keys = dict(zip(("left", "right", "up", "down", "look_up", "look_down"), (*sides, *heights, "i", "k"), strict=True))
+    return {name: [key] for name, key in keys.items() if name in names}
+
+
 class Actions(Modality):
     """Named actions, each held at 0 to 1."""
 
@@ -142,7 +156,7 @@ class Actions(Modality):
     def __init__(self, net: Network) -> None:
         self.net, self.names = net, net.actions
         needed = net.factor * len(self.names) + 1
-        if net.sites[ACTION_SITE] != needed:
+        if net.sites.get(ACTION_SITE, needed) != needed:
             raise ValueError(
                 f"the network takes {net.sites[ACTION_SITE]} numbers a latent at site {ACTION_SITE!r}; "
                 f"{len(self.names)} actions of {net.factor} px frames and a flag are {needed}: student and codec do "
@@ -152,6 +166,8 @@ class Actions(Modality):
     @property
     def described(self) -> Mapping[str, Any]:
         keys = {name: list(keys) for name, keys in self.net.record.played.keys.items()}
+        if ACTION_SITE not in self.net.sites:
+            keys |= move_keys(self.names)
         return {"kind": "hold", "names": list(self.names), **({"keys": keys} if keys else {})}
 
     def initial(self) -> tuple[float, ...]:
@@ -162,6 +178,8 @@ class Actions(Modality):
         return held_values(value, self.names)
 
     def condition(self, values: Values, start: int, stop: int) -> Condition:
+        if ACTION_SITE not in self.net.sites:  # they move the camera, which is told
+            return Condition()
         action = torch.tensor(values["action"], device=self.net.device)
         return Condition(per_frame={ACTION_SITE: hold_action(action, start, stop, self.net.factor)})
 
