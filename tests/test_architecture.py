@@ -91,18 +91,18 @@ SENTENCE = re.compile(rf"(?<![\w.\\'`/-]){WORD},? {WORD},? {WORD}(?![\w.\\'-])")
 MAX_FILE, MAX_FUNCTION, MAX_FORWARD = 500, 60, 40
 # Statements by room, docstrings apart: what there is, rounded up. A change that needs more raises its room on purpose.
 BUDGETS = {
-    "data": 2724,
+    "data": 2743,
     "training": 1754,
     "evaluation": 3023,
     "worlds": 1464,
     "bench": 1314,
     "ops": 1180,
-    "cli": 1508,
-    "serve": 1235,
+    "cli": 1553,
+    "serve": 1236,
     "interop": 1059,
-    "conditioning": 788,
+    "conditioning": 802,
     "streaming": 684,
-    "models": 598,
+    "models": 607,
     "memory": 566,
     "codecs": 495,
     "io": 312,

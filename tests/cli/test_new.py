@@ -11,6 +11,8 @@ from tiny_wan import LENGTH, TEXT, write_wan
 from vidistill import checkpoint
 from vidistill.cli import planning, recipe, timing
 from vidistill.cli.main import main
+from vidistill.cli.world import look
+from vidistill.conditioning.camera import integrate, rows_of
 from vidistill.config import load_config
 from vidistill.data.shards import write_shards
 from vidistill.training.config import TrainConfig
@@ -22,6 +24,8 @@ KINDS = {  # what clips tell beside pictures: actions, numbers of a token, numbe
     "neither": (0, 0, 0),
     "sound": (0, 0, 64),
     "all": (2, 96, 64),
+    "camera": (0, 0, 0),
+    "camera and text": (0, 96, 0),
 }
 
 
@@ -39,6 +43,10 @@ def write_world(folder, kind="actions", episodes=4, frames=33, side=16, held=3, 
             tensors["tokens"] = torch.randn(episodes, 16, text, generator=rng).half()
         if audio:
             tensors["audio"] = torch.randn(episodes, frames, audio, generator=rng).half()
+        if "camera" in kind:  # it walks ahead or to the right, and turns either way
+            ahead, right, turned = torch.rand(3, episodes, -(-frames // held), generator=rng).double()
+            moved = torch.stack((0.2 * ahead, -0.2 * right, 0 * ahead, 0.2 * turned - 0.1, 0 * ahead, 0 * ahead), -1)
+            tensors["poses"] = rows_of(integrate(moved.repeat_interleave(held, 1)[:, :frames])).float()
         meta = {"source": "mine", "fps": fps, "px_size": side, "given": int(bool(actions) or not text)}
         meta |= {"actions": ["left", "right"]} if actions else {}
         meta |= {"text": {"kind": "ngrams"}} if text else {}
@@ -71,10 +79,18 @@ def test_every_world_gets_configs_that_load(tmp_path, quick, kind, monkeypatch):
     assert ("modulation" in dit.sites) == bool(actions) and dit.text_dim == text
     if actions:
         assert dit.sites["modulation"].dim == 4 * actions + 1
-    assert dit.sites["hidden"].dim == 4 * audio if audio else "hidden" not in dit.sites
+    camera = stages["diagonal"].camera
+    assert (camera is not None) == ("camera" in kind)
+    if camera:
+        walk = ("forward", "backward", "left", "right", "turn_left", "turn_right", "static")
+        assert camera.actions == walk and camera.sites == ("hidden",) and dit.sites["hidden"].dim == len(walk)
+        assert camera.step == pytest.approx(0.19, abs=0.02) and camera.turn == pytest.approx(0.095, abs=0.01)
+        assert "--action forward:24,backward:24,left:24," in (tmp_path / "mine" / "run.sh").read_text()
+    else:
+        assert dit.sites["hidden"].dim == 4 * audio if audio else "hidden" not in dit.sites
     assert (loss.audio_guidance > 0) == (loss.drop_audio > 0) == bool(text and audio)
     assert stages["diagonal"].objective == "dmd" and stages["diagonal"].teacher == "runs/teacher/teacher"
-    assert stages["tf"].schedule.given_chunks == (0 if kind == "text" else 1)
+    assert stages["tf"].schedule.given_chunks == (0 if kind in ("text", "camera and text") else 1)
     assert stages["codec"].data == "../data/train" and stages["teacher"].data == "latents/train"
     for name in recipe.STAGES:
         lines = (tmp_path / "mine" / f"{name}.yaml").read_text().splitlines()
@@ -83,7 +99,7 @@ def test_every_world_gets_configs_that_load(tmp_path, quick, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stage_takes_a_step_on_data_of_its_world(tmp_path, kind):
-    world = recipe.look(write_world(tmp_path / "data", kind))
+    world = look(write_world(tmp_path / "data", kind))
     choice = recipe.choose(world, warm=False)
     small = {"width": 32, "layers": 2, "ffn": 64}
     stages = recipe.stages_of(world, choice, str(tmp_path / "data" / "train"), str(tmp_path / "s" / "latents"))
@@ -107,7 +123,7 @@ def test_every_stage_takes_a_step_on_data_of_its_world(tmp_path, kind):
 
 def test_the_plan_stays_inside_the_budget(tmp_path, quick, capsys):
     write_world(tmp_path / "data")
-    world = recipe.look(tmp_path / "data")
+    world = look(tmp_path / "data")
     for budget in (1200.0, 3600.0, 4 * 3600.0):
         plan = planning.plan(tmp_path / "data", budget)
         total = 3600 * sum(plan.hours(name) for name in recipe.STAGES) + plan.encode
@@ -152,7 +168,7 @@ def test_a_hopeless_budget_is_refused_before_anything_is_timed(tmp_path, monkeyp
 
 def test_the_least_time_of_a_plan_grows_with_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "best_flops_per_s", lambda: 1e11)  # measured twice, it differs
-    world = recipe.look(write_world(tmp_path / "data", "both"))
+    world = look(write_world(tmp_path / "data", "both"))
     choice = recipe.choose(world, warm=False)
     stages = planning.scratch_stages(world, choice, tmp_path)
     least = timing.least_seconds(world, choice, stages, planning.FEWEST)
@@ -176,10 +192,10 @@ def test_what_one_stage_does_not_need_goes_to_the_others():
 
 @pytest.mark.parametrize(("held", "fps", "chunk"), [(3, 15.0, 1), (14, 15.0, 3)])
 def test_quick_worlds_are_made_a_latent_at_a_time(tmp_path, held, fps, chunk):
-    world = recipe.look(write_world(tmp_path / "data", held=held, fps=fps, frames=85))
+    world = look(write_world(tmp_path / "data", held=held, fps=fps, frames=85))
     choice = recipe.choose(world)
     assert (choice.chunk, choice.clips) == (chunk, 22) and "held for" in choice.why_chunk
-    assert recipe.choose(recipe.look(write_world(tmp_path / "text", "text"))).chunk == 3
+    assert recipe.choose(look(write_world(tmp_path / "text", "text"))).chunk == 3
 
 
 def test_bundled_weights_are_taken_where_they_fit(tmp_path, quick):

@@ -15,20 +15,19 @@ from vidistill import checkpoint, metrics
 from vidistill.cli import timing
 from vidistill.cli.recipe import (
     COPY_STARTS,
-    SHORT,
     SIZES,
     STAGES,
     Choice,
     Row,
     Stage,
-    World,
     choose,
     codec_geometry,
-    look,
     stages_of,
 )
 from vidistill.cli.timing import CPU_FACTOR, Took
+from vidistill.cli.world import SHORT, World, look
 from vidistill.codecs import visibility
+from vidistill.conditioning.camera import CameraConfig
 from vidistill.conditioning.condition import branches
 from vidistill.data.clips import Clips
 from vidistill.data.shards import META, DataError
@@ -142,7 +141,7 @@ class Plan:
 
     def script(self, frames: str) -> str:
         """run.sh."""
-        held = ",".join(f"{name}:24" for name in self.world.actions)
+        held = ",".join(f"{name}:24" for name in self.world.names)
         action = f" --action {held},still:12" if held else ""
         return SCRIPT.format(
             frames=shlex.quote(frames),
@@ -326,11 +325,11 @@ def check(folder: Path, name: str, lenient: bool) -> str:
     return f"{name}: {said}" + (f"; {', '.join(bad)} would stop a real run" if bad else "")
 
 
-def held_out(folder: Path, name: str) -> Clips:
+def held_out(folder: Path, name: str, camera: CameraConfig | None = None) -> Clips:
     path = folder / name
     if not (path / META).is_file():
         raise DataError(f"{path} is not there; run run.sh from its beginning")
-    return Clips(path)
+    return Clips(path, camera=camera)
 
 
 @torch.no_grad()
@@ -372,7 +371,7 @@ def check_teacher(folder: Path, plan: Mapping[str, Any]) -> dict[str, float]:
     """Sharpness and motion of the teacher's samples beside real clips that begin the same."""
     bundle = checkpoint.load(str(folder / "runs" / "teacher" / "teacher"), "teacher")
     codec = checkpoint.load(str(folder / "runs" / "codec" / "codec"), "codec").net
-    clips = held_out(folder, plan["latents"])
+    clips = held_out(folder, plan["latents"], bundle.spec.played.camera)
     frames = min(bundle.record["shape"]["frames"], clips.longest("latents"))
     batch = clips.latents(4, frames, 0, 0)
     noise = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(0))

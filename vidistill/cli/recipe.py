@@ -7,138 +7,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vidistill import checkpoint
+from vidistill.cli.world import World
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
+from vidistill.conditioning.condition import MOVE_SITE
 from vidistill.config import build
 from vidistill.data.clips import Clips
-from vidistill.data.shards import META, DataError
 from vidistill.io import save_png
 from vidistill.models.dit import VideoDiT
 from vidistill.training.config import TrainConfig
 
 MUON = "conv|^(encoder|decoder)[.][1-9][0-9]*[.]weight"
 LEVELS = [1.0, 0.9375, 0.8333, 0.625]
-SHORT, LONG = 7, 22  # latents of a clip: most of a teacher's steps, and all that comes after
+LONG = 22  # latents of a clip: all that comes after the SHORT ones of a teacher's first steps
 LONGER = 4  # clips that a stream lasts on which the last student is trained
 WARM = {"codec": "doom-codec", "teacher": "doom-teacher"}  # bundled, trained longest
 SIZES: Mapping[str, tuple[int, int, int]] = {"small": (160, 5, 480), "base": (224, 6, 672), "large": (320, 8, 960)}
 TOKENS = 48  # of a latent frame, at most: what a laptop streams
 STAGES = ("codec", "teacher", "tf", "selfforcing", "diagonal")
-
-
-@dataclass(frozen=True)
-class World:
-    """What the data show. `size`: px; `length`: px frames of the longest episode; `held`: px frames an action is;
-    `text_dim`, `audio`: numbers of a token, and of sound a px frame."""
-
-    data: Path
-    splits: tuple[str, ...]
-    size: tuple[int, int]
-    fps: float
-    episodes: int
-    px_frames: int
-    length: int
-    actions: tuple[str, ...]
-    text_dim: int
-    given: int
-    held: float
-    audio: int = 0
-
-    @property
-    def factor(self) -> int:
-        """Px frames of a latent: four, where the video is quick enough for an eye not to see them."""
-        return 4 if self.fps >= 8 else 2
-
-    @property
-    def spatial(self) -> int:
-        """Pixels along the side of a latent."""
-        return 4 if max(self.size) <= 96 else 8
-
-    @property
-    def latent(self) -> tuple[int, int]:
-        return self.size[0] // self.spatial, self.size[1] // self.spatial
-
-    @property
-    def longest(self) -> int:
-        """Latents of the longest episode."""
-        return 1 + (self.length - 1) // self.factor
-
-    @property
-    def conditions(self) -> list[str]:
-        """What a network is conditioned on beside pictures."""
-        named = [f"actions {', '.join(self.actions)}"] * bool(self.actions) + ["captions"] * bool(self.text_dim)
-        return named + ["sound"] * bool(self.audio)
-
-    @property
-    def per_frame_dims(self) -> dict[str, int]:
-        """Numbers a latent of the per-frame conditions, as data holds them packed."""
-        actions = self.factor * len(self.actions) + 1 if self.actions else 0
-        return {name: dim for name, dim in {"actions": actions, "audio": self.factor * self.audio}.items() if dim}
-
-    @property
-    def guidance(self) -> dict[str, float]:
-        """Scales at which a teacher is asked: of text and, where there is sound beside it, of sound; 1 is none."""
-        if self.text_dim and self.audio:
-            return {"guidance": 1.5, "audio_guidance": 2.0}
-        return {"guidance": 2.0 if self.text_dim or self.audio else 1.0}
-
-    @property
-    def drops(self) -> dict[str, float]:
-        """Shares of clips whose conditions a teacher does not see; sound alone, too, where its scale is its own."""
-        return {"drop": 0.1, **({"drop_audio": 0.1} if "audio_guidance" in self.guidance else {})}
-
-
-def look(data: Path) -> World:
-    """What the frames of a data folder (or of a folder with its splits) show; DataError where no stage takes them."""
-    splits = tuple(sorted(p.parent.name for p in data.glob(f"*/{META}")))
-    if not (data / META).is_file() and "train" not in splits:
-        raise FileNotFoundError(f"--data {data}: no clips there; make some with `vidistill data videos` or `data gym`")
-    clips = Clips(data if (data / META).is_file() else data / "train")
-    if clips.kind != "frames":
-        raise DataError(
-            f"{clips.folder} holds {clips.kind}; `new` trains a codec first and needs frames: leave out --codec"
-        )
-    height, width = clips.parts[0]["frames"].shape[-3:-1]
-    lengths = clips.lengths("frames")
-    world = World(
-        data=data,
-        splits=splits if clips.folder != data else (),
-        size=(height, width),
-        fps=clips.meta["fps"],
-        episodes=len(clips),
-        px_frames=sum(lengths),
-        length=max(lengths),
-        actions=tuple(clips.meta.get("actions", ())) if clips.width_of("actions") else (),
-        text_dim=clips.width_of("tokens"),
-        given=clips.given,
-        held=held_frames(clips),
-        audio=clips.width_of("audio"),
-    )
-    if height % world.spatial or width % world.spatial:
-        raise DataError(
-            f"{clips.folder} has frames of {height}x{width}; sides must be multiples of "
-            f"{world.spatial}: make the data with another --size"
-        )
-    if world.longest < SHORT:
-        needed = 1 + world.factor * (SHORT - 1)
-        raise DataError(
-            f"{clips.folder} has no episode longer than {world.length} frames; {needed} are needed: cut longer clips"
-        )
-    return world
-
-
-def held_frames(clips: Clips) -> float:
-    """Px frames for which an action is held, in the middle; 0 without actions."""
-    if not clips.width_of("actions"):
-        return 0.0
-    runs = list[int]()
-    for k in range(min(len(clips), 64)):
-        changed = clips.episode("actions", k)[1:].diff(dim=0).abs().amax(-1) > 0.05
-        edges = torch.cat((torch.tensor([-1]), changed.nonzero()[:, 0], torch.tensor([len(changed)])))
-        runs += edges.diff().tolist()
-    return float(torch.tensor(runs, dtype=torch.float64).median()) if runs else 0.0
 
 
 @dataclass(frozen=True)
@@ -234,7 +120,7 @@ def choose(world: World, warm: bool = True) -> Choice:
 def chunk_of(world: World) -> tuple[int, str]:
     """Latents a student makes at a time, and why: a key waits a whole chunk for its picture."""
     wait = 3 * world.factor / world.fps
-    if not world.actions:
+    if not world.names:
         return 3, "no keys wait for it; longer chunks are steadier and cost less"
     if world.held and world.held < 3 * world.factor:
         return 1, (
@@ -290,14 +176,25 @@ def codec_stage(world: World, choice: Choice, data: str) -> Stage:
     return Stage("codec", "Pixels to latents and back.", tuple(rows))
 
 
-def teacher_sites(dims: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """The sites of per-frame conditions, whose numbers a latent are given by name."""
-    sites: dict[str, dict[str, Any]] = {}
+def teacher_sites(world: World) -> dict[str, dict[str, Any]]:
+    """The sites of per-frame conditions."""
+    sites, dims = dict[str, dict[str, Any]](), world.per_frame_dims
+    if world.camera is not None:
+        sites[MOVE_SITE] = {"dim": world.camera.action_dim, "hidden": 128}
     if "actions" in dims:
         sites["modulation"] = {"dim": dims["actions"], "hidden": 128}
     if "audio" in dims:
         sites["hidden"] = {"dim": dims["audio"], "hidden": 64, "activation": "norm"}
     return sites
+
+
+def camera_rows(world: World) -> list[Row]:
+    """How the camera moves, where that is what a network is conditioned on."""
+    if (camera := world.camera) is None:
+        return []
+    values = {"step": camera.step, "turn": camera.turn, "actions": list(camera.actions), "sites": list(camera.sites)}
+    why = "a full move of a frame, in units of the poses and in radians: 95 of 100 frames stay below"
+    return [Row("camera", values, why)]
 
 
 def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
@@ -308,7 +205,7 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
     dit: dict[str, Any] = {"channels": 16, "patch": list(patch), "width": max(width, math.ceil((area + 32) / 32) * 32)}
     grid = [world.latent[0] // patch[1], world.latent[1] // patch[2]]
     dit |= {"layers": layers, "heads": 4, "ffn": ffn, "grid": grid, "predicts": "x0"}
-    if sites := teacher_sites(world.per_frame_dims):
+    if sites := teacher_sites(world):
         dit["sites"] = sites
     if world.text_dim:
         dit["text_dim"] = world.text_dim
@@ -326,10 +223,11 @@ def teacher_stage(world: World, choice: Choice, data: str) -> Stage:
             f"{grid[0] * grid[1]} tokens a latent frame; conditions: {', '.join(world.conditions) or 'none'}",
         ),
     ]
+    rows += camera_rows(world)
     if choice.warm_teacher:
         rows.append(Row("init", "init/teacher", f"what fits of {choice.warm_teacher}: 2.5 to 3 times fewer steps"))
     loss = {"noise": {"shift": 5.0, "logit_normal": False}, **world.drops, **world.guidance}
-    if world.actions and loss["guidance"] == 1:
+    if world.names and loss["guidance"] == 1:
         loss["guidance"] = 1.5
     why = "guidance: what a sampler uses"
     if "audio_guidance" in loss:
@@ -395,7 +293,7 @@ def student_stages(world: World, choice: Choice) -> list[Stage]:
         "tf",
     )
     stream = LONGER * choice.clips
-    floor = {"guidance": 1.3, "guidance_floor": 0.8} if world.actions and world.guidance == {"guidance": 1.0} else {}
+    floor = {"guidance": 1.3, "guidance_floor": 0.8} if world.names and world.guidance == {"guidance": 1.0} else {}
     diagonal = Stage(
         "diagonal",
         "Diagonal Distillation: 4, 3, then 2 steps a chunk, memory as the last step left it, on streams that go on.",

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidistill import checkpoint
-from vidistill.cli.recipe import SHORT, Choice, Stage, World, codec_geometry, config, write_warm
+from vidistill.cli.recipe import Choice, Stage, codec_geometry, config, write_warm
+from vidistill.cli.world import SHORT, World
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.data.shards import latent_shard, write_shards
 from vidistill.models.dit import VideoDiT
@@ -124,6 +125,8 @@ def write_stand_ins(folder: Path, world: World, choice: Choice, stages: Mapping[
         name: torch.randn(clips, choice.clips, 16, height, width) for name in ("latents", "images")
     }
     tensors |= {name: torch.rand(clips, choice.clips, width) for name, width in world.per_frame_dims.items()}
+    if world.camera is not None:
+        tensors["poses"] = world.camera.wander(clips, choice.clips)
     if world.text_dim:
         tensors["tokens"] = torch.randn(clips, 16, world.text_dim)
     meta = {"fps": world.fps, "actions": list(world.actions), "given": world.given, "temporal": world.factor}

@@ -13,13 +13,13 @@ from vidistill.cli.recipe import (
     Choice,
     Row,
     Stage,
-    World,
+    camera_rows,
     choose,
     config,
-    look,
     teacher_sites,
     write_project,
 )
+from vidistill.cli.world import World, look
 from vidistill.data.shards import DataError
 from vidistill.models.layers import DiTConfig
 from vidistill.teachers.wan import VAE_FACTORS
@@ -54,7 +54,7 @@ class WanPlan:
     @property
     def whole(self) -> bool:
         """Whether all weights train: those of new inputs are no LoRA's."""
-        return bool(self.world.per_frame_dims)
+        return bool(teacher_sites(self.world))
 
     @property
     def guidance(self) -> dict[str, float]:
@@ -89,12 +89,12 @@ class WanPlan:
 
     def teacher(self) -> Stage:
         """Wan on clips of one's own."""
-        world, dims = self.world, self.world.per_frame_dims
+        world = self.world
         dit = {f.name: getattr(self.dit, f.name) for f in fields(DiTConfig)}
         dit = {name: value for name, value in dit.items() if value != getattr(UNKNOWN, name)}
         dit = {name: list(value) if isinstance(value, tuple) else value for name, value in dit.items()}
-        if dims:
-            dit["sites"] = {site: {**one, "zero_init": True} for site, one in teacher_sites(dims).items()}
+        if sites := teacher_sites(world):
+            dit["sites"] = {site: {**one, "zero_init": True} for site, one in sites.items()}
         height, width = (side // self.side for side in world.size)
         rows = [
             Row("name", "teacher"),
@@ -111,6 +111,7 @@ class WanPlan:
                 {**dit, "checkpoint": True},
                 "as the folder says; blocks recomputed, or clips of this size fit no GPU",
             ),
+            *camera_rows(world),
             *self.adapters("teacher"),
             Row("loss", {"noise": {"shift": 5.0, "logit_normal": False}, **world.drops, **self.guidance}),
             Row("optim", {"lr": 2e-5 if self.whole else 1e-4, "warmup": 100, "weight_decay": 0.01, "clip": 1.0}),
