@@ -107,7 +107,7 @@ BUDGETS = {
     "codecs": 495,
     "io": 312,
     "teachers": 300,
-    "checkpoint": 267,
+    "checkpoint": 268,
     "distributed": 310,
     "schedules": 150,
     "config": 139,

@@ -20,7 +20,7 @@ from vidistill import record as records
 from vidistill.codecs import GEOMETRIES, Codec, build_codec, codec_record, open_codec
 from vidistill.codecs.tiny import TinyCodec
 from vidistill.conditioning.condition import Encode
-from vidistill.conditioning.controls import shows_picture
+from vidistill.conditioning.controls import held_names, shows_picture
 from vidistill.conditioning.text import NgramConfig, Ngrams
 from vidistill.config import ConfigError, build
 from vidistill.diffusion import LatentShape, NoiseSchedule
@@ -433,6 +433,7 @@ def summary(name: str | Path) -> dict[str, Any]:
     """What a checkpoint is: kind, sizes, world, schedule with evaluations per chunk, card, whose alias its name is."""
     path = locate(name)
     record = read_record(path)
+    spec = parse(record, f"{path}.json", needs=False)
     weights = with_extension(path, ".safetensors")
     with torch.device("meta"):
         net = rebuild(record, f"{path}.json")
@@ -443,6 +444,7 @@ def summary(name: str | Path) -> dict[str, Any]:
         "bytes": weights.stat().st_size,
         "card": record.get("card") or {},
         "world": record.get("world") or {},
+        "actions": list(held_names(spec.played, spec.dit.sites if spec.dit else ())),
     }
     if str(name) in zoo_names() and path.name != str(name):
         row["alias_of"] = path.name

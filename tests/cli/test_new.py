@@ -220,7 +220,10 @@ def test_every_world_is_rehearsed(tmp_path, quick, kind, monkeypatch):
     write_world(tmp_path / "data", kind, episodes=1)
     assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h", "--cold") == 0
     run_all(commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")[:-1], monkeypatch)
-    student = checkpoint.load(str(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal"))
+    path = str(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal")
+    student = checkpoint.load(path)
+    moves = ["forward", "backward", "left", "right", "turn_left", "turn_right"] if "camera" in kind else []
+    assert checkpoint.summary(path)["actions"] == (moves or ["left", "right"] * bool(KINDS[kind][0]))
     assert (student.record["audio"] is not None) == bool(KINDS[kind][2]) and (
         tmp_path / "mine/rehearsal/out.mp4"
     ).is_file()

@@ -46,8 +46,8 @@ def summary(name: str, row: dict[str, Any]) -> str:
 
 def details(row: dict[str, Any]) -> Iterator[str]:
     """What else is known of one checkpoint."""
-    if actions := row["world"].get("actions"):
-        yield f"actions {', '.join(actions)}; {row['world']['fps']:g} frames a second"
+    if row["actions"]:
+        yield f"actions {', '.join(row['actions'])}; {row['world']['fps']:g} frames a second"
     if memory := row.get("memory"):
         yield (
             f"memory {memory['policy']}: {memory['frames']} frames in {memory['tokens']} tokens, "

@@ -109,17 +109,19 @@ class Network:
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """What can be held: the actions of its world, or the moves of its camera where it is told nothing else."""
-        played = self.record.played
-        if ACTION_SITE in self.sites:
-            actions: tuple[str, ...] = played.actions
-            return actions
-        moves = played.actions or (played.camera.actions if played.camera else ())
-        return tuple(name for name in moves if name in MOVES) if played.camera else ()
+        return held_names(self.record.played, self.sites)
 
     def px_frames(self, start: int, stop: int) -> tuple[int, int]:
         """First px frame of latents start..stop-1, and the one after their last."""
         return max(0, self.factor * (start - 1) + 1), self.factor * (stop - 1) + 1
+
+
+def held_names(played: "WorldConfig", sites: Iterable[str]) -> tuple[str, ...]:
+    """What can be held: the actions of a world, or the moves of its camera where a network is told nothing else."""
+    if ACTION_SITE in sites:
+        return played.actions
+    moves = played.actions or (played.camera.actions if played.camera else ())
+    return tuple(name for name in moves if name in MOVES) if played.camera else ()
 
 
 def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
