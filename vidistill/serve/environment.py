@@ -79,7 +79,7 @@ class Played:
         self._begin(seed)
 
     def _begin(self, seed: int) -> None:
-        self.seed, self._fresh = seed, True
+        self.seed, self._episode, self._fresh = seed, 0, True
         _, self._over = gym.begin(self._env, self.real.cfg, self.real.named, seed)
         self._frames = [gym.shot(self._env, self.real.cfg)]
         self._actions = [np.zeros(len(self.real.named.names), np.float32)]
@@ -111,7 +111,11 @@ class Played:
                 self._store()
                 self._begin(self.seed + 1)
             elif not self._fresh:
-                _, self._over = gym.follow(self._env, cfg, self.real.named, held, self._over)
+                if self._over:
+                    self._episode, held = self._episode + 1, np.zeros_like(held)
+                    _, self._over = gym.begin(self._env, cfg, self.real.named, self.seed, self._episode)
+                else:
+                    _, self._over = gym.advance(self._env, self.real.named, held, cfg.repeat)
                 self._frames.append(gym.shot(self._env, cfg))
                 self._actions.append(held)
             self._fresh = False

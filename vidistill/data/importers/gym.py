@@ -51,7 +51,7 @@ class GymConfig:
     `crop`: pixels cut off at top, bottom, left and right; then the picture is made `size` (height, width) as `resize`
     says; stretched, because what matters may stand at its edges (the paddle of Breakout). `policy`: random, sticky or
     MODULE:FUNCTION, which is called with (environment, generator) for every episode and returns a function from an
-    observation to an action of the environment. `least`: frames of the shortest episode. `restart`: a clip goes on with
+    observation to an action of the environment. `least`: frames of the shortest clip. `restart`: a clip goes on with
     another episode where one ends.
     """
 
@@ -180,9 +180,8 @@ def rate_of(env: Any) -> float:
 
     Atari's say 30 whatever they skip: the console shows ATARI frames (ALE's `frameskip`, a number or a range).
     """
-    own = vars(env.unwrapped)
-    if "ale" in own:
-        skip = own["_frameskip"]
+    skip = vars(env.unwrapped).get("_frameskip")
+    if "ale" in vars(env.unwrapped) and isinstance(skip, int | tuple):
         return ATARI / (skip if isinstance(skip, int) else (skip[0] + skip[1] - 1) / 2)
     return float(env.metadata.get("render_fps") or 0)
 
@@ -243,14 +242,31 @@ def policy_of(cfg: GymConfig, env: Any, named: ActionMap, rng: np.random.Generat
     return lambda observation: named.of(act(observation))
 
 
+def policies_of(cfg: GymConfig, env: Any, named: ActionMap, seed: int, stream: int = 1) -> Callable[[int], Choose]:
+    """What plays each episode of a clip, by its number."""
+    return lambda number: policy_of(cfg, env, named, np.random.default_rng([seed, stream, *([number] * bool(number))]))
+
+
+def played_again(actions: np.ndarray) -> Callable[[int], Choose]:
+    """What plays the actions [T, A] of a clip again; those of first frames count nothing."""
+    rows = iter(actions)
+
+    def policy(_: int) -> Choose:
+        next(rows)
+        return lambda _: next(rows)
+
+    return policy
+
+
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-def begin(env: Any, cfg: GymConfig, named: ActionMap, seed: int | None) -> tuple[Any, bool]:
-    """Start the episode of a seed (None: of the next): what is observed at its first frame, and whether it is over."""
+def begin(env: Any, cfg: GymConfig, named: ActionMap, seed: int, number: int = 0) -> tuple[Any, bool]:
+    """Start episode `number` of the clip of a seed: what is observed at its first frame, and whether it is over."""
+    if number:
+        seed = int(np.random.default_rng([seed, number]).integers(2**31))
     observation, _ = env.reset(seed=seed)
-    if seed is not None:
-        env.action_space.seed(seed)
+    env.action_space.seed(seed)
     if not cfg.start:
         return observation, False
     return advance(env, named, np.zeros(len(named.names), np.float32), cfg.start)
@@ -265,18 +281,24 @@ def advance(env: Any, named: ActionMap, numbers: np.ndarray, steps: int) -> tupl
     return observation, False
 
 
-def follow(env: Any, cfg: GymConfig, named: ActionMap, numbers: np.ndarray, over: bool) -> tuple[Any, bool]:
-    """Hold actions for a frame, or restart where the episode is over: what is observed then, and whether it is over."""
-    return begin(env, cfg, named, None) if over else advance(env, named, numbers, cfg.repeat)
+def play(env: Any, cfg: GymConfig, named: ActionMap, seed: int, num: int, policy: Callable[[int], Choose]) -> Clip:
+    """The clip of a seed, of `num` frames or as many as there are; `policy(n)` plays its episode n.
 
-
-def play(env: Any, cfg: GymConfig, named: ActionMap, seed: int, num: int, choose: Choose) -> Clip:
-    """The episode that `choose` plays from the start of a seed, of `num` frames or as many as there are."""
+    A later episode begins as the first does: nothing is held at its first frame.
+    """
+    number, still = 0, np.zeros(len(named.names), np.float32)
+    choose = policy(number)
     observation, over = begin(env, cfg, named, seed)
-    frames, actions = [shot(env, cfg)], [np.zeros(len(named.names), np.float32)]
+    frames, actions = [shot(env, cfg)], [still]
     while len(frames) < num and (cfg.restart or not over):
-        numbers = choose(observation)
-        observation, over = follow(env, cfg, named, numbers, over)
+        numbers = still
+        if over:
+            number += 1
+            choose = policy(number)
+            observation, over = begin(env, cfg, named, seed, number)
+        else:
+            numbers = choose(observation)
+            observation, over = advance(env, named, numbers, cfg.repeat)
         frames.append(shot(env, cfg))
         actions.append(numbers)
     return Clip(np.stack(frames), {"seed": seed}, actions=np.stack(actions))
@@ -286,8 +308,7 @@ def record(cfg: GymConfig, seed: int, num: int | None = None) -> Clip:
     """The episode of a seed, by the policy; the same seed gives the same frames where the environment does."""
     with contextlib.closing(made(cfg)) as env:
         named = actions_of(env, cfg)
-        choose = policy_of(cfg, env, named, np.random.default_rng([seed, 1]))
-        return play(env, cfg, named, seed, num or cfg.num_frames, choose)
+        return play(env, cfg, named, seed, num or cfg.num_frames, policies_of(cfg, env, named, seed))
 
 
 def record_long(cfg: GymConfig, seed: int) -> Clip:
@@ -307,7 +328,7 @@ def record_long(cfg: GymConfig, seed: int) -> Clip:
 def replay(cfg: GymConfig, seed: int, actions: np.ndarray) -> np.ndarray:
     """The true frames uint8 [T, H, W, 3] that actions [T, A] lead to from the start of a seed; the first is not played.
 
-    T is smaller where the episode ends before. Only as true as the environment is deterministic (`is_deterministic`).
+    T is smaller where the clip ends before. Only as true as the environment is deterministic (`is_deterministic`).
     """
     actions = np.asarray(actions, np.float32)
     with contextlib.closing(made(cfg)) as env:
@@ -316,8 +337,7 @@ def replay(cfg: GymConfig, seed: int, actions: np.ndarray) -> np.ndarray:
             raise ValueError(
                 f"actions are {list(actions.shape)}; needed is [T, {len(named.names)}]: {', '.join(named.names)}"
             )
-        rows = iter(actions[1:])
-        return play(env, cfg, named, seed, len(actions), lambda _: next(rows)).frames
+        return play(env, cfg, named, seed, len(actions), played_again(actions)).frames
 
 
 def is_deterministic(cfg: GymConfig, seed: int = 0) -> bool:
@@ -328,10 +348,8 @@ def is_deterministic(cfg: GymConfig, seed: int = 0) -> bool:
         return False
     with contextlib.closing(made(cfg)) as env:
         named = actions_of(env, cfg)
-        other = policy_of(cfg, env, named, np.random.default_rng([seed, 2]))
-        play(env, cfg, named, seed + 1, CHECKED, other)
-        rows = iter(first.actions[1:])
-        again = play(env, cfg, named, seed, len(first.frames), lambda _: next(rows))
+        play(env, cfg, named, seed + 1, CHECKED, policies_of(cfg, env, named, seed, 2))
+        again = play(env, cfg, named, seed, len(first.frames), played_again(first.actions))
     return np.array_equal(again.frames, first.frames)
 
 
@@ -375,7 +393,8 @@ def noted(
     cfg: GymConfig, fps: float, named: ActionMap, keys: Mapping[str, list[str]], true: bool, codec: str | None = None
 ) -> dict[str, Any]:
     """What is noted of recorded episodes."""
-    meta = {"source": "gym", "config": asdict(cfg), "fps": fps, "actions": list(named.names), "keys": keys, "given": 1}
+    config = {name: value for name, value in asdict(cfg).items() if name != "restart" or value}  # older data lack it
+    meta = {"source": "gym", "config": config, "fps": fps, "actions": list(named.names), "keys": keys, "given": 1}
     meta |= {"px_size": cfg.size[0] if cfg.size[0] == cfg.size[1] else list(cfg.size), "codec": codec}
     return meta | {"deterministic": true}
 

@@ -117,14 +117,14 @@ class Watch:
         """Bits of how the picture departs from its mean over time, at moments spread over the video.
 
         What stands still counts nothing, so that two recordings of one place differ, and one video in two encodings
-        does not.
+        does not. Where nothing moves, how the picture departs from its mean over its area.
         """
         times, pictures = np.array([t for t, _ in self.kept]), np.stack([x for _, x in self.kept])
         asked = times[0] + (np.arange(TIMES) + 0.5) / TIMES * (times[-1] - times[0])
         at = np.abs(times[:, None] - asked).argmin(0)
         step = SIDE // CELLS
         cells = pictures[at].astype(np.float32).reshape(TIMES, CELLS, step, CELLS, step).mean((2, 4))
-        departs = (cells - cells.mean(0)).ravel()
+        departs = (cells - (cells.mean(0) if any(self.moved[1:]) else cells.mean())).ravel()
         return np.packbits(departs @ planes() > 0).tobytes().hex()
 
 

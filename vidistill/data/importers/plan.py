@@ -117,8 +117,8 @@ def common_rate(inspected: Sequence[Inspection]) -> float:
 
 def decide(inspected: Sequence[Inspection], faults: Mapping[int, str], cfg: PlanConfig) -> list[Verdict]:
     """What becomes of every video, in their order; `faults`: what is wrong with what lies beside some of them."""
-    of = clusters(inspected)
-    split = splits((shown_by(inspected[of[k]], cfg) for k, found in enumerate(inspected) if found.scenes), cfg.split)
+    of = clusters(inspected, cfg)
+    split = splits((inspected[of[k]].fingerprint for k, found in enumerate(inspected) if found.scenes), cfg.split)
     out = []
     for k, found in enumerate(inspected):
         head = inspected[of[k]]
@@ -137,14 +137,8 @@ def decide(inspected: Sequence[Inspection], faults: Mapping[int, str], cfg: Plan
             continue
         if any(scene.frozen and cfg.shows(scene) for scene in found.scenes):
             odd = (*odd, "frozen")
-        out.append(Verdict(found.name, "", odd, split[shown_by(head, cfg)], first, windows))
+        out.append(Verdict(found.name, "", odd, split[head.fingerprint], first, windows))
     return out
-
-
-def shown_by(found: Inspection, cfg: PlanConfig) -> str:
-    """What decides the split of a video: what moves in it; all of its pictures where nothing does, and it is kept."""
-    still = cfg.frozen == "keep" and all(scene.frozen for scene in found.scenes)
-    return found.content if still else found.fingerprint
 
 
 def refused(found: Inspection, fps: float) -> str:
@@ -202,13 +196,13 @@ def frames_in(scene: Scene, fps: float) -> int:
     return int((scene.end - scene.start) * fps + JITTER) + 1
 
 
-def clusters(inspected: Sequence[Inspection]) -> list[int]:
+def clusters(inspected: Sequence[Inspection], cfg: PlanConfig) -> list[int]:
     """For every video the number of the first that shows the same, its own where none before it does."""
     of, heads = list(range(len(inspected))), defaultdict[tuple[int, int], list[int]](list)
     bits = max(8, len(inspected).bit_length() - 4)  # longer pieces among more videos: as many to compare with
     for k, found in enumerate(inspected):
-        if not found.scenes or all(scene.black or scene.frozen for scene in found.scenes):
-            continue  # what shows nothing is like everything
+        if not any(cfg.shows(scene) for scene in found.scenes):
+            continue
         pieces = list(bands(found.fingerprint, bits))
         seen = {j for piece in pieces for j in heads[piece]}
         same = [j for j in sorted(seen) if near(found, inspected[j])]
@@ -221,9 +215,10 @@ def clusters(inspected: Sequence[Inspection]) -> list[int]:
 
 
 def near(a: Inspection, b: Inspection) -> bool:
-    """Whether two videos are encodings of one."""
+    """Whether two videos are encodings of one; of a still, however long."""
+    still = all(scene.frozen for scene in (*a.scenes, *b.scenes))
     alike = abs(a.seconds - b.seconds) <= max(0.2, NEAR_SECONDS * max(a.seconds, b.seconds))
-    return alike and distance(a.fingerprint, b.fingerprint) <= NEAR_BITS
+    return (alike or still) and distance(a.fingerprint, b.fingerprint) <= NEAR_BITS
 
 
 def splits(contents: Iterable[str], shares: Sequence[float]) -> dict[str, str]:

@@ -36,6 +36,7 @@ from vidistill.data.shards import DataError, Shard
 from vidistill.progress import Bar, track
 
 INSPECTED = "inspected"  # folder of what each part found
+INSPECTION = 2  # raised where a video would be found to be something else than before
 FOV = 2.0  # degrees by which the field of view of videos may differ
 
 
@@ -117,7 +118,7 @@ def stamp_of(item: Item, asked: Asked) -> list[Any]:
     """What must be as it was for an inspection to hold."""
     changed = item.path.stat().st_mtime_ns if item.path.exists() else 0
     beside = [p.stat().st_mtime_ns for s in SIDECARS if (p := item.beside([s]))]
-    return [changed, beside, asked.cut, asked.still_fps]
+    return [changed, beside, asked.cut, asked.still_fps, INSPECTION]
 
 
 def known(folder: Path, asked: Asked) -> dict[str, tuple[list[Any], Inspection]]:
