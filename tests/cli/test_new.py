@@ -11,7 +11,7 @@ from tiny_wan import LENGTH, TEXT, write_wan
 from vidistill import checkpoint
 from vidistill.cli import planning, recipe, timing
 from vidistill.cli.main import main
-from vidistill.cli.world import look
+from vidistill.cli.world import camera_of, look
 from vidistill.conditioning.camera import integrate, rows_of
 from vidistill.config import load_config
 from vidistill.data.shards import write_shards
@@ -82,10 +82,11 @@ def test_every_world_gets_configs_that_load(tmp_path, quick, kind, monkeypatch):
     camera = stages["diagonal"].camera
     assert (camera is not None) == ("camera" in kind)
     if camera:
-        walk = ("forward", "backward", "left", "right", "turn_left", "turn_right", "static")
+        walk = ("forward", "right", "turn_left", "turn_right", "static")
         assert camera.actions == walk and camera.sites == ("hidden",) and dit.sites["hidden"].dim == len(walk)
         assert camera.step == pytest.approx(0.19, abs=0.02) and camera.turn == pytest.approx(0.095, abs=0.01)
-        assert "--action forward:24,backward:24,left:24," in (tmp_path / "mine" / "run.sh").read_text()
+        script = (tmp_path / "mine" / "run.sh").read_text()
+        assert "--action forward:24,right:24,turn_left:24,turn_right:24,still:12" in script
     else:
         assert dit.sites["hidden"].dim == 4 * audio if audio else "hidden" not in dit.sites
     assert (loss.audio_guidance > 0) == (loss.drop_audio > 0) == bool(text and audio)
@@ -198,6 +199,39 @@ def test_quick_worlds_are_made_a_latent_at_a_time(tmp_path, held, fps, chunk):
     assert recipe.choose(look(write_world(tmp_path / "text", "text"))).chunk == 3
 
 
+def test_a_camera_is_told_by_the_moves_that_are_seen():
+    """Turns in 4 of 100 frames of 16 of 80 clips count; a pan alone walks nowhere; one that stands is none."""
+
+    def seen(*paths):
+        poses = [rows_of(integrate(path)).float() for path in paths]
+        return camera_of(Recorded(poses))
+
+    still, ahead = torch.zeros(100, 6).double(), torch.zeros(100, 6).double()
+    ahead[:, 0], turning = 0.5, still.clone()
+    turning[:20, 3] = -0.3
+    found = seen(*[ahead] * 64, *[turning] * 16)
+    assert found.actions == ("forward", "turn_right", "static")
+    assert (found.step, found.turn) == (pytest.approx(0.5, rel=1e-2), pytest.approx(0.3, rel=1e-2))
+    assert seen(*[still] * 64, *[turning] * 16).actions == ("turn_right", "static")
+    assert seen(still, still) is None
+
+
+class Recorded:
+    """Clips of poses alone."""
+
+    def __init__(self, poses):
+        self.poses = poses
+
+    def __len__(self):
+        return len(self.poses)
+
+    def width_of(self, name):
+        return 12
+
+    def episode(self, name, k):
+        return self.poses[k]
+
+
 def test_bundled_weights_are_taken_where_they_fit(tmp_path, quick):
     write_world(tmp_path / "data", side=64, frames=85)
     assert new(tmp_path / "mine", tmp_path / "data", "--budget", "1h") == 0
@@ -222,7 +256,7 @@ def test_every_world_is_rehearsed(tmp_path, quick, kind, monkeypatch):
     run_all(commands_of(tmp_path / "mine" / "run.sh", tmp_path, STEPS="1")[:-1], monkeypatch)
     path = str(tmp_path / "mine" / "rehearsal" / "runs" / "diagonal" / "diagonal")
     student = checkpoint.load(path)
-    moves = ["forward", "backward", "left", "right", "turn_left", "turn_right"] if "camera" in kind else []
+    moves = ["forward", "right", "turn_left", "turn_right"] if "camera" in kind else []
     assert checkpoint.summary(path)["actions"] == (moves or ["left", "right"] * bool(KINDS[kind][0]))
     assert (student.record["audio"] is not None) == bool(KINDS[kind][2]) and (
         tmp_path / "mine/rehearsal/out.mp4"
@@ -327,10 +361,11 @@ def wan(tmp_path, monkeypatch):
     monkeypatch.setitem(KINDS, "text", (0, TEXT, 0))
     monkeypatch.setitem(KINDS, "both", (2, TEXT, 0))
     monkeypatch.setitem(KINDS, "talk", (0, TEXT, 64))
+    monkeypatch.setitem(KINDS, "camera and text", (0, TEXT, 0))
     return write_wan(tmp_path / "wan")
 
 
-@pytest.mark.parametrize("kind", ["text", "both", "talk"])
+@pytest.mark.parametrize("kind", ["text", "both", "talk", "camera and text"])
 def test_a_project_from_wan_passes_its_dry_run(tmp_path, wan, kind, monkeypatch, capsys):
     data = write_captioned(tmp_path / "data", wan, kind)
     assert new(tmp_path / "mine", data, "--init", str(wan), "--gpus", "2", "--gpu-memory", "0.0001") == 0

@@ -1,7 +1,9 @@
 """A stream that knows where it is: its map, the way home, the history switch, and their messages."""
 
 import itertools
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import ACTIONS, DIT, SCHEDULE, SHAPE, WORLD, random_dit
 from fake_world import FakeWorld, served, watching
 from tiny_relic import CAMERA, MEMORY, SITES
 
+from vidistill import serve
 from vidistill.checkpoint import Bundle
 from vidistill.conditioning.camera import RELIC, numbers, opposite, place_of, planar
 from vidistill.conditioning.controls import move_keys
@@ -55,6 +58,7 @@ def test_a_camera_that_nothing_else_moves_goes_by_its_own_moves():
         moves = ["forward", "backward", "left", "right", "turn_left", "turn_right"]
         assert list(stream.actions) == moves
         assert stream.takes["action"] == {"kind": "hold", "names": moves, "keys": {"left": ["q"], "right": ["e"]}}
+        stream.navigator.return_to_start()
         stream.set(action={"right": 0.5})
         latents = stream.latents()
         for _ in range(2):
@@ -69,6 +73,14 @@ def test_a_camera_that_nothing_else_moves_goes_by_its_own_moves():
     }  # fmt: skip
     with session(without=("modulation",)) as stream:  # the data named what was done
         assert list(stream.actions) == ["turn_left", "turn_right", "forward", "backward"]
+    own = {"actions": ["w", "right"], "keys": {"right": ["q"]}}
+    with session(without=("modulation",), world={**WORLD, **own}) as stream:
+        assert stream.takes["action"] == {"kind": "hold", "names": ["right"], "keys": {"right": ["q"]}}
+        with pytest.raises(ValueError, match="'right'"):
+            stream.navigator.return_to_start()
+    page = (Path(serve.__file__).parent / "page" / "page.js").read_text(encoding="utf-8")
+    used = re.search(r"COMMANDS = {(.*?)}", page)[1]
+    assert not [k for (k,) in move_keys(RELIC).values() if f"Key{k.upper()}" in used], "keys of the page itself"
 
 
 def test_the_way_home_undoes_the_way_and_a_key_ends_it():

@@ -192,6 +192,8 @@ def write_latents(folder: Path, cfg: TrainConfig, dit: DiTConfig, size: tuple[in
         prompts_module.write_prompts(folder, ("one", "two"), "", RandomText(dit.text_dim), meta, show=show)
         return
     meta["given"] = 1 if recorded(cfg, dit) or not dit.text_dim else 0
+    if cfg.camera is not None and dit.text_dim and not actions:  # clips with captions and poses begin either way
+        meta["given"] = min(1, cfg.schedule.given_chunks)
     clip = (CLIPS, cfg.frames, dit.channels, *size)
     tensors: dict[str, Tensor] = {}
     if actions:

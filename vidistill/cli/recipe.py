@@ -122,12 +122,13 @@ def chunk_of(world: World) -> tuple[int, str]:
     wait = 3 * world.factor / world.fps
     if not world.names:
         return 3, "no keys wait for it; longer chunks are steadier and cost less"
+    held = "actions are held" if world.actions else "moves of the camera last"
     if world.held and world.held < 3 * world.factor:
         return 1, (
-            f"actions are held for {world.held:g} frames; a chunk of 3 is {3 * world.factor}, {wait:.2f} s that a key "
+            f"{held} for {world.held:g} frames; a chunk of 3 is {3 * world.factor}, {wait:.2f} s that a key "
             f"would wait, a chunk of 1 {wait / 3:.2f} s"
         )
-    return 3, f"actions are held for {world.held:g} frames, as long as a chunk of 3 ({wait:.2f} s) or longer"
+    return 3, f"{held} for {world.held:g} frames, as long as a chunk of 3 ({wait:.2f} s) or longer"
 
 
 def patch_of(world: World) -> tuple[int, int, int]:

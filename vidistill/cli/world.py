@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vidistill.conditioning.camera import MOVES, STATIC, CameraConfig, moves, pose_of, relative
 from vidistill.conditioning.condition import MOVE_SITE
@@ -12,7 +13,8 @@ from vidistill.data.shards import META, DataError
 
 SHORT = 7  # latents of a clip, at least: most of a teacher's steps
 LOOKED_AT = 64  # episodes from which it is seen how a world is moved
-FULL, FAINT, STANDS = 0.95, 0.1, 1e-6  # of a camera's paces: quantile of a full move, share of it that is none, nothing
+FULL, FASTEST = 0.95, 0.999  # quantiles of a camera's paces: a full move, and the fastest that is no mistake
+FAINT, SELDOM, STANDS = 0.1, 0.002, 1e-6  # share of a move that is none; of frames, too few; the pace of standing
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class World:
     held: float
     audio: int = 0
     camera: CameraConfig | None = None
+    idle_poses: bool = False  # there are poses, and nothing is told of them
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,7 +67,7 @@ class World:
         """What a network is conditioned on beside pictures."""
         kind = "actions" if self.actions else "camera"
         named = [f"{kind} {', '.join(self.names)}"] * bool(self.names) + ["captions"] * bool(self.text_dim)
-        return named + ["sound"] * bool(self.audio)
+        return named + ["sound"] * bool(self.audio) + ["nothing of the poses"] * self.idle_poses
 
     @property
     def per_frame_dims(self) -> dict[str, int]:
@@ -113,6 +116,7 @@ def look(data: Path) -> World:
         held=held_frames(clips, camera),
         audio=clips.width_of("audio"),
         camera=camera,
+        idle_poses=bool(clips.width_of("poses")) and camera is None,
     )
     if height % world.spatial or width % world.spatial:
         raise DataError(
@@ -128,18 +132,29 @@ def look(data: Path) -> World:
 
 
 def camera_of(clips: Clips) -> CameraConfig | None:
-    """How a filmed camera moves: a full move is one that 95 of 100 frames stay below, names are those of axes that it
-    moves along or turns about at all. None without poses, and for a camera that stands still."""
+    """How a filmed camera moves: a full move is the pace that 95 of 100 frames in which it goes, or turns, stay below;
+    names are those of moves that are seen. None without poses, and for a camera that stands still."""
     if not clips.width_of("poses"):
         return None
-    every = torch.cat([moves(pose_of(clips.episode("poses", k)))[1:] for k in range(min(len(clips), LOOKED_AT))]).abs()
-    pace = every.quantile(FULL, dim=0)
-    units = [fast if (fast := float(part.max())) > STANDS else 1.0 for part in pace.split(3)]  # positions, angles
-    far = [float(x) > FAINT * units[axis // 3] for axis, x in enumerate(pace)]
-    names = [name for name, (axis, _) in MOVES.items() if far[axis]]
+    moved = torch.cat([moves(pose_of(clips.episode("poses", k)))[1:] for k in looked_at(clips)])
+    units = [full_pace(part.abs().amax(-1)) for part in moved.split(3, -1)]  # of positions, of angles
+    seen = moved / torch.tensor([units[0]] * 3 + [units[1]] * 3)
+    names = [n for n, (axis, sign) in MOVES.items() if (sign * seen[:, axis] > FAINT).double().mean() > SELDOM]
     if not names:
         return None
     return CameraConfig(float(f"{units[0]:.3g}"), float(f"{units[1]:.3g}"), (*names, STATIC), sites=(MOVE_SITE,))
+
+
+def looked_at(clips: Clips) -> list[int]:
+    """Episodes, spread over all, from which it is seen how a world is moved."""
+    count = min(len(clips), LOOKED_AT)
+    return [k * len(clips) // count for k in range(count)]
+
+
+def full_pace(paces: Tensor) -> float:
+    """The pace of a full move, of those [T] of frames; 1 where nothing moves."""
+    fastest = float(paces.quantile(FASTEST)) if len(paces) else 0.0
+    return float(paces[paces > FAINT * fastest].quantile(FULL)) if fastest > STANDS else 1.0
 
 
 def held_frames(clips: Clips, camera: CameraConfig | None) -> float:
@@ -147,7 +162,7 @@ def held_frames(clips: Clips, camera: CameraConfig | None) -> float:
     if not clips.width_of("actions") and camera is None:
         return 0.0
     runs = list[int]()
-    for k in range(min(len(clips), LOOKED_AT)):
+    for k in looked_at(clips):
         if camera is None:
             held = clips.episode("actions", k)[1:]
         else:  # half of a full move, or more

@@ -120,8 +120,10 @@ def held_names(played: "WorldConfig", sites: Iterable[str]) -> tuple[str, ...]:
     """What can be held: the actions of a world, or the moves of its camera where a network is told nothing else."""
     if ACTION_SITE in sites:
         return played.actions
-    moves = played.actions or (played.camera.actions if played.camera else ())
-    return tuple(name for name in moves if name in MOVES) if played.camera else ()
+    if played.camera is None:
+        return ()
+    named = tuple(name for name in played.actions if name in MOVES)
+    return named or tuple(name for name in played.camera.actions if name in MOVES)
 
 
 def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
@@ -145,7 +147,7 @@ def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[st
 def move_keys(names: Sequence[str]) -> dict[str, list[str]]:
     """Keys of a camera's moves that the page has none for: beside those that walk and turn, theirs where none does."""
     sides = ("q", "e") if "turn_left" in names or "turn_right" in names else ("ArrowLeft", "ArrowRight")
-    heights = ("r", "f") if "forward" in names or "backward" in names else ("ArrowUp", "ArrowDown")
+    heights = ("t", "g") if "forward" in names or "backward" in names else ("ArrowUp", "ArrowDown")
     keys = dict(zip(("left", "right", "up", "down", "look_up", "look_down"), (*sides, *heights, "i", "k"), strict=True))
     return {name: [key] for name, key in keys.items() if name in names}
 
@@ -169,7 +171,8 @@ class Actions(Modality):
     def described(self) -> Mapping[str, Any]:
         keys = {name: list(keys) for name, keys in self.net.record.played.keys.items()}
         if ACTION_SITE not in self.net.sites:
-            keys |= move_keys(self.names)
+            used = {key for held in keys.values() for key in held}
+            keys = {name: key for name, key in move_keys(self.names).items() if not used.intersection(key)} | keys
         return {"kind": "hold", "names": list(self.names), **({"keys": keys} if keys else {})}
 
     def initial(self) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vidistill import metrics
 from vidistill.checkpoint import Bundle
 from vidistill.codecs import Codec
-from vidistill.conditioning.condition import Condition
+from vidistill.conditioning.condition import POSE_SITE, VIEW_SITE, Condition
 from vidistill.diffusion import derived_seed
 from vidistill.evaluation import quality
 from vidistill.evaluation.clips import (
@@ -261,7 +261,8 @@ def long_streams(judged: Judgement) -> None:
     own = min(lengths[k] for k in longest)
     latents = 1 + (own - 1) // factor if footage.of_frames else own
     length = math.ceil(cfg.long_seconds * footage.fps) + 1
-    if student.record["world"].get("camera") is not None:  # a pose that jumps back is no walk
+    camera = student.spec.played.camera
+    if camera is not None and {POSE_SITE, VIEW_SITE}.intersection(camera.sites):  # a pose that jumps back is no walk
         length = min(length, codec.px_frames(latents))
     if length < 2 * round(cfg.window * footage.fps):
         judged.protocol["long_streams"] = 0

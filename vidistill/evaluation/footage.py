@@ -138,6 +138,8 @@ class Footage:
         if ACTION_SITE in dit.sites and self.clips.width_of("actions"):
             per_frame[ACTION_SITE] = rows("actions")
         if camera is not None:
+            if not self.clips.width_of("poses"):
+                raise DataError(f"{bundle.name} is told where its camera goes; {self.folder} holds no poses")
             per_frame |= walked(rows("poses"), build(CameraConfig, camera), factor)
         elif AUDIO_SITE in dit.sites and self.clips.width_of("audio"):
             per_frame[AUDIO_SITE] = rows("audio")

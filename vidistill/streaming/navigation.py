@@ -3,7 +3,7 @@
 from collections import deque
 from typing import Any
 
-from vidistill.conditioning.camera import opposite, place_of, walk_of
+from vidistill.conditioning.camera import MOVES, opposite, place_of, walk_of
 from vidistill.conditioning.controls import Camera, ControlInput, LiveConditions
 from vidistill.memory.cache import KVMemory
 
@@ -54,6 +54,10 @@ class Navigator:
         """From the next chunk on undo what was done, last things first, until the start; keys pressed meanwhile win."""
         if self._camera is None:
             raise ValueError("this student is not told where it goes, so it cannot be led back")
+        names = self._inputs.net.actions
+        for name in names:
+            if name in MOVES and not any(opposite(names, [float(other == name) for other in names])):
+                raise ValueError(f"this world has no way to undo {name!r}, so it cannot be led back")
         self._return = list(self._path)
         self._return_id = self._inputs.control.id
 

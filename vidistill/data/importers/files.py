@@ -46,7 +46,8 @@ def add_options(p: argparse.ArgumentParser) -> None:
     """The options of `vidistill data files`."""
     p.description = (
         "Write recorded clips as mp4 (H.264), with captions, actions and camera-to-world poses beside them as `data "
-        "videos` reads them: bit for bit, but for the pictures; all of them with --cut 0 --frozen keep."
+        "videos` reads them: bit for bit, but for the pictures. Give it --cut 0 --frozen keep to read clips that stand "
+        "still, or jump, as they were."
     )
     p.epilog = "example: vidistill data files clips/ --from data/mine/train"
     p.add_argument("out", type=Path, help="folder to write")

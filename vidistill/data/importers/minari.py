@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> str:
     codec = checkpoint.load(args.codec, "codec").net if args.codec else None
     meta = {"source": "minari", "from": args.source, "fps": cfg.fps, "actions": list(named.names), "given": 1}
     meta |= {"px_size": cfg.size[0] if cfg.size[0] == cfg.size[1] else list(cfg.size), "codec": args.codec}
+    meta |= {"resize": cfg.resize} if cfg.resize != "crop" else {}  # which data that say nothing are
     part = Part.of(args.part)
     return "\n".join(
         write_one(args.out / name, data, cfg, named, episodes, {**meta, "split": name}, codec, part)
