@@ -14,8 +14,7 @@ from tiny_relic import CAMERA, MEMORY, SITES
 
 from vidistill import serve
 from vidistill.checkpoint import Bundle
-from vidistill.conditioning.camera import RELIC, numbers, opposite, place_of, planar
-from vidistill.conditioning.controls import move_keys
+from vidistill.conditioning.camera import RELIC, move_keys, numbers, opposite, place_of, planar
 from vidistill.memory.policies import MemoryConfig
 from vidistill.models.student import CausalStudent, StudentConfig
 from vidistill.serve import protocol

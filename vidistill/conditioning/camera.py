@@ -261,6 +261,14 @@ def opposite(names: Sequence[str], action: Sequence[float]) -> tuple[float, ...]
     return tuple(moved.get((MOVES[n][0], -MOVES[n][1]), 0.0) if n in MOVES else 0.0 for n in names)
 
 
+def move_keys(names: Sequence[str]) -> dict[str, list[str]]:
+    """Keys of a camera's moves that the page has none for: beside those that walk and turn, theirs where none does."""
+    sides = ("q", "e") if "turn_left" in names or "turn_right" in names else ("ArrowLeft", "ArrowRight")
+    heights = ("t", "g") if "forward" in names or "backward" in names else ("ArrowUp", "ArrowDown")
+    keys = dict(zip(("left", "right", "up", "down", "look_up", "look_down"), (*sides, *heights, "i", "k"), strict=True))
+    return {name: [key] for name, key in keys.items() if name in names}
+
+
 def latent_rate(moved: Tensor, factor: int, start: Pose | None = None) -> tuple[Tensor, Pose]:
     """Moves [..., F, 6] and poses [..., F] of latents of `factor` px frames from moves [..., factor * F, 6] of frames.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidistill.conditioning.audio import Track, from_pcm16
-from vidistill.conditioning.camera import MOVES, CameraConfig, Pose, latent_rate, wanted
+from vidistill.conditioning.camera import MOVES, CameraConfig, Pose, latent_rate, move_keys, wanted
 from vidistill.conditioning.condition import (
     ACTION_SITE,
     AUDIO_SITE,
@@ -142,14 +142,6 @@ def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[st
         if not isinstance(number, int | float | np.number) or not 0 <= number <= 1:  # NaN is neither
             raise ValueError(f"action {name!r} must be a number from 0 to 1, got {number!r}")
     return tuple(float(v) for v in values)
-
-
-def move_keys(names: Sequence[str]) -> dict[str, list[str]]:
-    """Keys of a camera's moves that the page has none for: beside those that walk and turn, theirs where none does."""
-    sides = ("q", "e") if "turn_left" in names or "turn_right" in names else ("ArrowLeft", "ArrowRight")
-    heights = ("t", "g") if "forward" in names or "backward" in names else ("ArrowUp", "ArrowDown")
-    keys = dict(zip(("left", "right", "up", "down", "look_up", "look_down"), (*sides, *heights, "i", "k"), strict=True))
-    return {name: [key] for name, key in keys.items() if name in names}
 
 
 class Actions(Modality):
