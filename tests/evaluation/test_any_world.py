@@ -74,6 +74,7 @@ def world(tmp_path_factory):
     codec = TinyCodec(CODEC)
     checkpoint.export(root / "codec", codec, {"card": {}})
     options = ["--episodes", "16", "--validation", "3", "--test", "9", "--frames", "61", "--workers", "1"]
+    options += ["--resize", "crop"]  # stretched to 16 px, some steps would be too short to be seen
     assert main(["data", "gym", str(root / "data"), "--env", ENV, "--size", "16x16", *options]) == 0
     assert (
         main(["data", "latents", str(root / "latents"), "--from", str(root / "data"), "--codec", str(root / "codec")])
