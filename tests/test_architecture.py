@@ -97,7 +97,7 @@ BUDGETS = {
     "worlds": 1464,
     "bench": 1315,
     "ops": 1180,
-    "cli": 1562,
+    "cli": 1566,
     "serve": 1239,
     "interop": 1059,
     "conditioning": 805,

@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from shell import commands_of, run_all
 from tiny_wan import LENGTH, TEXT, write_wan
 
@@ -230,6 +233,17 @@ class Recorded:
 
     def episode(self, name, k):
         return self.poses[k]
+
+
+def test_a_game_that_begins_the_same_every_time_has_one_start_picture(tmp_path):
+    write_world(tmp_path / "data", episodes=3)
+    (shard,) = (tmp_path / "data" / "test").glob("*.safetensors")
+    same = load_file(shard)
+    same["frames"][1, 0] = same["frames"][0, 0]
+    save_file(same, shard)
+    recipe.write_starts(tmp_path / "starts", look(tmp_path / "data"))
+    found = [np.array(Image.open(path)) for path in sorted((tmp_path / "starts").iterdir())]
+    assert len(found) == 2 and all(np.array_equal(found[i], same["frames"][k, 0]) for i, k in ((0, 0), (1, 2)))
 
 
 def test_bundled_weights_are_taken_where_they_fit(tmp_path, quick):

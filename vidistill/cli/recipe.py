@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidistill import checkpoint
-from vidistill.cli.world import World
+from vidistill.cli.world import LOOKED_AT, World
 from vidistill.codecs.tiny import TinyCodec, TinyCodecConfig
 from vidistill.conditioning.condition import MOVE_SITE
 from vidistill.config import build
@@ -359,11 +359,16 @@ def write_warm(folder: Path, stages: Mapping[str, Stage], choice: Choice) -> Non
 
 
 def write_starts(folder: Path, world: World, count: int = 8) -> None:
-    """First pictures of episodes that no stage learns from, where there are any: what a stream begins with."""
+    """First pictures, no two alike, of episodes that no stage learns from, where there are any: what a stream begins
+    with."""
     held = next((split for split in ("test", "validation", "train") if split in world.splits), "")
     clips = Clips(world.data / held)
-    for k in range(min(count, len(clips))):
-        save_png(folder / f"{k:02d}.png", clips.episode("frames", k)[0].numpy())
+    seen = set[bytes]()
+    for k in range(min(len(clips), LOOKED_AT)):
+        picture = clips.episode("frames", k)[0].numpy()
+        if len(seen) < count and picture.tobytes() not in seen:  # a game may begin the same every time
+            save_png(folder / f"{len(seen):02d}.png", picture)
+            seen.add(picture.tobytes())
 
 
 # The lines of run.sh that put those pictures where a stream of the student finds them.
