@@ -59,9 +59,11 @@ def groups(figures: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Ma
     for key, value in figures.items():
         if isinstance(value, Mapping) and "command" in value:
             yield from groups(value, key)
-        elif isinstance(value, Mapping) and key != "confusion":  # which stands in tables of its own
+        elif key in (*SOURCE, "confusion"):  # tables of its own
+            continue
+        elif isinstance(value, Mapping):
             own |= {f"{key} {inner}": x for inner, x in value.items()}
-        elif key not in (*SOURCE, "confusion"):
+        else:
             own[key] = value
     if own:
         yield name, {key: figures.get(key, "-") for key in SOURCE}, own

@@ -41,7 +41,7 @@ class World:
     @property
     def names(self) -> tuple[str, ...]:
         """What can be held: actions, or moves of the camera."""
-        return self.actions or tuple(n for n in (self.camera.actions if self.camera else ()) if n in MOVES)
+        return self.actions or (self.camera.moves if self.camera else ())
 
     @property
     def factor(self) -> int:

@@ -76,6 +76,11 @@ class CameraConfig:
         return {site: every[site] for site in self.sites}
 
     @property
+    def moves(self) -> tuple[str, ...]:
+        """What can be asked of it: its actions but `static`, which is what is left."""
+        return tuple(name for name in self.actions if name != STATIC)
+
+    @property
     def action_dim(self) -> int:
         return len(self.actions)
 

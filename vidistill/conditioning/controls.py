@@ -120,10 +120,8 @@ def held_names(played: "WorldConfig", sites: Iterable[str]) -> tuple[str, ...]:
     """What can be held: the actions of a world, or the moves of its camera where a network is told nothing else."""
     if ACTION_SITE in sites:
         return played.actions
-    if played.camera is None:
-        return ()
     named = tuple(name for name in played.actions if name in MOVES)
-    return named or tuple(name for name in played.camera.actions if name in MOVES)
+    return (named or played.camera.moves) if played.camera else ()
 
 
 def held_values(value: Mapping[str, float] | Sequence[float], names: Sequence[str]) -> tuple[float, ...]:

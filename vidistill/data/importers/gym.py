@@ -244,7 +244,7 @@ def policy_of(cfg: GymConfig, env: Any, named: ActionMap, rng: np.random.Generat
 
 def policies_of(cfg: GymConfig, env: Any, named: ActionMap, seed: int, stream: int = 1) -> Callable[[int], Choose]:
     """What plays each episode of a clip, by its number."""
-    return lambda number: policy_of(cfg, env, named, np.random.default_rng([seed, stream, *([number] * bool(number))]))
+    return lambda number: policy_of(cfg, env, named, np.random.default_rng([seed, stream, number]))
 
 
 def played_again(actions: np.ndarray) -> Callable[[int], Choose]:
